@@ -1,0 +1,25 @@
+"""The one exception that users are meant to read."""
+
+
+class FedLLMError(Exception):
+    """A condition the user can mend; its message names the key, the value and the remedy.
+
+    Entry points print it as one line and exit non-zero. Anything else that escapes is a bug of
+    this package and keeps its stack trace.
+    """
+
+
+class ConfigError(FedLLMError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class DataError(FedLLMError):
+    """A data file or a record that cannot be used."""
+
+
+class ModelError(FedLLMError):
+    """A base model, tokenizer or adapter that cannot be used."""
+
+
+class FederationError(FedLLMError):
+    """A federated run that cannot start or go on."""
