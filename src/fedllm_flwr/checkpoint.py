@@ -1,0 +1,116 @@
+"""Atomic save and load of the whole server state: safetensors and JSON, never pickle."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.params import Array, Params
+
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that a server needs to go on: the adapter after ``round`` rounds and the rest.
+
+    ``moments`` holds the server optimizer's tensors by name (``m``, ``v``), ``control`` SCAFFOLD's
+    server variate c.
+    """
+
+    round: int
+    params: Params
+    moments: dict[str, Params] = field(default_factory=dict)
+    control: Params | None = None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either its old or its new content, whatever happens.
+
+    Raises:
+        FederationError: the file system refuses (full, read-only, missing).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise FederationError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def save_params(path: Path, groups: Mapping[str, Params], metadata: Mapping[str, str]) -> None:
+    """Write groups of tensors to one safetensors file, each name prefixed by its group."""
+    tensors = {
+        f"{group}/{name}": np.ascontiguousarray(value)
+        for group, params in groups.items()
+        for name, value in params.items()
+    }
+    write_atomically(path, save(tensors, metadata={**metadata, "format": _FORMAT}))
+
+
+def load_params(path: Path) -> tuple[dict[str, Params], dict[str, str]]:
+    """Groups of tensors and metadata that `save_params` wrote.
+
+    Raises:
+        FederationError: the file is missing, truncated or of another format.
+    """
+    groups: dict[str, Params] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = dict(file.metadata() or {})
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                group, name = key.split("/", 1)
+                value: Array = file.get_tensor(key)
+                groups.setdefault(group, {})[name] = value
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FederationError(f"cannot read {path}: {error}.") from error
+    if metadata.get("format") != _FORMAT:
+        raise FederationError(f"{path} is no checkpoint of this version.")
+    return groups, metadata
+
+
+def save_state(directory: Path, state: ServerState, keep: int) -> Path:
+    """Write the state of a finished round, then delete all but the newest `keep`."""
+    groups = {"params": state.params}
+    groups |= {f"moment.{name}": params for name, params in state.moments.items()}
+    if state.control is not None:
+        groups["control"] = state.control
+    path = directory / f"round-{state.round:05d}.safetensors"
+    save_params(path, groups, {"round": str(state.round), "moments": json.dumps([*state.moments])})
+    for old in sorted(directory.glob("round-*.safetensors"))[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_state(directory: Path) -> tuple[ServerState, list[str]]:
+    """The newest readable state of a run, and a warning for each unreadable newer one.
+
+    Raises:
+        FederationError: no checkpoint can be read.
+    """
+    warnings: list[str] = []
+    for path in sorted(directory.glob("round-*.safetensors"), reverse=True):
+        try:
+            groups, metadata = load_params(path)
+        except FederationError as error:
+            warnings.append(f"{error} Falling back to the checkpoint before.")
+            continue
+        moments = {name: groups[f"moment.{name}"] for name in json.loads(metadata["moments"])}
+        round_number = int(metadata["round"])
+        return ServerState(round_number, groups["params"], moments, groups.get("control")), warnings
+    raise FederationError(f"{directory} holds no readable checkpoint; start the run anew.")

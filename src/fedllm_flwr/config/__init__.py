@@ -1,0 +1,5 @@
+"""Configuration: the typed schema, its composition from ``conf/`` and its validation."""
+
+from fedllm_flwr.config.schema import Config
+
+__all__ = ["Config"]

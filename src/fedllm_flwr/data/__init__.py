@@ -1,0 +1,1 @@
+"""Records, templates, tokens and clients: everything between a data file and a training batch."""

@@ -1,0 +1,132 @@
+"""Encoded examples on disk, so that a site tokenises its data once."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedllm_flwr.data.encode import Encoded, EncodeReport, encode
+from fedllm_flwr.data.records import Messages
+from fedllm_flwr.data.templates import Tokenizer
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1  # raise it whenever the same inputs give other tokens or other arrays
+
+
+def encode_cached(
+    dataset: "datasets.Dataset",
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+    truncation: str = "right",
+    cache_dir: Path | None = None,
+) -> Encoded:
+    """``encode`` of the column messages, from ``cache_dir`` where the same was encoded before.
+
+    A broken cache file is made anew and a directory that cannot be written is done without;
+    both are logged.
+    """
+    conversations: list[Messages] = dataset["messages"][:]
+    if cache_dir is None:
+        return encode(conversations, tokenizer, template, max_length, truncation)
+    options: dict[str, str | int] = {
+        "template": template,
+        "max_length": max_length,
+        "truncation": truncation,
+    }
+    path = cache_dir / f"{_key(conversations, tokenizer, options)}.safetensors"
+    cached = _load_or_none(path)
+    if cached is not None:
+        return cached
+    encoded = encode(conversations, tokenizer, template, max_length, truncation)
+    try:
+        save_encoded(encoded, path)
+    except OSError as error:
+        logger.warning("encoded examples are not cached: %s", error)
+    return encoded
+
+
+def save_encoded(encoded: Encoded, path: Path) -> None:
+    """Write one safetensors file, whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(getattr(encoded, name)) for name in _ARRAYS}
+    metadata = {"format": str(FORMAT_VERSION), "report": json.dumps(asdict(encoded.report))}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(arrays, temporary, metadata)
+        Path(temporary).replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_encoded(path: Path) -> Encoded:
+    """Read what ``save_encoded`` wrote. Raises ValueError or OSError for anything else."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if metadata.get("format") != str(FORMAT_VERSION):
+        raise ValueError(f"{path}: format {metadata.get('format')}, not {FORMAT_VERSION}")
+    report = EncodeReport(**json.loads(metadata["report"]))
+    encoded = Encoded(**arrays, report=report)
+    _check_shapes(encoded, path)
+    return encoded
+
+
+_ARRAYS = {"tokens": np.int32, "supervised": np.bool_, "offsets": np.int64, "source": np.int64}
+
+
+def _check_shapes(encoded: Encoded, path: Path) -> None:
+    report = encoded.report
+    shapes = {
+        "tokens": report.num_tokens,
+        "supervised": report.num_tokens,
+        "offsets": report.num_examples + 1,
+        "source": report.num_examples,
+    }
+    for name, size in shapes.items():
+        array = getattr(encoded, name)
+        if array.shape != (size,) or array.dtype != _ARRAYS[name]:
+            raise ValueError(f"{path}: {name} is {array.dtype}{array.shape}, not ({size},)")
+
+
+def _load_or_none(path: Path) -> Encoded | None:
+    if not path.exists():
+        return None
+    try:
+        return load_encoded(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("encoded examples are made anew: %s", error)
+        return None
+
+
+def _key(conversations: list[Messages], tokenizer: Tokenizer, options: dict[str, str | int]) -> str:
+    """sha256 over everything that the tokens depend on."""
+    settings = {"format": FORMAT_VERSION, "tokenizer": _fingerprint(tokenizer), **options}
+    everything = json.dumps([settings, conversations], sort_keys=True)
+    return hashlib.sha256(everything.encode()).hexdigest()
+
+
+def _fingerprint(tokenizer: Tokenizer) -> str:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # The last call's settings, not properties of the tokenizer.
+    backend.update(truncation=None, padding=None)
+    own = [backend, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""Label sets as answers, for scoring by likelihood."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedllm_flwr.data.encode import cut_start
+from fedllm_flwr.data.records import Messages
+from fedllm_flwr.data.templates import Segment, Tokenizer, render
+from fedllm_flwr.data.tokens import TokenArray, tokenise
+from fedllm_flwr.errors import ConfigError
+
+_PLACE = "\N{SYMBOL FOR UNIT SEPARATOR}"  # stands for the label while a conversation is rendered
+
+
+@dataclass(frozen=True)
+class EncodedChoices:
+    """Per record the prompt's tokens, and the tokens of each label as its answer, without EOS."""
+
+    prompts: list[TokenArray]  # each (prompt length,)
+    answers: list[list[TokenArray]]  # [record][label], each (answer length,)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def encode_choices(
+    conversations: Sequence[Messages],
+    labels: Sequence[str],
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+) -> EncodedChoices:
+    """Tokens of every label in the place of each conversation's last answer.
+
+    Prompt and label are tokenised together, by the boundary rule of training. A prompt is cut
+    at its start, after the BOS, so that it fits ``max_length`` with the longest label.
+    Raises ConfigError if there are no labels, or if one does not fit at all.
+    """
+    if not labels:
+        raise ConfigError("data.labels is empty; list the labels to choose among")
+    candidates = [
+        candidate
+        for messages in conversations
+        for candidate in _candidates(messages, labels, tokenizer, template)
+    ]
+    split = [_split_answer(*encoded) for encoded in tokenise(candidates, tokenizer)]
+    groups = [split[i : i + len(labels)] for i in range(0, len(split), len(labels))]
+    prompts, answers = [], []
+    for group in groups:
+        answers.append([answer for _, answer in group])
+        room = max_length - max(len(answer) for answer in answers[-1])
+        if room < 1:
+            raise ConfigError(
+                f"training.max_length={max_length} leaves no room for a prompt before the longest "
+                f"of data.labels; raise it"
+            )
+        prompts.append(cut_start(group[0][0], room, tokenizer.bos_token_id))
+    return EncodedChoices(prompts, answers)
+
+
+def _candidates(
+    messages: Messages, labels: Sequence[str], tokenizer: Tokenizer, template: str
+) -> list[list[Segment]]:
+    """The conversation with each label as its last answer, cut after the label."""
+    placeholder = [*messages[:-1], {"role": "assistant", "content": _PLACE}]
+    *prompt, answer = render(placeholder, template, tokenizer)
+    before = answer.text.partition(_PLACE)[0]
+    return [[*prompt, Segment(before + label, True)] for label in labels]
+
+
+def _split_answer(tokens: TokenArray, supervised: np.ndarray) -> tuple[TokenArray, TokenArray]:
+    """Prompt and last answer of one tokenised conversation."""
+    start = int(np.flatnonzero(~supervised)[-1]) + 1
+    return tokens[:start], tokens[start:]

@@ -1,0 +1,170 @@
+"""Conversations as training examples: tokens, which of them are supervised, truncation."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.data.records import Messages
+from fedllm_flwr.data.templates import Segment, Tokenizer, render, render_prompt
+from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
+from fedllm_flwr.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TRUNCATIONS = ("right", "left", "drop")
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of the records: num_records = num_examples + dropped."""
+
+    num_records: int
+    num_examples: int
+    truncated: int  # kept, but cut to max_length
+    dropped: int  # too long under truncation=drop, or nothing supervised left after the cut
+    num_tokens: int
+    num_supervised: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples in flat arrays; example i is the slice offsets[i]:offsets[i + 1]."""
+
+    tokens: TokenArray  # (num_tokens,)
+    supervised: Mask  # (num_tokens,): True where the token enters the loss
+    offsets: NDArray[np.int64]  # (num_examples + 1,)
+    source: NDArray[np.int64]  # (num_examples,): index of the record an example came from
+    report: EncodeReport
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[TokenArray, Mask]:
+        """(tokens, supervised) of one example, as views."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        index %= len(self)
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[span], self.supervised[span]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per example, shape (num_examples,)."""
+        return np.diff(self.offsets)
+
+
+def encode(
+    conversations: Sequence[Messages],
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+    truncation: str = "right",
+) -> Encoded:
+    """Render and tokenise conversations for training, at most ``max_length`` tokens each.
+
+    The tokens before the first answer are those that ``encode_prompts`` gives for the same
+    prompt. Raises ConfigError for unknown options and ModelError for an unusable tokenizer.
+    """
+    if truncation not in TRUNCATIONS:
+        raise ConfigError(f"data.truncation={truncation}; use one of: {', '.join(TRUNCATIONS)}")
+    rendered = [render(messages, template, tokenizer) for messages in conversations]
+    require_eos(tokenizer)
+    kept: list[tuple[TokenArray, Mask]] = []
+    source: list[int] = []
+    truncated = 0
+    for i, (tokens, supervised) in enumerate(tokenise(rendered, tokenizer)):
+        example = _truncate(tokens, supervised, max_length, truncation, tokenizer.bos_token_id)
+        if example is not None:
+            truncated += len(example[0]) < len(tokens)
+            kept.append(example)
+            source.append(i)
+    encoded = _flatten(kept, source, len(rendered), truncated)
+    _warn_of_losses(encoded.report, max_length, truncation)
+    return encoded
+
+
+def encode_prompts(
+    prompts: Sequence[Messages], tokenizer: Tokenizer, template: str, max_length: int | None = None
+) -> list[TokenArray]:
+    """Tokens to generate an answer from, one array of shape (length,) per conversation.
+
+    ``prompts`` end with a user turn. Longer ones lose tokens at their start, after the BOS.
+    """
+    rendered = [[Segment(render_prompt(turns, template, tokenizer), False)] for turns in prompts]
+    tokens = [tokens for tokens, _ in tokenise(rendered, tokenizer)]
+    if max_length is None:
+        return tokens
+    return [cut_start(prompt, max_length, tokenizer.bos_token_id) for prompt in tokens]
+
+
+def cut_start(tokens: TokenArray, max_length: int, bos: int | None) -> TokenArray:
+    """The last ``max_length`` tokens; a BOS at the start stays and takes the first place."""
+    if len(tokens) <= max_length:
+        return tokens
+    kept_bos = tokens[:1] if len(tokens) and tokens[0] == bos else tokens[:0]
+    return np.concatenate([kept_bos, tokens[len(tokens) - max_length + len(kept_bos) :]])
+
+
+def _truncate(
+    tokens: TokenArray, supervised: Mask, max_length: int, truncation: str, bos: int | None
+) -> tuple[TokenArray, Mask] | None:
+    """The example within ``max_length`` tokens, or None if it has to be left out."""
+    if len(tokens) > max_length:
+        if truncation == "drop":
+            return None
+        if truncation == "left":
+            tokens, supervised = _cut_left(tokens, supervised, max_length, bos)
+        tokens, supervised = tokens[:max_length], supervised[:max_length]
+    return (tokens, supervised) if supervised.any() else None
+
+
+def _cut_left(
+    tokens: TokenArray, supervised: Mask, max_length: int, bos: int | None
+) -> tuple[TokenArray, Mask]:
+    """Remove what is too much after the BOS, but nothing of the last answer."""
+    num_bos = int(tokens[0] == bos)
+    context = np.flatnonzero(~supervised)
+    last_answer = int(context[-1]) + 1 if len(context) else 0
+    start = max(num_bos, min(num_bos + len(tokens) - max_length, last_answer))
+    supervised = supervised.copy()
+    if start < last_answer and supervised[start - 1]:  # inside an earlier answer: now context
+        end = start + int(np.argmin(supervised[start:]))
+        supervised[start:end] = False
+    return (
+        np.concatenate([tokens[:num_bos], tokens[start:]]),
+        np.concatenate([supervised[:num_bos], supervised[start:]]),
+    )
+
+
+def _flatten(
+    kept: list[tuple[TokenArray, Mask]], source: list[int], num_records: int, truncated: int
+) -> Encoded:
+    tokens = np.concatenate([np.empty(0, np.int32), *(example[0] for example in kept)])
+    supervised = np.concatenate([np.empty(0, np.bool_), *(example[1] for example in kept)])
+    offsets = np.zeros(len(kept) + 1, np.int64)
+    np.cumsum([len(example[0]) for example in kept], out=offsets[1:])
+    report = EncodeReport(
+        num_records=num_records,
+        num_examples=len(kept),
+        truncated=truncated,
+        dropped=num_records - len(kept),
+        num_tokens=len(tokens),
+        num_supervised=int(supervised.sum()),
+    )
+    return Encoded(tokens, supervised, offsets, np.array(source, np.int64), report)
+
+
+def _warn_of_losses(report: EncodeReport, max_length: int, truncation: str) -> None:
+    if report.truncated or report.dropped:
+        logger.warning(
+            "%d of %d records cut to training.max_length=%d tokens and %d left out "
+            "(data.truncation=%s)",
+            report.truncated,
+            report.num_records,
+            max_length,
+            report.dropped,
+            truncation,
+        )

@@ -1,0 +1,179 @@
+"""The training and evaluation records of a run, sampled and split by the run's seed."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedllm_flwr.config.schema import Config, DataConfig
+from fedllm_flwr.data.records import AttributeColumn, Example
+from fedllm_flwr.data.sources import Loaded, SourceReport, load_records
+from fedllm_flwr.errors import DataError
+from fedllm_flwr.params import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was read, and how it was divided."""
+
+    train: SourceReport
+    evaluation: SourceReport | None  # None: no evaluation records, or held out of the training ones
+    num_train: int
+    num_eval: int
+    held_out: int  # usable training records that became evaluation records
+
+    def lines(self) -> list[str]:
+        """The report as text, one line per source."""
+        described = [_describe(self.train, self.num_train)]
+        if self.evaluation is not None:
+            described.append(_describe(self.evaluation, self.num_eval))
+        elif self.held_out:
+            described.append(f"evaluation: {self.held_out} records held out of the training data")
+        return described
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Records of a run, before they are divided among clients.
+
+    Both sets have the columns messages (list of {role, content}), label (str), client (str: value
+    of partition.column, else of data.client_column, else "") and choice (int32: index of the
+    answer in data.labels, else -1).
+    """
+
+    train: "datasets.Dataset"
+    eval: "datasets.Dataset"
+    report: LoadReport
+
+
+def load_federated_data(config: Config) -> FederatedData:
+    """Load what ``config.data`` names; the same seed gives the same records in the same order.
+
+    Raises DataError and ConfigError with key, value and remedy.
+    """
+    data = config.data
+    label = _column(data.columns.label, "data.columns.label", required=True)
+    client = _client_column(config)
+    loaded = load_records(data, label=label, client=client)
+    train = _sample(loaded.examples, data.max_samples, config.seed, "max_samples")
+    if _has_eval_source(data):
+        evaluation = load_records(
+            data, evaluation=True, label=_optional(_eval_label(data)), client=_optional(client)
+        )
+        limit = data.eval_max_samples
+        held_out, report = 0, evaluation.report
+        test = _sample(evaluation.examples, limit, config.seed, "eval_max_samples")
+    else:
+        train, test = _hold_out(train, data, config.seed)
+        held_out, report = len(test), None
+    counts = LoadReport(loaded.report, report, len(train), len(test), held_out)
+    return FederatedData(_to_dataset(train), _to_dataset(test), counts)
+
+
+def load_site_data(data: DataConfig, seed: int) -> "datasets.Dataset":
+    """The training records of one site's own file; columns as in FederatedData.
+
+    The label and client columns may be absent here: a site is one client.
+    """
+    label = _column(data.columns.label, "data.columns.label", required=False)
+    client = _column(data.client_column, "data.client_column", required=False)
+    loaded: Loaded = load_records(data, label=label, client=client)
+    examples = _sample(loaded.examples, data.max_samples, seed, "max_samples")
+    logger.info("%s", _describe(loaded.report, len(examples)))
+    return _to_dataset(examples)
+
+
+def _client_column(config: Config) -> AttributeColumn | None:
+    if config.partition.column is not None:
+        return _column(config.partition.column, "partition.column", required=True)
+    return _column(config.data.client_column, "data.client_column", required=True)
+
+
+def _eval_label(data: DataConfig) -> AttributeColumn | None:
+    columns = data.eval_columns or data.columns
+    return _column(columns.label, "data.columns.label", required=False)
+
+
+def _column(name: str | None, key: str, required: bool) -> AttributeColumn | None:
+    return None if name is None else AttributeColumn(name, key, required)
+
+
+def _optional(column: AttributeColumn | None) -> AttributeColumn | None:
+    return None if column is None else AttributeColumn(column.name, column.key, required=False)
+
+
+def _has_eval_source(data: DataConfig) -> bool:
+    """Whether evaluation records come from elsewhere than the training records."""
+    if data.eval_path is not None or data.path == "embedded":
+        return True
+    if data.eval_split is None:
+        return False
+    # A single training file has no splits, whatever a preset says about the hub's version.
+    return data.path is None or Path(data.path).expanduser().is_dir()
+
+
+def _hold_out(
+    examples: list[Example], data: DataConfig, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """A seeded part of the records, at most eval_max_samples; both parts keep the order."""
+    count = round(len(examples) * data.validation_fraction)
+    if data.validation_fraction > 0:
+        count = min(max(count, 1), data.eval_max_samples or count)
+    if count >= len(examples):
+        raise DataError(
+            f"{len(examples)} usable training record(s) leave nothing to train on after holding "
+            f"out data.validation_fraction={data.validation_fraction}; set it to 0"
+        )
+    chosen = set(_generator(seed, "validation").permutation(len(examples))[:count].tolist())
+    rest = [example for i, example in enumerate(examples) if i not in chosen]
+    return rest, [example for i, example in enumerate(examples) if i in chosen]
+
+
+def _sample(examples: list[Example], limit: int | None, seed: int, purpose: str) -> list[Example]:
+    """A seeded sample of at most ``limit`` records, in their order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    chosen = np.sort(_generator(seed, purpose).permutation(len(examples))[:limit])
+    return [examples[i] for i in chosen]
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(seed, "data", purpose))
+
+
+def _to_dataset(examples: list[Example]) -> "datasets.Dataset":
+    import datasets
+
+    columns: dict[str, list[Any]] = {
+        name: [getattr(example, name) for example in examples] for name in Example._fields
+    }
+    turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = datasets.Features(
+        messages=datasets.List(turn),
+        label=datasets.Value("string"),
+        client=datasets.Value("string"),
+        choice=datasets.Value("int32"),
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _describe(report: SourceReport, used: int) -> str:
+    counts = {
+        "usable": report.usable,
+        "used": used,
+        "empty": report.empty,
+        "bad": report.bad,
+        "duplicate": report.duplicates,
+        "without a known label": report.unscored,
+    }
+    parts = [f"{count} {name}" for name, count in counts.items() if count or name == "used"]
+    unused = f"; columns not used: {', '.join(report.unused_columns)}"
+    text = f"{report.source}: {report.read} records, {', '.join(parts)}"
+    return text + unused if report.unused_columns else text

@@ -1,0 +1,268 @@
+"""One data set as many clients, by the partitioners of flwr-datasets."""
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.config.schema import PartitionConfig
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.params import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+DEFAULT_NUM_CLIENTS = 10
+DIRICHLET_SEEDS = 20  # each allows flwr-datasets' eleven draws to reach min_size
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Clients in a fixed order; every training record belongs to one of them at most."""
+
+    train: "datasets.Dataset"
+    names: list[str]
+    indices: list[NDArray[np.int64]]  # rows of ``train`` per client
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return len(self.names)
+
+    @property
+    def num_unassigned(self) -> int:
+        """Records of no client: a pathological partition may leave classes unused."""
+        return len(self.train) - sum(len(rows) for rows in self.indices)
+
+    def client(self, i: int) -> "datasets.Dataset":
+        """The records of client ``i``."""
+        return self.train.select(self.indices[i])
+
+
+@dataclass(frozen=True)
+class ClientStats:
+    """One row of the table of clients; lengths in characters of all turns of a record."""
+
+    name: str
+    num_examples: int
+    label_counts: dict[str, int]
+    mean_length: float
+    median_length: float
+    max_length: int
+
+
+def partition(
+    train: "datasets.Dataset", config: PartitionConfig, num_clients: int | None, seed: int
+) -> Partition:
+    """Divide records among clients; the same seed gives the same clients.
+
+    ``train`` has the columns of ``load_federated_data``; its column client holds the values of
+    partition.column. ``num_clients`` None means 10, and for a natural partition one client per
+    value. Raises ConfigError with key, value and remedy for what cannot be divided so.
+    """
+    if config.name not in _PARTITIONERS:
+        close = get_close_matches(config.name, _PARTITIONERS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"partition.name={config.name}; use one of: {', '.join(_PARTITIONERS)}{hint}"
+        )
+    keys: list[str] = train["client"][:]
+    if config.name in _BY_COLUMN:
+        _check_column(config, keys)
+    if config.name == "natural":
+        names = sorted(set(keys))
+        _check_natural_count(config, names, num_clients)
+    else:
+        count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
+        _check_count(count, len(keys))
+        names = [f"client-{i}" for i in range(count)]
+    order = _record_order(keys, config, seed)
+    indices = _PARTITIONERS[config.name](order, config, len(names), seed)
+    return Partition(train, names, indices)
+
+
+def describe(partition: Partition) -> list[ClientStats]:
+    """Sizes, labels and lengths of every client, in client order."""
+    labels = np.array(partition.train["label"][:], dtype=object)
+    lengths = np.array(
+        [sum(len(turn["content"]) for turn in turns) for turns in partition.train["messages"][:]]
+    )
+    return [
+        ClientStats(
+            name=name,
+            num_examples=len(rows),
+            label_counts=dict(sorted(Counter(labels[rows]).items())),
+            mean_length=float(lengths[rows].mean()),
+            median_length=float(np.median(lengths[rows])),
+            max_length=int(lengths[rows].max()),
+        )
+        for name, rows in zip(partition.names, partition.indices, strict=True)
+    ]
+
+
+def _check_column(config: PartitionConfig, keys: list[str]) -> None:
+    if config.column is None:
+        raise ConfigError(
+            f"partition={config.name} needs a column to divide by, but partition.column is not "
+            f"set and the data set names none; set partition.column=<column>, or use partition=iid"
+        )
+    if not all(keys):
+        raise ConfigError(
+            f"partition.column={config.column} has no value in {keys.count('')} records; "
+            f"fill it in, or leave them out with data.on_bad_record=skip"
+        )
+
+
+def _check_natural_count(config: PartitionConfig, values: list[str], count: int | None) -> None:
+    if count is None or count == len(values):
+        return
+    shown = ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
+    raise ConfigError(
+        f"federation.num_clients={count}, but partition.column={config.column} has {len(values)} "
+        f"values ({shown}), one client each; set federation.num_clients={len(values)} or null"
+    )
+
+
+def _check_count(count: int, num_records: int) -> None:
+    if count < 1:
+        raise ConfigError(f"federation.num_clients must be at least 1, got {count}")
+    if count > num_records:
+        raise ConfigError(
+            f"federation.num_clients={count} is more than the {num_records} training records; "
+            f"set federation.num_clients={num_records} or less, or raise data.max_samples"
+        )
+
+
+def _record_order(keys: list[str], config: PartitionConfig, seed: int) -> "datasets.Dataset":
+    """Columns row and key for a partitioner, shuffled for those that cut contiguous pieces."""
+    import datasets
+
+    rows = np.arange(len(keys))
+    if config.name not in _BY_COLUMN:
+        rows = np.random.default_rng(derive_seed(seed, "partition")).permutation(len(keys))
+    return datasets.Dataset.from_dict({"row": rows, "key": [keys[i] for i in rows]})
+
+
+def _divide(
+    partitioner: Any, order: "datasets.Dataset", num_clients: int
+) -> list[NDArray[np.int64]]:
+    """Rows per client, by one of flwr-datasets' partitioners."""
+    partitioner.dataset = order
+    # Its warnings are checked here or become errors; its progress bar goes to stderr.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return [
+            np.array(partitioner.load_partition(i)["row"][:], np.int64) for i in range(num_clients)
+        ]
+
+
+def _iid(
+    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _divide(IidPartitioner(num_clients), order, num_clients)
+
+
+def _size(
+    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Client i holds a share proportional to (i + 1) ** alpha."""
+    from flwr_datasets.partitioner import IdToSizeFncPartitioner
+
+    partitioner = IdToSizeFncPartitioner(num_clients, lambda numbers: numbers**config.alpha)
+    try:
+        return _divide(partitioner, order, num_clients)
+    except ValueError:
+        raise ConfigError(
+            f"partition.alpha={config.alpha} leaves some of {num_clients} clients without any of "
+            f"the {len(order)} records; lower it, or federation.num_clients={num_clients}"
+        ) from None
+
+
+def _natural(
+    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    return _divide(NaturalIdPartitioner("key"), order, num_clients)
+
+
+def _dirichlet(
+    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Shares of each class ~ Dirichlet(alpha), drawn again until all reach min_size."""
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    if config.alpha <= 0:
+        raise ConfigError(
+            f"partition.alpha must be > 0 for a Dirichlet partition, got {config.alpha}; "
+            f"0.1 is very skewed, 100 nearly even"
+        )
+    for attempt in range(DIRICHLET_SEEDS):
+        partitioner = DirichletPartitioner(
+            num_partitions=num_clients,
+            partition_by="key",
+            alpha=float(config.alpha),
+            min_partition_size=config.min_size,
+            self_balancing=False,
+            seed=derive_seed(seed, "partition", attempt),
+        )
+        try:
+            return _divide(partitioner, order, num_clients)
+        except ValueError:
+            continue
+    raise ConfigError(
+        f"partition.alpha={config.alpha} with federation.num_clients={num_clients} and "
+        f"{len(order)} records never gave every client partition.min_size={config.min_size} "
+        f"records; raise alpha, or lower min_size or num_clients"
+    )
+
+
+def _pathological(
+    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Every client holds classes_per_client classes; client i has class i modulo their number."""
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    classes = sorted(set(order["key"][:]))
+    if config.classes_per_client > len(classes):
+        raise ConfigError(
+            f"partition.classes_per_client={config.classes_per_client}, but "
+            f"partition.column={config.column} has only {len(classes)} values "
+            f"({', '.join(classes[:10])}); lower it"
+        )
+    partitioner = PathologicalPartitioner(
+        num_partitions=num_clients,
+        partition_by="key",
+        num_classes_per_partition=config.classes_per_client,
+        class_assignment_mode="first-deterministic",
+        seed=derive_seed(seed, "partition"),
+    )
+    try:
+        return _divide(partitioner, order, num_clients)
+    except ValueError:
+        rarest, count = Counter(order["key"][:]).most_common()[-1]
+        raise ConfigError(
+            f"partition=pathological: a value of partition.column={config.column} has fewer "
+            f"records than clients that need it (the rarest, {rarest!r}, has {count}); lower "
+            f"federation.num_clients={num_clients}, or use partition=dirichlet"
+        ) from None
+
+
+_Partitioner = Callable[["datasets.Dataset", PartitionConfig, int, int], list[NDArray[np.int64]]]
+_PARTITIONERS: dict[str, _Partitioner] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "natural": _natural,
+    "pathological": _pathological,
+    "size": _size,
+}
+_BY_COLUMN = ("dirichlet", "natural", "pathological")

@@ -1,0 +1,187 @@
+"""Chat messages as text, with the parts that a model is trained to write marked as such."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from fedllm_flwr.data.records import Message
+from fedllm_flwr.errors import ConfigError, DataError, ModelError
+
+
+class Tokenizer(Protocol):
+    """What this package uses of a fast tokenizer of transformers."""
+
+    is_fast: Any
+    chat_template: Any
+    bos_token: Any
+    bos_token_id: Any
+    eos_token: Any
+    eos_token_id: Any
+    backend_tokenizer: Any
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """Tokenise a text or a list of texts."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Render messages by the tokenizer's own template."""
+
+
+class Segment(NamedTuple):
+    """A stretch of rendered text; ``supervised`` text enters the loss."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class TextTemplate:
+    """A template of plain text: the preamble, then one prompt and one answer per exchange."""
+
+    preamble: str  # a system message replaces it
+    first_prompt: str  # "{}" stands for the user's message
+    next_prompt: str
+
+    def prompt(self, content: str, first: bool) -> str:
+        """One user turn, up to where the answer starts."""
+        before, after = (self.first_prompt if first else self.next_prompt).split("{}")
+        return before + content + after
+
+
+# Texts of OpenFedLLM (arXiv 2402.06954); vicuna repeats as FastChat does.
+TEXT_TEMPLATES = {
+    "alpaca": TextTemplate(
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.",
+        "\n\n### Instruction:\n{} \n\n### Response:",
+        "\n\n### Instruction:\n{} \n\n### Response:",
+    ),
+    "vicuna": TextTemplate(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        " USER: {} ASSISTANT:",
+        "USER: {} ASSISTANT:",
+    ),
+}
+
+
+def render(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[Segment]:
+    """The text of a conversation, in segments; every answer with its EOS is supervised.
+
+    ``messages`` are [system,] user, assistant, ... and end with the assistant. A prompt never
+    ends in a space: the space before an answer belongs to the answer, where tokenizers put it.
+    Raises ConfigError for an unknown template, ModelError where the tokenizer cannot render.
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DataError("a conversation to train on must end with an assistant turn")
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "the tokenizer has no eos_token, so a model cannot learn where an answer ends; "
+            "choose a model whose tokenizer defines one"
+        )
+    if template == "chat":
+        return _space_to_answers(_render_chat(messages, tokenizer))
+    return _render_text(messages, _text_template(template), tokenizer.eos_token)
+
+
+def render_prompt(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> str:
+    """The text before the answer to the last user message, without trailing spaces.
+
+    For a conversation that goes on with an answer, this is the text before that answer in
+    ``render``; generation starts from it. ``messages`` end with the user.
+    """
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError("a prompt must end with a user turn")
+    if template == "chat":
+        return _apply(tokenizer, messages, add_generation_prompt=True).rstrip(" ")
+    placeholder: Message = {"role": "assistant", "content": ""}
+    segments = render([*messages, placeholder], template, tokenizer)
+    return "".join(segment.text for segment in segments[:-1])
+
+
+def _text_template(name: str) -> TextTemplate:
+    if name not in TEXT_TEMPLATES:
+        raise ConfigError(f"data.template={name}; use one of: {', '.join(TEXT_TEMPLATES)}, chat")
+    return TEXT_TEMPLATES[name]
+
+
+def _render_text(messages: Sequence[Message], template: TextTemplate, eos: str) -> list[Segment]:
+    segments: list[Segment] = []
+    preamble = template.preamble
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "system":
+            preamble = content
+        elif message["role"] == "user":
+            prompt = template.prompt(content, first=not segments)
+            segments.append(Segment(prompt if segments else preamble + prompt, False))
+        else:
+            segments.append(Segment(f" {content}{eos}", True))
+    return segments
+
+
+def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Segment]:
+    """Segments by rendering prefixes: an answer is what its turn adds to the prompt before it."""
+    segments: list[Segment] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _apply(tokenizer, messages[:i], add_generation_prompt=True)
+        through = _apply(tokenizer, messages[: i + 1], add_generation_prompt=False)
+        if not (prompt.startswith(done) and through.startswith(prompt)):
+            raise ModelError(
+                f"the tokenizer's chat template does not extend its own prompt (turn {i + 1}), so "
+                f"answers cannot be told from prompts; set data.template=alpaca or vicuna"
+            )
+        segments.append(Segment(prompt[len(done) :], False))
+        segments += _end_answer(
+            through[len(prompt) :], tokenizer.eos_token, last=i == len(messages) - 1
+        )
+        done = through
+    return segments
+
+
+def _end_answer(text: str, eos: str, last: bool) -> list[Segment]:
+    """The answer through its EOS; white space that a template adds after it is not supervised."""
+    answer, found, after = text.rpartition(eos)
+    if found and not after.strip():
+        segments = [Segment(answer + eos, True)]
+        return segments if last or not after else [*segments, Segment(after, False)]
+    return [Segment(text + eos, True)] if last else [Segment(text, True)]
+
+
+def _space_to_answers(segments: list[Segment]) -> list[Segment]:
+    """Join neighbours of a kind, and move spaces at a prompt's end to the answer after it."""
+    moved: list[Segment] = []
+    for segment in segments:
+        if moved and not segment.supervised and not moved[-1].supervised:
+            moved[-1] = Segment(moved[-1].text + segment.text, False)
+        elif moved and segment.supervised:
+            prompt = moved[-1].text.rstrip(" ")
+            spaces = moved[-1].text[len(prompt) :]
+            moved[-1] = Segment(prompt, False)
+            moved.append(Segment(spaces + segment.text, True))
+        else:
+            moved.append(segment)
+    return moved
+
+
+def _apply(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "data.template=chat, but the model's tokenizer has no chat template; "
+            "set data.template=alpaca or vicuna"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"the tokenizer's chat template refuses a conversation of {roles} ({error}); "
+            f"set data.template=alpaca or vicuna"
+        ) from None
+    return text

@@ -1,0 +1,140 @@
+"""Tokens of rendered text, each marked as supervised or not, with exact boundaries."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.data.templates import Segment, Tokenizer
+from fedllm_flwr.errors import ModelError
+
+TokenArray = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+BATCH = 1000  # texts per call of the tokenizer: bounds the memory, keeps its threads busy
+
+
+def tokenise(
+    conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer
+) -> Iterator[tuple[TokenArray, Mask]]:
+    """Yield (tokens, supervised), both of shape (length,), for each list of segments.
+
+    A text is tokenised as a whole, as a user of the model would. The tokens before an answer are
+    the tokens of the prompt alone: where the tokenizer would merge across that boundary, the two
+    sides are tokenised apart. There is one BOS if the tokenizer or the text calls for one.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the model's tokenizer is a slow (pure Python) one, without token positions; "
+            "choose a model with a tokenizer.json"
+        )
+    bos = _default_bos(tokenizer)
+    prompt_ends = _PromptEnds(tokenizer)
+    for start in range(0, len(conversations), BATCH):
+        batch = conversations[start : start + BATCH]
+        encodings = _encodings(["".join(part.text for part in parts) for parts in batch], tokenizer)
+        for parts, encoding in zip(batch, encodings, strict=True):
+            tokens, supervised = _mark(encoding, parts, prompt_ends) or _apart(parts, tokenizer)
+            if bos is not None and tokens[:1] != [bos]:
+                tokens, supervised = [bos, *tokens], [False, *supervised]
+            yield np.array(tokens, np.int32), np.array(supervised, np.bool_)
+
+
+def require_eos(tokenizer: Tokenizer) -> None:
+    """Raise ModelError unless the EOS token's text is tokenised to the EOS id."""
+    tokens = tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    if tokens != [tokenizer.eos_token_id]:
+        raise ModelError(
+            f"the tokenizer turns its eos_token {tokenizer.eos_token!r} into {tokens}, not into "
+            f"its id {tokenizer.eos_token_id}; mend the tokenizer's special tokens"
+        )
+
+
+def _default_bos(tokenizer: Tokenizer) -> int | None:
+    """The BOS id if the tokenizer puts one before every text."""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    bos: int | None = tokenizer.bos_token_id
+    return bos if first == [bos] else None
+
+
+def _encodings(texts: list[str], tokenizer: Tokenizer) -> Any:
+    """Encodings of the tokenizers library: ids, and character positions on request."""
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    ).encodings
+
+
+def _mark(
+    encoding: Any, parts: Sequence[Segment], prompt_ends: "_PromptEnds"
+) -> tuple[list[int], list[bool]] | None:
+    """Tokens and marks of a whole text; None if a token runs across the start of an answer."""
+    tokens: list[int] = encoding.ids
+    supervised: list[bool] = []
+    length = sum(len(part.text) for part in parts)
+    position = 0
+    for i, part in enumerate(parts):
+        index = _token_at(encoding, position, length, len(tokens))
+        across = index < len(tokens) and encoding.token_to_chars(index)[0] < position
+        if part.supervised and i > 0:
+            if across or not prompt_ends.as_alone(tokens[:index], parts[i - 1].text):
+                return None
+        elif across:  # the token began inside the answer before
+            index += 1
+        supervised += [parts[i - 1].supervised] * (index - len(supervised))
+        position += len(part.text)
+    supervised += [parts[-1].supervised] * (len(tokens) - len(supervised))
+    return tokens, supervised
+
+
+def _token_at(encoding: Any, position: int, length: int, num_tokens: int) -> int:
+    """Index of the first token at or after a character; some tokenizers leave spaces uncovered."""
+    for character in range(position, length):
+        index: int | None = encoding.char_to_token(character)
+        if index is not None:
+            return index
+    return num_tokens
+
+
+def _apart(parts: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Tokens and marks with every segment tokenised alone."""
+    tokens: list[int] = []
+    supervised: list[bool] = []
+    for part, encoding in zip(
+        parts, _encodings([part.text for part in parts], tokenizer), strict=True
+    ):
+        tokens += encoding.ids
+        supervised += [part.supervised] * len(encoding.ids)
+    return tokens, supervised
+
+
+class _PromptEnds:
+    """Checks the tokens of white space at the end of prompts.
+
+    Byte-level tokenizers split white space by what follows it ("\\n\\n" before a letter becomes
+    two tokens, at the end of a text one), so a prompt can change without any token running
+    across its end. All other text is tokenised without looking ahead.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens_of_space: dict[str, list[int]] = {}
+
+    def as_alone(self, tokens: list[int], prompt: str) -> bool:
+        """Whether ``tokens`` end as the tokens of ``prompt`` tokenised by itself do."""
+        text = prompt.rstrip()
+        if len(text) == len(prompt):
+            return True
+        last_line = prompt[text.rfind("\n") + 1 :]
+        if last_line not in self._tokens_of_space:
+            encoding = _encodings([last_line], self._tokenizer)[0]
+            space_start = len(last_line.rstrip())
+            index = _token_at(encoding, space_start, len(last_line), len(encoding.ids) - 1)
+            self._tokens_of_space[last_line] = encoding.ids[index:]
+        space = self._tokens_of_space[last_line]
+        return tokens[len(tokens) - len(space) :] == space

@@ -1,0 +1,56 @@
+"""What server and clients say to each other, as plain dataclasses."""
+
+from dataclasses import dataclass, field
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.params import Params
+
+
+@dataclass(frozen=True)
+class LocalCorrection:
+    """Terms added to a client's gradient: ``mu (w_i - w)`` and, with control variates, ``c - c_i``."""
+
+    mu: float = 0.0
+    control_variates: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One round's work for a client.
+
+    ``params`` is the global adapter w, ``learning_rate`` the local one of this round.
+    """
+
+    round: int
+    params: Params
+    learning_rate: float
+    config: Config
+    correction: LocalCorrection = field(default_factory=LocalCorrection)
+    control: Params | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's answer: ``delta`` = w_i - w, and the number of distinct examples it used."""
+
+    delta: Params
+    num_examples: int
+    metrics: dict[str, float]
+    control_delta: Params | None = None
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What a node says of itself when asked at the start of a run."""
+
+    name: str
+    num_examples: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client's refusal, in wording that quotes no data."""
+
+    kind: str
+    reason: str

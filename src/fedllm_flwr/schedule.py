@@ -1,0 +1,55 @@
+"""Who trains when, at what learning rate, on which examples. NumPy only."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.config.schema import FederationConfig, TrainingConfig
+from fedllm_flwr.params import derive_seed
+
+
+def num_sampled(federation: FederationConfig, num_clients: int) -> int:
+    """Clients per round: a count, or a fraction of all rounded to the nearest, at least one."""
+    if federation.sample_clients is not None:
+        return min(federation.sample_clients, num_clients)
+    return max(1, round(federation.sample_fraction * num_clients))
+
+
+def cosine_learning_rate(training: TrainingConfig, server_round: int, num_rounds: int) -> float:
+    """Local learning rate of a round (from 1): half a cosine from the initial to the minimal one.
+
+    lr_r = lr_min + (lr - lr_min) (1 + cos(pi (r - 1) / R)) / 2, constant within the round (the
+    schedule of OpenFedLLM).
+    """
+    low, high = training.min_learning_rate, training.learning_rate
+    return low + (high - low) * (1 + math.cos(math.pi * (server_round - 1) / num_rounds)) / 2
+
+
+def steps_per_round(training: TrainingConfig, num_examples: int) -> int:
+    """Optimizer steps of one client in one round."""
+    if training.max_steps > 0:
+        return training.max_steps
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    return max(1, math.ceil(num_examples * training.num_epochs / per_step))
+
+
+def draw_examples(
+    num_examples: int, count: int, server_round: int, seed: int, client: str
+) -> NDArray[np.int64]:
+    """Indices of the `count` examples that a client trains on in a round.
+
+    The client's data is an endless stream of shuffled passes; round r reads the r-th window of
+    `count` examples. No example comes twice before a pass is over, whatever rounds the client
+    misses, and no state has to be kept.
+    """
+    start = (server_round - 1) * count
+    positions = np.arange(start, start + count)
+    drawn = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(positions // num_examples):
+        shuffled = np.random.default_rng(
+            derive_seed(seed, "examples", client, int(epoch))
+        ).permutation(num_examples)
+        chosen = positions // num_examples == epoch
+        drawn[chosen] = shuffled[positions[chosen] % num_examples]
+    return drawn

@@ -1,0 +1,22 @@
+"""Federated averaging.
+
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+https://arxiv.org/abs/1602.05629
+"""
+
+from fedllm_flwr.params import Params, add
+from fedllm_flwr.strategies.base import FederatedStrategy, Moments
+
+
+class FedAvg(FederatedStrategy):
+    """w <- w + sum_i p_i D_i with p_i = n_i / sum_j n_j and D_i = w_i - w.
+
+    n_i counts the examples that client i used in the round; in the ``openfedllm`` variant, those
+    that it holds.
+    """
+
+    def server_step(
+        self, params: Params, delta: Params, moments: Moments
+    ) -> tuple[Params, Moments]:
+        """w + D."""
+        return add(params, delta), moments

@@ -1,0 +1,171 @@
+"""Clients from one data set: counts, coverage, repeatability and errors."""
+
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+
+from fedllm_flwr.config.schema import PartitionConfig
+from fedllm_flwr.data.partition import Partition, describe, partition
+from fedllm_flwr.errors import ConfigError
+
+CLASSES = ("negative", "neutral", "positive")
+
+
+def records(count: int, classes: tuple[str, ...] = CLASSES) -> datasets.Dataset:
+    values = [classes[i % len(classes)] for i in range(count)]
+    return datasets.Dataset.from_dict(
+        {
+            "messages": [
+                [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * i}]
+                for i in range(count)
+            ],
+            "label": values,
+            "client": values,
+        }
+    )
+
+
+def by_label(name: str, **options: object) -> PartitionConfig:
+    return PartitionConfig(name, column="output", **options)
+
+
+def rows(divided: Partition) -> list[list[int]]:
+    return [indices.tolist() for indices in divided.indices]
+
+
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "natural", "pathological", "size"])
+def test_every_record_has_one_client_and_a_seed_repeats(name: str) -> None:
+    train, config = records(90), by_label(name, min_size=1)
+    count = None if name == "natural" else 5
+
+    divided = partition(train, config, count, seed=3)
+    assert sorted(row for part in rows(divided) for row in part) == list(range(90))
+    assert divided.num_unassigned == 0
+    assert rows(partition(train, config, count, seed=3)) == rows(divided)
+    if name != "natural":
+        assert rows(partition(train, config, count, seed=4)) != rows(divided)
+        assert divided.names == [f"client-{i}" for i in range(5)]
+    assert divided.client(1)["label"][:] == [train[i]["label"] for i in rows(divided)[1]]
+
+
+def test_iid_sizes_differ_by_one_and_ignore_the_order_of_the_file() -> None:
+    divided = partition(records(100), PartitionConfig("iid"), None, seed=0)
+
+    assert [len(part) for part in rows(divided)] == [10] * 10
+    assert rows(divided)[0] != list(range(10))
+
+
+def test_size_gives_shares_of_a_power_law() -> None:
+    divided = partition(records(550), PartitionConfig("size", alpha=1.0), 10, seed=0)
+
+    sizes = [len(part) for part in rows(divided)]
+    assert sum(sizes) == 550
+    np.testing.assert_allclose(sizes, [10 * (i + 1) for i in range(10)], atol=5)
+
+
+def test_natural_clients_are_the_sorted_values() -> None:
+    train = records(12, ("tfns", "fpb", "fiqa"))
+
+    divided = partition(train, by_label("natural"), None, seed=0)
+    assert divided.names == ["fiqa", "fpb", "tfns"]
+    for i, name in enumerate(divided.names):
+        assert set(divided.client(i)["client"]) == {name}
+
+
+def test_pathological_clients_hold_exactly_so_many_classes() -> None:
+    divided = partition(records(90), by_label("pathological", classes_per_client=2), 6, seed=0)
+
+    for i in range(6):
+        assert len(set(divided.client(i)["label"])) == 2
+
+
+def test_pathological_counts_records_of_classes_that_nobody_holds() -> None:
+    divided = partition(records(90), by_label("pathological", classes_per_client=1), 2, seed=0)
+
+    assert divided.num_unassigned == 30
+
+
+def test_small_alpha_is_more_skewed_than_a_large_one() -> None:
+    def spread(alpha: float) -> float:
+        config = by_label("dirichlet", alpha=alpha, min_size=1)
+        divided = partition(records(3000), config, 5, seed=1)
+        shares = [Counter(divided.client(i)["label"]) for i in range(5)]
+        return float(np.mean([max(count.values()) / count.total() for count in shares]))
+
+    assert spread(0.1) > 0.7 > 0.4 > spread(1000.0)
+
+
+def test_dirichlet_reaches_min_size() -> None:
+    config = by_label("dirichlet", alpha=0.3, min_size=20)
+
+    assert min(map(len, rows(partition(records(600), config, 5, seed=0)))) >= 20
+
+
+def test_describe_counts_labels_and_lengths() -> None:
+    train = records(6)
+
+    stats = describe(partition(train, by_label("natural"), 3, seed=0))
+    assert [item.name for item in stats] == list(CLASSES)
+    assert stats[1].label_counts == {"neutral": 2}
+    # Records 1 and 4: one character of question, one and four of answer.
+    assert (stats[1].mean_length, stats[1].median_length, stats[1].max_length) == (3.5, 3.5, 5)
+    assert sum(item.num_examples for item in stats) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "message"),
+    [
+        (PartitionConfig("irichlet"), 2, r"partition\.name=irichlet; use one of: .*dirichlet\?"),
+        (PartitionConfig("natural"), None, r"partition\.column is not set .*partition=iid"),
+        (PartitionConfig("dirichlet"), 2, r"partition=dirichlet needs a column"),
+        (
+            by_label("natural"),
+            7,
+            r"federation\.num_clients=7, but partition\.column=output has 3 values "
+            r"\(negative, neutral, positive\).*set federation\.num_clients=3 or null",
+        ),
+        (PartitionConfig("iid"), 31, r"federation\.num_clients=31 is more than the 30 training"),
+        (PartitionConfig("iid"), 0, r"federation\.num_clients must be at least 1, got 0"),
+        (by_label("dirichlet", alpha=0.0), 2, r"partition\.alpha must be > 0 .*got 0\.0"),
+        (
+            by_label("dirichlet", alpha=0.01, min_size=11),
+            3,
+            r"partition\.alpha=0\.01 with federation\.num_clients=3 and 30 records never gave .*"
+            r"partition\.min_size=11",
+        ),
+        (
+            by_label("pathological", classes_per_client=4),
+            2,
+            r"partition\.classes_per_client=4, but partition\.column=output has only 3 values",
+        ),
+        (
+            by_label("pathological", classes_per_client=3),
+            12,
+            r"partition=pathological: a value of partition\.column=output has fewer records",
+        ),
+        (
+            PartitionConfig("size", alpha=9.0),
+            10,
+            r"partition\.alpha=9\.0 leaves some of 10 clients",
+        ),
+    ],
+)
+def test_impossible_partitions_are_one_clear_line(
+    config: PartitionConfig, count: int | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        partition(records(30), config, count, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_records_without_a_value_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.column=output has no value in 2 records"):
+        partition(records(6, ("", "a", "b")), by_label("natural"), None, seed=0)
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    partition(records(30), by_label("natural"), None, seed=0)
+
+    assert capfd.readouterr() == ("", "")
