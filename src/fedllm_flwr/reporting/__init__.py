@@ -1,0 +1,1 @@
+"""What a run shows and leaves: console, metrics, figures, trackers, model card."""

@@ -1,0 +1,220 @@
+"""What a run prints: plan, progress, a row per round, the closing table; and errors."""
+
+import atexit
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TextIO, cast
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+from fedllm_flwr.reporting.metrics import Record
+from fedllm_flwr.reporting.plan import Plan, plan_lines
+from fedllm_flwr.reporting.progress import Progress
+from fedllm_flwr.reporting.stream import SafeStream
+from fedllm_flwr.reporting.table import (
+    Metrics,
+    RoundTable,
+    closing_table,
+    finished_line,
+    next_lines,
+    path_lines,
+    summary_rows,
+)
+from fedllm_flwr.reporting.text import one_line
+
+LOG_WIDTH = 140  # columns, where there is no terminal
+HEARTBEAT_S = 30.0  # a log shows a sign of life at most this often within a round
+
+
+class Console:
+    """Prints a run's report; live progress on a terminal, plain lines elsewhere.
+
+    Nothing here raises because of the stream: a closed pipe or a narrow encoding costs output,
+    not the run. Use as a context manager, or call `close`, to give the terminal back.
+
+    Args:
+        stream: standard output if None.
+        interactive: whether to animate; None asks the stream.
+        quiet: print errors only.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        interactive: bool | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = SafeStream(stream or sys.stdout)
+        if interactive is None:
+            interactive = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._interactive = interactive
+        self._quiet = quiet
+        self._clock = clock
+        self._rich = _rich_console(self._stream, interactive)
+        self._live: Live | None = None
+        self._progress = Progress(clock)
+        self._table: RoundTable | None = None
+        self._plan: Plan | None = None
+        self._names: set[str] = set()
+        self._last_output_s = clock()
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the animation and show the cursor again; may be called twice."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+            atexit.unregister(self.close)
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; `LOG_WIDTH` without one."""
+        if not self._interactive:
+            return LOG_WIDTH
+        return shutil.get_terminal_size((LOG_WIDTH, 24)).columns
+
+    def plan(self, plan: Plan) -> None:
+        """Show what will happen."""
+        self._plan = plan
+        self._names |= set(plan.client_names)
+        title, *rest = plan_lines(plan, self.width)
+        self._print(title, "bold")
+        for line in rest:
+            self._print(line)
+        for warning in plan.warnings:
+            self._print(f"  warning: {one_line(warning)}", "yellow")
+        self._print("")
+
+    def status(self, text: str) -> None:
+        """Say what is going on: passing on a terminal, a line in a log until rounds begin."""
+        if self._interactive:
+            self._progress.status = text
+            self._animate()
+        elif self._table is None and text:
+            self._print(f"  {one_line(text)}")
+
+    def start_round(self, round: int, names: Sequence[str]) -> None:
+        """A round begins with these clients."""
+        self._names |= set(names)
+        total = self._plan.num_rounds if self._plan else None
+        self._progress.start_round(round, total, len(names))
+        self._animate()
+
+    def reply(self, round: int, name: str, loss: float | None) -> None:
+        """A client has answered; loss None: without a usable update."""
+        self._progress.reply(loss)
+        if not self._interactive and self._clock() - self._last_output_s >= HEARTBEAT_S:
+            self._print(f"        {self._progress.line()}")
+
+    def round(self, record: Record, eta_s: float | None = None) -> None:
+        """A row of the table; `eta_s` is the estimated time until the run ends, in seconds."""
+        if self._table is None:
+            self._table = self._new_table(record)
+            self._print(self._table.header(), "bold")
+        self._progress.finish_round(eta_s)
+        self._print(self._table.row(record, eta_s))
+        for line in self._table.failures(record):
+            self._print(line, "yellow")
+
+    def closing(
+        self,
+        summary: Mapping[str, Any],
+        paths: Mapping[str, Path],
+        rows: Sequence[tuple[str, Metrics]] = (),
+        next_commands: Sequence[str] = (),
+        label: str = "federated",
+    ) -> None:
+        """The result against the base model, where the time went, what was written, what next.
+
+        Args:
+            summary: as `summarise` makes it.
+            paths: what was written, by label; the first in full, its neighbours shortened.
+            rows: further rows between the base model and the result.
+            next_commands: commands worth trying now.
+            label: name of the result's row.
+        """
+        self.close()
+        table = summary_rows(summary, rows, label)
+        if table:
+            self._print("")
+            header, *lines = closing_table(table)
+            self._print(header, "bold")
+            for line in lines:
+                self._print(line)
+        self._print("")
+        self._print(finished_line(summary))
+        if failures := summary.get("failures"):
+            noun = "reply was" if failures == 1 else "replies were"
+            self._print(f"  {failures} client {noun} missing or refused.", "yellow")
+        for line in [*path_lines(paths, self.width), *next_lines(next_commands, self.width)]:
+            self._print(line)
+
+    def error(self, message: str) -> None:
+        """End the animation and print one line on standard error."""
+        self.close()
+        print_error(message)
+
+    def _new_table(self, record: Record) -> RoundTable:
+        metrics, plan = record.get("eval") or {}, self._plan
+        failures = record.get("failures") or {}
+        return RoundTable(
+            [*self._names, *failures],
+            evaluated=bool(metrics or (plan and plan.eval_records)),
+            accuracy="accuracy" in metrics or bool(plan and plan.eval_records and plan.has_labels),
+            client_eval="client_eval" in record or bool(plan and plan.client_eval),
+            time_left=not self._interactive,
+        )
+
+    def _animate(self) -> None:
+        if self._live is None and self._interactive and not self._quiet:
+            self._live = Live(
+                self._progress, console=self._rich, transient=True, refresh_per_second=5
+            )
+            self._live.start()
+            atexit.register(self.close)
+
+    def _print(self, line: str, style: str = "") -> None:
+        if self._quiet:
+            return
+        self._last_output_s = self._clock()
+        if self._interactive:
+            self._rich.print(Text(line, style=style), soft_wrap=True)
+        else:
+            self._stream.write(line.rstrip() + "\n")
+            self._stream.flush()
+
+
+def print_error(message: str, stream: TextIO | None = None) -> None:
+    """Print ``error: ...`` as one line on standard error, red on a terminal."""
+    safe = SafeStream(stream or sys.stderr)
+    line = f"error: {one_line(message)}"
+    if safe.isatty():
+        _rich_console(safe, True).print(Text(line, style="red"), soft_wrap=True)
+    else:
+        safe.write(f"{line}\n")
+        safe.flush()
+
+
+def _rich_console(stream: SafeStream, interactive: bool) -> RichConsole:
+    return RichConsole(
+        file=cast(IO[str], stream), force_terminal=interactive, highlight=False, markup=False
+    )

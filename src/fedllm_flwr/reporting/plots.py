@@ -1,0 +1,249 @@
+"""Figures of a run as PNG files. Matplotlib is imported when the first one is drawn."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.reporting.clients import label_counts
+from fedllm_flwr.reporting.metrics import Record
+from fedllm_flwr.reporting.text import one_line, shorten, shorten_middle
+
+if TYPE_CHECKING:
+    from fedllm_flwr.data.partition import ClientStats
+
+# Okabe and Ito (2008), told apart with any kind of colour vision.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+Curve = Sequence[tuple[int, float, float, float]]  # (round, mean, low, high)
+
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "font.size": 10,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}
+_MARKED_ROUNDS = 30  # more points than this make a line, not marks
+_NAMED_CLIENTS = 60  # more names than this cannot be read
+_LABEL_PALETTE = (*PALETTE[:6], "#F0E442", "#999999")
+
+
+def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
+    """Loss per round, in training and on held-out records; accuracy and macro F1 where known.
+
+    Raises:
+        FederationError: the file cannot be written.
+    """
+    scores = {
+        name: _series(records, "eval", key)
+        for name, key in (("accuracy", "accuracy"), ("macro F1", "macro_f1"))
+    }
+    scores = {name: series for name, series in scores.items() if series}
+    with _figure(path, (10.5 if scores else 6.5, 4.0)) as figure:
+        figure.suptitle(shorten(one_line(title), 100), fontsize=12)
+        axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+        _plot_losses(axes[0], records)
+        if scores:
+            _plot_scores(axes[1], scores)
+        for axis in axes:
+            _round_axis(axis)
+
+
+def plot_comparison(
+    curves: Mapping[str, Curve], path: Path, ylabel: str = "loss on held-out records (nats/token)"
+) -> None:
+    """One line per name with its spread, such as the algorithms of a comparison.
+
+    Raises:
+        FederationError: the file cannot be written.
+    """
+    styles = ("-", "--", ":", "-.")
+    with _figure(path, (7.5, 4.5)) as figure:
+        axis = figure.subplots()
+        for i, (name, curve) in enumerate(curves.items()):
+            rounds, mean, low, high = np.array(curve, dtype=float).reshape(-1, 4).T
+            color, style = PALETTE[i % len(PALETTE)], styles[i // len(PALETTE) % len(styles)]
+            label = shorten(one_line(name), 30)
+            axis.plot(rounds, mean, style, color=color, label=label, **_marks(len(curve)))
+            axis.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.set_ylabel(ylabel)
+        _legend_outside(axis)
+        _round_axis(axis)
+
+
+def plot_clients(stats: "Sequence[ClientStats]", path: Path) -> None:
+    """Clients' sizes, divided by label, and the lengths of their records.
+
+    Raises:
+        FederationError: the file cannot be written.
+    """
+    height = min(max(3.0, 1.5 + 0.24 * len(stats)), 14.0)
+    with _figure(path, (11.0, height)) as figure:
+        sizes, lengths = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        _plot_sizes(sizes, stats)
+        _plot_lengths(lengths, stats)
+        _client_axis(sizes, stats)
+        lengths.tick_params(axis="y", length=0)
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure that is drawn without a display and written to `path` when the block ends."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # font cache, missing home directory
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
+        warnings.filterwarnings("ignore", message="Glyph")  # names in scripts the font lacks
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())
+
+
+def _series(records: Sequence[Record], section: str, key: str) -> list[tuple[int, float]]:
+    """(round, value) of the rounds that have one."""
+    found = ((item["round"], (item.get(section) or {}).get(key)) for item in records)
+    return [(number, float(value)) for number, value in found if value is not None]
+
+
+def _plot_losses(axis: Any, records: Sequence[Record]) -> None:
+    trained = [item for item in records if item.get("loss") is not None]
+    rounds = [item["round"] for item in trained]
+    spreads = [_client_range(item) for item in trained]
+    blue, orange, green = PALETTE[:3]
+    if trained:
+        axis.plot(
+            rounds,
+            [item["loss"] for item in trained],
+            color=blue,
+            label="training, mean of clients",
+            **_marks(len(trained)),
+        )
+    if any(high > low for low, high in spreads):
+        low, high = zip(*spreads, strict=True)
+        label = "training, lowest to highest client"
+        axis.fill_between(rounds, low, high, color=blue, alpha=0.18, linewidth=0, label=label)
+        if len(trained) == 1:  # an area of one round has no width
+            axis.vlines(rounds, low, high, color=blue, alpha=0.4, linewidth=4)
+    for section, name, color, style in (
+        ("eval", "held-out records", orange, "-"),
+        ("client_eval", "clients' own held-out records", green, "--"),
+    ):
+        if series := _series(records, section, "loss"):
+            axis.plot(
+                *zip(*series, strict=True), style, color=color, label=name, **_marks(len(series))
+            )
+    axis.set_title("Loss", loc="left")
+    axis.set_ylabel("loss (nats/token)")
+    if axis.has_data():
+        axis.legend(fontsize=9)
+
+
+def _client_range(record: Record) -> tuple[float, float]:
+    """Lowest and highest training loss among the clients of a round."""
+    values = [item.get("loss") for item in (record.get("clients") or {}).values()]
+    losses = [value for value in values if value is not None] or [record["loss"]]
+    return min(losses), max(losses)
+
+
+def _plot_scores(axis: Any, scores: Mapping[str, list[tuple[int, float]]]) -> None:
+    for (name, series), color, style in zip(scores.items(), PALETTE[1:], ("-", "--"), strict=False):
+        axis.plot(*zip(*series, strict=True), style, color=color, label=name, **_marks(len(series)))
+    axis.set_ylim(0, 1)
+    axis.set_title("Answers on held-out records", loc="left")
+    axis.set_ylabel("share (0 to 1)")
+    axis.legend(fontsize=9, loc="lower right")
+
+
+def _plot_sizes(axis: Any, stats: "Sequence[ClientStats]") -> None:
+    labels, counts = label_counts(stats, len(_LABEL_PALETTE))
+    rows = np.arange(len(stats))
+    height = 0.75 if len(stats) > 3 else 0.4
+    if len(labels) < 2:
+        axis.barh(rows, [item.num_examples for item in stats], color=PALETTE[0], height=height)
+    else:
+        table = np.array(counts)  # (clients, labels)
+        starts = np.cumsum(table, axis=1) - table
+        for i, label in enumerate(labels):
+            axis.barh(
+                rows,
+                table[:, i],
+                left=starts[:, i],
+                color=_LABEL_PALETTE[i],
+                height=height,
+            )
+        _legend_below(axis, axis.containers, [shorten(one_line(label), 24) for label in labels])
+    axis.set_title("Records" + (" by label" if len(labels) > 1 else ""), loc="left")
+    axis.set_xlabel("training records")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.grid(axis="y", visible=False)
+
+
+def _plot_lengths(axis: Any, stats: "Sequence[ClientStats]") -> None:
+    rows = np.arange(len(stats))
+    median = np.array([item.median_length for item in stats])
+    longest = np.array([item.max_length for item in stats])
+    axis.hlines(rows, median, longest, color="#bbbbbb", linewidth=1.5)
+    marks = axis.plot(median, rows, "o", color=PALETTE[0], markersize=5)
+    marks += axis.plot(longest, rows, "|", color=PALETTE[1], markersize=8)
+    if median.size and longest.max() > 20 * max(1.0, median.min()):
+        axis.set_xscale("log")
+    else:
+        axis.set_xlim(left=0)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.set_title("Length of a record", loc="left")
+    axis.set_xlabel("characters, all turns")
+    axis.grid(axis="y", visible=False)
+    _legend_below(axis, marks, ["median", "longest"])
+
+
+def _client_axis(axis: Any, stats: "Sequence[ClientStats]") -> None:
+    """Clients from top to bottom, named while there is room, by number otherwise."""
+    axis.set_ylim(len(stats) - 0.4, -0.6)
+    if len(stats) <= _NAMED_CLIENTS:
+        names = [shorten_middle(one_line(item.name), 28) for item in stats]
+        axis.set_yticks(range(len(stats)), names, fontsize=9 if len(stats) <= 30 else 7.5)
+    else:
+        axis.set_ylabel(f"{len(stats)} clients, by number")
+
+
+def _round_axis(axis: Any) -> None:
+    axis.set_xlabel("round")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _legend_below(axis: Any, artists: Sequence[Any], labels: Sequence[str]) -> None:
+    axis.legend(
+        artists,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(0.0, -0.5 / axis.figure.get_figheight()),
+        ncols=min(len(labels), 4),
+        fontsize=9,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+
+
+def _legend_outside(axis: Any) -> None:
+    if axis.has_data():
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+
+
+def _marks(points: int) -> dict[str, Any]:
+    return {"marker": "o", "markersize": 4} if points <= _MARKED_ROUNDS else {"linewidth": 1.2}

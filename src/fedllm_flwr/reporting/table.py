@@ -1,0 +1,193 @@
+"""The table of rounds and the closing table, as lines of text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.reporting.metrics import Record
+from fedllm_flwr.reporting.plan import SEPARATOR
+from fedllm_flwr.reporting.text import fixed, format_seconds, one_line, shorten_middle, whole_parts
+
+Metrics = Mapping[str, Any]
+
+NOT_EVALUATED = "."  # this round; a dash says that there is no such number
+CLOSING_COLUMNS = (("loss", "loss", 3), ("accuracy", "accuracy", 2), ("macro F1", "macro_f1", 2))
+_MAX_CLIENTS_WIDTH = 40
+_MIN_NAME_WIDTH = 8
+_INDENT = 8
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table of rounds; `cell` gets the record and the seconds left."""
+
+    title: str
+    width: int
+    cell: Callable[[Record, float | None], str]
+
+
+class RoundTable:
+    """Header and rows of the table of rounds.
+
+    Args:
+        client_names: known so far; the longest decides on the width of the clients column.
+        evaluated: show the loss on held-out records.
+        accuracy: show accuracy, too.
+        client_eval: show the mean loss on the clients' own held-out records.
+        time_left: show the estimated time left, for readers without a progress line.
+    """
+
+    def __init__(
+        self,
+        client_names: Sequence[str],
+        evaluated: bool = True,
+        accuracy: bool = True,
+        client_eval: bool = False,
+        time_left: bool = False,
+    ) -> None:
+        longest = max((len(one_line(name)) for name in client_names), default=0)
+        self._clients_width = min(max(18, longest + len("10/10 (: refused)")), _MAX_CLIENTS_WIDTH)
+        chosen = [Column("loss", 8, lambda item, _: fixed(item.get("loss"), 3))]
+        if evaluated:
+            chosen.append(Column("eval loss", 12, lambda item, _: _metric(item, "eval", "loss", 3)))
+        if accuracy:
+            chosen.append(
+                Column("accuracy", 10, lambda item, _: _metric(item, "eval", "accuracy", 2))
+            )
+        if client_eval:
+            chosen.append(
+                Column("client eval", 13, lambda item, _: _metric(item, "client_eval", "loss", 3))
+            )
+        chosen += [Column("seconds", 10, _seconds), Column("MB", 7, _megabytes)]
+        if time_left:
+            chosen.append(Column("left", 14, lambda _, left: _time_left(left)))
+        self._columns = chosen
+
+    def header(self) -> str:
+        """Titles of the columns."""
+        titles = "".join(f"{column.title:>{column.width}}" for column in self._columns)
+        return f"{'round':>6}  {'clients':<{self._clients_width}}{titles}"
+
+    def row(self, record: Record, seconds_left: float | None = None) -> str:
+        """One round."""
+        cells = "".join(
+            f"{column.cell(record, seconds_left):>{column.width}}" for column in self._columns
+        )
+        return f"{record['round']:>6}  {self._clients(record):<{self._clients_width}}{cells}"
+
+    def failures(self, record: Record) -> list[str]:
+        """Why each client of this round that gave no usable reply did not."""
+        failures: Mapping[str, str] = record.get("failures") or {}
+        return [
+            f"{' ' * _INDENT}{one_line(name)}: {one_line(reason)}"
+            for name, reason in sorted(failures.items())
+        ]
+
+    def _clients(self, record: Record) -> str:
+        """3/4 (desk-7: refused), 2/4 (2 failed), or a dash before the first round."""
+        replied, failures = len(record.get("clients") or {}), record.get("failures") or {}
+        sampled = replied + len(failures)
+        if not sampled:
+            return "-"
+        share = f"{replied}/{sampled}"
+        if len(failures) == 1:
+            [(name, reason)] = failures.items()
+            how = _how(reason)
+            room = self._clients_width - len(f"{share} (: {how})")
+            if room < _MIN_NAME_WIDTH:
+                return f"{share} (1 {how})"
+            return f"{share} ({shorten_middle(one_line(name), room)}: {how})"
+        return f"{share} ({len(failures)} failed)" if failures else share
+
+
+def closing_table(rows: Sequence[tuple[str, Metrics]]) -> list[str]:
+    """Loss and, where any row has them, accuracy and macro F1; header first."""
+    shown = [
+        column for column in CLOSING_COLUMNS if any(column[1] in metrics for _, metrics in rows)
+    ]
+    label = max(len(name) for name, _ in rows)
+    titles = "".join(f"{title:>11}" for title, _, _ in shown)
+    lines = [f"  {'':<{label}}{titles}"]
+    for name, metrics in rows:
+        cells = (fixed(metrics.get(key), decimals) for _, key, decimals in shown)
+        lines.append(f"  {name:<{label}}" + "".join(f"{cell:>11}" for cell in cells))
+    return lines
+
+
+def summary_rows(
+    summary: Mapping[str, Any], extra: Sequence[tuple[str, Metrics]], label: str
+) -> list[tuple[str, Metrics]]:
+    """Base model, `extra` rows, the result, and the best round where a later one got worse."""
+    base, final, best = summary.get("base"), summary.get("final"), summary.get("best")
+    rows = [("base", base)] if base else []
+    rows += extra
+    if final:
+        rows.append((label, final))
+    if best and final and (final.get("loss") or 0.0) > 1.01 * best["loss"]:
+        rows.append((f"best (round {best['round']})", best))
+    return rows
+
+
+def finished_line(summary: Mapping[str, Any]) -> str:
+    """Finished in 58 s: 33 s training, 9 s start-up, ...; the parts add up."""
+    total = float(summary["seconds"])
+    text = f"Finished in {format_seconds(total)}"
+    parts = whole_parts(summary.get("phases") or {}, round(total))
+    if parts:
+        text += ": " + ", ".join(f"{format_seconds(part)} {name}" for name, part in parts.items())
+    return text + "."
+
+
+def path_lines(paths: Mapping[str, Path], width: int) -> list[str]:
+    """Labelled paths; those beside the first are shortened to .../name."""
+    cells: list[tuple[str, str]] = []
+    directory: Path | None = None
+    for label, path in paths.items():
+        shown = f".../{path.name}" if directory and path.parent == directory else str(path)
+        directory = directory or path.parent
+        cells.append((label, shown))
+    return _packed(cells, " " * 8, width)
+
+
+def next_lines(commands: Sequence[str], width: int) -> list[str]:
+    """What to do next."""
+    cells = [("" if i else "next", command) for i, command in enumerate(commands)]
+    return _packed(cells, SEPARATOR, width)
+
+
+def _packed(cells: Sequence[tuple[str, str]], gap: str, width: int) -> list[str]:
+    """Labels and values side by side, on as many lines as the width asks for."""
+    lines: list[str] = []
+    for label, value in cells:
+        text = f"{label}   {value}" if label else value
+        if lines and len(lines[-1]) + len(gap) + len(text) <= width:
+            lines[-1] += gap + text
+        else:
+            lines.append(f"  {label:<7}   {value}")
+    return lines
+
+
+def _metric(record: Record, section: str, key: str, decimals: int) -> str:
+    metrics = record.get(section)
+    return fixed(metrics.get(key), decimals) if metrics else NOT_EVALUATED
+
+
+def _seconds(record: Record, _: float | None) -> str:
+    return fixed(record["seconds"], 1) if record["round"] and "seconds" in record else "-"
+
+
+def _megabytes(record: Record, _: float | None) -> str:
+    moved = record.get("bytes_up", 0) + record.get("bytes_down", 0)
+    return fixed(moved / 1e6, 1 if moved >= 1e5 else 3) if moved else "-"
+
+
+def _time_left(seconds: float | None) -> str:
+    return "-" if seconds is None or seconds < 0.5 else format_seconds(seconds)
+
+
+def _how(reason: str) -> str:
+    """One word for a reason."""
+    if reason.startswith("update refused"):
+        return "refused"
+    return "left" if reason.startswith("no reply") else "failed"
