@@ -178,7 +178,7 @@ def _plot_sizes(axis: Any, stats: "Sequence[ClientStats]") -> None:
     else:
         table = np.array(counts)  # (clients, labels)
         starts = np.cumsum(table, axis=1) - table
-        for i, label in enumerate(labels):
+        for i in range(len(labels)):
             axis.barh(
                 rows,
                 table[:, i],
@@ -186,7 +186,9 @@ def _plot_sizes(axis: Any, stats: "Sequence[ClientStats]") -> None:
                 color=_LABEL_PALETTE[i],
                 height=height,
             )
-        _legend_below(axis, axis.containers, [shorten(one_line(label), 24) for label in labels])
+        names = [shorten_middle(one_line(label), 24) for label in labels]
+        fitting = max(2, 60 // (4 + max(map(len, names))))
+        _legend_below(axis, "left", axis.containers, names, columns=fitting)
     axis.set_title("Records" + (" by label" if len(labels) > 1 else ""), loc="left")
     axis.set_xlabel("training records")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -209,7 +211,7 @@ def _plot_lengths(axis: Any, stats: "Sequence[ClientStats]") -> None:
     axis.set_title("Length of a record", loc="left")
     axis.set_xlabel("characters, all turns")
     axis.grid(axis="y", visible=False)
-    _legend_below(axis, marks, ["median", "longest"])
+    _legend_below(axis, "right", marks, ["median", "longest"], columns=2)
 
 
 def _client_axis(axis: Any, stats: "Sequence[ClientStats]") -> None:
@@ -227,13 +229,15 @@ def _round_axis(axis: Any) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _legend_below(axis: Any, artists: Sequence[Any], labels: Sequence[str]) -> None:
-    axis.legend(
+def _legend_below(
+    axis: Any, side: str, artists: Sequence[Any], labels: Sequence[str], columns: int
+) -> None:
+    """A legend at the foot of the figure; names that begin with "_" appear, too."""
+    axis.figure.legend(
         artists,
         labels,
-        loc="upper left",
-        bbox_to_anchor=(0.0, -0.5 / axis.figure.get_figheight()),
-        ncols=min(len(labels), 4),
+        loc=f"outside lower {side}",
+        ncols=min(len(labels), columns),
         fontsize=9,
         handlelength=1.2,
         columnspacing=1.2,
