@@ -1,0 +1,251 @@
+"""TensorBoard, Weights & Biases and MLflow, through their own libraries, when asked for."""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import TrackingConfig
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.reporting.metrics import Record
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # keys of the section, and names of the packages
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where scalars go besides ``metrics.jsonl``."""
+
+    def log(self, record: Record) -> None:
+        """Send the scalars of one round."""
+
+    def close(self, succeeded: bool = True) -> None:
+        """Flush, and say how the run ended."""
+
+
+def check_trackers(tracking: TrackingConfig) -> None:
+    """Before anything expensive: are the libraries of the chosen trackers there?
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    for name in TRACKERS:
+        if getattr(tracking, name) and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.{name}=true, but {name} is not installed; "
+                "pip install 'fedllm-flwr[tracking]', or leave it out."
+            )
+
+
+def open_trackers(config: Config, run_dir: Path) -> Tracker:
+    """All trackers that ``config.tracking`` names, as one; a resumed run goes on in its old record.
+
+    Raises:
+        ConfigError: a library is missing, or a tracker cannot start (not logged in, no server).
+    """
+    check_trackers(config.tracking)
+    opened: dict[str, Tracker] = {}
+    for name, make in _MAKERS.items():
+        if not getattr(config.tracking, name):
+            continue
+        try:
+            opened[name] = make(config, run_dir)
+        except Exception as error:  # each library has its own exceptions
+            Trackers(opened).close(succeeded=False)
+            raise ConfigError(
+                f"tracking.{name}=true: cannot start ({_first_line(error)}); {_REMEDIES[name]}."
+            ) from error
+    return Trackers(opened)
+
+
+class Trackers:
+    """Several trackers as one. One that fails is switched off: a run outlives its tracker."""
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
+
+    def log(self, record: Record) -> None:
+        """Send the scalars of one round to every tracker."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(record)
+            except Exception as error:
+                del self._trackers[name]
+                logger.warning(
+                    "tracking.%s: %s; no more is sent there, metrics.jsonl has everything",
+                    name,
+                    _first_line(error),
+                )
+
+    def close(self, succeeded: bool = True) -> None:
+        """Close every tracker."""
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close(succeeded)
+            except Exception as error:
+                logger.warning("tracking.%s: %s", name, _first_line(error))
+        self._trackers = {}
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record by slash-separated name, such as ``clients/banking/loss``.
+
+    Names keep letters, digits, spaces and ``_-./``, which every tracker takes; other characters
+    become underscores. Missing numbers are left out.
+    """
+    renamed = {
+        "train/loss": record.get("loss"),
+        "train/learning_rate": record.get("learning_rate"),
+        "train/failures": len(record["failures"]) if "failures" in record else None,
+        "time/round_seconds": record.get("seconds"),
+        "comm/bytes_up": record.get("bytes_up"),
+        "comm/bytes_down": record.get("bytes_down"),
+    }
+    for section in ("eval", "client_eval"):
+        renamed |= {f"{section}/{key}": value for key, value in (record.get(section) or {}).items()}
+    for name, metrics in (record.get("clients") or {}).items():
+        client = name.replace("/", "_")
+        renamed |= {f"clients/{client}/{key}": value for key, value in metrics.items()}
+    return {
+        re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII): float(value)
+        for name, value in renamed.items()
+        if isinstance(value, int | float)
+    }
+
+
+class _TensorBoard:
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer.add_text("config", f"```\n{json.dumps(asdict(config), indent=2)}\n```")
+
+    def log(self, record: Record) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, global_step=record["round"])
+        self._writer.flush()
+
+    def close(self, succeeded: bool = True) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.tracking.project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=asdict(config),
+            id=_earlier_id(run_dir, "wandb"),
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        )
+        _remember_id(run_dir, "wandb", self._run.id)
+
+    def log(self, record: Record) -> None:
+        self._run.log({**scalars(record), "round": record["round"]}, step=record["round"])
+
+    def close(self, succeeded: bool = True) -> None:
+        self._run.finish(exit_code=0 if succeeded else 1)
+
+
+class _MLflow:
+    """Runs go to MLFLOW_TRACKING_URI, else to MLflow's default store."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports its database tables
+        self._client = MlflowClient()
+        earlier = _earlier_id(run_dir, "mlflow")
+        if earlier is None:
+            created = self._client.create_run(
+                _experiment(self._client, config), run_name=run_dir.name
+            )
+            self._run_id: str = created.info.run_id
+            _remember_id(run_dir, "mlflow", self._run_id)
+            params = [
+                Param(name, str(value)[:500]) for name, value in _flat(asdict(config)).items()
+            ]
+            for start in range(0, len(params), 100):  # MLflow's limit per request
+                self._client.log_batch(self._run_id, params=params[start : start + 100])
+        else:
+            self._run_id = earlier
+            self._client.update_run(earlier, status="RUNNING")
+
+    def log(self, record: Record) -> None:
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        metrics = [
+            Metric(name, value, now_ms, record["round"]) for name, value in scalars(record).items()
+        ]
+        for start in range(0, len(metrics), 1000):  # MLflow's limit per request
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
+
+    def close(self, succeeded: bool = True) -> None:
+        self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")
+
+
+def _experiment(client: Any, config: Config) -> str:
+    """Id of the experiment that bears the project's name, made if needed."""
+    found = client.get_experiment_by_name(config.tracking.project)
+    identity = client.create_experiment(config.tracking.project) if found is None else None
+    return str(identity or found.experiment_id)
+
+
+def _ids_file(run_dir: Path) -> Path:
+    return run_dir / "trackers.json"
+
+
+def _earlier_id(run_dir: Path, tracker: str) -> str | None:
+    file = _ids_file(run_dir)
+    known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    return known.get(tracker)
+
+
+def _remember_id(run_dir: Path, tracker: str, identity: str) -> None:
+    file = _ids_file(run_dir)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    write_atomically(file, json.dumps({**known, tracker: identity}, indent=2).encode())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+_MAKERS: dict[str, Callable[[Config, Path], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+}
+_REMEDIES = {
+    "tensorboard": "set tracking.tensorboard=false",
+    "wandb": "wandb login, set WANDB_MODE=offline, or tracking.wandb=false",
+    "mlflow": "look at MLFLOW_TRACKING_URI, or set tracking.mlflow=false",
+}
