@@ -15,6 +15,7 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Array, Params
 
 _FORMAT = "1"
+_PATTERN = "round-[0-9]*[0-9].safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def write_atomically(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).replace(path)
+            _sync_directory(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -53,10 +55,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise FederationError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
+def _sync_directory(directory: Path) -> None:
+    """Make a rename survive a power failure, where the system can."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def save_params(path: Path, groups: Mapping[str, Params], metadata: Mapping[str, str]) -> None:
     """Write groups of tensors to one safetensors file, each name prefixed by its group."""
     tensors = {
-        f"{group}/{name}": np.ascontiguousarray(value)
+        f"{group}/{name}": np.asarray(value, order="C")
         for group, params in groups.items()
         for name, value in params.items()
     }
@@ -85,14 +97,18 @@ def load_params(path: Path) -> tuple[dict[str, Params], dict[str, str]]:
 
 
 def save_state(directory: Path, state: ServerState, keep: int) -> Path:
-    """Write the state of a finished round, then delete all but the newest `keep`."""
+    """Write the state of a finished round, then delete all but the newest `keep`.
+
+    Raises:
+        FederationError: the file system refuses; the states of earlier rounds are still there.
+    """
     groups = {"params": state.params}
     groups |= {f"moment.{name}": params for name, params in state.moments.items()}
     if state.control is not None:
         groups["control"] = state.control
     path = directory / f"round-{state.round:05d}.safetensors"
     save_params(path, groups, {"round": str(state.round), "moments": json.dumps([*state.moments])})
-    for old in sorted(directory.glob("round-*.safetensors"))[:-keep]:
+    for old in _newest_first(directory)[keep:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -100,17 +116,32 @@ def save_state(directory: Path, state: ServerState, keep: int) -> Path:
 def load_state(directory: Path) -> tuple[ServerState, list[str]]:
     """The newest readable state of a run, and a warning for each unreadable newer one.
 
+    What a killed server was writing is removed.
+
     Raises:
         FederationError: no checkpoint can be read.
     """
+    for unfinished in directory.glob(".round-*.safetensors.*"):
+        unfinished.unlink(missing_ok=True)
     warnings: list[str] = []
-    for path in sorted(directory.glob("round-*.safetensors"), reverse=True):
+    for path in _newest_first(directory):
         try:
-            groups, metadata = load_params(path)
+            return _read_state(path), warnings
         except FederationError as error:
             warnings.append(f"{error} Falling back to the checkpoint before.")
-            continue
-        moments = {name: groups[f"moment.{name}"] for name in json.loads(metadata["moments"])}
-        round_number = int(metadata["round"])
-        return ServerState(round_number, groups["params"], moments, groups.get("control")), warnings
     raise FederationError(f"{directory} holds no readable checkpoint; start the run anew.")
+
+
+def _read_state(path: Path) -> ServerState:
+    groups, metadata = load_params(path)
+    try:
+        moments = {name: groups[f"moment.{name}"] for name in json.loads(metadata["moments"])}
+        round_number, params = int(metadata["round"]), groups["params"]
+    except (KeyError, ValueError) as error:
+        raise FederationError(f"{path} is no state of a run (no {error}).") from error
+    return ServerState(round_number, params, moments, groups.get("control"))
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    found = {int(path.stem.partition("-")[2]): path for path in directory.glob(_PATTERN)}
+    return [found[number] for number in sorted(found, reverse=True)]

@@ -8,10 +8,15 @@ from fedllm_flwr.params import Params
 
 @dataclass(frozen=True)
 class LocalCorrection:
-    """Terms added to a client's gradient: ``mu (w_i - w)`` and, with control variates, ``c - c_i``."""
+    """Terms added to a client's gradient: ``mu (w_i - w)`` and ``control_variates``: ``c - c_i``.
+
+    ``post_step`` is OpenFedLLM's form of the latter: after each optimizer step
+    ``w_i -= lr (c - c_i)``, and c_i by option II whatever the optimizer.
+    """
 
     mu: float = 0.0
     control_variates: bool = False
+    post_step: bool = False
 
 
 @dataclass(frozen=True)

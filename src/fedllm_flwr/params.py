@@ -13,6 +13,10 @@ Array = NDArray[Any]
 Params = dict[str, Array]
 """Adapter tensors by PEFT state-dict name, float32 unless said otherwise."""
 
+LARGEST_VALUE = 2.0**14  # of an update or a control variate; LoRA weights do not move that far
+LARGEST_WEIGHT = 2.0**32  # examples of all clients of a round together
+_COARSE, _FINE = 2.0**-16, 2.0**-63  # units of `RunningMean`
+
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from the run seed and what it is for, e.g. ``(seed, "sampling", round)``."""
@@ -20,14 +24,14 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def zeros_like(params: Mapping[str, Array]) -> Params:
-    """Zeros with the names, shapes and dtypes of `params`."""
-    return {name: np.zeros_like(value) for name, value in params.items()}
+def full_like(params: Mapping[str, Array], value: float) -> Params:
+    """float64 tensors with the names and shapes of `params`, filled with `value`."""
+    return {name: np.full(array.shape, value, np.float64) for name, array in params.items()}
 
 
-def add(left: Mapping[str, Array], right: Mapping[str, Array]) -> Params:
-    """``left + right`` by name, in the dtype of `left`."""
-    return {name: (left[name] + right[name]).astype(left[name].dtype) for name in left}
+def add(left: Mapping[str, Array], right: Mapping[str, Array], scale: float = 1.0) -> Params:
+    """``left + scale * right`` by name, in the dtype of `left`."""
+    return {name: (left[name] + scale * right[name]).astype(left[name].dtype) for name in left}
 
 
 def subtract(left: Mapping[str, Array], right: Mapping[str, Array]) -> Params:
@@ -41,7 +45,7 @@ def num_values(params: Mapping[str, Array]) -> int:
 
 
 def check_like(params: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
-    """Refuse tensors that do not match `reference` in names and shapes, or are not finite.
+    """Refuse tensors that do not match `reference` in names and shapes, or hold absurd values.
 
     Raises:
         FederationError: names the first offending tensor and what is wrong with it.
@@ -49,7 +53,7 @@ def check_like(params: Mapping[str, Array], reference: Mapping[str, Array]) -> N
     if missing := sorted(set(reference) - set(params)):
         raise FederationError(f"{missing[0]!r} is missing ({len(missing)} of {len(reference)})")
     if foreign := sorted(set(params) - set(reference)):
-        raise FederationError(f"{foreign[0]!r} is not a tensor of this adapter")
+        raise FederationError(f"{foreign[0][:100]!r} is not a tensor of this adapter")
     for name, value in sorted(params.items()):
         if value.shape != reference[name].shape:
             raise FederationError(
@@ -57,51 +61,63 @@ def check_like(params: Mapping[str, Array], reference: Mapping[str, Array]) -> N
             )
         if not np.issubdtype(value.dtype, np.floating):
             raise FederationError(f"{name!r} has dtype {value.dtype}, expected a float type")
-        if not np.isfinite(value).all():
-            kind = "NaN" if np.isnan(value).any() else "Inf"
-            raise FederationError(f"{name!r} holds {kind}")
+        _check_values(name, value)
+
+
+def _check_values(name: str, value: Array) -> None:
+    largest = float(np.abs(value).max(initial=0.0))  # NaN if any value is
+    if np.isnan(largest):
+        raise FederationError(f"{name!r} holds NaN")
+    if np.isinf(largest):
+        raise FederationError(f"{name!r} holds Inf")
+    if largest > LARGEST_VALUE:
+        raise FederationError(
+            f"{name!r} holds {largest:.3g}, more than {LARGEST_VALUE:.0f}: local training diverged"
+        )
 
 
 class RunningMean:
-    """Weighted mean of tensors added one at a time, in memory that holds one sum.
+    """Weighted mean of tensors added one at a time; its bits do not depend on their order.
 
-    Sums are kept as unevaluated pairs of float64 (error-free TwoSum, Knuth 1969), about 106 bits,
-    so that the rounded result does not depend on the order in which the terms arrive.
+    Floating-point sums depend on the order of their terms, integer sums do not. Each term
+    ``weight * value`` is rounded, by itself, to a multiple of 2^-63 and added to a pair of int64
+    sums: one in units of 2^-16, one for the rest in units of 2^-63. Both are exact for values up
+    to `LARGEST_VALUE`, a total weight up to `LARGEST_WEIGHT` and 2^16 terms, so the only error is
+    the first rounding, below 1e-19 for a term. Memory: one sum of 16 bytes a value.
     """
 
     def __init__(self) -> None:
         self.weight: float = 0.0
         self.count: int = 0
-        self._high: dict[str, Array] = {}
-        self._low: dict[str, Array] = {}
+        self._coarse: dict[str, Array] = {}
+        self._fine: dict[str, Array] = {}
 
     def add(self, params: Mapping[str, Array], weight: float) -> None:
-        """Add ``weight * params``; weights are counts of examples or 1."""
-        if not weight > 0:
-            raise ValueError(f"weight must be > 0, got {weight}")
+        """Add ``weight * params``; values as `check_like` admits, weights are counts or 1."""
+        if not (weight > 0 and self.weight + weight <= LARGEST_WEIGHT and self.count < 2**16):
+            raise ValueError(f"cannot add weight {weight} to {self.count} terms of {self.weight}")
         for name, value in params.items():
-            term = value.astype(np.float64) * weight
-            if name not in self._high:
-                self._high[name], self._low[name] = term, np.zeros_like(term)
-                continue
-            high = self._high[name]
-            total = high + term
-            virtual = total - high
-            self._low[name] += (high - (total - virtual)) + (term - virtual)
-            self._high[name] = total
+            if name not in self._coarse:
+                self._coarse[name] = np.zeros(value.shape, np.int64)
+                self._fine[name] = np.zeros(value.shape, np.int64)
+            rest = value.astype(np.float64) * weight
+            coarse = np.rint(rest / _COARSE)
+            rest -= coarse * _COARSE  # exact: both are multiples of the last bit of the term
+            self._coarse[name] += coarse.astype(np.int64)
+            self._fine[name] += np.rint(rest / _FINE).astype(np.int64)
         self.weight += weight
         self.count += 1
 
     def mean(self) -> Params:
         """The weighted mean in float64."""
-        return self._divided_by(self.weight)
+        return self.sum_over(self.weight)
 
     def sum_over(self, denominator: float) -> Params:
         """The weighted sum divided by `denominator` instead of the total weight, in float64."""
-        return self._divided_by(denominator)
-
-    def _divided_by(self, denominator: float) -> Params:
-        return {name: (self._high[name] + self._low[name]) / denominator for name in self._high}
+        return {
+            name: (self._coarse[name] * _COARSE + self._fine[name] * _FINE) / denominator
+            for name in self._coarse
+        }
 
 
 def global_norm(params: Mapping[str, Array]) -> float:

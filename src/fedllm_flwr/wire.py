@@ -15,7 +15,7 @@ from flwr.app import Array as WireArray
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.compose import from_dict
+from fedllm_flwr.config.typed import from_dict
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo, Failure, LocalCorrection, Task, Update
 from fedllm_flwr.params import Array, Params
@@ -87,6 +87,7 @@ def pack_task(task: Task) -> RecordDict:
             "dtype": dtype,
             "mu": task.correction.mu,
             "control_variates": task.correction.control_variates,
+            "post_step": task.correction.post_step,
             "config": json.dumps(config),
         }
     )
@@ -109,6 +110,7 @@ def unpack_task(content: RecordDict) -> Task:
         correction=LocalCorrection(
             mu=cast(float, settings["mu"]),
             control_variates=cast(bool, settings["control_variates"]),
+            post_step=cast(bool, settings["post_step"]),
         ),
         control=None if control is None else unpack_params(control, dtype),
     )
@@ -191,3 +193,8 @@ def unpack_failure(content: RecordDict) -> Failure | None:
     if record is None:
         return None
     return Failure(kind=str(record["kind"]), reason=str(record["reason"]))
+
+
+def pack_scores(scores: Mapping[str, float], num_examples: int) -> RecordDict:
+    """A client's scores of the global adapter, and the number of examples behind them."""
+    return RecordDict({"metrics": MetricRecord({**scores, "num_examples": num_examples})})

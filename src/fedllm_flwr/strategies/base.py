@@ -3,8 +3,8 @@
 import random
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -17,21 +17,14 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import LocalCorrection, Task, Update
-from fedllm_flwr.params import Params, add, derive_seed, zeros_like
+from fedllm_flwr.params import Params, check_like, derive_seed, full_like
 from fedllm_flwr.schedule import cosine_learning_rate, num_sampled
-from fedllm_flwr.strategies.aggregation import Aggregator, RoundReport
-from fedllm_flwr.strategies.exchange import Roster, exchange, failure_reason
-from fedllm_flwr.wire import pack_params, pack_task, unpack_update, wire_bytes
-
-Moments = dict[str, Params]
-
-
-@dataclass
-class Hooks:
-    """What the server does around a round; every hook may be left out."""
-
-    on_reply: Callable[[int, str, float | None], None] = lambda *_: None
-    on_round: Callable[[ServerState, RoundReport], None] = lambda *_: None
+from fedllm_flwr.strategies.aggregation import Aggregator
+from fedllm_flwr.strategies.exchange import Roster, check_roster, receive, send, time_to_live
+from fedllm_flwr.strategies.moments import Moments
+from fedllm_flwr.strategies.replies import Asked, read_scores, read_update
+from fedllm_flwr.strategies.report import Hooks, RoundReport
+from fedllm_flwr.wire import pack_params, pack_task, wire_bytes
 
 
 class FederatedStrategy(Strategy):
@@ -41,10 +34,16 @@ class FederatedStrategy(Strategy):
         config: the run's configuration.
         roster: the clients that take part, by name.
         state: where to go on from; ``state.round`` rounds are done already.
-        hooks: called after each reply and each round.
+        hooks: called at the start of a round, after each reply and at the end of a round.
+
+    Raises:
+        FederationError: the clients are too few, or announce too many examples.
     """
 
-    default_weighting: ClassVar[str] = "examples"
+    default_weighting: ClassVar[Mapping[str, str]] = {
+        "paper": "examples",
+        "openfedllm": "examples",
+    }
 
     def __init__(
         self, config: Config, roster: Roster, state: ServerState, hooks: Hooks | None = None
@@ -53,7 +52,9 @@ class FederatedStrategy(Strategy):
         self.roster = roster
         self.hooks = hooks or Hooks()
         self.state = self._prepared(state)
+        self._asked = Asked({}, roster)
         self._report = RoundReport(state.round, [])
+        check_roster(roster, config.federation)
 
     # What an algorithm states.
 
@@ -67,6 +68,10 @@ class FederatedStrategy(Strategy):
         """Terms that clients add to their gradient; the proximal one is open to all algorithms."""
         return LocalCorrection(mu=self.algorithm.mu)
 
+    def control_step(self, control: Params, change: Params) -> Params:
+        """New control variate from `change` = sum_i(dc_i) / N (float64), where there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no control variate")
+
     # What all algorithms share.
 
     @property
@@ -75,10 +80,15 @@ class FederatedStrategy(Strategy):
         return self.config.algorithm
 
     @property
+    def as_openfedllm(self) -> bool:
+        """Whether to reproduce OpenFedLLM's own update rather than the paper's."""
+        return self.algorithm.variant == "openfedllm"
+
+    @property
     def weighting(self) -> str:
         """``examples`` or ``uniform``."""
         chosen = self.algorithm.weighting
-        return self.default_weighting if chosen == "auto" else chosen
+        return self.default_weighting[self.algorithm.variant] if chosen == "auto" else chosen
 
     def sample(self, server_round: int) -> list[str]:
         """Names of the clients of a round: the same for the same seed and names."""
@@ -91,30 +101,18 @@ class FederatedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Messages with this round's task to the sampled clients."""
         names = self.sample(server_round)
-        federation = self.config.federation
         task = Task(
             round=server_round,
             params=self.state.params,
             learning_rate=cosine_learning_rate(
-                self.config.training, server_round, federation.num_rounds
+                self.config.training, server_round, self.config.federation.num_rounds
             ),
             config=self.config,
             correction=self.local_correction(),
             control=self.state.control,
         )
-        content = pack_task(task)
-        down = wire_bytes(self.state.params, self.config.communication.dtype)
-        copies = 1 if self.state.control is None else 2
-        self._report = RoundReport(server_round, names, bytes_down=down * copies * len(names))
-        return [
-            Message(
-                content=content,
-                dst_node_id=self.roster[name].node_id,
-                message_type=MessageType.TRAIN,
-                ttl=federation.round_timeout_s,
-            )
-            for name in names
-        ]
+        self._report = RoundReport(server_round, names, bytes_down=self._bytes() * len(names))
+        return self._messages(task, MessageType.TRAIN, names)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -122,7 +120,8 @@ class FederatedStrategy(Strategy):
         """Add valid replies as they arrive, then take the server step.
 
         Raises:
-            FederationError: fewer than ``federation.min_replies`` replies can be used.
+            FederationError: fewer than ``federation.min_replies`` replies can be used, or the
+                server step leaves the finite numbers.
         """
         aggregator = Aggregator(
             reference=self.state.params,
@@ -132,8 +131,8 @@ class FederatedStrategy(Strategy):
         )
         for reply in replies:
             self._take(reply, aggregator)
-        self._note_missing()
-        self._require_replies()
+        self._note_missing(self._report.sampled, self._report.metrics, self._report.failures)
+        self._report.require(self.config.federation.min_replies)
         self.state = self._next_state(server_round, aggregator)
         loss = self._report.loss
         arrays, _ = pack_params(self.state.params, "float32")
@@ -146,24 +145,22 @@ class FederatedStrategy(Strategy):
         if not self.config.evaluation.clients:
             return []
         task = Task(server_round, self.state.params, 0.0, self.config)
-        content = pack_task(task)
-        return [
-            Message(content=content, dst_node_id=client.node_id, message_type=MessageType.EVALUATE)
-            for client in self.roster.values()
-        ]
+        return self._messages(task, MessageType.EVALUATE, list(self.roster))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Mean of the clients' losses, weighted by their numbers of examples."""
-        total, count = 0.0, 0
+        """The clients' scores go into the round's report; returns their mean loss."""
+        report = self._report
         for reply in replies:
-            if failure_reason(reply) is None:
-                metrics = reply.content.metric_records["metrics"]
-                size = int(metrics["num_examples"])  # type: ignore[arg-type]
-                total += float(metrics["loss"]) * size  # type: ignore[arg-type]
-                count += size
-        return MetricRecord({"loss": total / count}) if count else None
+            if (name := self._sender(reply)) is None:
+                continue
+            try:
+                report.scores[name], report.num_scored[name] = read_scores(reply)
+            except FederationError as error:
+                report.score_failures[name] = str(error)
+        self._note_missing(list(self.roster), report.scores, report.score_failures)
+        return None if report.score is None else MetricRecord({"loss": report.score})
 
     def summary(self) -> None:
         """Nothing: the plan is shown before the run starts."""
@@ -173,90 +170,124 @@ class FederatedStrategy(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds that are left, ``state.round + 1`` to `num_rounds`."""
-        result = Result()
-        empty = ConfigRecord()
+        """Run the rounds that are left, ``state.round + 1`` to `num_rounds`.
+
+        Args:
+            grid: Flower's way to the clients.
+            initial_arrays: returned if no round is left; training starts from ``state.params``.
+            num_rounds: last round of the run.
+            timeout: seconds to wait for replies; None: ``federation.round_timeout_s``.
+            train_config: unused, as `evaluate_config`: tasks carry the configuration.
+            evaluate_config: unused.
+            evaluate_fn: called after each round; the server evaluates in ``on_round`` instead.
+        """
+        result, empty = Result(), ConfigRecord()
+        timeout_s = self.config.federation.round_timeout_s if timeout is None else timeout
         arrays = result.arrays = initial_arrays
         for current in range(self.state.round + 1, num_rounds + 1):
             started = time.monotonic()
-            replies = exchange(grid, self.configure_train(current, arrays, empty, grid), timeout)
-            new_arrays, metrics = self.aggregate_train(current, replies)
+            messages = self.configure_train(current, arrays, empty, grid)
+            self.hooks.on_start_round(current, self._report.sampled)
+            new_arrays, metrics = self.aggregate_train(
+                current, self._exchange(grid, messages, timeout_s)
+            )
             arrays = result.arrays = new_arrays or arrays
             result.train_metrics_clientapp[current] = metrics or MetricRecord()
             self._report.seconds = time.monotonic() - started
+            if questions := list(self.configure_evaluate(current, arrays, empty, grid)):
+                answers = self._exchange(grid, questions, timeout_s)
+                local = self.aggregate_evaluate(current, answers)
+                result.evaluate_metrics_clientapp[current] = local or MetricRecord()
             self.hooks.on_round(self.state, self._report)
-            questions = list(self.configure_evaluate(current, arrays, empty, grid))
-            answers: Iterator[Message] = exchange(grid, questions, timeout)
-            if local := self.aggregate_evaluate(current, answers):
-                result.evaluate_metrics_clientapp[current] = local
             if evaluate_fn and (scores := evaluate_fn(current, arrays)):
                 result.evaluate_metrics_serverapp[current] = scores
         return result
 
     def _prepared(self, state: ServerState) -> ServerState:
-        """Give SCAFFOLD its zero control variate at the start of a run."""
+        """Give SCAFFOLD its zero control variate at the start of a run.
+
+        float64, so that c stays the mean of the c_i over any number of rounds.
+        """
         if self.local_correction().control_variates and state.control is None:
-            return replace(state, control=zeros_like(state.params))
+            return replace(state, control=full_like(state.params, 0.0))
         return state
+
+    def _messages(self, task: Task, message_type: str, names: list[str]) -> list[Message]:
+        content = pack_task(task)
+        ttl = time_to_live(self.config.federation.round_timeout_s)
+        node_ids = [self.roster[name].node_id for name in names]
+        return [Message(content, node_id, message_type, ttl=ttl) for node_id in node_ids]
+
+    def _exchange(
+        self, grid: Grid, messages: Iterable[Message], timeout_s: float
+    ) -> Iterator[Message]:
+        node_ids = send(grid, messages)
+        self._asked = Asked(node_ids, self.roster)
+        return receive(grid, node_ids, timeout_s, reply_bytes=self._bytes())
+
+    def _bytes(self) -> int:
+        """Bytes of tensors to or from one client in a round: adapter and control variate."""
+        copies = 1 if self.state.control is None else 2
+        return copies * wire_bytes(self.state.params, self.config.communication.dtype)
 
     def _weight(self, name: str, update: Update) -> float:
         if self.weighting == "uniform":
             return 1.0
-        if self.algorithm.variant == "openfedllm":
+        if self.as_openfedllm:
             return float(self.roster[name].info.num_examples)
         return float(update.num_examples)
 
+    def _sender(self, reply: Message) -> str | None:
+        """Name of the client of a reply; None, and a note, if it counts for no client."""
+        try:
+            return self._asked.client_of(reply)
+        except FederationError as error:
+            self._report.ignored.append(str(error))
+            return None
+
     def _take(self, reply: Message, aggregator: Aggregator) -> None:
-        report, dtype = self._report, self.config.communication.dtype
-        name = self._name_of(reply)
-        reason = failure_reason(reply)
-        if reason is None:
-            try:
-                update = unpack_update(reply.content)
-                aggregator.add(name, update)
-            except FederationError as error:
-                reason = f"update refused: {error}"
-        if reason is not None:
-            report.failures[name] = reason
+        report = self._report
+        if (name := self._sender(reply)) is None:
+            return
+        try:
+            update = read_update(reply)
+            aggregator.add(name, update)
+        except FederationError as error:
+            report.failures[name] = str(error)
             self.hooks.on_reply(report.round, name, None)
             return
         report.metrics[name] = update.metrics
         report.num_examples[name] = update.num_examples
-        copies = 1 if update.control_delta is None else 2
-        report.bytes_up += wire_bytes(update.delta, dtype) * copies
+        report.bytes_up += self._bytes()
         self.hooks.on_reply(report.round, name, update.metrics["loss"])
 
-    def _name_of(self, reply: Message) -> str:
-        """Client of a reply; the SuperLink answers in its own name for a node that was lost."""
-        names = {client.node_id: name for name, client in self.roster.items()}
-        return names.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
-
-    def _note_missing(self) -> None:
-        report, timeout_s = self._report, self.config.federation.round_timeout_s
-        for name in report.sampled:
-            if name not in report.metrics and name not in report.failures:
-                report.failures[name] = f"no reply within {timeout_s:.0f} s"
-
-    def _require_replies(self) -> None:
-        report, wanted = self._report, self.config.federation.min_replies
-        if len(report.metrics) >= wanted:
-            return
-        reasons = "; ".join(f"{name}: {why}" for name, why in sorted(report.failures.items()))
-        raise FederationError(
-            f"round {report.round}: {len(report.metrics)} of {len(report.sampled)} replies could be "
-            f"used, federation.min_replies={wanted}. {reasons}"
-        )
+    def _note_missing(
+        self, names: list[str], answered: Mapping[str, object], failures: dict[str, str]
+    ) -> None:
+        for name in names:
+            if name not in self._asked.names:
+                failures[name] = "not connected"
+            elif name not in answered and name not in failures:
+                failures[name] = f"no reply within {self.config.federation.round_timeout_s:g} s"
 
     def _next_state(self, server_round: int, aggregator: Aggregator) -> ServerState:
         state = self.state
         params, moments = self.server_step(state.params, aggregator.delta.mean(), state.moments)
+        params = {name: value.astype(np.float32) for name, value in params.items()}
+        try:
+            check_like(params, state.params)
+        except FederationError as error:
+            raise FederationError(
+                f"round {server_round}: the server step failed, {error}; lower algorithm.eta="
+                f"{self.algorithm.eta:g} or training.learning_rate."
+            ) from error
         control = state.control
         if control is not None:
-            control = add(control, aggregator.control_delta.sum_over(len(self.roster)))
-        cast_params = {name: value.astype(np.float32) for name, value in params.items()}
-        return ServerState(server_round, cast_params, moments, control)
+            change = aggregator.control_delta.sum_over(len(self.roster))
+            control = self.control_step(control, change)
+        return ServerState(server_round, params, moments, control)

@@ -5,11 +5,14 @@ https://arxiv.org/abs/1602.05629
 """
 
 from fedllm_flwr.params import Params, add
-from fedllm_flwr.strategies.base import FederatedStrategy, Moments
+from fedllm_flwr.strategies.base import FederatedStrategy
+from fedllm_flwr.strategies.moments import Moments
 
 
 class FedAvg(FederatedStrategy):
-    """w <- w + sum_i p_i D_i with p_i = n_i / sum_j n_j and D_i = w_i - w.
+    """w <- w + eta sum_i p_i D_i with p_i = n_i / sum_j n_j and D_i = w_i - w.
+
+    Hyper-parameter: ``algorithm.eta`` (1: the paper's average).
 
     n_i counts the examples that client i used in the round; in the ``openfedllm`` variant, those
     that it holds.
@@ -18,5 +21,5 @@ class FedAvg(FederatedStrategy):
     def server_step(
         self, params: Params, delta: Params, moments: Moments
     ) -> tuple[Params, Moments]:
-        """w + D."""
-        return add(params, delta), moments
+        """w + eta D."""
+        return add(params, delta, self.algorithm.eta), moments

@@ -1,0 +1,39 @@
+"""The two baselines that a federation is compared with: every client alone, and no federation."""
+
+from fedllm_flwr.checkpoint import ServerState
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.params import Params
+from fedllm_flwr.strategies.base import FederatedStrategy
+from fedllm_flwr.strategies.exchange import Roster
+from fedllm_flwr.strategies.fedavg import FedAvg
+from fedllm_flwr.strategies.moments import Moments
+from fedllm_flwr.strategies.report import Hooks
+
+
+class Local(FederatedStrategy):
+    """w stays: every client trains its own adapter, which it keeps, and nothing is aggregated.
+
+    Clients are sampled as in the federation, so that each takes the steps it would take there.
+    All start from the same w; what a client sends is the way its adapter has come from it.
+    """
+
+    def server_step(
+        self, params: Params, delta: Params, moments: Moments
+    ) -> tuple[Params, Moments]:
+        """w."""
+        return params, moments
+
+
+class Centralized(FedAvg):
+    """One client that holds all the data: FedAvg over it is training without a federation."""
+
+    def __init__(
+        self, config: Config, roster: Roster, state: ServerState, hooks: Hooks | None = None
+    ) -> None:
+        if len(roster) != 1:
+            raise FederationError(
+                f"algorithm=centralized takes one client that holds all the data, got "
+                f"{len(roster)}; set federation.num_clients=1 and partition=iid."
+            )
+        super().__init__(config, roster, state, hooks)
