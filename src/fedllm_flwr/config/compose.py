@@ -1,106 +1,88 @@
 """Composition of a `Config` from Hydra groups and overrides, and its YAML round trip."""
 
-import difflib
-import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-)
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from fedllm_flwr.config import overrides as grammar
+from fedllm_flwr.config.names import conf_dir, group_choices, shown, unknown_choice, unknown_key
+from fedllm_flwr.config.overrides import Assignment, read_overrides, split_overrides
 from fedllm_flwr.config.schema import Config
-from fedllm_flwr.config.validation import validate, validate_paths
+from fedllm_flwr.config.typed import from_dict
+from fedllm_flwr.config.validation import validate_paths
 from fedllm_flwr.errors import ConfigError
 
-_PACKAGE = Path(__file__).parents[1]
-
-
-def conf_dir() -> Path:
-    """Directory of the YAML groups: inside an installed wheel, or of the checkout."""
-    installed = _PACKAGE / "conf"
-    return installed if installed.is_dir() else _PACKAGE.parents[1] / "conf"
+__all__ = ["apply_overrides", "compose", "expand_sweep", "from_run_config", "load_yaml", "to_yaml"]
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
     """Compose, type and validate the configuration that `overrides` select.
 
     Args:
-        overrides: Hydra overrides (``group=choice``, ``section.key=value``).
-        config_dir: further directory of YAML groups, searched before the package's own.
+        overrides: Hydra overrides (``group=choice``, ``section.key=value``); with
+            ``config=<file>`` among them, that saved configuration is the start, not the groups.
+        config_dir: directory with further choices of the package's groups.
 
     Raises:
         ConfigError: unknown key or choice, wrong type, or an impossible combination.
     """
-    parsed = _parse(overrides)
-    _reject_conflicts(parsed)
-    texts = [override.input_line or "" for override in parsed]
-    search = [f"hydra.searchpath=[file://{_existing_dir(config_dir)}]"] if config_dir else []
-    ConfigStore.instance().store(name="schema", node=Config)
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            node = hydra_compose("config", overrides=[*search, *texts])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, parsed, config_dir)) from error
-    return _checked(_typed(OmegaConf.to_container(node)))
+    folder = _existing_dir(config_dir)
+    assignments = read_overrides(overrides, group_choices(folder))
+    saved = [item.value for item in assignments if item.key == "config"]
+    if saved:
+        return _load(saved[0], [item for item in assignments if item.key != "config"])
+    chosen = [f"{item.key}={shown(item.value)}" for item in assignments if item.is_choice]
+    values = _composed(chosen, folder)
+    for item in assignments:
+        if not item.is_choice:
+            _assign(values, item)
+    return _checked(_resolved(values))
+
+
+def from_run_config(run_config: Mapping[str, Any]) -> Config:
+    """The configuration that ``flwr run --run-config 'overrides="..." config="..."'`` asks for.
+
+    Raises:
+        ConfigError: as `compose`; or a key of the run config that is not one of these two.
+    """
+    for key, value in run_config.items():
+        if key not in ("overrides", "config") or not isinstance(value, str):
+            raise ConfigError(
+                f"--run-config {key}={shown(value)}: write --run-config "
+                f"'overrides=\"{key}={shown(value)}\"'."
+            )
+    overrides = split_overrides(run_config.get("overrides", ""))
+    saved = run_config.get("config", "")
+    return load_yaml(saved, overrides) if saved else compose(overrides)
 
 
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a saved ``config.yaml`` and apply ``section.key=value`` overrides to it.
+    """Read a saved ``config.yaml`` (or the run directory around it) and change single keys.
 
     Raises:
-        ConfigError: the file is missing or is no configuration of this package.
+        ConfigError: the file is missing or is no configuration of this package, or an override
+            chooses a group.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"config={path}: no such file; give the config.yaml of an earlier run.")
-    try:
-        saved = OmegaConf.load(file)
-    except Exception as error:  # PyYAML raises several unrelated types
-        raise ConfigError(f"config={path}: not valid YAML ({_first_line(error)}).") from error
-    return apply_overrides(_typed(OmegaConf.to_container(saved)), overrides)
+    return _load(path, read_overrides(overrides, group_choices()))
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Change single keys of a composed configuration; groups cannot be chosen here."""
-    node = OmegaConf.structured(asdict(config))
-    for override in _parse(overrides):
-        key = override.key_or_group
-        if OmegaConf.select(node, key, default=_ABSENT) is _ABSENT:
-            raise ConfigError(_unknown_key(key))
-        if isinstance(OmegaConf.select(node, key), type(node)):
-            raise ConfigError(
-                f"{key}={override.value()}: a saved configuration takes section.key=value only; "
-                "drop config=... to choose another group."
-            )
-        OmegaConf.update(node, key, override.value())
-    return _checked(_typed(OmegaConf.to_container(node)))
+    return _changed(asdict(config), read_overrides(overrides, group_choices()))
 
 
-def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Cartesian product of comma-separated and range() sweeps (Hydra's multirun grammar)."""
-    choices = []
-    for override in _parse(overrides):
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([override.input_line or ""])
-    return [list(combination) for combination in itertools.product(*choices)]
+def expand_sweep(overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
+    """Overrides of each run of a multirun (Hydra's sweep grammar), the last sweep fastest."""
+    return grammar.expand_sweep(overrides, group_choices(_existing_dir(config_dir)))
 
 
 def to_yaml(config: Config) -> str:
@@ -108,141 +90,129 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """Typed, validated configuration from plain data, such as a server's message.
+def _load(path: Any, assignments: Sequence[Assignment]) -> Config:
+    file = Path(str(path)).expanduser()
+    file = file / "config.yaml" if file.is_dir() else file
+    where = f"config={shown(str(path))}"
+    if not file.is_file():
+        raise ConfigError(f"{where}: no such file; give the config.yaml of an earlier run.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except Exception as error:  # PyYAML raises several unrelated types
+        raise ConfigError(f"{where}: not valid YAML ({_cause(error)}).") from error
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f"{where}: holds no configuration; give the config.yaml of a run.")
+    try:
+        return _changed(asdict(from_dict(cast(dict[str, Any], values))), assignments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
-    Paths are not looked at: they mean nothing on another machine.
-    """
-    return _typed(values)
+
+def _changed(values: dict[Any, Any], assignments: Sequence[Assignment]) -> Config:
+    for item in assignments:
+        text = f"{item.key}={shown(item.value)}"
+        if item.is_choice:
+            raise ConfigError(
+                f"{text}: a saved configuration takes section.key=value only; compose a new one to "
+                "choose another group."
+            )
+        if "${" in str(item.value):
+            raise ConfigError(f"{text}: a saved configuration takes plain values only.")
+        _assign(values, item)
+    return _checked(values)
 
 
-_ABSENT = object()
-
-
-def _checked(config: Config) -> Config:
+def _checked(values: Mapping[Any, Any]) -> Config:
+    config = from_dict(values)
     validate_paths(config)
     return config
 
 
-def _typed(values: Any) -> Config:
-    schema = OmegaConf.structured(Config)
+def _assign(values: dict[Any, Any], item: Assignment) -> None:
+    """Set one key in nested sections, in place."""
+    *sections, leaf = item.key.split(".")
+    for name in sections:
+        values[name] = values.get(name) or {}  # {}: a section that was null
+        values = values[name]
+    values[leaf] = _merged(values.get(leaf), item.value)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """`new`, where sections on both sides are merged key by key."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _composed(chosen: Sequence[str], folder: Path | None) -> dict[Any, Any]:
+    """What the groups say, references unresolved."""
+    search = [f"hydra.searchpath=[{grammar.quoted(f'file://{folder}')}]"] if folder else []
+    ConfigStore.instance().store(name="schema", node=asdict(Config()))
     try:
-        merged = OmegaConf.merge(schema, values)
-        config = OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        key = str(error.full_key or "").strip()
-        raise ConfigError(f"{key} is required here; add {key}=<value>.") from error
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            node = hydra_compose("config", overrides=[*search, *chosen])
+        values = OmegaConf.to_container(node, resolve=False)
+    except Exception as error:  # besides Hydra's own, what PyYAML raises on a broken file
+        raise ConfigError(_explained(error, folder)) from error
+    assert isinstance(values, dict)
+    return values
+
+
+def _resolved(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`values` with references such as ``${data.client_column}`` followed."""
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(dict(values)), resolve=True)
+    except InterpolationResolutionError as error:
+        reason = re.sub(r"^.*?Error raised while resolving interpolation: ", "", _cause(error))
+        raise ConfigError(f"{error.full_key}: its reference ${{...}} fails ({reason}).") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_typing_message(error)) from error
-    assert isinstance(config, Config)
-    validate(config)
-    return config
+        raise ConfigError(
+            f"{error.full_key or 'a value'}: '${{' opens a reference to another key; close it with "
+            "'}', or write '\\${' for the characters themselves."
+        ) from error
+    assert isinstance(resolved, dict)
+    return resolved
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    return [_parse_one(text) for text in overrides]
-
-
-def _parse_one(text: str) -> Override:
-    """One override; a bare value outside Hydra's grammar (a path with spaces) is a string."""
-    parser = OverridesParser.create()
-    key, _, value = text.partition("=")
-    attempts = [text]
-    if re.match(r"[\w./~]", value) and "'" not in value:
-        attempts.append(f"{key}='{value}'")
-    for attempt in attempts:
-        try:
-            return parser.parse_override(attempt)
-        except HydraException:
-            continue
-    raise ConfigError(f"cannot read override {text!r}: write key=value (lists as key=[a,b]).")
-
-
-def _reject_conflicts(overrides: Sequence[Override]) -> None:
-    """Refuse two values for one key, and lists where a group takes one choice."""
-    seen: dict[str, Any] = {}
-    groups = _groups()
-    for override in overrides:
-        key, value = override.key_or_group, override.value()
-        if key in seen and seen[key] != value:
-            raise ConfigError(f"{key}={seen[key]} and {key}={value} exclude each other; keep one.")
-        if key in groups and isinstance(value, list):
-            raise ConfigError(f"{key}={value}: choose one of {', '.join(groups[key])}.")
-        seen[key] = value
-
-
-def _groups() -> dict[str, list[str]]:
-    return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in sorted(conf_dir().iterdir())
-        if folder.is_dir()
-    }
-
-
-def group_choices(config_dir: str | None = None) -> dict[str, list[str]]:
-    """Names of the groups and, for each, the choices of the package and of `config_dir`."""
-    groups = _groups()
-    for folder in Path(config_dir).iterdir() if config_dir else ():
-        if folder.is_dir():
-            found = {file.stem for file in folder.glob("*.yaml")}
-            groups[folder.name] = sorted({*groups.get(folder.name, ()), *found})
-    return groups
-
-
-def known_keys() -> list[str]:
-    """Every dotted key of the schema."""
-
-    def walk(cls: Any, prefix: str) -> list[str]:
-        keys: list[str] = []
-        for item in fields(cls):
-            keys.append(prefix + item.name)
-            if is_dataclass(item.type):
-                keys += walk(item.type, f"{prefix}{item.name}.")
-        return keys
-
-    return walk(Config, "")
-
-
-def _unknown_key(key: str) -> str:
-    known = known_keys()
-    leaf = key.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    close = close or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown key {key!r}.{hint} (fedllm config lists every key)"
-
-
-def _explain(error: Exception, overrides: Sequence[Override], config_dir: str | None) -> str:
-    groups = group_choices(config_dir)
+def _explained(error: Exception, folder: Path | None) -> str:
+    """Why the YAML groups do not compose; what overrides say was checked before."""
     text = str(error)
-    if isinstance(error, MissingConfigException) or "Could not find" in text:
-        for override in overrides:
-            key, value = override.key_or_group, override.value()
-            if key in groups and str(value) not in groups[key]:
-                close = difflib.get_close_matches(str(value), groups[key], n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                return f"{key}={value}: no such choice.{hint} Choose from {', '.join(groups[key])}."
+    if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text):
+        group, choice = match.groups()
+        return unknown_choice(group, choice, group_choices(folder).get(group, ()))
     if match := re.search(r"Could not override '([^'@]+)", text):
-        return _unknown_key(match.group(1))
-    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
-        return _typing_message(error.__cause__)
-    return _first_line(error)
+        return unknown_key(match.group(1))
+    place = f" in {folder}" if folder else ""
+    kind = "" if isinstance(error, HydraException) else "not valid YAML: "
+    return f"the YAML groups{place} do not compose: {kind}{_cause(error)}."
 
 
-def _typing_message(error: BaseException) -> str:
-    key = getattr(error, "full_key", None) or ""
-    text = _first_line(error)
-    if "not in" in text and "Key" in text:
-        return _unknown_key(str(key))
-    return f"{key}: {text}" if key and key not in text else text
-
-
-def _existing_dir(path: str) -> Path:
+def _existing_dir(path: str | None) -> Path | None:
+    """The user's directory of groups, which adds choices and replaces none."""
+    if path is None:
+        return None
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
-        raise ConfigError(f"--config-dir {path}: no such directory.")
+        raise ConfigError(f"--config-dir {shown(path)}: no such directory.")
+    if not any((folder / group).is_dir() for group in group_choices()):
+        raise ConfigError(
+            f"--config-dir {shown(path)}: holds no group; put choices into subdirectories such as "
+            "data/ or experiment/."
+        )
+    shipped = ((group, choice) for group, some in group_choices().items() for choice in some)
+    for group, choice in shipped:
+        if (folder / group / f"{choice}.yaml").is_file() and folder != conf_dir().resolve():
+            raise ConfigError(
+                f"--config-dir {shown(path)}: {group}/{choice}.yaml has the name of a choice of "
+                "the package; rename it."
+            )
     return folder
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """The first line of an error's text, and where in the file it was seen."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"{getattr(error, 'problem', lines[0])}, line {mark.line + 1}"
+    return lines[0].rstrip(".") if lines else type(error).__name__

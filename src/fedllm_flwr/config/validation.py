@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.config.schema import Config
+from fedllm_flwr.config.names import shown, unknown_choice
+from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
 from fedllm_flwr.errors import ConfigError
 
 ALGORITHMS = (
@@ -24,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "quantization.name": ("none", "int8", "nf4"),
     "quantization.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "data.preprocessing": ("none", "alpaca", "fingpt", "medalpaca", "mathinstruct"),
     "data.template": ("alpaca", "vicuna", "chat"),
     "data.truncation": ("right", "left", "drop"),
     "data.on_bad_record": ("error", "skip"),
@@ -61,6 +63,8 @@ _RANGES: dict[str, _Rule] = {
     "data.max_samples": (_positive, "> 0"),
     "data.eval_max_samples": (_positive, "> 0"),
     "data.validation_fraction": (_fraction, "in [0, 1)"),
+    "dpo.beta": (_positive, "> 0"),
+    "dpo.label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
     "training.learning_rate": (_positive, "> 0"),
     "training.min_learning_rate": (_non_negative, ">= 0"),
     "training.num_epochs": (_positive, "> 0"),
@@ -102,29 +106,25 @@ def validate(config: Config) -> None:
         ConfigError: names the key, its value and what to use instead.
     """
     for key, choices in _CHOICES.items():
-        _check_choice(key, _value(config, key), choices)
+        if (value := _get(config, key)) not in choices:
+            raise ConfigError(unknown_choice(key, value, choices))
     for key, (holds, wanted) in _RANGES.items():
-        value = _value(config, key)
+        value = _get(config, key)
         if value is not None and not holds(value):
-            raise ConfigError(f"{key} must be {wanted}, got {value}.")
+            raise ConfigError(f"{key} must be {wanted}, got {shown(value)}.")
     _check_training(config)
-    _check_federation(config)
+    _check_clients(config)
+    _check_partition(config)
+    _check_lora(config)
     _check_model(config)
+    _check_device(config)
 
 
-def _value(config: Config, key: str) -> Any:
+def _get(config: Config, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value in choices:
-        return
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"{key}={value}: choose from {', '.join(choices)}.{hint}")
 
 
 def _check_training(config: Config) -> None:
@@ -147,44 +147,84 @@ def _check_training(config: Config) -> None:
         )
 
 
-def _check_federation(config: Config) -> None:
+def _check_clients(config: Config) -> None:
     federation = config.federation
     clients, sampled = federation.num_clients, federation.sample_clients
-    if clients is not None and sampled is not None and sampled > clients:
+    if clients is None and config.partition.name != "natural":
+        clients = DEFAULT_NUM_CLIENTS
+    if clients is None:  # the values of a column, not known before the data is read
+        return
+    if sampled is not None and sampled > clients:
         raise ConfigError(
             f"federation.sample_clients={sampled} exceeds federation.num_clients={clients}; "
             "sample at most all of them."
         )
-    if clients is not None:
-        per_round = sampled or max(1, round(federation.sample_fraction * clients))
-        if federation.min_replies > per_round:
-            raise ConfigError(
-                f"federation.min_replies={federation.min_replies} exceeds the {per_round} clients "
-                "sampled per round; lower it or sample more clients."
-            )
-    if config.partition.name == "natural" and not config.partition.column:
+    per_round = sampled or max(1, round(federation.sample_fraction * clients))
+    if federation.min_replies > per_round:
+        raise ConfigError(
+            f"federation.min_replies={federation.min_replies} exceeds the {per_round} clients "
+            "sampled per round; lower it or sample more clients."
+        )
+
+
+def _check_partition(config: Config) -> None:
+    name, column = config.partition.name, config.partition.column
+    if name == "natural" and not column:
         raise ConfigError(
             "partition=natural needs a column: give partition.column=<column>, one client for "
             "each of its values."
         )
-    needs_label = config.partition.name in ("dirichlet", "pathological")
-    if needs_label and not config.partition.column:
+    if name in ("dirichlet", "pathological") and not column:
         raise ConfigError(
-            f"partition={config.partition.name} needs a column of classes: give "
-            "partition.column=<column> (or data.columns.label)."
+            f"partition={name} needs a column of classes: give partition.column=<column> (or "
+            "data.columns.label)."
         )
+    labels = config.data.labels
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"data.labels={shown(labels)} names a label twice; list each once.")
+
+
+def _check_lora(config: Config) -> None:
+    targets = config.lora.target_modules
+    if isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets):
+        return
+    if targets in ("auto", "all-linear"):
+        return
+    name = shown(targets)
+    close = difflib.get_close_matches(name, ("auto", "all-linear"), n=1)
+    hint = f"did you mean {close[0]!r}? Give" if close else "give"
+    example = f"[{name}]" if isinstance(targets, str) and not close else "[q_proj,v_proj]"
+    raise ConfigError(
+        f"lora.target_modules={name}: {hint} auto, all-linear or a list of module names such as "
+        f"{example}."
+    )
 
 
 def _check_model(config: Config) -> None:
-    targets = config.lora.target_modules
-    named = isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
-    if not named and targets not in ("auto", "all-linear"):
-        raise ConfigError(
-            f"lora.target_modules={targets}: give auto, all-linear or a list of module names "
-            "such as [q_proj,v_proj]."
-        )
     if config.model.path == "embedded" and config.model.name != "tiny":
-        raise ConfigError(f"model={config.model.name} needs model.path=<hub id or directory>.")
+        raise ConfigError(
+            f"model={shown(config.model.name)} needs model.path=<hub id or directory>."
+        )
+
+
+def _check_device(config: Config) -> None:
+    training, quantization = config.training, config.quantization.name
+    if quantization != "none" and training.device == "mps":
+        raise ConfigError(
+            f"quantization={quantization} does not run on training.device=mps; use "
+            "quantization=none or another device."
+        )
+    if config.model.attention != "flash_attention_2":
+        return
+    for key, value, remedy in (
+        ("training.device", training.device, "cuda"),
+        ("training.dtype", training.dtype, "bfloat16"),
+    ):
+        if value in ("cpu", "mps", "float32"):
+            raise ConfigError(
+                f"model.attention=flash_attention_2 does not run with {key}={value}; use "
+                f"{key}={remedy} or model.attention=sdpa."
+            )
 
 
 def validate_paths(config: Config) -> None:
@@ -194,13 +234,32 @@ def validate_paths(config: Config) -> None:
         ConfigError: names the key and the path that is missing.
     """
     if not config.data.path and not config.data.hub_id:
-        raise ConfigError(f"data={config.data.name} needs data.path=<file or directory>.")
+        raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
     files = {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
     for key, path in files.items():
-        if path and path != "embedded" and not Path(path).expanduser().exists():
-            raise ConfigError(f"{key}={path}: no such file or directory.")
-    if config.init_adapter and not (Path(config.init_adapter) / "adapter_config.json").is_file():
+        if path and path != "embedded":
+            _check_exists(key, path)
+    if config.model.path.startswith(("/", "./", "../", "~")):
+        _check_exists("model.path", config.model.path)
+    if config.resume:
+        _check_exists("resume", config.resume)
+    adapter = config.init_adapter
+    if adapter and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
         raise ConfigError(
-            f"init_adapter={config.init_adapter}: no adapter_config.json there; give the adapter/ "
+            f"init_adapter={shown(adapter)}: no adapter_config.json there; give the adapter/ "
             "directory of a run."
         )
+
+
+def _check_exists(key: str, path: str) -> None:
+    """Refuse a path that is not there, with the closest name that is."""
+    file = Path(path).expanduser()
+    try:
+        if file.exists():
+            return
+        beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"{key}={shown(path)}: {error.strerror}; give another path.") from error
+    close = difflib.get_close_matches(file.name, beside, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else " Give one that is there."
+    raise ConfigError(f"{key}={shown(path)}: no such file or directory.{hint}")

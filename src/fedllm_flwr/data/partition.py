@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.config.schema import PartitionConfig
+from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, PartitionConfig
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.params import derive_seed
 
 if TYPE_CHECKING:
     import datasets
 
-DEFAULT_NUM_CLIENTS = 10
 DIRICHLET_SEEDS = 20  # each allows flwr-datasets' eleven draws to reach min_size
 
 

@@ -1,0 +1,92 @@
+"""Names of keys, groups and choices, and the wording of what is wrong with a name."""
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from fedllm_flwr.config.schema import Config
+
+_PACKAGE = Path(__file__).parents[1]
+_LONGEST_SHOWN = 120  # characters of a value in a message
+
+
+def conf_dir() -> Path:
+    """Directory of the YAML groups: inside an installed wheel, or of the checkout."""
+    installed = _PACKAGE / "conf"
+    return installed if installed.is_dir() else _PACKAGE.parents[1] / "conf"
+
+
+def group_choices(config_dir: Path | None = None) -> dict[str, list[str]]:
+    """The package's groups and, for each, its choices and those of `config_dir`."""
+    folders = sorted(folder for folder in conf_dir().iterdir() if folder.is_dir())
+    groups = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in folders}
+    if config_dir:
+        for name, choices in groups.items():
+            choices |= {file.stem for file in (config_dir / name).glob("*.yaml")}
+    return {name: sorted(choices) for name, choices in groups.items()}
+
+
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """A type hint without its ``None``, and whether it had one."""
+    if get_origin(hint) in (Union, types.UnionType):
+        rest = [arg for arg in get_args(hint) if arg is not type(None)]
+        return rest[0], len(rest) < len(get_args(hint))
+    return hint, False
+
+
+@cache
+def key_types() -> dict[str, Any]:
+    """Type hint of every dotted key of the schema, sections included."""
+
+    def walk(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, hint in get_type_hints(cls).items():
+            yield prefix + name, hint
+            inner, _ = without_none(hint)
+            if is_dataclass(inner):
+                yield from walk(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+    return dict(walk(Config, ""))
+
+
+def is_section(key: str) -> bool:
+    """Whether `key` names a section of keys, such as ``training``."""
+    return is_dataclass(without_none(key_types()[key])[0])
+
+
+def unknown_key(key: str) -> str:
+    """Message for a key that the schema lacks, with the closest one that it has."""
+    close = _closest_key(key)
+    hint = f" Did you mean {close!r}?" if close else ""
+    return f"unknown key {shown(key)!r}.{hint} (fedllm config lists every key)"
+
+
+def _closest_key(key: str) -> str | None:
+    known = {name.lower(): name for name in key_types()}
+    lowered = key.lower().replace("/", ".")
+    section, _, leaf = lowered.rpartition(".")
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    siblings = [name for name in known if section and name.startswith(section + ".")]
+    for candidates, cutoff in ((siblings, 0.75), (same_leaf, 0.0), (list(known), 0.6)):
+        if close := difflib.get_close_matches(lowered, candidates, n=1, cutoff=cutoff):
+            return known[close[0]]
+    return None
+
+
+def unknown_choice(key: str, value: Any, choices: Sequence[str]) -> str:
+    """Message for a value outside `choices`, with the closest of them."""
+    close = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{key}={shown(value)}: no such choice.{hint} Choose from {', '.join(choices)}."
+
+
+def shown(value: Any) -> str:
+    """A value on one line, as it would be typed."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text = f"[{','.join(map(shown, value))}]" if isinstance(value, list) else str(value)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."

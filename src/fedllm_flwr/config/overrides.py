@@ -1,0 +1,186 @@
+"""Overrides as users type them: Hydra's grammar, and every mistake refused in one line."""
+
+import itertools
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_origin
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+
+from fedllm_flwr.config.names import (
+    is_section,
+    key_types,
+    shown,
+    unknown_choice,
+    unknown_key,
+    without_none,
+)
+from fedllm_flwr.errors import ConfigError
+
+Choices = Mapping[str, Sequence[str]]
+"""Names of the choices of each group."""
+
+# Groups whose name decides what other keys mean: chosen as a group, with their defaults.
+_WHOLE = ("algorithm", "partition", "quantization", "task")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One override: ``key=value``, where a group's value names a choice of it."""
+
+    key: str
+    value: Any
+    is_choice: bool
+
+
+def split_overrides(text: str) -> list[str]:
+    """The overrides in one string, parted by blanks outside quotes; backslashes stay.
+
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
+    try:
+        return list(lexer)
+    except ValueError as error:
+        raise ConfigError(f"overrides={shown(text)}: a quote is not closed.") from error
+
+
+def read_overrides(texts: Iterable[str], choices: Choices) -> list[Assignment]:
+    """Assignments of single values; ``config=<file>`` and ``group=choice`` among them.
+
+    Raises:
+        ConfigError: a text that is no override, an unknown key or choice, or two values for
+            one key.
+    """
+    read: dict[str, Assignment] = {}
+    for text in texts:
+        override = _parsed(text)
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise ConfigError(_several_values(key, text))
+        new = _assignment(key, _meant(override, text), choices)
+        if key in read and read[key] != new:
+            old = f"{key}={shown(read[key].value)}"
+            raise ConfigError(f"{old} and {key}={shown(new.value)} exclude each other; keep one.")
+        read[key] = new
+    return list(read.values())
+
+
+def _several_values(key: str, text: str) -> str:
+    hint, _ = without_none(key_types().get(key))
+    as_one = f", or write it as one text, {key}=\"'...'\"" if hint is str else ""
+    if get_origin(hint) is list or hint is Any:
+        as_one = f", or write it as one list, {key}=[...]"
+    return f"{shown(text)} lists several values: add --multirun to run each of them{as_one}."
+
+
+def expand_sweep(texts: Sequence[str], choices: Choices) -> list[list[str]]:
+    """Cartesian product of ``a,b``, choice(), range() and glob() sweeps, in the order typed.
+
+    Raises:
+        ConfigError: a text that is no override, or a sweep that names no single values.
+    """
+    return [list(texts) for texts in itertools.product(*(_swept(text, choices) for text in texts))]
+
+
+def _swept(text: str, choices: Choices) -> list[str]:
+    override = _parsed(text)
+    if not override.is_sweep_override():
+        return [text]
+    key, value = override.key_or_group, override.value()
+    if isinstance(value, Glob):
+        values = value.filter(list(choices.get(key, ())))
+    elif override.is_discrete_sweep():
+        values = list(override.sweep_string_iterator())
+    else:
+        values = []
+    if not values:
+        raise ConfigError(f"{shown(text)} names no values to run; list them, as {key}=a,b.")
+    return [f"{key}={value}" for value in values]
+
+
+def _parsed(text: str) -> Override:
+    """One override; a bare value outside Hydra's grammar (blanks, brackets) is a text."""
+    sign, key, value = _parts(text)
+    attempts = [text.strip()]
+    if not re.match(r"""\s*(['"\[{]|$)""", value):
+        attempts.append(f"{key}={quoted(value)}")
+    for attempt in attempts:
+        try:
+            override = OverridesParser.create().parse_override(attempt)
+        except (HydraException, ValueError):  # ValueError: a number of thousands of digits
+            continue
+        _refuse_surgery(override, sign, text)
+        return override
+    raise ConfigError(
+        f"cannot read {shown(text)!r}: write lists as {key}=[a,b] and text with special characters "
+        f"in quotes, {key}=\"'...'\"."
+    )
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    match = re.match(r"\s*([+~]{0,2})([\w./@:$-]+)\s*(=|$)", text)
+    if not match or (match[3] != "=" and match[1] != "~"):
+        raise ConfigError(f"cannot read {shown(text)!r}: write key=value, without blanks around =.")
+    if match[2].startswith("-"):
+        bare = text.strip().lstrip("-")
+        raise ConfigError(f"{shown(text)}: options are written without dashes, {shown(bare)}.")
+    return match[1], match[2], text[match.end() :]
+
+
+def _refuse_surgery(override: Override, sign: str, text: str) -> None:
+    """Refuse what changes the set of keys, or Hydra itself, instead of a value."""
+    key = override.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra":
+        raise ConfigError(
+            f"{shown(text)}: Hydra's own settings have no effect here; drop it "
+            "(output_dir=<folder> says where the results go)."
+        )
+    if key not in key_types() and key not in ("experiment", "config"):
+        raise ConfigError(unknown_key(key))
+    if sign == "~":
+        raise ConfigError(f"{shown(text)}: keys cannot be removed; write {key}=<value>.")
+    if sign:
+        raise ConfigError(f"{shown(text)}: every key is there already; write {key}=<value>.")
+    if override.package is not None:
+        raise ConfigError(f"{shown(text)}: a choice has one place; write {key}=<choice>.")
+
+
+def quoted(value: str) -> str:
+    r"""`value` as a quoted string of Hydra's grammar: \ is special before a quote only."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value.strip())
+    return f"'{escaped}'"
+
+
+def _meant(override: Override, text: str) -> Any:
+    """The value; for a key that takes text, digits are text (revision=1e3) as they were typed."""
+    value = override.value()
+    hint, _ = without_none(key_types().get(override.key_or_group))
+    if hint is str and isinstance(value, int | float):
+        return text.partition("=")[2].strip()
+    return value
+
+
+def _assignment(key: str, value: Any, choices: Choices) -> Assignment:
+    if key in choices and not isinstance(value, dict):
+        if value not in choices[key] and not (key == "experiment" and value is None):
+            raise ConfigError(unknown_choice(key, value, choices[key]))
+        return Assignment(key, value, is_choice=True)
+    if key in key_types() and is_section(key) and not isinstance(value, dict):
+        if value is None and without_none(key_types()[key])[1]:
+            return Assignment(key, value, is_choice=False)
+        first = next(name for name in key_types() if name.startswith(f"{key}."))
+        raise ConfigError(f"{key}={shown(value)}: set one of its keys, such as {first}=<value>.")
+    group, _, leaf = key.partition(".")
+    if leaf == "name" and group in _WHOLE:
+        raise ConfigError(
+            f"{key}={shown(value)}: write {group}={shown(value)}, which also sets what belongs "
+            "to it."
+        )
+    return Assignment(key, value, is_choice=False)
