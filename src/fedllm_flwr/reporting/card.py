@@ -53,31 +53,27 @@ def _introduction(config: Config, base_model: str) -> str:
 
 
 def _loading(config: Config, base_model: str) -> str:
-    notes = {
-        "embedded": "The base model and its tokenizer are files inside the package "
-        "`fedllm-flwr`; `fedllm generate RUN_DIRECTORY PROMPT` finds them by itself. To load the "
-        "adapter in plain PEFT, give their directory as `base`, which `adapter_config.json` "
-        "holds as `base_model_name_or_path`.",
-        "local": "Replace `base` by the directory of your copy of the base model.",
-        "hub": "",
-    }
-    name = base_model if _is_hub_id(base_model) else "path/to/base-model"
+    kind = _kind(base_model)
+    imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
+    if kind == "embedded":
+        imports = ["from pathlib import Path", "", "import fedllm_flwr", *imports]
+        base = 'str(Path(fedllm_flwr.__file__).parent / "assets" / "tiny")'
+    else:
+        base = json.dumps(base_model if kind == "hub" else "path/to/your/copy/of/the/base/model")
     code = "\n".join(
         [
             "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            *imports,
             "",
-            f"base = {json.dumps(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(base)",
+            f"base = {base}",
             "model = AutoModelForCausalLM.from_pretrained(base)",
             'model = PeftModel.from_pretrained(model, "path/to/this/adapter")',
             "```",
         ]
     )
     prompt = f"Prompts follow the `{config.data.template}` template of the training data."
-    texts = ["## How to load it", code, notes[_kind(base_model)], prompt]
-    return "\n\n".join(text for text in texts if text)
+    tokenizer = "The tokenizer is the base model's."
+    return f"## How to load it\n\n{code}\n\n{tokenizer} {prompt}"
 
 
 def _results(summary: Mapping[str, Any]) -> str:
