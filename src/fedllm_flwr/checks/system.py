@@ -144,7 +144,7 @@ def check_ray(limit_s: float = RAY_LIMIT_S) -> list[Check]:
         out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         _kill_tree(process)
-        return [Check("ray", "warn", f"did not start within {limit_s:.0f} s", remedy)]
+        return [Check("ray", "warn", f"did not start within {limit_s:g} s", remedy)]
     if "answer 42" in out:
         return [Check("ray", "ok", "starts and answers")]
     reason = ([line for line in err.splitlines() if line.strip()] or ["no answer"])[-1]
