@@ -124,6 +124,12 @@ def test_loopback_works_here(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"https_proxy": "http://p", "no_proxy": "localhost, 127.0.0.1"}, None),
         ({"http_proxy": "http://p", "no_proxy": ","}, "http_proxy"),
         ({"no_proxy": "x"}, None),
+        # As a gRPC client on this interface behaves:
+        ({"HTTP_PROXY": "http://p"}, None),
+        ({"http_proxy": "http://p", "no_proxy": "localhost"}, "http_proxy"),
+        ({"http_proxy": "http://p", "NO_PROXY": "127.0.0.1"}, "http_proxy"),
+        ({"http_proxy": "http://p", "no_proxy": "127.0.0.0/8"}, None),
+        ({"http_proxy": "http://p", "no_proxy": "*"}, "http_proxy"),
     ],
 )
 def test_proxy_variables(environment: dict[str, str], captured: str | None) -> None:
