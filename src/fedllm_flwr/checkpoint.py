@@ -15,7 +15,6 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Array, Params
 
 _FORMAT = "1"
-_PATTERN = "round-[0-9]*[0-9].safetensors"
 
 
 @dataclass(frozen=True)
@@ -143,5 +142,6 @@ def _read_state(path: Path) -> ServerState:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    found = {int(path.stem.partition("-")[2]): path for path in directory.glob(_PATTERN)}
-    return [found[number] for number in sorted(found, reverse=True)]
+    found = {path.stem.partition("-")[2]: path for path in directory.glob("round-*.safetensors")}
+    numbers = sorted((number for number in found if number.isdigit()), key=int, reverse=True)
+    return [found[number] for number in numbers]

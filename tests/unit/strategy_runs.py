@@ -1,0 +1,125 @@
+"""Clients, grids and runs that the tests of the strategies share."""
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message
+
+from fedllm_flwr.checkpoint import ServerState
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import (
+    AlgorithmConfig,
+    CommunicationConfig,
+    FederationConfig,
+)
+from fedllm_flwr.messages import ClientInfo, Update
+from fedllm_flwr.strategies import STRATEGIES, Hooks
+from fedllm_flwr.strategies.exchange import Client
+from fedllm_flwr.wire import pack_update, unpack_task
+
+START = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,
+    "b": np.linspace(-1, 1, 4, dtype=np.float32),
+}
+SIZES = {"ant": 10, "bee": 20, "cat": 40}
+NODES = {"ant": 101, "bee": 102, "cat": 103}
+ADAPTIVE = {"eta": 0.01, "beta1": 0.9, "beta2": 0.99}
+HYPER = {
+    "fedavg": {},
+    "fedprox": {"mu": 0.01},
+    "scaffold": {},
+    "fedavgm": {"beta1": 0.9},
+    "fedadagrad": {"eta": 0.01},
+    "fedyogi": ADAPTIVE,
+    "fedadam": ADAPTIVE,
+    "local": {},
+}
+
+
+def config_of(name="fedavg", variant="paper", timeout_s=5.0, min_replies=1, **federation):
+    federation.setdefault("sample_fraction", 1.0)
+    return Config(
+        algorithm=AlgorithmConfig(name=name, variant=variant, **HYPER[name]),
+        federation=FederationConfig(
+            min_replies=min_replies, round_timeout_s=timeout_s, **federation
+        ),
+        communication=CommunicationConfig(dtype="float32"),
+    )
+
+
+def roster_of(sizes=SIZES):
+    return {
+        name: Client(NODES.get(name, 1000 + i), ClientInfo(name, size, "0"))
+        for i, (name, size) in enumerate(sizes.items())
+    }
+
+
+def update_of(message, name, **changes):
+    """A client's honest update: random, but the same for the same client and round."""
+    task = unpack_task(message.content)
+    rng = np.random.default_rng([task.round, *name.encode()])
+    draw = {key: rng.normal(size=v.shape).astype(np.float32) for key, v in START.items()}
+    fields = {
+        "delta": draw,
+        "num_examples": min(8, SIZES.get(name, 8)),
+        "metrics": {"loss": float(rng.uniform(1, 2))},
+        "control_delta": {k: -v for k, v in draw.items()} if task.control is not None else None,
+    }
+    return Update(**{**fields, **changes})
+
+
+def honest(name):
+    return lambda message: Message(
+        pack_update(update_of(message, name), "float32"), reply_to=message
+    )
+
+
+def replying(change):
+    """A node that sends the honest content of 'bee' after `change` was made to it."""
+
+    def handler(message):
+        content = pack_update(update_of(message, "bee"), "float32")
+        changed = change(content)
+        return Message(content if changed is None else changed, reply_to=message)
+
+    return handler
+
+
+def nodes_of(bee=None, names=SIZES):
+    nodes = {NODES[name]: honest(name) for name in names}
+    if bee is not None:
+        nodes[NODES["bee"]] = bee
+    return nodes
+
+
+def run(config, grid, rounds=1, state=None, hooks=None, roster=None):
+    """Run to `rounds`; the final state and the report of every round."""
+    reports = []
+    told = hooks or Hooks()
+    told.on_round = lambda _state, report: reports.append(report)
+    strategy = STRATEGIES[config.algorithm.name](
+        config, roster or roster_of(), state or ServerState(0, START), told
+    )
+    strategy.start(grid, ArrayRecord(), num_rounds=rounds)
+    return strategy.state, reports
+
+
+def assert_same_bits(left, right):
+    assert left.round == right.round
+    assert left.moments.keys() == right.moments.keys()
+    groups = [(left.params, right.params), (left.control or {}, right.control or {})]
+    for mine, other in [*groups, *((left.moments[k], right.moments[k]) for k in left.moments)]:
+        assert mine.keys() == other.keys()
+        assert all(mine[key].tobytes() == other[key].tobytes() for key in mine)
+        assert all(mine[key].dtype == other[key].dtype for key in mine)
+
+
+def with_value(value):
+    array = np.zeros((2, 3), np.float32)
+    array[1, 1] = value
+    return array
+
+
+def set_array(name, value):
+    def change(content):
+        content.array_records["delta"][name] = Array(value)
+
+    return change
