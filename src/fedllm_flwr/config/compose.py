@@ -1,8 +1,10 @@
 """Composition of a `Config` from Hydra groups and overrides, and its YAML round trip."""
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +42,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Con
     saved = [item.value for item in assignments if item.key == "config"]
     if saved:
         return _load(saved[0], [item for item in assignments if item.key != "config"])
-    chosen = [f"{item.key}={shown(item.value)}" for item in assignments if item.is_choice]
+    choices = [item for item in assignments if item.is_choice and item.value is not None]
+    chosen = [f"{item.key}={item.value}" for item in choices]
     values = _composed(chosen, folder)
     for item in assignments:
         if not item.is_choice:
@@ -55,11 +58,11 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
         ConfigError: as `compose`; or a key of the run config that is not one of these two.
     """
     for key, value in run_config.items():
-        if key not in ("overrides", "config") or not isinstance(value, str):
-            raise ConfigError(
-                f"--run-config {key}={shown(value)}: write --run-config "
-                f"'overrides=\"{key}={shown(value)}\"'."
-            )
+        text = f"{key}={shown(value)}"
+        if key not in ("overrides", "config"):
+            raise ConfigError(f"--run-config {text}: write --run-config 'overrides=\"{text}\"'.")
+        if not isinstance(value, str):
+            raise ConfigError(f"--run-config {text} must be text: write '{key}=\"...\"'.")
     overrides = split_overrides(run_config.get("overrides", ""))
     saved = run_config.get("config", "")
     return load_yaml(saved, overrides) if saved else compose(overrides)
@@ -146,14 +149,26 @@ def _merged(old: Any, new: Any) -> Any:
 
 def _composed(chosen: Sequence[str], folder: Path | None) -> dict[Any, Any]:
     """What the groups say, references unresolved."""
-    search = [f"hydra.searchpath=[{grammar.quoted(f'file://{folder}')}]"] if folder else []
-    ConfigStore.instance().store(name="schema", node=asdict(Config()))
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            node = hydra_compose("config", overrides=[*search, *chosen])
-        values = OmegaConf.to_container(node, resolve=False)
+        if folder is None:
+            return copy.deepcopy(_of_package(*chosen))
+        search = f"hydra.searchpath=[{grammar.quoted(f'file://{folder}')}]"
+        return _by_hydra([search, *chosen])
     except Exception as error:  # besides Hydra's own, what PyYAML raises on a broken file
         raise ConfigError(_explained(error, folder)) from error
+
+
+@cache
+def _of_package(*chosen: str) -> dict[Any, Any]:
+    """The package's groups do not change while it runs, and a sweep composes many times."""
+    return _by_hydra(chosen)
+
+
+def _by_hydra(overrides: Sequence[str]) -> dict[Any, Any]:
+    ConfigStore.instance().store(name="schema", node=asdict(Config()))
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        node = hydra_compose("config", overrides=list(overrides))
+    values = OmegaConf.to_container(node, resolve=False)
     assert isinstance(values, dict)
     return values
 

@@ -108,7 +108,7 @@ def _swept(text: str, choices: Choices) -> list[str]:
 def _parsed(text: str) -> Override:
     """One override; a bare value outside Hydra's grammar (blanks, brackets) is a text."""
     sign, key, value = _parts(text)
-    attempts = [text.strip()]
+    attempts = [f"{sign}{key}={value.strip()}" if value or sign != "~" else text.strip()]
     if not re.match(r"""\s*(['"\[{]|$)""", value):
         attempts.append(f"{key}={quoted(value)}")
     for attempt in attempts:
