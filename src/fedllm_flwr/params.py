@@ -100,11 +100,12 @@ class RunningMean:
             if name not in self._coarse:
                 self._coarse[name] = np.zeros(value.shape, np.int64)
                 self._fine[name] = np.zeros(value.shape, np.int64)
-            rest = value.astype(np.float64) * weight
-            coarse = np.rint(rest / _COARSE)
-            rest -= coarse * _COARSE  # exact: both are multiples of the last bit of the term
+            rest = np.multiply(value, weight, dtype=np.float64)
+            coarse = np.rint(rest * (1 / _COARSE))
             self._coarse[name] += coarse.astype(np.int64)
-            self._fine[name] += np.rint(rest / _FINE).astype(np.int64)
+            rest -= coarse * _COARSE  # exact: both are multiples of the last bit of the term
+            rest *= 1 / _FINE
+            self._fine[name] += np.rint(rest, out=rest).astype(np.int64)
         self.weight += weight
         self.count += 1
 
