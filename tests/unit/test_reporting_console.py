@@ -137,7 +137,7 @@ def test_rows_hold_the_records() -> None:
     console = Console(out)
     console.plan(PLAN)
     console.round(START)
-    console.round(trained(1, {"banking": 2.5, "energy": 2.3}), eta_s=34.4)
+    console.round(trained(1, {"banking": 2.5, "energy": 2.3, "a": 2.4, "b": 2.4}), eta_s=34.4)
     console.round(
         trained(5, {"banking": 0.4}, eval={"loss": 0.4321, "accuracy": 0.876}), eta_s=95.0
     )
@@ -153,10 +153,10 @@ def test_rows_hold_the_records() -> None:
         "MB": "-",
         "left": "-",
     }
-    # 2 replies up and 4 tasks down of 82,944 bytes each: 0.498 MB.
-    assert (second["clients"], second["loss"], second["seconds"]) == ("2/2", "2.400", "3.1")
+    # 4 replies up and 4 tasks down of 82,944 bytes each: 0.664 MB (0.633 MiB).
+    assert (second["clients"], second["loss"], second["seconds"]) == ("4/4", "2.400", "3.1")
     assert (second["eval loss"], second["accuracy"]) == (".", ".")
-    assert (second["MB"], second["left"]) == ("0.5", "34 s")
+    assert (second["MB"], second["left"]) == ("0.7", "34 s")
     assert (third["eval loss"], third["accuracy"], third["left"]) == ("0.432", "0.88", "1 min 35 s")
 
 
