@@ -2,13 +2,17 @@
 
 Tensors travel under their PEFT names in float32, bfloat16 or float16. Flower's arrays know no
 bfloat16, so its bits travel as int16 next to the name of the dtype, and are decoded before any
-arithmetic. The configuration travels as JSON data and is typed again on arrival.
+arithmetic. The configuration travels as JSON data and is typed again on arrival. Whatever a peer
+sends, reading it gives the dataclass or a `FederationError`.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array as WireArray
@@ -16,58 +20,81 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.typed import from_dict
-from fedllm_flwr.errors import FederationError
+from fedllm_flwr.encoding import STORED, decode, encode
+from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.messages import ClientInfo, Failure, LocalCorrection, Task, Update
-from fedllm_flwr.params import Array, Params
+from fedllm_flwr.params import Params
 
-_ENCODED = {"float32": np.float32, "bfloat16": np.int16, "float16": np.float16}
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Keys that name something on the server's disk; a client never learns them.
-_SERVER_ONLY = ("output_dir", "resume", "init_adapter", "tracking", "checkpoint")
+# Keys that name something on the server's disk or network; a client never learns them.
+_SERVER_ONLY = (
+    "output_dir",
+    "resume",
+    "init_adapter",
+    "tracking",
+    "checkpoint",
+    "evaluation.suites",
+    "federation.ray_address",
+)
+_KINDS: dict[type, str] = {
+    int: "whole number",
+    float: "number",
+    bool: "truth value",
+    str: "text",
+}
+_LONGEST_SHOWN = 100  # characters of a peer's wording
+
+_Value = TypeVar("_Value", int, float, bool, str)
 
 
-def to_bfloat16_bits(values: Array) -> Array:
-    """float32 to bfloat16 bits as int16, rounded to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    result = np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
-    return cast(Array, result.astype(np.uint16).view(np.int16))
-
-
-def from_bfloat16_bits(bits: Array) -> Array:
-    """bfloat16 bits in int16 to float32."""
-    return cast(Array, (bits.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32))
+@contextmanager
+def _reading() -> Iterator[None]:
+    """A peer can send any bytes, so any error while reading them is a `FederationError`."""
+    try:
+        yield
+    except FederationError:
+        raise
+    except ConfigError as error:
+        raise FederationError(
+            f"the server's configuration: {error} Do both run the same fedllm-flwr?"
+        ) from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise FederationError(f"it cannot be read ({kind}: {_shown(str(error))})") from error
 
 
 def pack_params(params: Params, dtype: str) -> tuple[ArrayRecord, str]:
-    """Tensors in wire dtype, and the JSON list of their names and dtype."""
-    encode = to_bfloat16_bits if dtype == "bfloat16" else lambda v: v.astype(_ENCODED[dtype])
-    with np.errstate(over="ignore"):
-        encoded = {name: WireArray(np.ascontiguousarray(encode(v))) for name, v in params.items()}
-    return ArrayRecord(encoded), dtype
+    """Tensors in wire dtype, and that dtype.
+
+    Raises:
+        FederationError: a finite value is beyond float16.
+    """
+    arrays = {name: WireArray(encode(name, values, dtype)) for name, values in params.items()}
+    return ArrayRecord(arrays), dtype
 
 
+@_reading()
 def unpack_params(record: ArrayRecord, dtype: str) -> Params:
     """Tensors as float32.
 
     Raises:
         FederationError: unknown wire dtype, or an array of another dtype than announced.
     """
-    if dtype not in _ENCODED:
-        raise FederationError(f"unknown wire dtype {dtype!r}; expected {', '.join(_ENCODED)}")
+    if dtype not in STORED:
+        raise FederationError(f"unknown wire dtype {_shown(dtype)!r}; use {', '.join(STORED)}")
     params: Params = {}
     for name, array in record.items():
         values = array.numpy()
-        if values.dtype != _ENCODED[dtype]:
-            raise FederationError(f"{name!r} has dtype {values.dtype}, announced as {dtype}")
-        decoded = from_bfloat16_bits(values) if dtype == "bfloat16" else values
-        params[name] = decoded.astype(np.float32)
+        if not isinstance(values, np.ndarray) or values.dtype != STORED[dtype]:
+            found = getattr(values, "dtype", type(values).__name__)
+            raise FederationError(f"{_shown(name)!r} has dtype {found}, announced as {dtype}")
+        params[name] = decode(values, dtype)
     return params
 
 
 def round_trip(params: Params, dtype: str) -> Params:
-    """`params` as they look after travelling."""
-    return unpack_params(*pack_params(params, dtype))
+    """`params` as they look after travelling; tensors may share memory with the given ones."""
+    return {name: decode(encode(name, values, dtype), dtype) for name, values in params.items()}
 
 
 def wire_bytes(params: Params, dtype: str) -> int:
@@ -79,7 +106,6 @@ def pack_task(task: Task) -> RecordDict:
     """A `Task` as records; built once and shared by the messages of a round."""
     dtype = task.config.communication.dtype
     arrays, _ = pack_params(task.params, dtype)
-    config = {k: v for k, v in asdict(task.config).items() if k not in _SERVER_ONLY}
     settings = ConfigRecord(
         {
             "round": task.round,
@@ -88,7 +114,7 @@ def pack_task(task: Task) -> RecordDict:
             "mu": task.correction.mu,
             "control_variates": task.correction.control_variates,
             "post_step": task.correction.post_step,
-            "config": json.dumps(config),
+            "config": _config_text(task.config),
         }
     )
     content = RecordDict({"params": arrays, "task": settings})
@@ -97,21 +123,31 @@ def pack_task(task: Task) -> RecordDict:
     return content
 
 
+@_reading()
 def unpack_task(content: RecordDict) -> Task:
-    """The `Task` in a server's message."""
-    settings = content.config_records["task"]
-    dtype = cast(str, settings["dtype"])
+    """The `Task` in a server's message.
+
+    Raises:
+        FederationError: it lacks a record or a field, or holds one that makes no sense.
+    """
+    settings = _settings(content, "task")
+    dtype = _field(settings, "dtype", str)
+    correction = LocalCorrection(
+        mu=_non_negative(settings, "mu"),
+        control_variates=_field(settings, "control_variates", bool),
+        post_step=_field(settings, "post_step", bool),
+    )
     control = content.array_records.get("control")
+    if correction.control_variates and control is None:
+        raise FederationError("it lacks 'control', the control variate that it asks for")
+    if (server_round := _field(settings, "round", int)) < 0:
+        raise FederationError(f"round={server_round} is below 0")
     return Task(
-        round=cast(int, settings["round"]),
-        params=unpack_params(content.array_records["params"], dtype),
-        learning_rate=cast(float, settings["learning_rate"]),
-        config=from_dict(json.loads(cast(str, settings["config"]))),
-        correction=LocalCorrection(
-            mu=cast(float, settings["mu"]),
-            control_variates=cast(bool, settings["control_variates"]),
-            post_step=cast(bool, settings["post_step"]),
-        ),
+        round=server_round,
+        params=unpack_params(_arrays(content, "params"), dtype),
+        learning_rate=_non_negative(settings, "learning_rate"),
+        config=_config(settings),
+        correction=correction,
         control=None if control is None else unpack_params(control, dtype),
     )
 
@@ -131,40 +167,36 @@ def pack_update(update: Update, dtype: str) -> RecordDict:
     return content
 
 
+@_reading()
 def unpack_update(content: RecordDict) -> Update:
     """The `Update` in a client's reply.
 
     Raises:
         FederationError: the reply lacks a record or a field, or holds one of a wrong type.
     """
-    try:
-        settings = content.config_records["update"]
-        dtype, num_examples = settings["dtype"], settings["num_examples"]
-        record = content.array_records["delta"]
-        metrics = content.metric_records["metrics"]
-    except KeyError as error:
-        raise FederationError(f"the reply lacks {error}") from error
-    if not isinstance(num_examples, int) or isinstance(num_examples, bool):
-        raise FederationError(f"num_examples={num_examples!r} is no whole number")
+    settings = _settings(content, "update")
+    dtype = _field(settings, "dtype", str)
+    metrics = content.metric_records.get("metrics")
+    if metrics is None:
+        raise FederationError("it lacks 'metrics'")
     control = content.array_records.get("control_delta")
     return Update(
-        delta=unpack_params(record, str(dtype)),
-        num_examples=num_examples,
-        metrics={k: float(cast(float, v)) for k, v in metrics.items()},
-        control_delta=None if control is None else unpack_params(control, str(dtype)),
+        num_examples=_field(settings, "num_examples", int),
+        delta=unpack_params(_arrays(content, "delta"), dtype),
+        metrics={name: float(cast(float, value)) for name, value in metrics.items()},
+        control_delta=None if control is None else unpack_params(control, dtype),
     )
 
 
 def pack_query(config: Config) -> RecordDict:
     """The question every node is asked once: who are you, and how much data do you hold."""
-    sections = {k: v for k, v in asdict(config).items() if k not in _SERVER_ONLY}
-    return RecordDict({"query": ConfigRecord({"config": json.dumps(sections)})})
+    return RecordDict({"query": ConfigRecord({"config": _config_text(config)})})
 
 
+@_reading()
 def unpack_query(content: RecordDict) -> Config:
     """The configuration in a query."""
-    text = cast(str, content.config_records["query"]["config"])
-    return from_dict(json.loads(text))
+    return _config(_settings(content, "query"))
 
 
 def pack_info(info: ClientInfo) -> RecordDict:
@@ -172,13 +204,14 @@ def pack_info(info: ClientInfo) -> RecordDict:
     return RecordDict({"info": ConfigRecord(cast(Mapping[str, Any], asdict(info)))})  # type: ignore[arg-type]
 
 
+@_reading()
 def unpack_info(content: RecordDict) -> ClientInfo:
     """The `ClientInfo` in a reply."""
-    record = content.config_records["info"]
+    record = _settings(content, "info")
     return ClientInfo(
-        name=str(record["name"]),
-        num_examples=int(cast(int, record["num_examples"])),
-        version=str(record["version"]),
+        name=_field(record, "name", str),
+        num_examples=_field(record, "num_examples", int),
+        version=_field(record, "version", str),
     )
 
 
@@ -187,14 +220,64 @@ def pack_failure(failure: Failure) -> RecordDict:
     return RecordDict({"failure": ConfigRecord({"kind": failure.kind, "reason": failure.reason})})
 
 
+@_reading()
 def unpack_failure(content: RecordDict) -> Failure | None:
     """The `Failure` in a reply, or None if the reply is none."""
-    record = content.config_records.get("failure")
-    if record is None:
+    if "failure" not in content:
         return None
-    return Failure(kind=str(record["kind"]), reason=str(record["reason"]))
+    record = _settings(content, "failure")
+    return Failure(kind=_field(record, "kind", str), reason=_field(record, "reason", str))
 
 
 def pack_scores(scores: Mapping[str, float], num_examples: int) -> RecordDict:
     """A client's scores of the global adapter, and the number of examples behind them."""
     return RecordDict({"metrics": MetricRecord({**scores, "num_examples": num_examples})})
+
+
+def _config_text(config: Config) -> str:
+    """What clients learn of the configuration, as JSON."""
+    sections = asdict(config)
+    for key in _SERVER_ONLY:
+        *path, leaf = key.split(".")
+        del functools.reduce(lambda inner, name: inner[name], path, sections)[leaf]
+    return json.dumps(sections)
+
+
+def _config(settings: ConfigRecord) -> Config:
+    return from_dict(json.loads(_field(settings, "config", str)))
+
+
+def _settings(content: RecordDict, name: str) -> ConfigRecord:
+    record = content.config_records.get(name)
+    if record is None:
+        raise FederationError(f"it lacks {name!r}")
+    return record
+
+
+def _arrays(content: RecordDict, name: str) -> ArrayRecord:
+    record = content.array_records.get(name)
+    if record is None:
+        raise FederationError(f"it lacks {name!r}")
+    return record
+
+
+def _field(record: ConfigRecord, name: str, kind: type[_Value]) -> _Value:
+    if name not in record:
+        raise FederationError(f"it lacks {name!r}")
+    value = record[name]
+    if type(value) is not kind:  # not isinstance: a truth value is no number
+        raise FederationError(f"{name}={_shown(repr(value))} is no {_KINDS[kind]}")
+    return value
+
+
+def _non_negative(record: ConfigRecord, name: str) -> float:
+    value = _field(record, name, float)
+    if not (math.isfinite(value) and value >= 0):
+        raise FederationError(f"{name}={value} is not finite and >= 0")
+    return value
+
+
+def _shown(text: str) -> str:
+    """A peer's wording, bounded and on one line."""
+    cut = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+    return cut if cut.isprintable() else repr(cut)[1:-1]

@@ -90,7 +90,7 @@ BAD = {
     ),
     "broken failure": (
         lambda c: RecordDict({"failure": ConfigRecord({"kind": "x"})}),
-        "a failure without 'reason'",
+        "a broken failure: it lacks 'reason'",
     ),
 }
 

@@ -104,8 +104,8 @@ def failure_reason(reply: Message) -> str | None:
         return "an empty reply"
     try:
         failure = unpack_failure(reply.content)
-    except KeyError as error:
-        return f"a failure without {error}"
+    except FederationError as error:
+        return f"a broken failure: {error}"
     return printable(failure.reason) if failure else None
 
 
@@ -185,9 +185,9 @@ def _introduced(node_id: int, reply: Message) -> Client:
         raise FederationError(f"a client refused to take part: {reason} (node {node_id})")
     try:
         return Client(node_id, unpack_info(reply.content))
-    except (KeyError, TypeError, ValueError) as error:
+    except FederationError as error:
         raise FederationError(
-            f"node {node_id} does not say who it is (no {error}); does it run fedllm-flwr "
+            f"node {node_id} does not say who it is ({error}); does it run fedllm-flwr "
             f"{__version__}?"
         ) from error
 

@@ -1,0 +1,52 @@
+"""Tensors in the three dtypes that travel. NumPy only.
+
+NumPy and Flower know no bfloat16, so its bits stand in int16, and are decoded before any
+arithmetic.
+"""
+
+from typing import cast
+
+import numpy as np
+
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.params import Array
+
+STORED = {"float32": np.float32, "bfloat16": np.int16, "float16": np.float16}
+"""NumPy dtype in which each wire dtype is stored."""
+
+
+def to_bfloat16_bits(values: Array) -> Array:
+    """float32 to bfloat16 bits as int16, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    result = np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
+    return cast(Array, result.astype(np.uint16).view(np.int16))
+
+
+def from_bfloat16_bits(bits: Array) -> Array:
+    """bfloat16 bits in int16 to float32."""
+    return cast(Array, (bits.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32))
+
+
+def encode(name: str, values: Array, dtype: str) -> Array:
+    """`values` in wire dtype. Inf and NaN pass, so that the receiver can refuse them by name.
+
+    Raises:
+        FederationError: a finite value is too large for float16.
+    """
+    if dtype == "bfloat16":
+        return to_bfloat16_bits(values)
+    with np.errstate(over="ignore"):
+        encoded = np.ascontiguousarray(values, dtype=STORED[dtype])
+    if dtype == "float16" and (np.isinf(encoded) & np.isfinite(values)).any():
+        raise FederationError(
+            f"{name!r} holds a value beyond communication.dtype=float16 (65504); use bfloat16"
+        )
+    return encoded
+
+
+def decode(values: Array, dtype: str) -> Array:
+    """Wire dtype to float32, without a copy where there is nothing to convert."""
+    if dtype == "bfloat16":
+        return from_bfloat16_bits(values)
+    return values.astype(np.float32, copy=False)
