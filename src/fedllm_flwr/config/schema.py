@@ -181,7 +181,7 @@ class EvaluationConfig:
 
     central: bool = True  # score the global adapter on held-out records
     every: int = 5  # rounds; 0: only at the start and at the end
-    batch_tokens: int = 8192  # tokens per forward pass
+    batch_tokens: int = 2048  # tokens per forward pass
     clients: bool = False  # ask the clients to score it on their own records
     suites: list[str] = field(default_factory=list)  # benchmark suites to run at the end
 

@@ -50,6 +50,11 @@ class Encoded:
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[span], self.supervised[span]
 
+    def take(self, examples: NDArray[np.int64]) -> "Encoded":
+        """The chosen examples, in the order given; the report counts them alone."""
+        kept = [self[int(i)] for i in examples]
+        return _flatten(kept, self.source[examples].tolist(), len(kept), truncated=0)
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per example, shape (num_examples,)."""

@@ -1,0 +1,128 @@
+"""One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
+
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.cache import encode_cached
+from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
+from fedllm_flwr.data.partition import Partition, partition
+from fedllm_flwr.data.templates import Tokenizer
+from fedllm_flwr.errors import DataError
+from fedllm_flwr.params import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What a client trains on, and what it holds back when it is asked to evaluate."""
+
+    name: str
+    train: Encoded
+    held_out: Encoded
+
+
+@dataclass(frozen=True)
+class SimulatedData:
+    """The data of a simulated run, read, divided and encoded."""
+
+    source: FederatedData
+    partition: Partition
+    encoded: Encoded  # all training records
+
+
+def cache_dir() -> Path:
+    """Where encoded examples are kept between runs: $FEDLLM_CACHE, else the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fedllm-flwr"
+    return Path(os.environ.get("FEDLLM_CACHE", default)).expanduser()
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A configuration as a cache key: equal where the same examples come out."""
+
+    text: str
+    config: Config = field(compare=False)
+    tokenizer: Tokenizer = field(compare=False)
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Tokenizer) -> "_Keyed":
+        clients, length = config.federation.num_clients, config.training.max_length
+        parts = (config.data, config.partition, clients, config.seed, config.model, length)
+        return cls(repr(parts), config, tokenizer)
+
+
+def simulated_data(config: Config, tokenizer: Tokenizer) -> SimulatedData:
+    """The data of a simulated run; the process keeps those of the last run it served."""
+    return _simulated(_Keyed.of(config, tokenizer))
+
+
+@lru_cache(maxsize=1)
+def _simulated(keyed: _Keyed) -> SimulatedData:
+    config = keyed.config
+    source = load_federated_data(config)
+    divided = partition(source.train, config.partition, config.federation.num_clients, config.seed)
+    encoded = encode_records(config, keyed.tokenizer, source.train)
+    return SimulatedData(source, divided, encoded)
+
+
+def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Dataset") -> Encoded:
+    """Encode a data set with a column messages as the configuration says, cached on disk."""
+    return encode_cached(
+        records,
+        tokenizer,
+        config.data.template,
+        config.training.max_length,
+        config.data.truncation,
+        cache_dir() / "tokens",
+    )
+
+
+def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> ClientData:
+    """The examples of simulated client `index`.
+
+    Raises:
+        DataError: there is no such client.
+    """
+    data = simulated_data(config, tokenizer)
+    names = data.partition.names
+    if index >= len(names):
+        raise DataError(
+            f"the data make {len(names)} clients, but the simulation has more nodes; start it "
+            f"with --federation-config 'num-supernodes={len(names)}'"
+        )
+    mine = np.flatnonzero(np.isin(data.encoded.source, data.partition.indices[index]))
+    return _with_held_out(names[index], data.encoded, mine, config)
+
+
+def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
+    """The examples of a site, whose own file is ``config.data.path``."""
+    encoded = _site(_Keyed.of(config, tokenizer))
+    return _with_held_out(name, encoded, np.arange(len(encoded)), config)
+
+
+@lru_cache(maxsize=1)
+def _site(keyed: _Keyed) -> Encoded:
+    records = load_site_data(keyed.config.data, keyed.config.seed)
+    return encode_records(keyed.config, keyed.tokenizer, records)
+
+
+def _with_held_out(
+    name: str, encoded: Encoded, mine: NDArray[np.int64], config: Config
+) -> ClientData:
+    """Hold a seeded part back, at least one example, if clients are asked to evaluate."""
+    count = 0
+    if config.evaluation.clients and len(mine) > 1:
+        count = max(1, round(len(mine) * config.data.validation_fraction))
+    generator = np.random.default_rng(derive_seed(config.seed, "held out", name))
+    chosen = np.sort(generator.permutation(len(mine))[:count])
+    return ClientData(name, encoded.take(np.delete(mine, chosen)), encoded.take(mine[chosen]))

@@ -1,0 +1,1 @@
+"""Evaluation of adapters: loss on held-out text, and answers by likelihood."""

@@ -1,0 +1,85 @@
+"""Evaluation on the held-out records: loss, token accuracy, and classes by likelihood."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.choices import EncodedChoices, encode_choices
+from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.data.templates import Tokenizer
+from fedllm_flwr.evaluation.scoring import score_choices, score_tokens
+from fedllm_flwr.params import Params
+from fedllm_flwr.training.device import torch_threads
+from fedllm_flwr.training.model import AdaptedModel
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Held-out records, encoded; ``choices`` and ``targets`` where answers are classes."""
+
+    examples: Encoded
+    choices: EncodedChoices | None
+    targets: NDArray[np.int64]  # (scored records,): index into data.labels
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def make_evaluation_set(
+    config: Config, tokenizer: Tokenizer, records: object, encoded: Encoded
+) -> EvaluationSet:
+    """Put together what `evaluate` needs; records whose answer is no known label are not scored.
+
+    Args:
+        records: a data set with columns messages and choice.
+        encoded: the same records, encoded for training.
+    """
+    chosen = np.array(records["choice"][:], np.int64)  # type: ignore[index]
+    scored = np.flatnonzero(chosen >= 0)
+    if not config.data.labels or not len(scored):
+        return EvaluationSet(encoded, None, np.empty(0, np.int64))
+    messages = records["messages"][:]  # type: ignore[index]
+    choices = encode_choices(
+        [messages[i] for i in scored],
+        config.data.labels,
+        tokenizer,
+        config.data.template,
+        config.training.max_length,
+    )
+    return EvaluationSet(encoded, choices, chosen[scored])
+
+
+def evaluate(
+    model: AdaptedModel, params: Params, data: EvaluationSet, batch_tokens: int, threads: int
+) -> Scores:
+    """Scores of the adapter `params`: loss (nats per answer token), perplexity, token_accuracy;
+    with classes also accuracy and macro_f1 of the most likely label.
+    """
+    with torch_threads(threads):
+        model.load(params)
+        tokens = score_tokens(model, data.examples, batch_tokens)
+        count = max(1, tokens.num_tokens)
+        loss = tokens.nll / count
+        scores: Scores = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": tokens.num_correct / count,
+        }
+        if data.choices is not None:
+            likelihoods = score_choices(model, data.choices, batch_tokens)
+            scores |= classification_scores(likelihoods.argmax(-1), data.targets)
+    return scores
+
+
+def classification_scores(predicted: NDArray[np.int64], targets: NDArray[np.int64]) -> Scores:
+    """Accuracy, and F1 averaged over the classes that occur."""
+    return {
+        "accuracy": float((predicted == targets).mean()),
+        "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
+    }

@@ -1,0 +1,1 @@
+"""Local training: the base model with its adapters, batches, and one client's round."""

@@ -1,0 +1,138 @@
+"""Micro-batches of one client's round: sorted by length, so that little is computed on padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from fedllm_flwr.data.encode import Encoded
+
+IGNORED = -100  # label of tokens that do not enter the loss, as transformers has it
+
+MicroBatch = list[int]
+"""Indices of the examples that go through the model together."""
+
+
+def split_step(indices: Sequence[int], lengths: NDArray[np.int64], count: int) -> list[MicroBatch]:
+    """Divide the examples of one optimizer step into `count` micro-batches with little padding.
+
+    Examples are sorted by length and cut where the padded size, the sum over micro-batches of
+    (examples x longest), is smallest; ties go to the earliest cut.
+    """
+    order = sorted(indices, key=lambda i: (int(lengths[i]), i))
+    count = min(count, len(order))
+    longest = [int(lengths[i]) for i in order]
+    # cost[k][j]: padded tokens of the first j examples in k micro-batches; cut[k][j]: last start.
+    infinite = float("inf")
+    cost = [[0.0] + [infinite] * len(order)]
+    cut: list[list[int]] = [[0] * (len(order) + 1)]
+    for _ in range(count):
+        row, starts = [infinite], [0]
+        for j in range(1, len(order) + 1):
+            options = [cost[-1][i] + (j - i) * longest[j - 1] for i in range(j)]
+            best = int(np.argmin(options))
+            row.append(options[best])
+            starts.append(best)
+        cost.append(row)
+        cut.append(starts)
+    batches: list[MicroBatch] = []
+    end = len(order)
+    for k in range(count, 0, -1):
+        start = cut[k][end]
+        batches.append(order[start:end])
+        end = start
+    return batches[::-1]
+
+
+@dataclass(frozen=True)
+class RoundBatches(Dataset[list[int]]):
+    """A round as a data set of micro-batches: `per_step` of them make one optimizer step."""
+
+    batches: list[MicroBatch]
+    per_step: int
+    num_tokens: int  # real tokens of the round
+    computed_tokens: int  # tokens that pass through the model, padding included
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        return self.batches[index]
+
+
+def round_batches(
+    drawn: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    steps: int,
+    micro_batch_size: int,
+    packed: bool,
+) -> RoundBatches:
+    """Micro-batches for `steps` optimizer steps over the examples `drawn`, in drawing order.
+
+    Args:
+        drawn: indices of examples, shape (steps * examples per step,).
+        lengths: tokens of every example, shape (num_examples,).
+        packed: the model gets no padding (see `collate_packed`).
+    """
+    examples_per_step = len(drawn) // steps
+    per_step = -(-examples_per_step // micro_batch_size)
+    batches = [
+        batch
+        for step in drawn.reshape(steps, examples_per_step).tolist()
+        for batch in split_step(step, lengths, per_step)
+    ]
+    num_tokens = int(lengths[drawn].sum())
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return RoundBatches(batches, per_step, num_tokens, num_tokens if packed else padded)
+
+
+def collate_padded(examples: Encoded, batch: MicroBatch, pad_id: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels, each (examples, longest), padded on the right."""
+    shape = (len(batch), int(examples.lengths[batch].max()))
+    input_ids = np.full(shape, pad_id, np.int64)
+    mask = np.zeros(shape, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    for row, index in enumerate(batch):
+        tokens, supervised = examples[index]
+        input_ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        labels[row, : len(tokens)] = np.where(supervised, tokens, IGNORED)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def collate_packed(examples: Encoded, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """input_ids, position_ids and labels, each (1, tokens), examples end to end without padding.
+
+    Positions start anew with each example, which is how attention tells them apart. The first
+    token of an example is no label, for the one before it belongs to another.
+    """
+    tokens, supervised = zip(*(examples[index] for index in batch), strict=True)
+    positions = np.concatenate([np.arange(len(example)) for example in tokens])
+    joined = np.concatenate(tokens).astype(np.int64)
+    is_label = np.concatenate(supervised) & (positions > 0)
+    return {
+        "input_ids": torch.from_numpy(joined[None]),
+        "position_ids": torch.from_numpy(positions[None].astype(np.int64)),
+        "labels": torch.from_numpy(np.where(is_label, joined, IGNORED)[None]),
+    }
+
+
+def needed_logits(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same batch with logits asked for only where a label needs them.
+
+    The projection to the vocabulary is a large part of a small model, and its output the largest
+    tensor of a large one. ``logits_to_keep`` (kept,) are the positions at which any row of the
+    batch has a next token to learn, ``shift_labels`` (rows, kept) those tokens.
+    """
+    labels = inputs["labels"]
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    kept = (following != IGNORED).any(0).nonzero()[:, 0]
+    wanted = following[:, kept].contiguous()
+    return {**inputs, "logits_to_keep": kept, "shift_labels": wanted, "labels": wanted}

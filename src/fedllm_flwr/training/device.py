@@ -1,0 +1,81 @@
+"""Where and in which precision a model runs; automatic defaults per device."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fedllm_flwr.config.schema import TrainingConfig
+from fedllm_flwr.errors import ConfigError
+
+
+def resolve_device(requested: str) -> torch.device:
+    """The device of ``training.device``; auto prefers CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device asked for is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if requested == "auto":
+        requested = next(name for name, there in available.items() if there)
+    if not available[requested]:
+        raise ConfigError(
+            f"training.device={requested}, but this machine has none that torch can use; "
+            "use training.device=auto or cpu."
+        )
+    return torch.device(requested)
+
+
+def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The dtype of the base model's weights and of the forward pass.
+
+    auto: bfloat16 on CUDA devices that compute in it, float16 on older ones, float32 elsewhere.
+    Adapters are always float32.
+    """
+    if requested != "auto":
+        dtype: torch.dtype = getattr(torch, requested)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def micro_batch_size(training: TrainingConfig, device: torch.device, num_parameters: int) -> int:
+    """Examples per forward pass.
+
+    Unless the user says so: four on a CPU, where padding costs more than a pass does, and for
+    models beyond 0.5 B parameters, where memory is short; the whole batch otherwise.
+    """
+    if training.micro_batch_size is not None:
+        return training.micro_batch_size
+    small_pass = device.type == "cpu" or num_parameters > 500_000_000
+    return min(4, training.batch_size) if small_pass else training.batch_size
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with `count` CPU threads; the number of threads can change the last bits of a sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_device(device: torch.device) -> str:
+    """The device for people: its name and memory, or the number of CPUs."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return device.type

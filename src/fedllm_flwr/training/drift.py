@@ -1,0 +1,79 @@
+"""Client-side corrections of the gradient, as one callback for unmodified trainers.
+
+FedProx (Li et al. 2020) adds mu (w_i - w) to the gradient, SCAFFOLD (Karimireddy et al. 2020)
+adds c - c_i. Both are added after gradient clipping, so that max_grad_norm bounds the gradient of
+the client's own loss and the correction stays whole.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from fedllm_flwr.messages import LocalCorrection
+from fedllm_flwr.params import Params
+
+Tensors = dict[str, torch.Tensor]
+
+
+class DriftCorrection(TrainerCallback):
+    """Adds mu (w_i - w) + (c - c_i) to the gradient, and averages the uncorrected one.
+
+    Args:
+        parameters: the adapter's parameters by name, at the global adapter w.
+        correction: which terms to add.
+        drift: c - c_i by name, or None without control variates.
+        learning_rate: the local one, for the form that acts after the optimizer's step.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        correction: LocalCorrection,
+        drift: Params | None,
+        learning_rate: float,
+    ) -> None:
+        self._parameters = parameters
+        self._correction = correction
+        self._learning_rate = learning_rate
+        self._start: Tensors = (
+            {name: p.detach().clone() for name, p in parameters.items()} if correction.mu else {}
+        )
+        self._drift: Tensors = {
+            name: torch.from_numpy(value.copy()).to(parameters[name].device)
+            for name, value in (drift or {}).items()
+        }
+        self._gradient_sum: Tensors = (
+            {name: torch.zeros_like(p) for name, p in parameters.items()} if self._drift else {}
+        )
+        self._steps = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Correct the gradient, clipped already, before the optimizer sees it."""
+        self._steps += 1
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            if self._gradient_sum:
+                self._gradient_sum[name] += parameter.grad
+            if self._start:
+                offset = parameter.detach() - self._start[name]
+                parameter.grad.add_(offset, alpha=self._correction.mu)
+            if self._drift and not self._correction.post_step:
+                parameter.grad.add_(self._drift[name])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """OpenFedLLM's form of SCAFFOLD: w_i -= lr (c - c_i) after the optimizer's step."""
+        if not (self._drift and self._correction.post_step):
+            return
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.sub_(self._drift[name], alpha=self._learning_rate)
+
+    def mean_gradient(self) -> Params:
+        """Mean over the steps of the client's own, clipped, uncorrected gradient."""
+        return {
+            name: (total / max(1, self._steps)).cpu().numpy().astype(np.float32)
+            for name, total in self._gradient_sum.items()
+        }
