@@ -17,15 +17,18 @@ STORED = {"float32": np.float32, "bfloat16": np.int16, "float16": np.float16}
 
 def to_bfloat16_bits(values: Array) -> Array:
     """float32 to bfloat16 bits as int16, rounded to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    bits = np.asarray(values, dtype=np.float32, order="C").view(np.uint32)
+    half, shift = np.uint32(0x7FFF), np.uint32(16)
+    with np.errstate(over="ignore"):  # a NaN whose bits wrap around, replaced below
+        rounded = (bits + half + ((bits >> shift) & np.uint32(1))) >> shift
     result = np.where(np.isnan(values), np.uint32(0x7FC0), rounded)
     return cast(Array, result.astype(np.uint16).view(np.int16))
 
 
 def from_bfloat16_bits(bits: Array) -> Array:
     """bfloat16 bits in int16 to float32."""
-    return cast(Array, (bits.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32))
+    widened = np.asarray(bits.view(np.uint16).astype(np.uint32) << np.uint32(16))
+    return cast(Array, widened.view(np.float32))
 
 
 def encode(name: str, values: Array, dtype: str) -> Array:
@@ -37,7 +40,7 @@ def encode(name: str, values: Array, dtype: str) -> Array:
     if dtype == "bfloat16":
         return to_bfloat16_bits(values)
     with np.errstate(over="ignore"):
-        encoded = np.ascontiguousarray(values, dtype=STORED[dtype])
+        encoded = np.asarray(values, dtype=STORED[dtype], order="C")
     if dtype == "float16" and (np.isinf(encoded) & np.isfinite(values)).any():
         raise FederationError(
             f"{name!r} holds a value beyond communication.dtype=float16 (65504); use bfloat16"

@@ -81,13 +81,13 @@ def unpack_params(record: ArrayRecord, dtype: str) -> Params:
         FederationError: unknown wire dtype, or an array of another dtype than announced.
     """
     if dtype not in STORED:
-        raise FederationError(f"unknown wire dtype {_shown(dtype)!r}; use {', '.join(STORED)}")
+        raise FederationError(f"unknown wire dtype '{_shown(dtype)}'; use {', '.join(STORED)}")
     params: Params = {}
     for name, array in record.items():
         values = array.numpy()
         if not isinstance(values, np.ndarray) or values.dtype != STORED[dtype]:
             found = getattr(values, "dtype", type(values).__name__)
-            raise FederationError(f"{_shown(name)!r} has dtype {found}, announced as {dtype}")
+            raise FederationError(f"'{_shown(name)}' has dtype {found}, announced as {dtype}")
         params[name] = decode(values, dtype)
     return params
 
