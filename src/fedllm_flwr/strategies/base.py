@@ -182,8 +182,7 @@ class FederatedStrategy(Strategy):
             initial_arrays: returned if no round is left; training starts from ``state.params``.
             num_rounds: last round of the run.
             timeout: seconds to wait for replies; None: ``federation.round_timeout_s``.
-            train_config: unused, as `evaluate_config`: tasks carry the configuration.
-            evaluate_config: unused.
+            train_config, evaluate_config: unused; tasks carry the configuration.
             evaluate_fn: called after each round; the server evaluates in ``on_round`` instead.
         """
         result, empty = Result(), ConfigRecord()
@@ -193,9 +192,8 @@ class FederatedStrategy(Strategy):
             started = time.monotonic()
             messages = self.configure_train(current, arrays, empty, grid)
             self.hooks.on_start_round(current, self._report.sampled)
-            new_arrays, metrics = self.aggregate_train(
-                current, self._exchange(grid, messages, timeout_s)
-            )
+            replies = self._exchange(grid, messages, timeout_s)
+            new_arrays, metrics = self.aggregate_train(current, replies)
             arrays = result.arrays = new_arrays or arrays
             result.train_metrics_clientapp[current] = metrics or MetricRecord()
             self._report.seconds = time.monotonic() - started
