@@ -29,14 +29,19 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("reporting",),
-    ("client_app", "server_app", "engines"),
+    ("adapters", "run_directory", "preparation", "progress"),
+    ("server",),
+    ("client_app", "server_app", "engines", "run"),
     ("checks", "doctor", "cli"),
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 # Which parts import a library when they are imported, and which only inside functions.
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "flwr": (("wire", "strategies", "client_app", "server_app", "engines"), ("cli",)),
+    "flwr": (
+        ("wire", "strategies", "server", "client_app", "server_app", "engines", "run"),
+        ("cli",),
+    ),
     "hydra": (("config", "cli"), ()),
     "omegaconf": (("config", "cli"), ()),
     "torch": (("training", "evaluation"), ("data", "reporting", "checks")),
