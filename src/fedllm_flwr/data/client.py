@@ -52,27 +52,41 @@ class _Keyed:
 
     text: str
     config: Config = field(compare=False)
-    tokenizer: Tokenizer = field(compare=False)
+    tokenizer: Tokenizer | None = field(compare=False, default=None)
 
     @classmethod
-    def of(cls, config: Config, tokenizer: Tokenizer) -> "_Keyed":
-        clients, length = config.federation.num_clients, config.training.max_length
-        parts = (config.data, config.partition, clients, config.seed, config.model, length)
+    def of(cls, config: Config, tokenizer: Tokenizer | None = None) -> "_Keyed":
+        """The key for a configuration's records, or with a tokenizer for its examples."""
+        parts = [config.data, config.partition, config.federation.num_clients, config.seed]
+        if tokenizer is not None:
+            parts += [config.model, config.training.max_length]
         return cls(repr(parts), config, tokenizer)
 
 
+def divided_data(config: Config) -> tuple[FederatedData, Partition]:
+    """The records of a simulated run and its clients; kept by the process, as the next."""
+    return _divided(_Keyed.of(config))
+
+
 def simulated_data(config: Config, tokenizer: Tokenizer) -> SimulatedData:
-    """The data of a simulated run; the process keeps those of the last run it served."""
-    return _simulated(_Keyed.of(config, tokenizer))
+    """The records, clients and encoded examples of a simulated run."""
+    source, clients = divided_data(config)
+    return SimulatedData(source, clients, _encoded(_Keyed.of(config, tokenizer)))
 
 
 @lru_cache(maxsize=1)
-def _simulated(keyed: _Keyed) -> SimulatedData:
+def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
     config = keyed.config
     source = load_federated_data(config)
-    divided = partition(source.train, config.partition, config.federation.num_clients, config.seed)
-    encoded = encode_records(config, keyed.tokenizer, source.train)
-    return SimulatedData(source, divided, encoded)
+    count = config.federation.num_clients
+    return source, partition(source.train, config.partition, count, config.seed)
+
+
+@lru_cache(maxsize=1)
+def _encoded(keyed: _Keyed) -> Encoded:
+    assert keyed.tokenizer is not None
+    source, _ = divided_data(keyed.config)
+    return encode_records(keyed.config, keyed.tokenizer, source.train)
 
 
 def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Dataset") -> Encoded:
@@ -112,6 +126,7 @@ def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
 
 @lru_cache(maxsize=1)
 def _site(keyed: _Keyed) -> Encoded:
+    assert keyed.tokenizer is not None
     records = load_site_data(keyed.config.data, keyed.config.seed)
     return encode_records(keyed.config, keyed.tokenizer, records)
 

@@ -20,31 +20,37 @@ def split_step(indices: Sequence[int], lengths: NDArray[np.int64], count: int) -
     """Divide the examples of one optimizer step into `count` micro-batches with little padding.
 
     Examples are sorted by length and cut where the padded size, the sum over micro-batches of
-    (examples x longest), is smallest; ties go to the earliest cut.
+    (examples x longest), is smallest. No micro-batch is larger than an equal share of examples as
+    long as the longest, so that memory is bounded; within that, short examples go together in
+    larger numbers than long ones.
     """
     order = sorted(indices, key=lambda i: (int(lengths[i]), i))
     count = min(count, len(order))
-    longest = [int(lengths[i]) for i in order]
-    # cost[k][j]: padded tokens of the first j examples in k micro-batches; cut[k][j]: last start.
-    infinite = float("inf")
-    cost = [[0.0] + [infinite] * len(order)]
-    cut: list[list[int]] = [[0] * (len(order) + 1)]
+    padded = _padded_sizes(lengths[order], -(-len(order) // count))
+    # cost[i]: least padded size of the first i examples in the micro-batches so far.
+    cost = np.full(len(order) + 1, np.inf)
+    cost[0] = 0.0
+    starts = []  # of the last micro-batch, by its end
     for _ in range(count):
-        row, starts = [infinite], [0]
-        for j in range(1, len(order) + 1):
-            options = [cost[-1][i] + (j - i) * longest[j - 1] for i in range(j)]
-            best = int(np.argmin(options))
-            row.append(options[best])
-            starts.append(best)
-        cost.append(row)
-        cut.append(starts)
+        options = cost[:-1, None] + padded
+        starts.append(options.argmin(0))
+        cost[1:] = options.min(0)
+        cost[0] = np.inf
     batches: list[MicroBatch] = []
     end = len(order)
-    for k in range(count, 0, -1):
-        start = cut[k][end]
+    for start_of in reversed(starts):
+        start = int(start_of[end - 1])
         batches.append(order[start:end])
         end = start
     return batches[::-1]
+
+
+def _padded_sizes(ascending: NDArray[np.int64], share: int) -> NDArray[np.float64]:
+    """Padded size of the examples from `start` to `end`, shape (start, end); inf if not allowed."""
+    positions = np.arange(len(ascending))
+    sizes = positions[None, :] + 1 - positions[:, None]
+    padded = sizes * ascending[None, :].astype(np.float64)
+    return np.where((sizes > 0) & (padded <= share * ascending[-1]), padded, np.inf)
 
 
 @dataclass(frozen=True)

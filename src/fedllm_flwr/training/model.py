@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import inspect
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class AdaptedModel:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(eos if pad is None else pad)
 
-    @property
+    @cached_property
     def selects_logits(self) -> bool:
         """Whether the model can compute logits at chosen positions only."""
         return "logits_to_keep" in inspect.signature(self.peft.get_base_model().forward).parameters
@@ -69,9 +70,10 @@ class AdaptedModel:
         """Put `params` in the place of the adapter's tensors.
 
         Raises:
-            ModelError: names that are not the adapter's.
+            ModelError: names or shapes that are not the adapter's.
         """
         tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
+        self._check_shapes(params)
         result = set_peft_model_state_dict(self.peft, tensors)
         missing = [name for name in result.missing_keys if "lora_" in name]
         if result.unexpected_keys or missing:
@@ -81,10 +83,19 @@ class AdaptedModel:
                 f"{'missing' if missing else 'unknown'}."
             )
 
+    def _check_shapes(self, params: Params) -> None:
+        for name, value in params.items():
+            expected = self.initial[name].shape if name in self.initial else value.shape
+            if value.shape != expected:
+                raise ModelError(
+                    f"the adapter does not fit the base model and the LoRA settings: {name!r} has "
+                    f"shape {value.shape}, expected {expected}."
+                )
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The adapter's parameters by PEFT state-dict name, as `params` names them."""
         return {
-            name.replace(".default", ""): parameter
+            _state_dict_name(name): parameter
             for name, parameter in self.peft.named_parameters()
             if parameter.requires_grad
         }
@@ -93,6 +104,12 @@ class AdaptedModel:
         """Whether to recompute activations: automatic for large models on CUDA."""
         large = self.num_base_parameters > _CHECKPOINTING_FROM
         return (self.device.type == "cuda" and large) if requested is None else requested
+
+
+def _state_dict_name(name: str) -> str:
+    """A parameter's name without the adapter's; PEFT also leaves off DoRA's ``.weight``."""
+    name = name.replace(".default", "")
+    return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
 @dataclass
@@ -127,12 +144,18 @@ def load_model(config: Config) -> AdaptedModel:
             return _held.model
         if _held.base_key == base_key:
             base = _held.model.peft.unload()
+            del base.peft_config  # else PEFT takes the next adapter for a second one
         _held = None
+        gc.unfreeze()
         gc.collect()
     if base is None:
         base = _load_base(config, device, dtype, attention)
     model = _adapt(base, config, device, dtype, attention)
     _held = _Held(base_key, adapter_key, model)
+    # Each Trainer starts with a full collection: half a second if it has to walk through all that
+    # the libraries made at import, a few milliseconds if that is out of its sight.
+    gc.collect()
+    gc.freeze()
     return model
 
 
@@ -141,16 +164,14 @@ def _adapt(
 ) -> AdaptedModel:
     """Put a fresh adapter into `base`, its random matrices drawn from the run's seed."""
     num_parameters = _count_parameters(base)
+    _check_targets(config, base)
     settings = lora_config(config.lora, base.config.model_type)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "adapter"))
             peft_model = get_peft_model(base, settings)
     except ValueError as error:  # PEFT: no module of the model has such a name
-        raise ConfigError(
-            f"lora.target_modules={config.lora.target_modules} matches no layer of "
-            f"model.path={config.model.path}; use auto, all-linear or names of its linear layers."
-        ) from error
+        raise _no_target(config, config.lora.target_modules) from error
     model = AdaptedModel(
         peft=peft_model,
         tokenizer=load_tokenizer(config.model),
@@ -163,6 +184,24 @@ def _adapt(
     )
     model.initial = model.params()
     return model
+
+
+def _check_targets(config: Config, base: Any) -> None:
+    """Refuse a name that no module has: PEFT passes over it where another one matches."""
+    targets = config.lora.target_modules
+    if isinstance(targets, str):
+        return
+    modules = [f".{name}" for name, _ in base.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in modules):
+            raise _no_target(config, target)
+
+
+def _no_target(config: Config, target: Any) -> ConfigError:
+    return ConfigError(
+        f"lora.target_modules: {target} matches no layer of model.path={config.model.path} that "
+        "can be adapted; use auto, all-linear or names of its linear layers."
+    )
 
 
 def lora_config(lora: LoraSettings, model_type: str) -> LoraConfig:
@@ -189,7 +228,7 @@ def lora_config(lora: LoraSettings, model_type: str) -> LoraConfig:
 def _load_base(config: Config, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
     source = model_source(config.model)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.model.revision,
             dtype=dtype,
@@ -198,9 +237,16 @@ def _load_base(config: Config, device: torch.device, dtype: torch.dtype, attenti
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises many kinds; all mean that it is unusable
         raise unusable_model(config.model, "weights", error) from error
+    if report["missing_keys"]:  # transformers would go on with random values
+        raise ModelError(
+            f"model.path={config.model.path}: its weights lack {min(report['missing_keys'])!r} "
+            f"({len(report['missing_keys'])} tensors in all), which its config.json asks for; "
+            "copy or download the directory again."
+        )
     model.config.use_cache = False
     if config.quantization.name != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

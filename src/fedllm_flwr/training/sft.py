@@ -4,7 +4,6 @@ TRL's SFTTrainer computes entropies and token accuracies in every step; on small
 20 to 50 % more time than this bare Trainer, which is within a few percent of a plain loop.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.errors import ModelError
 from fedllm_flwr.training.batches import (
     MicroBatch,
     RoundBatches,
@@ -22,8 +22,6 @@ from fedllm_flwr.training.batches import (
     needed_logits,
 )
 from fedllm_flwr.training.model import AdaptedModel
-
-logger = logging.getLogger(__name__)
 
 Collator = Callable[[list[MicroBatch]], dict[str, torch.Tensor]]
 
@@ -34,6 +32,14 @@ class Trained:
 
     loss: float
     steps: int
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer without its count of operations, which walks all modules each time."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted."""
+        return 0
 
 
 def train_sft(
@@ -50,9 +56,12 @@ def train_sft(
 
     The loss of a step is the sum over all its supervised tokens divided by their number, however
     they are divided into micro-batches. The optimizer is fresh, the learning rate constant.
+
+    Raises:
+        ModelError: the model computes only means over a batch, which do not add up to a step's.
     """
     steps = len(batches) // batches.per_step
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model.peft,
         args=_arguments(model, batches, training, learning_rate, steps, seed),
         train_dataset=batches,
@@ -60,22 +69,31 @@ def train_sft(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    if not trainer.model_accepts_loss_kwargs:
+        kind = type(model.peft.get_base_model()).__name__
+        raise ModelError(
+            f"{kind} cannot sum its loss over the micro-batches of a step; choose a model whose "
+            "forward takes num_items_in_batch, as those of the common architectures do."
+        )
     try:
         result = trainer.train()
-    finally:  # the next round's Trainer wraps the model anew
+    finally:  # the next round's Trainer finds the model as this one did
         trainer.accelerator.unwrap_model(model.peft, keep_fp32_wrapper=False)
+        if trainer.args.gradient_checkpointing:
+            model.peft.get_base_model().gradient_checkpointing_disable()
     return Trained(loss=float(result.training_loss), steps=int(result.global_step))
 
 
 def _collator(model: AdaptedModel, examples: Encoded, packed: bool) -> Collator:
     """Items of the data set are micro-batches; the loader hands them over one at a time."""
+    selects_logits = model.selects_logits
 
     def collate(items: list[MicroBatch]) -> dict[str, torch.Tensor]:
         if packed:
             inputs = collate_packed(examples, items[0])
         else:
             inputs = collate_padded(examples, items[0], model.pad_id)
-        return needed_logits(inputs) if model.selects_logits else inputs
+        return needed_logits(inputs) if selects_logits else inputs
 
     return collate
 
@@ -89,7 +107,7 @@ def _arguments(
     seed: int,
 ) -> TrainingArguments:
     on_cuda = model.device.type == "cuda"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         per_device_train_batch_size=1,
         gradient_accumulation_steps=batches.per_step,
         max_steps=steps,
@@ -111,7 +129,11 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         average_tokens_across_devices=False,
+        logging_nan_inf_filter=False,  # a diverged client's loss is NaN, not the last good one
     )
+    if arguments.n_gpu > 1:  # one client, one device: no DataParallel on a machine with several
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _checkpointing(model: AdaptedModel, training: TrainingConfig) -> dict[str, Any]:

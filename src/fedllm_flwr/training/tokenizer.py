@@ -7,6 +7,10 @@ from typing import Any
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.errors import ModelError
 
+_NEEDED = {
+    "weights": "config.json and weights as *.safetensors (not pytorch_model.bin)",
+    "tokenizer": "tokenizer.json",
+}
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 
 
@@ -67,5 +71,9 @@ def unusable_model(model: ModelConfig, part: str, error: Exception) -> ModelErro
             f"model {model.path} needs an accepted licence: accept it on the model's page, then "
             "log in with `hf auth login`; or give a local copy: model.path=/path/to/dir."
         )
-    reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    return ModelError(f"model.path={model.path}: its {part} cannot be loaded ({reason}).")
+    if is_hub:
+        remedy = "check the name on the hub, or give a local copy: model.path=/path/to/dir."
+    else:
+        remedy = f"give the directory of a Hugging Face causal language model with {_NEEDED[part]}."
+    reason = text.strip().splitlines()[0].rstrip(". ") if text.strip() else type(error).__name__
+    return ModelError(f"model.path={model.path}: its {part} cannot be loaded ({reason}); {remedy}")

@@ -1,0 +1,62 @@
+"""Adapters on disk: exported for PEFT, and read back to start from."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import FederationError, ModelError
+from fedllm_flwr.params import Params, check_like
+from fedllm_flwr.reporting.card import model_card
+from fedllm_flwr.training.model import AdaptedModel
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(
+    path: Path, model: AdaptedModel, params: Params, config: Config, summary: Mapping[str, Any]
+) -> None:
+    """Write `params` as a directory that ``PeftModel.from_pretrained`` loads, with a model card.
+
+    The directory appears as a whole, in the place of an older one.
+
+    Raises:
+        FederationError: it cannot be written.
+    """
+    model.load(params)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            fresh = Path(folder) / path.name
+            model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
+            card = model_card(config, summary, config.model.path)
+            (fresh / "README.md").write_text(card, encoding="utf-8")
+            shutil.rmtree(path, ignore_errors=True)
+            fresh.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise FederationError(f"cannot write {path}: {error}.") from error
+
+
+def load_adapter(path: Path, model: AdaptedModel) -> Params:
+    """The tensors of an exported adapter, for the same base model and LoRA settings.
+
+    Raises:
+        ModelError: it is missing, broken, or of another shape.
+    """
+    file = path / _WEIGHTS
+    try:
+        params: Params = load_file(file)
+        check_like(params, model.initial)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: no readable adapter ({error}).") from error
+    except FederationError as error:
+        raise ModelError(
+            f"the adapter in {path} does not fit the base model and the LoRA settings: {error}; "
+            "use the model, lora.r and lora.target_modules that it was made with."
+        ) from error
+    return {name: value.astype("float32") for name, value in params.items()}

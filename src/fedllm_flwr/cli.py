@@ -1,0 +1,142 @@
+"""The command ``fedllm``."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from fedllm_flwr import __version__
+from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.errors import FedLLMError
+
+Command = Callable[[argparse.Namespace], int]
+
+_STARTED = time.monotonic()
+_EXIT_FAILED, _EXIT_INTERRUPTED = 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status. A user's mistake costs one line, not a trace."""
+    prepare_environment()
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.command(parsed))
+    except FedLLMError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted.", _EXIT_INTERRUPTED)
+
+
+def _fail(message: str, status: int = _EXIT_FAILED) -> int:
+    from fedllm_flwr.reporting.console import print_error
+
+    print_error(message)
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        from fedllm_flwr.multirun import multirun
+
+        return multirun(arguments.overrides, arguments.config_dir)
+    from fedllm_flwr.config.compose import compose
+    from fedllm_flwr.reporting.console import Console
+
+    config = compose(arguments.overrides, arguments.config_dir)
+    from fedllm_flwr.run import run_simulation
+
+    with Console(quiet=arguments.quiet) as console:
+        run_simulation(config, console, _STARTED)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.config.compose import compose
+    from fedllm_flwr.config.describe import describe, list_choices
+
+    if arguments.list:
+        print(list_choices(arguments.config_dir))
+    else:
+        print(describe(compose(arguments.overrides, arguments.config_dir)), end="")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedllm_flwr.doctor import check_lines, exit_status, run_checks, verdict
+
+    checks = []
+    for check in run_checks(arguments.quick, Path(arguments.output_dir), arguments.hub):
+        checks.append(check)
+        for line in check_lines(check):
+            print(line, flush=True)
+    print(verdict(checks))
+    return exit_status(checks)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.generation import answer_side_by_side
+
+    answer_side_by_side(arguments.run, arguments.prompt, arguments.max_new_tokens)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.generation import merge
+
+    print(merge(arguments.run, arguments.output))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedllm", description="Federated fine-tuning of large language models with Flower."
+    )
+    parser.add_argument("--version", action="version", version=f"fedllm-flwr {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    run = _add(commands, "run", _run, "train: fedllm run [group=choice] [section.key=value] ...")
+    _add_overrides(run)
+    run.add_argument("--multirun", "-m", action="store_true", help="one run per combination: a=1,2")
+    run.add_argument("--quiet", "-q", action="store_true", help="print errors only")
+
+    config = _add(commands, "config", _config, "print the resolved configuration")
+    _add_overrides(config)
+    config.add_argument("--list", action="store_true", help="list groups, choices and keys")
+
+    doctor = _add(commands, "doctor", _doctor, "check this machine, and say what to do")
+    doctor.add_argument("--quick", action="store_true", help="do not start Ray")
+    doctor.add_argument("--hub", action="store_true", help="try to reach the Hugging Face Hub")
+    doctor.add_argument("--output-dir", default="outputs", help="where runs will write")
+
+    generate = _add(commands, "generate", _generate, "answer a prompt with base and adapter")
+    generate.add_argument("run", help="directory of a run")
+    generate.add_argument("prompt", nargs="+", help="instructions to answer, each in quotes")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+
+    merge = _add(commands, "merge", _merge, "write the model with the adapter merged into it")
+    merge.add_argument("run", help="directory of a run")
+    merge.add_argument("output", help="directory to write")
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    command: Command,
+    text: str,
+) -> argparse.ArgumentParser:
+    added = commands.add_parser(name, help=text, description=text)
+    added.set_defaults(command=command)
+    return added
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
+    parser.add_argument("--config-dir", help="directory with further choices of the groups")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Engines: how the messages of a simulated run reach its clients."""
+
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from fedllm_flwr.config import Config
+
+ServerMain = Callable[[Grid], None]
+Engine = Callable[[Config, int, ServerMain], None]
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of ``federation.engine``; each imports what it needs only when chosen."""
+    if name == "inprocess":
+        from fedllm_flwr.engines.inprocess import run_inprocess
+
+        return run_inprocess
+    from fedllm_flwr.engines.ray import run_ray
+
+    return run_ray

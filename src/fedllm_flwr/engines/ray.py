@@ -1,0 +1,113 @@
+"""Flower's simulation engine on Ray: clients in worker processes that keep their model loaded."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.engines import ServerMain
+from fedllm_flwr.engines.stoppable import StoppableGrid
+from fedllm_flwr.errors import FederationError
+
+
+def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
+    """Run `main` in a thread while this one feeds the clients' messages to Ray workers.
+
+    Flower's `run_simulation` runs server and engine in this process, so that nothing is left
+    behind and errors come back as they are.
+
+    Raises:
+        FederationError: Ray cannot start, or its workers do not fit this machine.
+        KeyboardInterrupt: the user stopped the run.
+    """
+    from flwr.simulation import run_simulation
+
+    from fedllm_flwr.client_app import app as client_app
+
+    stop = threading.Event()
+    failures: list[BaseException] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def serve(grid: Grid, context: Context) -> None:
+        try:
+            main(StoppableGrid(grid, stop))
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    with _interrupts(stop), _flower_silent():
+        try:
+            run_simulation(
+                server_app, client_app, num_clients, backend_config=_backend_config(config)
+            )
+        except (Exception, SystemExit) as error:
+            if not failures:
+                raise FederationError(
+                    f"the Ray engine failed ({_first_line(error)}); run `fedllm doctor`, or use "
+                    "federation.engine=inprocess."
+                ) from error
+    if failures:
+        raise failures[0]
+
+
+def _backend_config(config: Config) -> Any:
+    federation = config.federation
+    init_args: dict[str, Any] = {"logging_level": "critical", "log_to_driver": False}
+    if federation.ray_address is not None:
+        init_args["address"] = federation.ray_address
+    return {
+        "init_args": init_args,
+        "client_resources": {
+            "num_cpus": federation.client_cpus,
+            "num_gpus": federation.client_gpus,
+        },
+    }
+
+
+@contextlib.contextmanager
+def _interrupts(stop: threading.Event) -> Iterator[None]:
+    """Let the first Ctrl-C end the server at its next look at the grid, the second all at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _flower_silent() -> Iterator[None]:
+    """Keep Flower's log away: it repeats as stack traces what the run reports itself."""
+    logger = logging.getLogger("flwr")
+    before = logger.disabled
+    logger.disabled = True
+    hook = threading.excepthook
+    threading.excepthook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.disabled = before
+        threading.excepthook = hook
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

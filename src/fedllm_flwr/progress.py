@@ -1,0 +1,142 @@
+"""The record of a run while it goes on: evaluation, metrics log, checkpoints and the console."""
+
+import time
+from typing import Any
+
+from fedllm_flwr.checkpoint import ServerState, save_state
+from fedllm_flwr.config import Config
+from fedllm_flwr.evaluation.central import Scores, evaluate
+from fedllm_flwr.params import Params
+from fedllm_flwr.preparation import Prepared
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.reporting.metrics import MetricsLog, Record, read_metrics
+from fedllm_flwr.reporting.trackers import Tracker, open_trackers
+from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.schedule import cosine_learning_rate
+from fedllm_flwr.strategies.report import Hooks, RoundReport
+from fedllm_flwr.timings import Timings
+from fedllm_flwr.training.device import cpu_count
+
+
+class Progress:
+    """Follows the rounds of one run, and writes down what happens.
+
+    Args:
+        first_round: the first round to be run, above 1 when a stopped run goes on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        prepared: Prepared,
+        console: Console,
+        timings: Timings,
+        first_round: int,
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._prepared = prepared
+        self._console = console
+        self._timings = timings
+        resumed = first_round - 1 if first_round > 1 else None
+        self._log = MetricsLog(directory.metrics, resumed)
+        self.records: list[Record] = read_metrics(directory.metrics)
+        self._tracker: Tracker = open_trackers(config, directory.path)
+        self._started = time.monotonic()
+        self._first_round = first_round
+
+    @property
+    def hooks(self) -> Hooks:
+        """What the strategy calls."""
+        return Hooks(self._console.start_round, self._console.reply, self.finish_round)
+
+    def start(self, state: ServerState) -> None:
+        """Score the adapter that training starts from, and save it as round 0."""
+        record: Record = {"round": 0, "seconds": 0.0}
+        if scores := self._evaluate(state.params):
+            record["eval"] = scores
+        self._add(record)
+        save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
+
+    def finish_round(self, state: ServerState, report: RoundReport) -> None:
+        """Evaluate if it is time, write the round down, then save the state."""
+        config = self._config
+        last = report.round == config.federation.num_rounds
+        every = config.evaluation.every
+        record = _record(report, config)
+        self._count_seconds(report)
+        if (last or (every and report.round % every == 0)) and (
+            scores := self._evaluate(state.params)
+        ):
+            record["eval"] = scores
+        self._add(record)
+        if last or report.round % config.checkpoint.every == 0:
+            with self._timings.phase("checkpoints"):
+                save_state(self._directory.checkpoints, state, config.checkpoint.keep)
+
+    def close(self, succeeded: bool) -> None:
+        """End the trackers."""
+        self._tracker.close(succeeded)
+
+    def _add(self, record: Record) -> None:
+        self.records.append(record)
+        self._log.append(record)
+        self._tracker.log(record)
+        self._console.round(record, self._seconds_left(record["round"]))
+
+    def _evaluate(self, params: Params) -> Scores | None:
+        if self._prepared.evaluation is None:
+            return None
+        self._console.status("evaluating")
+        # In one process with the clients, other runs may use the other cores.
+        alone = self._config.federation.engine != "inprocess"
+        with self._timings.phase("evaluation"):
+            return evaluate(
+                self._prepared.model,
+                params,
+                self._prepared.evaluation,
+                self._config.evaluation.batch_tokens,
+                threads=cpu_count() if alone else self._config.federation.client_cpus,
+            )
+
+    def _count_seconds(self, report: RoundReport) -> None:
+        """Divide a round's time: what its clients computed, side by side, and the rest."""
+        parallel = (
+            1
+            if self._config.federation.engine == "inprocess"
+            else max(1, cpu_count() // self._config.federation.client_cpus)
+        )
+        computed = sum(metrics.get("seconds", 0.0) for metrics in report.metrics.values())
+        training = min(report.seconds, computed / parallel)
+        self._timings.seconds["training"] += training
+        self._timings.seconds["federation"] += report.seconds - training
+
+    def _seconds_left(self, current: int) -> float | None:
+        done = current - self._first_round + 1
+        if done < 1:
+            return None
+        per_round = (time.monotonic() - self._started) / done
+        return per_round * (self._config.federation.num_rounds - current)
+
+
+def _record(report: RoundReport, config: Config) -> Record:
+    """A round as plain data, see `reporting.metrics`."""
+    record: dict[str, Any] = {
+        "round": report.round,
+        "learning_rate": cosine_learning_rate(
+            config.training, report.round, config.federation.num_rounds
+        ),
+        "loss": report.loss,
+        "clients": {
+            name: {**metrics, "num_examples": report.num_examples[name]}
+            for name, metrics in sorted(report.metrics.items())
+        },
+        "failures": dict(sorted(report.failures.items())),
+        "seconds": report.seconds,
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+    }
+    if report.score is not None:
+        record["client_eval"] = {"loss": report.score, "clients": report.scores}
+    return record

@@ -1,0 +1,131 @@
+"""What a run leaves on disk: one directory with fixed names."""
+
+import re
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.compose import load_yaml, to_yaml
+from fedllm_flwr.errors import ConfigError, FederationError
+
+# Options that may change when a stopped run goes on: they do not touch what is computed in the
+# rounds already done, and extending a run is the user's own wish.
+_FREE_TO_CHANGE = {
+    "federation.num_rounds",
+    "federation.engine",
+    "federation.min_replies",
+    "federation.round_timeout_s",
+    "federation.start_timeout_s",
+    "federation.client_gpus",
+    "federation.ray_address",
+    "output_dir",
+    "resume",
+}
+_FREE_SECTIONS = ("checkpoint.", "evaluation.", "tracking.")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside the directory of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record per round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Server states."""
+        return self.path / "checkpoints"
+
+    @property
+    def client_states(self) -> Path:
+        """States of simulated clients."""
+        return self.path / "clients"
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter, as PEFT loads it."""
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        """The result in one JSON object."""
+        return self.path / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        """Figure of losses and scores over the rounds."""
+        return self.path / "curves.png"
+
+
+def create(config: Config) -> RunDirectory:
+    """Make the directory of a new run and write its configuration.
+
+    Raises:
+        ConfigError: it holds a run already.
+        FederationError: it cannot be written.
+    """
+    path = _default_path(config) if config.output_dir is None else Path(config.output_dir)
+    directory = RunDirectory(path.expanduser())
+    if directory.config.exists() or directory.checkpoints.exists():
+        raise ConfigError(
+            f"output_dir={path} holds a run already; give another directory, or go on with it: "
+            f"resume={path}."
+        )
+    write_atomically(directory.config, to_yaml(config).encode())
+    return directory
+
+
+def reopen(config: Config) -> RunDirectory:
+    """The directory of the run that ``config.resume`` names, if `config` goes on with it.
+
+    Raises:
+        ConfigError: it holds no run, or an option differs that would change the result.
+    """
+    directory = RunDirectory(Path(str(config.resume)).expanduser())
+    saved = load_yaml(directory.config)
+    for key, (old, new) in _differences(asdict(saved), asdict(config)).items():
+        if key not in _FREE_TO_CHANGE and not key.startswith(_FREE_SECTIONS):
+            raise ConfigError(
+                f"{key}={new}: the run in {directory.path} was made with {key}={old}, and going on "
+                "with another value would mix two experiments; drop it, or start a new run."
+            )
+    if not any(directory.checkpoints.glob("round-*")):
+        raise FederationError(
+            f"resume={directory.path}: the run stopped before its first checkpoint; start it anew."
+        )
+    return directory
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys whose values differ, with both values."""
+    found: dict[str, Any] = {}
+    for name, value in old.items():
+        if isinstance(value, dict) and isinstance(new[name], dict):
+            found |= _differences(value, new[name], f"{prefix}{name}.")
+        elif value != new[name]:
+            found[prefix + name] = (value, new[name])
+    return found
+
+
+def _default_path(config: Config) -> Path:
+    """outputs/<month day-hour minute>-<algorithm>-<data>, numbered if that exists."""
+    stamp = datetime.now().strftime("%m%d-%H%M")
+    name = re.sub(r"[^\w.-]+", "_", f"{stamp}-{config.algorithm.name}-{config.data.name}")
+    path = Path("outputs") / name
+    number = 2
+    while path.exists():
+        path = Path("outputs") / f"{name}-{number}"
+        number += 1
+    return path
