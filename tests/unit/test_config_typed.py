@@ -9,7 +9,7 @@ import pytest
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.config.describe import describe, keys, list_choices
+from fedllm_flwr.config.describe import Key, describe, keys, list_choices
 from fedllm_flwr.config.names import group_choices
 from fedllm_flwr.config.typed import from_dict
 from fedllm_flwr.errors import ConfigError
@@ -112,10 +112,14 @@ def test_keys_are_those_of_the_schema() -> None:
     assert [key.name for key in keys()] == leaves(asdict(Config()))
 
 
+def row(key: Key) -> str:
+    """A key's line of the table in docs/configuration.md."""
+    hint, meaning = (text.replace("|", "\\|") for text in (key.type, key.help))
+    return f"| `{key.name}` | `{hint}` | `{key.default}` | {meaning} |"
+
+
 def test_every_key_is_documented_as_the_schema_has_it() -> None:
     documented = (DOCS / "configuration.md").read_text("utf-8")
 
-    for key in keys():
-        hint = key.type.replace("|", "\\|")
-        meaning = key.help.replace("|", "\\|")
-        assert f"| `{key.name}` | `{hint}` | `{key.default}` | {meaning} |" in documented
+    missing = [line for key in keys() if (line := row(key)) not in documented]
+    assert missing == []
