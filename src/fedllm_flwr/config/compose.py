@@ -37,7 +37,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Con
     Raises:
         ConfigError: unknown key or choice, wrong type, or an impossible combination.
     """
-    folder = _existing_dir(config_dir)
+    folder = existing_dir(config_dir)
     assignments = read_overrides(overrides, group_choices(folder))
     saved = [item.value for item in assignments if item.key == "config"]
     if saved:
@@ -85,7 +85,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 def expand_sweep(overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
     """Overrides of each run of a multirun (Hydra's sweep grammar), the last sweep fastest."""
-    return grammar.expand_sweep(overrides, group_choices(_existing_dir(config_dir)))
+    return grammar.expand_sweep(overrides, group_choices(existing_dir(config_dir)))
 
 
 def to_yaml(config: Config) -> str:
@@ -202,7 +202,7 @@ def _explained(error: Exception, folder: Path | None) -> str:
     return f"the YAML groups{place} do not compose: {kind}{_cause(error)}."
 
 
-def _existing_dir(path: str | None) -> Path | None:
+def existing_dir(path: str | None) -> Path | None:
     """The user's directory of groups, which adds choices and replaces none."""
     if path is None:
         return None

@@ -4,9 +4,8 @@ import inspect
 import re
 from dataclasses import dataclass, is_dataclass
 from functools import reduce
-from pathlib import Path
 
-from fedllm_flwr.config.compose import to_yaml
+from fedllm_flwr.config.compose import existing_dir, to_yaml
 from fedllm_flwr.config.names import group_choices, key_types, shown
 from fedllm_flwr.config.schema import Config
 
@@ -30,7 +29,7 @@ def describe(config: Config) -> str:
 
 def list_choices(config_dir: str | None = None) -> str:
     """Every group with its choices, and every key with its type, default and meaning."""
-    groups = group_choices(Path(config_dir).expanduser() if config_dir else None)
+    groups = group_choices(existing_dir(config_dir))
     width = max(map(len, groups))
     lines = ["Groups (group=choice)"]
     lines += [f"  {name:<{width}}  {' | '.join(some)}" for name, some in groups.items()]
