@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     try:
-        return int(parsed.command(parsed))
+        command: Command = parsed.command
+        return command(parsed)
     except FedLLMError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -39,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.multirun:
         from fedllm_flwr.multirun import multirun
 
-        return multirun(arguments.overrides, arguments.config_dir)
+        return multirun(arguments.overrides, arguments.config_dir, arguments.quiet)
     from fedllm_flwr.config.compose import compose
     from fedllm_flwr.reporting.console import Console
 

@@ -1,0 +1,98 @@
+"""What a run's adapter is for: answers side by side with the base model, and the merged model."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedllm_flwr.adapters import load_adapter
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.compose import load_yaml
+from fedllm_flwr.config.schema import QuantizationConfig
+from fedllm_flwr.data.encode import encode_prompts
+from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.training.model import AdaptedModel, load_model
+
+
+def answer_side_by_side(run: str, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Print each prompt's greedy answer by the base model and by the run's adapter.
+
+    Prompts are put into the template that the run was trained with.
+
+    Raises:
+        FedLLMError: the directory holds no finished run, or its model cannot be loaded.
+    """
+    config, model = _load(run)
+    room = config.training.max_length
+    for prompt in prompts:
+        messages = [[{"role": "user", "content": prompt}]]
+        tokens = encode_prompts(messages, model.tokenizer, config.data.template, room)[0]
+        with model.peft.disable_adapter():
+            base = _generate(model, tokens.tolist(), max_new_tokens)
+        print(f"prompt     {prompt}\nbase       {base}")
+        print(f"federated  {_generate(model, tokens.tolist(), max_new_tokens)}\n")
+
+
+def merge(run: str, output: str) -> str:
+    """Write the base model with the run's adapter merged into its weights; returns what was done.
+
+    The merged model is not quantized: the adapter is added to the base model's full weights.
+
+    Raises:
+        FedLLMError: the run is not finished, or the directory exists or cannot be written.
+    """
+    path = Path(output).expanduser()
+    if path.exists():
+        raise ConfigError(f"{output} exists; give a directory that does not.")
+    _, model = _load(run, quantized=False)
+    merged = model.peft.merge_and_unload()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            fresh = Path(folder) / path.name
+            merged.save_pretrained(str(fresh), safe_serialization=True)
+            model.tokenizer.save_pretrained(str(fresh))
+            shutil.move(str(fresh), path)
+    except OSError as error:
+        raise FederationError(f"cannot write {output}: {error.strerror or error}.") from error
+    return f"merged model written to {path}; load it with AutoModelForCausalLM.from_pretrained"
+
+
+def _load(run: str, quantized: bool = True) -> tuple[Config, AdaptedModel]:
+    directory = RunDirectory(Path(run).expanduser())
+    if not directory.config.is_file():
+        raise ConfigError(f"{run}: no config.yaml there; give the directory of a run.")
+    if not directory.adapter.is_dir():
+        raise ConfigError(
+            f"{run}: no adapter there, the run has not finished; go on with it: "
+            f"fedllm run resume={run}"
+        )
+    config = load_yaml(directory.config)
+    if not quantized:
+        config = replace(config, quantization=QuantizationConfig())
+    model = load_model(config)
+    model.load(load_adapter(directory.adapter, model))
+    return config, model
+
+
+@torch.inference_mode()
+def _generate(model: AdaptedModel, tokens: list[int], max_new_tokens: int) -> str:
+    """The greedy answer to a tokenised prompt, without special tokens."""
+    model.peft.eval()
+    inputs = torch.tensor([tokens], device=model.device)
+    output: Any = model.peft.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=model.pad_id,
+        eos_token_id=model.tokenizer.eos_token_id,
+    )
+    answer: str = model.tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
+    return answer.strip()
