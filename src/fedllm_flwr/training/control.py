@@ -1,8 +1,4 @@
-"""SCAFFOLD's client control variate c_i (Karimireddy et al. 2020), kept on the client's disk.
-
-One file per client and round, the last two kept. A task of round r starts from the newest state
-older than r, so that a round repeated after a crash starts from the same state.
-"""
+"""SCAFFOLD's client control variate c_i (Karimireddy et al. 2020), kept on the client's disk."""
 
 import logging
 from dataclasses import dataclass
@@ -10,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedllm_flwr.checkpoint import load_params, save_params
-from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import Task
-from fedllm_flwr.params import Params, add, check_like, subtract
+from fedllm_flwr.params import Params, add, subtract
+from fedllm_flwr.versions import newest_version, store_version
 from fedllm_flwr.wire import round_trip
 
 logger = logging.getLogger(__name__)
-
-_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,7 @@ class ClientControl:
         """The client's control variate for a task: from its disk, zero at its first round."""
         if task.control is None:
             return cls(task, directory, None)
-        own = _newest_before(directory, task.round, task.control)
+        own = newest_version(directory, "control", task.round, task.control)
         if own is None:
             logger.info("round %d: no control variate on disk, starting at zero", task.round)
             own = {name: np.zeros_like(value) for name, value in task.control.items()}
@@ -67,35 +60,5 @@ class ClientControl:
         else:
             new = mean_gradient
         change = round_trip(subtract(new, self.own), config.communication.dtype)
-        path = _file(self.directory, self.task.round)
-        save_params(path, {"control": add(self.own, change)}, {"round": str(self.task.round)})
-        _remove_outdated(path)
+        store_version(self.directory, "control", self.task.round, add(self.own, change))
         return change
-
-
-def _file(directory: Path, server_round: int) -> Path:
-    return directory / f"control-{server_round:05d}.safetensors"
-
-
-def _remove_outdated(newest: Path) -> None:
-    """Keep `newest` and the one before; later ones are of rounds that the server took back."""
-    states = sorted(newest.parent.glob("control-*.safetensors"))
-    place = states.index(newest)
-    for path in states[: max(0, place + 1 - _KEPT)] + states[place + 1 :]:
-        path.unlink(missing_ok=True)
-
-
-def _newest_before(directory: Path, server_round: int, like: Params) -> Params | None:
-    """The newest usable state of an earlier round; what cannot be used is logged."""
-    limit = _file(directory, server_round).name
-    for path in sorted(directory.glob("control-*.safetensors"), reverse=True):
-        if path.name >= limit:
-            continue
-        try:
-            control = load_params(path)[0].get("control", {})
-            check_like(control, like)
-        except FederationError as error:
-            logger.warning("%s is not used: %s", path, error)
-            continue
-        return control
-    return None

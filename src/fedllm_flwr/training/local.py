@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client import ClientData
-from fedllm_flwr.errors import DataError
+from fedllm_flwr.errors import ConfigError, DataError, ModelError
 from fedllm_flwr.messages import Task, Update
 from fedllm_flwr.params import derive_seed, subtract
 from fedllm_flwr.schedule import draw_examples, steps_per_round
@@ -15,13 +15,15 @@ from fedllm_flwr.training.device import micro_batch_size, torch_threads
 from fedllm_flwr.training.drift import DriftCorrection
 from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.sft import train_sft
+from fedllm_flwr.versions import newest_version, store_version
 
 
 def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
     """Train the task's adapter on the client's examples and return what changed.
 
     Args:
-        state_dir: where this client keeps its state of the run (SCAFFOLD's control variate).
+        state_dir: where this client keeps its state of the run: SCAFFOLD's control variate, and its own
+            adapter where clients train alone.
 
     Raises:
         FedLLMError: the data or the model cannot be used as asked.
@@ -36,7 +38,9 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     if not len(data.train):
         raise DataError(f"{data.name} has no usable training example")
     model = load_model(config)
-    model.load(task.params)
+    _check_fit(data, model, config)
+    own = newest_version(state_dir, "adapter", task.round, task.params) if task.alone else None
+    model.load(own or task.params)
     control = ClientControl.of(task, state_dir)
     drift = DriftCorrection(model.trainable(), task.correction, control.drift(), task.learning_rate)
     packed = _packed(config, model)
@@ -51,7 +55,10 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
         packed=packed,
         callbacks=[drift],
     )
-    delta = subtract(model.params(), task.params)
+    trained = model.params()
+    if task.alone:
+        store_version(state_dir, "adapter", task.round, trained)
+    delta = subtract(trained, task.params)
     control_delta = control.finish(delta, drift.mean_gradient(), result.steps)
     return Update(
         delta=delta,
@@ -65,6 +72,23 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
             "seconds": time.monotonic() - started,
         },
     )
+
+
+def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
+    """Refuse token ids and positions that the base model has no weights for."""
+    vocabulary = model.peft.get_input_embeddings().weight.shape[0]
+    largest, longest = int(data.train.tokens.max()), int(data.train.lengths.max())
+    if largest >= vocabulary:
+        raise ModelError(
+            f"model.path={config.model.path}: its tokenizer makes token {largest}, but the model "
+            f"has {vocabulary}; use the tokenizer that the model was made with."
+        )
+    context = getattr(model.peft.get_base_model().config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"training.max_length={config.training.max_length}, but the model takes {context} "
+            f"tokens and {data.name} has {longest} in an example; set training.max_length={context}"
+        )
 
 
 def _batches(

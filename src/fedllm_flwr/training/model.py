@@ -1,7 +1,6 @@
-"""The frozen base model, loaded once per process, and the LoRA adapter that is swapped into it."""
+"""The base model with its LoRA adapter: one per process, other adapters are swapped into it."""
 
 import gc
-import importlib.util
 import inspect
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,22 +13,17 @@ from peft import (
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.utils import logging as transformers_logging
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import LoraConfig as LoraSettings
-from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.params import Params, derive_seed
+from fedllm_flwr.training.base import count_parameters, load_base, resolve_attention
 from fedllm_flwr.training.device import resolve_device, resolve_dtype
-from fedllm_flwr.training.tokenizer import load_tokenizer, model_source, unusable_model
-
-transformers_logging.disable_progress_bar()
+from fedllm_flwr.training.tokenizer import load_tokenizer
 
 _CHECKPOINTING_FROM = 1_000_000_000  # parameters, on CUDA
 
@@ -135,7 +129,7 @@ def load_model(config: Config) -> AdaptedModel:
     global _held
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
-    attention = _attention(config.model.attention, device)
+    attention = resolve_attention(config.model.attention, device)
     base_key = repr((config.model, config.quantization, device, dtype, attention))
     adapter_key = repr((config.lora, config.seed))
     base: Any = None
@@ -144,12 +138,11 @@ def load_model(config: Config) -> AdaptedModel:
             return _held.model
         if _held.base_key == base_key:
             base = _held.model.peft.unload()
-            del base.peft_config  # else PEFT takes the next adapter for a second one
         _held = None
         gc.unfreeze()
         gc.collect()
     if base is None:
-        base = _load_base(config, device, dtype, attention)
+        base = load_base(config, device, dtype, attention)
     model = _adapt(base, config, device, dtype, attention)
     _held = _Held(base_key, adapter_key, model)
     # Each Trainer starts with a full collection: half a second if it has to walk through all that
@@ -163,7 +156,7 @@ def _adapt(
     base: Any, config: Config, device: torch.device, dtype: torch.dtype, attention: str
 ) -> AdaptedModel:
     """Put a fresh adapter into `base`, its random matrices drawn from the run's seed."""
-    num_parameters = _count_parameters(base)
+    num_parameters = count_parameters(base)
     _check_targets(config, base)
     settings = lora_config(config.lora, base.config.model_type)
     try:
@@ -223,66 +216,3 @@ def lora_config(lora: LoraSettings, model_type: str) -> LoraConfig:
         use_dora=lora.dora,
         task_type=TaskType.CAUSAL_LM,
     )
-
-
-def _load_base(config: Config, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
-    source = model_source(config.model)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=config.model.revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            quantization_config=_quantization(config.quantization, dtype),
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers raises many kinds; all mean that it is unusable
-        raise unusable_model(config.model, "weights", error) from error
-    if report["missing_keys"]:  # transformers would go on with random values
-        raise ModelError(
-            f"model.path={config.model.path}: its weights lack {min(report['missing_keys'])!r} "
-            f"({len(report['missing_keys'])} tensors in all), which its config.json asks for; "
-            "copy or download the directory again."
-        )
-    model.config.use_cache = False
-    if config.quantization.name != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return model
-
-
-def _quantization(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
-    if quantization.name == "none":
-        return None
-    if quantization.name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = quantization.compute_dtype
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=quantization.double_quantization,
-        bnb_4bit_compute_dtype=dtype if compute == "auto" else getattr(torch, compute),
-    )
-
-
-def _attention(requested: str, device: torch.device) -> str:
-    has_flash = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
-    if requested == "auto":
-        return "flash_attention_2" if has_flash else "sdpa"
-    if requested == "flash_attention_2" and not has_flash:
-        raise ConfigError(
-            "model.attention=flash_attention_2 needs a CUDA device and the flash-attn package; "
-            "use model.attention=auto."
-        )
-    return requested
-
-
-def _count_parameters(model: Any) -> int:
-    """Parameters of the base model; packed 4-bit weights count as what they stand for."""
-    total = 0
-    for parameter in model.parameters():
-        quantized_shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-        total += quantized_shape.numel() if quantized_shape is not None else parameter.numel()
-    return total
