@@ -131,6 +131,12 @@ def load_state(directory: Path) -> tuple[ServerState, list[str]]:
     raise FederationError(f"{directory} holds no readable checkpoint; start the run anew.")
 
 
+def newest_round(directory: Path) -> int | None:
+    """Round of the newest checkpoint, readable or not; None without any."""
+    found = _newest_first(directory)
+    return int(found[0].stem.partition("-")[2]) if found else None
+
+
 def _read_state(path: Path) -> ServerState:
     groups, metadata = load_params(path)
     try:

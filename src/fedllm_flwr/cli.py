@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(parsed)
     except FedLLMError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted.", _EXIT_INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted.", _EXIT_INTERRUPTED)
 
 
 def _fail(message: str, status: int = _EXIT_FAILED) -> int:

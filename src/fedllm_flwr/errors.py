@@ -23,3 +23,7 @@ class ModelError(FedLLMError):
 
 class FederationError(FedLLMError):
     """A federated run that cannot start or go on."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The user stopped a run; the message says what was kept and how to go on."""

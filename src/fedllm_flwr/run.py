@@ -1,8 +1,9 @@
 """One run, from a configuration to its closing table."""
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from flwr.serverapp import Grid
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client import divided_data
 from fedllm_flwr.engines import find_engine
+from fedllm_flwr.errors import FedLLMError, RunInterrupted
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.reporting.metrics import read_metrics, summarise, write_summary
+from fedllm_flwr.reporting.metrics import Record, read_metrics, summarise, write_summary
 from fedllm_flwr.reporting.trackers import check_trackers
-from fedllm_flwr.run_directory import RunDirectory, create, reopen
+from fedllm_flwr.run_directory import RunDirectory, create, discard, how_to_go_on, reopen
 from fedllm_flwr.timings import Timings
 from fedllm_flwr.training.tokenizer import model_source
 
@@ -56,27 +58,67 @@ def _carry_out(
     directory = reopen(config) if config.resume else create(config)
     os.environ["FEDLLM_STATE_DIR"] = str(directory.client_states.resolve())
     timings = Timings()
-    timings.seconds["start-up"] = time.monotonic() - started
-
-    def main(grid: Grid) -> None:
+    with _saying_how_to_go_on(directory):
         from fedllm_flwr.server import serve
 
-        serve(grid, config, directory, console, timings)
-
-    engine(main)
+        timings.seconds["start-up"] = time.monotonic() - started
+        engine(lambda grid: serve(grid, config, directory, console, timings))
     seconds = time.monotonic() - started
-    summary = summarise(read_metrics(directory.metrics), timings.seconds, seconds)
+    records = read_metrics(directory.metrics)
+    summary = summarise(records, timings.seconds, seconds)
     write_summary(directory.summary, summary)
-    console.closing(summary, _paths(directory), next_commands=_next_commands(directory, config))
+    console.closing(
+        summary,
+        _paths(directory),
+        rows=_rows_alone(records),
+        next_commands=_next_commands(directory, config),
+        label=_LABELS.get(config.algorithm.name, "federated"),
+    )
     return directory
+
+
+Scores = dict[str, float]
+
+_LABELS = {"local": "local (mean)", "centralized": "centralized"}
+
+
+def _rows_alone(records: list[Record]) -> list[tuple[str, Scores]]:
+    """Best and worst of clients that trained alone, by loss."""
+    each: dict[str, Scores] = records[-1].get("local", {}) if records else {}
+    ranked = sorted(each, key=lambda name: each[name]["loss"])
+    if not ranked:
+        return []
+    best, worst = ranked[0], ranked[-1]
+    return [(f"best ({best})", each[best]), (f"worst ({worst})", each[worst])]
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(directory: RunDirectory) -> Iterator[None]:
+    """Add to a failure or an interrupt what is kept of the run, and the command to go on."""
+    try:
+        yield
+    except (FedLLMError, KeyboardInterrupt) as error:
+        kept = how_to_go_on(directory)
+        if kept is None:
+            discard(directory)
+        if isinstance(error, KeyboardInterrupt):
+            kept = kept or "nothing was kept, no round had begun."
+            raise RunInterrupted(f"interrupted; {kept}") from error
+        raise type(error)(f"{error} ({kept})" if kept else str(error)) from error
 
 
 def _paths(directory: RunDirectory) -> dict[str, Path]:
     """What a finished run has written, by label."""
-    return {"adapter": directory.adapter, "curves": directory.curves, "log": directory.metrics}
+    if directory.adapter.is_dir():
+        trained = {"adapter": directory.adapter}
+    else:
+        trained = {"adapters": directory.adapters}
+    return {**trained, "curves": directory.curves, "log": directory.metrics}
 
 
 def _next_commands(directory: RunDirectory, config: Config) -> list[str]:
+    if not directory.adapter.is_dir():
+        return ["fedllm run algorithm=fedavg"]
     example = "Quarterly profit at the bank fell" if config.data.name == "demo" else "..."
     other = "fedprox" if config.algorithm.name != "fedprox" else "fedavg"
     return [

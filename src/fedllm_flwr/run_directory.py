@@ -1,14 +1,17 @@
 """What a run leaves on disk: one directory with fixed names."""
 
+import contextlib
 import re
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.checkpoint import newest_round, write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_yaml, to_yaml
+from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError, FederationError
 
 # Options that may change when a stopped run goes on: they do not touch what is computed in the
@@ -54,6 +57,16 @@ class RunDirectory:
         return self.path / "clients"
 
     @property
+    def alone(self) -> Path:
+        """Adapters of clients that train alone, by client and round."""
+        return self.path / "alone"
+
+    @property
+    def adapters(self) -> Path:
+        """The final adapters of clients that train alone, each as PEFT loads it."""
+        return self.path / "adapters"
+
+    @property
     def adapter(self) -> Path:
         """The final adapter, as PEFT loads it."""
         return self.path / "adapter"
@@ -67,6 +80,11 @@ class RunDirectory:
     def curves(self) -> Path:
         """Figure of losses and scores over the rounds."""
         return self.path / "curves.png"
+
+    @property
+    def clients(self) -> Path:
+        """Table of the clients' sizes and labels."""
+        return self.path / "clients.csv"
 
 
 def create(config: Config) -> RunDirectory:
@@ -98,14 +116,45 @@ def reopen(config: Config) -> RunDirectory:
     for key, (old, new) in _differences(asdict(saved), asdict(config)).items():
         if key not in _FREE_TO_CHANGE and not key.startswith(_FREE_SECTIONS):
             raise ConfigError(
-                f"{key}={new}: the run in {directory.path} was made with {key}={old}, and going on "
-                "with another value would mix two experiments; drop it, or start a new run."
+                f"{key}={shown(new)}: the run in {directory.path} was made with "
+                f"{key}={shown(old)}, and going on with another value would mix two experiments; "
+                "drop it (the run's other options need not be repeated), or start a new run."
             )
-    if not any(directory.checkpoints.glob("round-*")):
-        raise FederationError(
-            f"resume={directory.path}: the run stopped before its first checkpoint; start it anew."
+    if config.output_dir not in (None, saved.output_dir, str(config.resume)):
+        raise ConfigError(
+            f"output_dir={config.output_dir}: a run goes on in its own directory; drop it."
         )
+    last = newest_round(directory.checkpoints)
+    if last is None:
+        raise FederationError(
+            f"resume={directory.path}: the run stopped before its first checkpoint; start it anew, "
+            "in another directory or after deleting this one."
+        )
+    if config.federation.num_rounds < last:
+        raise ConfigError(
+            f"federation.num_rounds={config.federation.num_rounds}: the run in {directory.path} "
+            f"has done {last} rounds; ask for more, or drop it."
+        )
+    goes_on = replace(config, output_dir=saved.output_dir, resume=None)
+    write_atomically(directory.config, to_yaml(goes_on).encode())
     return directory
+
+
+def how_to_go_on(directory: RunDirectory) -> str | None:
+    """What a stopped run has kept and the command that continues it; None without checkpoint."""
+    last = newest_round(directory.checkpoints)
+    if last is None:
+        return None
+    kept = f"round {last} is saved" if last else "the start is saved"
+    return f"{kept}; go on with: fedllm run {shlex.quote(f'resume={directory.path}')}"
+
+
+def discard(directory: RunDirectory) -> None:
+    """Remove what a run has left that stopped before its first checkpoint."""
+    for path in (directory.config, directory.clients, directory.metrics):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        directory.path.rmdir()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:

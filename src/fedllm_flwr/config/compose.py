@@ -31,7 +31,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Con
 
     Args:
         overrides: Hydra overrides (``group=choice``, ``section.key=value``); with
-            ``config=<file>`` among them, that saved configuration is the start, not the groups.
+            ``config=<file>`` among them, or ``resume=<run>`` and no group, that saved
+            configuration is the start, not the groups.
         config_dir: directory with further choices of the package's groups.
 
     Raises:
@@ -43,6 +44,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Con
     if saved:
         return _load(saved[0], [item for item in assignments if item.key != "config"])
     choices = [item for item in assignments if item.is_choice and item.value is not None]
+    stopped = [item.value for item in assignments if item.key == "resume" and item.value]
+    if stopped and not choices and Path(str(stopped[-1])).expanduser().is_dir():
+        return _load(stopped[-1], assignments, "resume")
     chosen = [f"{item.key}={item.value}" for item in choices]
     values = _composed(chosen, folder)
     for item in assignments:
@@ -93,10 +97,13 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def _load(path: Any, assignments: Sequence[Assignment]) -> Config:
+def _load(path: Any, assignments: Sequence[Assignment], key: str = "config") -> Config:
+    """The configuration saved at `path`, which the override `key` names, and what is changed."""
     file = Path(str(path)).expanduser()
+    where = f"{key}={shown(str(path))}"
     file = file / "config.yaml" if file.is_dir() else file
-    where = f"config={shown(str(path))}"
+    if not file.is_file() and key == "resume":
+        raise ConfigError(f"{where}: holds no run (no config.yaml); give the directory of a run.")
     if not file.is_file():
         raise ConfigError(f"{where}: no such file; give the config.yaml of an earlier run.")
     try:
