@@ -23,7 +23,8 @@ class LocalCorrection:
 class Task:
     """One round's work for a client.
 
-    ``params`` is the global adapter w, ``learning_rate`` the local one of this round.
+    ``params`` is the global adapter w, ``learning_rate`` the local one of this round. In an
+    ``alone`` task the client goes on from its own adapter of earlier rounds, where it has one.
     """
 
     round: int
@@ -32,6 +33,7 @@ class Task:
     config: Config
     correction: LocalCorrection = field(default_factory=LocalCorrection)
     control: Params | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The record of a run while it goes on: evaluation, metrics log, checkpoints and the console."""
 
 import time
+from statistics import fmean
 from typing import Any
 
+from fedllm_flwr.alone import AloneAdapters
 from fedllm_flwr.checkpoint import ServerState, save_state
 from fedllm_flwr.config import Config
 from fedllm_flwr.evaluation.central import Scores, evaluate
@@ -45,17 +47,23 @@ class Progress:
         self._tracker: Tracker = open_trackers(config, directory.path)
         self._started = time.monotonic()
         self._first_round = first_round
+        self.alone = AloneAdapters(directory.alone, prepared.initial)
 
     @property
     def hooks(self) -> Hooks:
         """What the strategy calls."""
-        return Hooks(self._console.start_round, self._console.reply, self.finish_round)
+        return Hooks(
+            on_start_round=self._console.start_round,
+            on_reply=self._console.reply,
+            on_update=self.alone.store,
+            on_round=self.finish_round,
+        )
 
     def start(self, state: ServerState) -> None:
         """Score the adapter that training starts from, and save it as round 0."""
         record: Record = {"round": 0, "seconds": 0.0}
-        if scores := self._evaluate(state.params):
-            record["eval"] = scores
+        if self._prepared.evaluation is not None:
+            record["eval"] = self._evaluate(state.params)
         self._add(record)
         save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
 
@@ -66,10 +74,8 @@ class Progress:
         every = config.evaluation.every
         record = _record(report, config)
         self._count_seconds(report)
-        if (last or (every and report.round % every == 0)) and (
-            scores := self._evaluate(state.params)
-        ):
-            record["eval"] = scores
+        if last or (every and report.round % every == 0):
+            record |= self._scores(state, report)
         self._add(record)
         if last or report.round % config.checkpoint.every == 0:
             with self._timings.phase("checkpoints"):
@@ -85,19 +91,29 @@ class Progress:
         self._tracker.log(record)
         self._console.round(record, self._seconds_left(record["round"]))
 
-    def _evaluate(self, params: Params) -> Scores | None:
+    def _scores(self, state: ServerState, report: RoundReport) -> Record:
+        """The adapter's scores; where clients train alone, the mean of theirs, and each one's."""
         if self._prepared.evaluation is None:
-            return None
+            return {}
+        if self._config.algorithm.name != "local":
+            return {"eval": self._evaluate(state.params)}
+        each = self.alone.scores(report.round, self._evaluate)
+        names = next(iter(each.values())).keys()
+        mean = {name: fmean(scores[name] for scores in each.values()) for name in names}
+        return {"eval": mean, "local": each}
+
+    def _evaluate(self, params: Params) -> Scores:
+        assert self._prepared.evaluation is not None
         self._console.status("evaluating")
         # In one process with the clients, other runs may use the other cores.
-        alone = self._config.federation.engine != "inprocess"
+        in_process = self._config.federation.engine == "inprocess"
         with self._timings.phase("evaluation"):
             return evaluate(
                 self._prepared.model,
                 params,
                 self._prepared.evaluation,
                 self._config.evaluation.batch_tokens,
-                threads=cpu_count() if alone else self._config.federation.client_cpus,
+                threads=self._config.federation.client_cpus if in_process else cpu_count(),
             )
 
     def _count_seconds(self, report: RoundReport) -> None:

@@ -114,6 +114,7 @@ def pack_task(task: Task) -> RecordDict:
             "mu": task.correction.mu,
             "control_variates": task.correction.control_variates,
             "post_step": task.correction.post_step,
+            "alone": task.alone,
             "config": _config_text(task.config),
         }
     )
@@ -149,6 +150,7 @@ def unpack_task(content: RecordDict) -> Task:
         config=_config(settings),
         correction=correction,
         control=None if control is None else unpack_params(control, dtype),
+        alone=_field(settings, "alone", bool),
     )
 
 

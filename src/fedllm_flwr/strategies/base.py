@@ -44,6 +44,7 @@ class FederatedStrategy(Strategy):
         "paper": "examples",
         "openfedllm": "examples",
     }
+    clients_alone: ClassVar[bool] = False  # whether clients go on from their own adapters
 
     def __init__(
         self, config: Config, roster: Roster, state: ServerState, hooks: Hooks | None = None
@@ -110,6 +111,7 @@ class FederatedStrategy(Strategy):
             config=self.config,
             correction=self.local_correction(),
             control=self.state.control,
+            alone=self.clients_alone,
         )
         self._report = RoundReport(server_round, names, bytes_down=self._bytes() * len(names))
         return self._messages(task, MessageType.TRAIN, names)
@@ -262,6 +264,8 @@ class FederatedStrategy(Strategy):
         report.metrics[name] = update.metrics
         report.num_examples[name] = update.num_examples
         report.bytes_up += self._bytes()
+        if self.clients_alone:
+            self.hooks.on_update(report.round, name, update.delta)
         self.hooks.on_reply(report.round, name, update.metrics["loss"])
 
     def _note_missing(

@@ -18,6 +18,8 @@ class Local(FederatedStrategy):
     All start from the same w; what a client sends is the way its adapter has come from it.
     """
 
+    clients_alone = True
+
     def server_step(
         self, params: Params, delta: Params, moments: Moments
     ) -> tuple[Params, Moments]:

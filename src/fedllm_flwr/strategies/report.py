@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.params import Params
 
 
 @dataclass
@@ -59,11 +60,13 @@ class Hooks:
     """What the server does around a round; every hook may be left out.
 
     ``on_start_round(round, names)`` before the messages are sent, ``on_reply(round, name, loss)``
-    after each reply (loss None: it could not be used), ``on_round(state, report)`` at the end.
+    after each reply (loss None: it could not be used), ``on_update(round, name, delta)`` for each
+    update that was accepted where clients train alone, ``on_round(state, report)`` at the end.
     """
 
     on_start_round: Callable[[int, list[str]], None] = lambda *_: None
     on_reply: Callable[[int, str, float | None], None] = lambda *_: None
+    on_update: Callable[[int, str, Params], None] = lambda *_: None
     on_round: Callable[[ServerState, RoundReport], None] = lambda *_: None
 
 

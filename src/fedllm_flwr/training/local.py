@@ -22,8 +22,8 @@ def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
     """Train the task's adapter on the client's examples and return what changed.
 
     Args:
-        state_dir: where this client keeps its state of the run: SCAFFOLD's control variate, and its own
-            adapter where clients train alone.
+        state_dir: where this client keeps its state of the run: SCAFFOLD's control variate, and
+            its own adapter where clients train alone.
 
     Raises:
         FedLLMError: the data or the model cannot be used as asked.

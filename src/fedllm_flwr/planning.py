@@ -1,0 +1,90 @@
+"""The plan of a run, from its configuration and what was loaded for it."""
+
+from typing import Any
+
+from fedllm_flwr import __version__
+from fedllm_flwr.config import Config
+from fedllm_flwr.params import num_values
+from fedllm_flwr.preparation import Prepared
+from fedllm_flwr.reporting.plan import Plan
+from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.schedule import num_sampled
+from fedllm_flwr.strategies.exchange import Roster
+from fedllm_flwr.training.device import describe_device
+from fedllm_flwr.wire import wire_bytes
+
+
+def make_plan(
+    config: Config,
+    prepared: Prepared,
+    roster: Roster,
+    directory: RunDirectory,
+    first_round: int,
+    warnings: list[str],
+) -> Plan:
+    """What will happen; `first_round` is above 1 when a stopped run goes on."""
+    model = prepared.model
+    return Plan(
+        version=__version__,
+        algorithm=config.algorithm.name,
+        variant=config.algorithm.variant,
+        task=config.task.name,
+        model_name=config.model.name,
+        model_parameters=model.num_base_parameters,
+        model_note=_model_note(config),
+        data_name=config.data.name,
+        trainable_parameters=num_values(prepared.initial),
+        device=describe_device(model.device),
+        threads=config.federation.client_cpus,
+        output_dir=str(directory.path),
+        first_round=first_round,
+        warnings=warnings,
+        **_clients(config, roster),
+        **_work(config),
+        **_wire(config, prepared),
+        **_evaluation(config, prepared),
+    )
+
+
+def _clients(config: Config, roster: Roster) -> dict[str, Any]:
+    natural = config.partition.name == "natural"
+    return {
+        "num_clients": len(roster),
+        "client_names": sorted(roster),
+        "divided_by": config.partition.column if natural else None,
+        "sampled": num_sampled(config.federation, len(roster)),
+    }
+
+
+def _work(config: Config) -> dict[str, Any]:
+    training = config.training
+    return {
+        "num_rounds": config.federation.num_rounds,
+        "steps_per_round": training.max_steps if training.max_steps > 0 else None,
+        "epochs": training.num_epochs,
+        "batch_size": training.batch_size * training.gradient_accumulation_steps,
+    }
+
+
+def _wire(config: Config, prepared: Prepared) -> dict[str, Any]:
+    dtype = config.communication.dtype
+    copies = 2 if config.algorithm.name == "scaffold" else 1
+    num_bytes = copies * wire_bytes(prepared.initial, dtype)
+    return {"wire_dtype": dtype, "bytes_down": num_bytes, "bytes_up": num_bytes}
+
+
+def _evaluation(config: Config, prepared: Prepared) -> dict[str, Any]:
+    evaluation = prepared.evaluation
+    return {
+        "eval_records": len(evaluation) if evaluation else 0,
+        "eval_every": config.evaluation.every,
+        "has_labels": evaluation is not None and evaluation.choices is not None,
+        "client_eval": config.evaluation.clients,
+    }
+
+
+def _model_note(config: Config) -> str | None:
+    notes = ["embedded"] if config.model.path == "embedded" else []
+    if config.quantization.name != "none":
+        notes.append(config.quantization.name)
+    return ", ".join(notes) or None

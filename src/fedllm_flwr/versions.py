@@ -1,0 +1,56 @@
+"""Tensors that are kept by round: one file for each, the last two of them.
+
+A task of round r starts from the newest version older than r, so that a round that is repeated
+after a crash starts from the same tensors and ends in the same bits.
+"""
+
+import logging
+from pathlib import Path
+
+from fedllm_flwr.checkpoint import load_params, save_params
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.params import Params, check_like
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 2
+
+
+def store_version(directory: Path, kind: str, server_round: int, params: Params) -> None:
+    """Write the tensors of a round; it and the one before are kept.
+
+    Versions of later rounds are removed: the server has taken those rounds back.
+
+    Raises:
+        FederationError: the file system refuses.
+    """
+    newest = _file(directory, kind, server_round)
+    save_params(newest, {kind: params}, {"round": str(server_round)})
+    versions = _versions(directory, kind)
+    place = versions.index(newest)
+    for path in versions[: max(0, place + 1 - _KEPT)] + versions[place + 1 :]:
+        path.unlink(missing_ok=True)
+
+
+def newest_version(directory: Path, kind: str, before_round: int, like: Params) -> Params | None:
+    """The newest usable version of an earlier round, or None; what cannot be used is logged."""
+    limit = _file(directory, kind, before_round)
+    for path in reversed(_versions(directory, kind)):
+        if path.name >= limit.name:
+            continue
+        try:
+            params = load_params(path)[0].get(kind, {})
+            check_like(params, like)
+        except FederationError as error:
+            logger.warning("%s is not used: %s", path, error)
+            continue
+        return params
+    return None
+
+
+def _file(directory: Path, kind: str, server_round: int) -> Path:
+    return directory / f"{kind}-{server_round:05d}.safetensors"
+
+
+def _versions(directory: Path, kind: str) -> list[Path]:
+    return sorted(directory.glob(f"{kind}-*.safetensors"))
