@@ -23,7 +23,7 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
         ModelError: it cannot be loaded, or its weights are not what its config.json asks for.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_source(config.model),
             revision=config.model.revision,
             dtype=dtype,
@@ -39,11 +39,24 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
         raise
     except Exception as error:  # transformers raises many kinds; all mean that it is unusable
         raise unusable_model(config.model, "weights", error) from error
+    model, report = loaded
     _check_complete(config, report)
     model.config.use_cache = False
     if config.quantization.name != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        _keep_weights(model)
     return model
+
+
+def _keep_weights(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation on some CPUs.
+
+    Where the CPU has AVX512-BF16 it rounds the scales to bfloat16 then, for good, so that training
+    would depend on what the process evaluated before; widths that are no multiple of 64 fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_complete(config: Config, report: dict[str, Any]) -> None:
