@@ -99,9 +99,10 @@ def _score_group(
     prefix = _forward(model, input_ids=input_ids, use_cache=more, **last)
     logits = prefix.logits[:, -1:].repeat_interleave(num_labels, 0)
     if more:
-        cache = prefix.past_key_values
+        name = model.cache_name
+        cache = prefix[name]
         cache.batch_repeat_interleave(num_labels)
-        rest = _forward(model, input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True)
+        rest = _forward(model, input_ids=tokens[:, :-1], use_cache=True, **{name: cache})
         logits = torch.cat([logits, rest.logits], dim=1)  # (rows * labels, longest, vocab)
     log_probs = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     totals = (log_probs.double() * mask).sum(-1).reshape(len(rows), num_labels)

@@ -52,6 +52,12 @@ class AdaptedModel:
         """Whether the model can compute logits at chosen positions only."""
         return "logits_to_keep" in inspect.signature(self.peft.get_base_model().forward).parameters
 
+    @cached_property
+    def cache_name(self) -> str:
+        """What the model calls its keys and values: a new name since transformers 5.24."""
+        parameters = inspect.signature(self.peft.get_base_model().forward).parameters
+        return "cache" if "cache" in parameters else "past_key_values"
+
     def params(self) -> Params:
         """A copy of the adapter's tensors as float32, by PEFT state-dict name."""
         state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)

@@ -1,0 +1,169 @@
+"""A client's examples: its part of the run's data in simulation, its own file at a site."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import byte_tokenizer
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
+from fedllm_flwr.data import cache, client
+from fedllm_flwr.data.client import ClientData, simulated_client, site_client
+from fedllm_flwr.errors import DataError
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An own disk cache, and nothing in memory."""
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    for kept in (client._divided, client._encoded, client._site):
+        kept.cache_clear()
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of records of each call of `encode`."""
+    counts: list[int] = []
+    original = cache.encode
+
+    def counted(conversations: Any, *args: Any) -> Any:
+        counts.append(len(conversations))
+        return original(conversations, *args)
+
+    monkeypatch.setattr(cache, "encode", counted)
+    return counts
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Config]:
+    """A configuration of `records` records among `clients` clients."""
+
+    def make_config(records: int, clients: int, evaluate: bool = False) -> Config:
+        path = tmp_path / f"{records}.jsonl"
+        lines = [json.dumps({"instruction": f"q{i}", "output": f"a{i}"}) for i in range(records)]
+        path.write_text("\n".join(lines))
+        columns = ColumnsConfig(input=None)
+        data = DataConfig(path=str(path), columns=columns, validation_fraction=0.2)
+        config = Config(data=data, seed=3)
+        config.evaluation.central = False
+        config.evaluation.clients = evaluate
+        config.federation.num_clients = clients
+        return config
+
+    return make_config
+
+
+def texts(examples: Any) -> list[str]:
+    return [TOKENIZER.decode(examples[i][0]) for i in range(len(examples))]
+
+
+def whole(data: ClientData) -> list[str]:
+    return texts(data.train) + texts(data.held_out)
+
+
+def test_clients_are_disjoint_and_cover_the_data(make: Callable[..., Config]) -> None:
+    config = make(100, 7)
+    clients = [simulated_client(config, TOKENIZER, i) for i in range(7)]
+    everything = [text for data in clients for text in whole(data)]
+    training = texts(client.simulated_data(config, TOKENIZER).encoded)
+
+    assert len({data.name for data in clients}) == 7
+    assert all(len(data.train) > 0 for data in clients)
+    assert len(everything) == len(set(everything))
+    assert sorted(everything) == sorted(training)
+
+
+def test_the_held_out_part_is_seeded_and_disjoint(make: Callable[..., Config]) -> None:
+    config = make(100, 4, evaluate=True)
+    for i in range(4):
+        data, again = (simulated_client(config, TOKENIZER, i) for _ in range(2))
+        together = simulated_client(replace(config, evaluation=Config().evaluation), TOKENIZER, i)
+        assert whole(data) == whole(again)
+        assert len(data.held_out) == round(0.2 * len(whole(data)))
+        assert sorted(whole(data)) == sorted(texts(together.train))
+        assert len(together.held_out) == 0
+    first = [simulated_client(config, TOKENIZER, 0).held_out.source.tolist()]
+    other = make(100, 4, evaluate=True)
+    other.seed = 4
+    assert simulated_client(other, TOKENIZER, 0).held_out.source.tolist() != first[0]
+
+
+def test_a_client_with_two_records_holds_one_back(make: Callable[..., Config]) -> None:
+    data = site_client(make(2, 1, evaluate=True), TOKENIZER, "site")
+    assert (len(data.train), len(data.held_out)) == (1, 1)
+
+
+def test_records_left_out_in_encoding_leave_the_others_in_place(
+    make: Callable[..., Config],
+) -> None:
+    """With truncation=drop a long record vanishes from its client and from no other."""
+    config = make(40, 4)
+    path = Path(str(config.data.path))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[5]["output"] = rows[6]["output"] = "long " * 200
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config.data.truncation = "drop"
+    config.data.validation_fraction = 0.05
+
+    parts = client.simulated_data(config, TOKENIZER).partition.indices
+    sources = [simulated_client(config, TOKENIZER, i).train.source for i in range(4)]
+    encoded = client.simulated_data(config, TOKENIZER).encoded
+    assert len(parts) == 4
+    for part, source in zip(parts, sources, strict=True):
+        kept = sorted(set(np.asarray(part).tolist()) & set(encoded.source.tolist()))
+        assert source.tolist() == kept
+    assert sum(map(len, sources)) == len(encoded) < sum(map(len, parts))
+
+
+def test_records_are_tokenised_once(make: Callable[..., Config], encodings: list[int]) -> None:
+    """Neither other clients and rounds nor, thanks to the disk, other processes repeat it."""
+    config = make(50, 5)
+    for i in range(5):
+        simulated_client(config, TOKENIZER, i)
+    assert len(encodings) == 1
+    forget()
+    simulated_client(config, TOKENIZER, 0)
+    simulated_client(replace(config, seed=3, lora=Config().lora), TOKENIZER, 1)
+    assert len(encodings) == 1
+    config.training.max_length = 40
+    simulated_client(config, TOKENIZER, 0)
+    assert len(encodings) == 2
+
+
+def test_a_site_tokenises_its_file_once(make: Callable[..., Config], encodings: list[int]) -> None:
+    config = make(30, 1)
+    first = site_client(config, TOKENIZER, "st-marys")
+    forget()
+    second = site_client(config, TOKENIZER, "st-marys")
+    assert encodings == [30]
+    assert first.name == "st-marys"
+    assert len(first.train) == 30
+    assert whole(first) == whole(second)
+
+
+def test_more_nodes_than_clients(make: Callable[..., Config]) -> None:
+    with pytest.raises(DataError, match=r"make 3 clients.*num-supernodes=3"):
+        simulated_client(make(30, 3), TOKENIZER, 3)
+
+
+def test_a_thousand_clients_are_cheap(make: Callable[..., Config]) -> None:
+    config = make(3000, 1000)
+    simulated_client(config, TOKENIZER, 0)
+    started = time.process_time()
+    sizes = [len(simulated_client(config, TOKENIZER, i).train) for i in range(1000)]
+    assert time.process_time() - started < 3.0  # measured: 0.5 s
+    assert sum(sizes) == len(client.simulated_data(config, TOKENIZER).encoded)

@@ -1,0 +1,163 @@
+"""Scores against loops that take one example, or one label, at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.choices import EncodedChoices, encode_choices
+from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.evaluation.scoring import by_length, score_choices, score_tokens
+from fedllm_flwr.training.model import AdaptedModel, load_model
+
+STORIES = Path(__file__).parents[3] / "shared/data/models/stories260k"
+needs_stories = pytest.mark.skipif(
+    not (STORIES / "config.json").is_file(), reason="no stories260k here"
+)
+MakeConfig = Callable[..., Config]
+MakeExamples = Callable[..., Encoded]
+
+
+@torch.no_grad()
+def log_probabilities(model: AdaptedModel, tokens: np.ndarray) -> torch.Tensor:
+    """log p(next token | tokens so far), shape (length, vocabulary), of one sequence alone."""
+    model.peft.eval()
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    return model.peft(input_ids=ids).logits[0].double().log_softmax(-1)
+
+
+def with_adapter(model: AdaptedModel) -> AdaptedModel:
+    """The model with a random adapter of some effect."""
+    rng = np.random.default_rng(1)
+    model.load({n: rng.normal(0, 0.2, v.shape) for n, v in model.initial.items()})
+    return model
+
+
+@pytest.fixture
+def model(make_config: MakeConfig) -> AdaptedModel:
+    return with_adapter(load_model(make_config()))
+
+
+def naive_token_scores(model: AdaptedModel, examples: Encoded) -> tuple[int, float, int]:
+    count, nll, correct = 0, 0.0, 0
+    for i in range(len(examples)):
+        tokens, supervised = examples[i]
+        scores = log_probabilities(model, tokens)
+        for t in range(1, len(tokens)):
+            if supervised[t]:
+                count += 1
+                nll -= float(scores[t - 1, tokens[t]])
+                correct += int(scores[t - 1].argmax()) == int(tokens[t])
+    return count, nll, correct
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
+def test_token_scores_equal_a_loop_over_examples(
+    batch_tokens: int, model: AdaptedModel, random_examples: MakeExamples
+) -> None:
+    examples = random_examples(25)
+    scores = score_tokens(model, examples, batch_tokens)
+    count, nll, correct = naive_token_scores(model, examples)
+    assert (scores.num_tokens, scores.num_correct) == (count, correct)
+    assert scores.nll / count == pytest.approx(nll / count, abs=1e-5)
+
+
+def test_models_that_compute_all_logits_score_the_same(
+    model: AdaptedModel, random_examples: MakeExamples
+) -> None:
+    examples, choices = random_examples(25), random_choices([5, 9, 9], [1, 2, 4])
+    some, likelihoods = score_tokens(model, examples, 100), score_choices(model, choices, 100)
+    model.selects_logits = False
+    try:
+        all_logits = score_tokens(model, examples, 100)
+        np.testing.assert_allclose(score_choices(model, choices, 100), likelihoods, atol=1e-5)
+    finally:
+        del model.selects_logits
+    assert all_logits.nll == pytest.approx(some.nll, rel=1e-6)
+    assert (all_logits.num_tokens, all_logits.num_correct) == (some.num_tokens, some.num_correct)
+
+
+def random_choices(prompts: list[int], answers: list[int], seed: int = 0) -> EncodedChoices:
+    """Random tokens: a prompt per length, with one answer per length in `answers`."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(length: int) -> Any:
+        return rng.integers(0, 256, length).astype(np.int32)
+
+    rows = [[tokens(length) for length in answers] for _ in prompts]
+    return EncodedChoices([tokens(length) for length in prompts], rows)
+
+
+def naive_choice_scores(model: AdaptedModel, choices: EncodedChoices) -> np.ndarray:
+    rows = []
+    for prompt, answers in zip(choices.prompts, choices.answers, strict=True):
+        row = []
+        for answer in answers:
+            scores = log_probabilities(model, np.concatenate([prompt, answer]))
+            places = range(len(prompt), len(prompt) + len(answer))
+            row.append(sum(float(scores[t - 1, answer[t - len(prompt)]]) for t in places))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+@pytest.mark.parametrize("answers", [[1, 1], [1, 3, 6], [4, 4], [2]], ids=str)
+def test_choice_scores_equal_scoring_each_label_alone(
+    answers: list[int], batch_tokens: int, model: AdaptedModel
+) -> None:
+    choices = random_choices([1, 8, 30, 8, 8, 17, 500], answers)
+    scores = score_choices(model, choices, batch_tokens)
+    np.testing.assert_allclose(scores, naive_choice_scores(model, choices), atol=1e-4, rtol=1e-5)
+
+
+def test_labels_of_several_answer_lengths_in_one_batch(model: AdaptedModel) -> None:
+    """Labels tokenise differently after different prompts."""
+    one, other = random_choices([8, 8], [1, 3]), random_choices([8], [5, 2], seed=7)
+    choices = EncodedChoices([*one.prompts, *other.prompts], [*one.answers, *other.answers])
+    scores = score_choices(model, choices, 4096)
+    np.testing.assert_allclose(scores, naive_choice_scores(model, choices), atol=1e-4, rtol=1e-5)
+
+
+def test_nothing_to_score(model: AdaptedModel, random_examples: MakeExamples) -> None:
+    nothing = random_examples(2).take(np.empty(0, np.int64))
+    assert score_tokens(model, nothing, 100).num_tokens == 0
+    assert score_choices(model, EncodedChoices([], []), 100).shape == (0, 0)
+
+
+def test_scoring_leaves_the_adapter_trainable(
+    model: AdaptedModel, random_examples: MakeExamples
+) -> None:
+    score_tokens(model, random_examples(4), 100)
+    loss = model.peft(input_ids=torch.arange(9)[None]).logits.square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.trainable().values())
+    model.peft.zero_grad()
+
+
+@needs_stories
+@pytest.mark.parametrize("max_length", [512, 60])
+def test_real_labels_of_several_tokens(make_config: MakeConfig, max_length: int) -> None:
+    config = make_config(model={"path": str(STORIES)})
+    model = with_adapter(load_model(config))
+    labels = ["negative", "neutral", "positive", "no"]
+    conversations = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "neutral"}]
+        for text in ("Tom was happy.", "The dog ran away and was sad. " * 6, "One day it rained.")
+    ]
+    choices = encode_choices(conversations, labels, model.tokenizer, "alpaca", max_length)
+    assert len({len(answer) for answer in choices.answers[0]}) > 1
+    scores = score_choices(model, choices, 256)
+    expected = naive_choice_scores(model, choices)
+    np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=1e-5)
+
+
+def test_batches_hold_every_example_once_within_the_budget() -> None:
+    lengths = np.random.default_rng(0).integers(1, 90, 200)
+    batches = list(by_length(lengths, 300))
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    assert all(len(batch) * lengths[batch].max() <= 300 for batch in batches)
+    assert len(batches) < 1.3 * lengths.sum() / 300 + 1
