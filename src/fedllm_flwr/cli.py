@@ -52,6 +52,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.comparison.command import compare
+
+    return compare(arguments.overrides, arguments.config_dir)
+
+
 def _config(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.config.compose import compose
     from fedllm_flwr.config.describe import describe, list_choices
@@ -102,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(run)
     run.add_argument("--multirun", "-m", action="store_true", help="one run per combination: a=1,2")
     run.add_argument("--quiet", "-q", action="store_true", help="print errors only")
+
+    compare = _add(
+        commands, "compare", _compare, "run all algorithms: compare [algorithm=a,b] [seeds=3] ..."
+    )
+    _add_overrides(compare)
 
     config = _add(commands, "config", _config, "print the resolved configuration")
     _add_overrides(config)

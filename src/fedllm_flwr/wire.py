@@ -32,6 +32,7 @@ _SERVER_ONLY = (
     "resume",
     "init_adapter",
     "tracking",
+    "compare",
     "checkpoint",
     "evaluation.suites",
     "federation.ray_address",

@@ -42,7 +42,7 @@ LAYERS = (
     ),
     ("server",),
     ("client_app", "server_app", "engines", "run"),
-    ("checks", "doctor", "multirun", "cli"),
+    ("checks", "doctor", "multirun", "comparison", "cli"),
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 

@@ -197,6 +197,15 @@ class TrackingConfig:
 
 
 @dataclass
+class CompareConfig:
+    """What ``fedllm compare`` runs; no other command looks at it."""
+
+    seeds: int = 3  # runs of each algorithm, with seed, seed + 1, ...
+    jobs: int | None = None  # runs side by side; null: as many as CPUs / federation.client_cpus
+    settings: Any = None  # algorithm -> its own keys of the section algorithm
+
+
+@dataclass
 class Config:
     """The whole configuration of one run."""
 
@@ -214,6 +223,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     init_adapter: str | None = None  # adapter to start from; null: a fresh one
     seed: int = 0  # every random choice derives from it
     output_dir: str | None = None  # where the run writes; null: outputs/<time>-<algorithm>-<data>

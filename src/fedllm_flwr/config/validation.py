@@ -95,6 +95,8 @@ _RANGES: dict[str, _Rule] = {
     "checkpoint.keep": (_positive, "> 0"),
     "evaluation.every": (_non_negative, ">= 0 (0: only at the start and at the end)"),
     "evaluation.batch_tokens": (_positive, "> 0"),
+    "compare.seeds": (_positive, "> 0"),
+    "compare.jobs": (_positive, "> 0"),
     "seed": (_non_negative, ">= 0"),
 }
 

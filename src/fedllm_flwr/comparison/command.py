@@ -1,0 +1,149 @@
+"""The command: from overrides to a table and a figure, resumable."""
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.comparison.jobs import Job, carry_out, make_jobs
+from fedllm_flwr.comparison.results import curves, deciding_metric, make_rows, read_outcomes
+from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
+from fedllm_flwr.config.compose import compose
+from fedllm_flwr.config.validation import ALGORITHMS
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.reporting.console import print_error
+from fedllm_flwr.reporting.text import format_seconds
+from fedllm_flwr.training.device import cpu_count
+
+# Baselines first, so that the table reads from the bottom line to the upper one.
+ORDER = ("local", *(n for n in ALGORITHMS if n not in ("local", "centralized")), "centralized")
+_DEFAULT_EXPERIMENT = "compare_demo"
+
+
+def compare(arguments: Sequence[str], config_dir: str | None) -> int:
+    """Run and tabulate; ``resume=<directory>`` goes on with a comparison that stopped.
+
+    Args:
+        arguments: overrides, and among them ``algorithm=all`` or a comma-separated list,
+            ``seeds=<count>``, ``output_dir=`` and ``resume=``.
+
+    Raises:
+        ConfigError: something in the arguments cannot work.
+    """
+    options, overrides = _split(arguments)
+    root, options, overrides = _open(options, overrides)
+    algorithms = _algorithms(options.get("algorithm", "all"))
+    if "seeds" in options:
+        overrides = [*overrides, f"compare.seeds={options['seeds']}"]
+    jobs = make_jobs(overrides, config_dir, algorithms, root)
+    config = jobs[0].config
+    workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
+    done = sum(job.done for job in jobs)
+    print(
+        f"comparing {', '.join(algorithms)}\n  {len(jobs)} runs ({config.compare.seeds} seeds), "
+        f"{done} done, {workers} at a time   output  {root}",
+        flush=True,
+    )
+    failed = _carry_out(jobs, workers)
+    _write(root, jobs, algorithms)
+    return 1 if failed else 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The command's own options, and the overrides of all runs."""
+    own = ("algorithm", "seeds", "output_dir", "resume")
+    options: dict[str, str] = {}
+    overrides = []
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key in own:
+            options[key] = value
+        else:
+            overrides.append(text)
+    if not any(text.split("=")[0] in ("experiment", "data", "model") for text in overrides):
+        overrides.insert(0, f"experiment={_DEFAULT_EXPERIMENT}")
+    return options, overrides
+
+
+def _open(options: dict[str, str], overrides: list[str]) -> tuple[Path, dict[str, str], list[str]]:
+    """The comparison's directory, with its own options where it exists already."""
+    if "resume" in options:
+        root = Path(options["resume"]).expanduser()
+        file = root / "compare.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"resume={root}: no compare.json there; give a comparison's directory."
+            )
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return root, saved["options"], saved["overrides"]
+    config = compose(overrides)
+    stamp = datetime.now().strftime("%m%d-%H%M")
+    root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{config.data.name}"))
+    if (root / "compare.json").exists():
+        raise ConfigError(
+            f"output_dir={root} holds a comparison already; go on with it: resume={root}."
+        )
+    saved = json.dumps({"options": options, "overrides": overrides}, indent=2)
+    write_atomically(root / "compare.json", saved.encode())
+    return root, options, overrides
+
+
+def _algorithms(text: str) -> list[str]:
+    names = list(ORDER) if text == "all" else [name.strip("[] ") for name in text.split(",")]
+    for name in names:
+        if name not in ALGORITHMS:
+            raise ConfigError(
+                f"algorithm={name}: choose all, or a list from {', '.join(ALGORITHMS)}."
+            )
+    return sorted(set(names), key=ORDER.index)
+
+
+def _carry_out(jobs: Sequence[Job], workers: int) -> int:
+    """Run the jobs with a line for each that ends; returns the number of failures."""
+    total, started = len(jobs), time.monotonic()
+    before = sum(job.done for job in jobs)
+    ended = failed = 0
+
+    def report(job: Job, error: str | None) -> None:
+        nonlocal ended, failed
+        ended += 1
+        failed += error is not None
+        left = (time.monotonic() - started) / ended * (total - before - ended)
+        name = f"[{before + ended:>{len(str(total))}}/{total}] {job.algorithm} seed {job.seed}"
+        print(f"  {name:<32} {_outcome(job, error):<40} {format_seconds(left)} left", flush=True)
+        if error is not None:
+            print_error(f"{job.algorithm} seed {job.seed}: {error}")
+
+    carry_out(jobs, workers, report)
+    return failed
+
+
+def _outcome(job: Job, error: str | None) -> str:
+    if error is not None:
+        return "failed"
+    final = json.loads(job.directory.summary.read_text(encoding="utf-8"))["final"] or {}
+    shown = [f"{name} {final[name]:.3f}" for name in ("loss", "accuracy") if name in final]
+    return "   ".join(shown)
+
+
+def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
+    """Table as Markdown and CSV, figure, and the table on the screen."""
+    from fedllm_flwr.reporting.plots import plot_comparison
+
+    outcomes = read_outcomes(jobs)
+    if not outcomes:
+        return
+    rows, metric = make_rows(outcomes, algorithms), deciding_metric(outcomes)
+    seeds = len({outcome.job.seed for outcome in outcomes})
+    note = (
+        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}. vs local: "
+        f"paired difference of the final {metric} by seed, ± half of its 95 % t interval; "
+        "* the interval leaves out zero. Local: mean over clients that train alone."
+    )
+    write_atomically(root / "compare.md", as_markdown(rows, metric, note).encode())
+    write_atomically(root / "compare.csv", as_csv(rows).encode())
+    plot_comparison(curves(outcomes, metric), root / "compare.png", f"{metric} on held-out records")
+    print(f"\n{as_text(rows, metric)}\n{note}")
+    print(f"  figure {root / 'compare.png'}   table {root / 'compare.md'}, {root / 'compare.csv'}")
