@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,17 @@ def test_another_base_precision_or_quantization_is_loaded_anew(
     load_model(make_config(training={"dtype": "bfloat16"}))
     load_model(make_config(model={"attention": "eager"}))
     assert loads == [str(copied), *[str(toy_model)] * 3]
+
+
+def test_a_replaced_base_is_freed(
+    make_config: MakeConfig, copied: Path, random_examples: MakeExamples, tmp_path: Path
+) -> None:
+    """Also after training, and although the collector passes over what is frozen."""
+    config = make_config(training={"max_steps": 1, "batch_size": 2})
+    train(config, random_examples(4), tmp_path)
+    old = weakref.ref(load_model(config).peft.get_base_model())
+    load_model(make_config(model={"path": str(copied)}))
+    assert old() is None
 
 
 OTHERS: list[dict[str, Any]] = [
@@ -275,12 +287,13 @@ def test_params_are_a_copy(make_config: MakeConfig) -> None:
         {"quantization": {"name": "nf4"}},
         {"quantization": {"name": "int8"}},
         {"training": {"dtype": "bfloat16"}},
+        {"training": {"dtype": "float16"}},
         {"model": {"attention": "eager"}},
         {"training": {"gradient_checkpointing": True}},
         {"lora": {"dora": True}},
         {"training": {"dtype": "bfloat16"}, "quantization": {"name": "nf4"}},
     ],
-    ids=["nf4", "int8", "bfloat16", "eager", "checkpointing", "dora", "nf4-bfloat16"],
+    ids=["nf4", "int8", "bfloat16", "float16", "eager", "checkpointing", "dora", "nf4-bfloat16"],
 )
 def test_training_learns(
     sections: dict[str, Any],

@@ -145,16 +145,16 @@ def load_model(config: Config) -> AdaptedModel:
         if _held.base_key == base_key:
             base = _held.model.peft.unload()
         _held = None
-        gc.unfreeze()
-        gc.collect()
+        if base is None:  # make room for the next one
+            gc.unfreeze()
+            gc.collect()
     if base is None:
         base = load_base(config, device, dtype, attention)
+        # Each Trainer starts with a full collection: half a second if it has to walk through all
+        # that the libraries made at import, a few milliseconds if that is out of its sight.
+        gc.freeze()
     model = _adapt(base, config, device, dtype, attention)
     _held = _Held(base_key, adapter_key, model)
-    # Each Trainer starts with a full collection: half a second if it has to walk through all that
-    # the libraries made at import, a few milliseconds if that is out of its sight.
-    gc.collect()
-    gc.freeze()
     return model
 
 
