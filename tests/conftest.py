@@ -1,5 +1,6 @@
 """Models and configurations that the tests of several folders share."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,12 @@ def byte_tokenizer() -> Any:
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a small random model that any machine can make."""
     return write_toy_model(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def copied(toy_model: Path, tmp_path: Path) -> Path:
+    """A copy of the toy model to damage."""
+    return Path(shutil.copytree(toy_model, tmp_path / "copy"))
 
 
 @pytest.fixture
