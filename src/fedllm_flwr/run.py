@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client import divided_data
+from fedllm_flwr.data.client import cache_dir, divided_data
 from fedllm_flwr.engines import find_engine
 from fedllm_flwr.errors import FedLLMError, RunInterrupted
 from fedllm_flwr.reporting.console import Console
@@ -41,10 +41,29 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
     )
 
 
-def run_on_grid(config: Config, grid: Grid, console: Console) -> RunDirectory:
-    """Run a configuration with the clients behind `grid`, which Flower has started."""
+def run_on_grid(config: Config, grid: Grid, console: Console, run_id: int) -> RunDirectory:
+    """Run a configuration with the clients behind `grid`, which Flower has started as `run_id`."""
     config = with_absolute_paths(config)
-    return _carry_out(config, console, time.monotonic(), lambda main: main(grid))
+
+    def engine(main: Callable[[Grid], None]) -> None:
+        with _state_dir_of(run_id):
+            main(grid)
+
+    return _carry_out(config, console, time.monotonic(), engine)
+
+
+@contextlib.contextmanager
+def _state_dir_of(run_id: int) -> Iterator[None]:
+    """Let simulated clients find the run's directory, though their processes may be older."""
+    link = cache_dir() / "state" / str(run_id)
+    with contextlib.suppress(OSError):  # then they keep their state in a directory of this name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.environ["FEDLLM_STATE_DIR"], target_is_directory=True)
+    try:
+        yield
+    finally:
+        if link.is_symlink():
+            link.unlink()
 
 
 def _carry_out(

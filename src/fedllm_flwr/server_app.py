@@ -1,9 +1,12 @@
 """The Flower ServerApp for ``flwr run``: a run config comes in, a run directory is left."""
 
+import threading
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.errors import FedLLMError
 
 prepare_environment()
 app = ServerApp()
@@ -11,10 +14,30 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that the run config describes, see `config.compose.from_run_config`."""
+    """Run the federation that the run config describes, see `config.compose.from_run_config`.
+
+    Raises:
+        FedLLMError: after its one line is printed, so that Flower marks the run as failed.
+    """
     from fedllm_flwr.config.compose import from_run_config
-    from fedllm_flwr.reporting.console import Console
+    from fedllm_flwr.reporting.console import Console, print_error
     from fedllm_flwr.run import run_on_grid
 
-    with Console(interactive=False) as console:
-        run_on_grid(from_run_config(context.run_config), grid, console)
+    try:
+        with Console(interactive=False) as console:
+            run_on_grid(from_run_config(context.run_config), grid, console, context.run_id)
+    except FedLLMError as error:
+        print_error(str(error))
+        _keep_trace_away(error)
+        raise
+
+
+def _keep_trace_away(error: FedLLMError) -> None:
+    """Flower's simulation lets the error end a thread; all that it has to say is printed."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not error:
+            before(arguments)
+
+    threading.excepthook = hook

@@ -126,8 +126,8 @@ def wait_for_nodes(grid: Grid, wanted: int, timeout_s: float) -> list[int]:
         if time.monotonic() >= deadline:
             raise FederationError(
                 f"{len(node_ids)} of {wanted} clients connected within {timeout_s:.0f} s; start "
-                "the missing ones, or lower federation.num_clients or raise "
-                "federation.start_timeout_s."
+                f"the missing ones (in simulation: --federation-config 'num-supernodes={wanted}'), "
+                "or lower federation.num_clients or raise federation.start_timeout_s."
             )
         time.sleep(0.2)
     return node_ids

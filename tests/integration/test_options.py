@@ -1,0 +1,114 @@
+"""Options that change a run as a whole: evaluation, wire, quantization, start, sweeps."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedllm_flwr import cli
+from fedllm_flwr.checkpoint import load_params
+from tiny_runs import ADAPTER, outcome, records, run_tiny, tiny
+
+WholeRun = Callable[..., Path]
+
+
+def test_clients_evaluate_on_their_own_records(whole_run: WholeRun) -> None:
+    path = whole_run("evaluation.clients=true", "data.validation_fraction=0.2")
+    for record in records(path)[1:]:
+        scores = record["client_eval"]["clients"]
+        assert sorted(scores) == ["client-0", "client-1", "client-2"]  # also those not sampled
+        losses = [score["loss"] for score in scores.values()]
+        assert min(losses) <= record["client_eval"]["loss"] <= max(losses)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
+def test_wire_dtypes(dtype: str, width: int, whole_run: WholeRun) -> None:
+    path = whole_run(f"communication.dtype={dtype}")
+    tensors = load_file(path / "adapter/adapter_model.safetensors")
+    count = sum(value.size for value in tensors.values())
+    assert records(path)[1]["bytes_up"] == 2 * width * count
+    exact = records(whole_run("communication.dtype=float32"))[2]["eval"]["loss"]
+    assert records(path)[2]["eval"]["loss"] == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_base(quantization: str, whole_run: WholeRun) -> None:
+    log = records(whole_run(f"quantization={quantization}"))
+    plain = records(whole_run("quantization=none"))
+    assert log[0]["eval"]["loss"] == pytest.approx(plain[0]["eval"]["loss"], rel=0.15)
+    assert log[0]["eval"]["loss"] != plain[0]["eval"]["loss"]
+    assert log[2]["eval"]["loss"] < log[0]["eval"]["loss"]
+
+
+def test_training_starts_from_an_adapter(whole_run: WholeRun, tmp_path: Path) -> None:
+    first = whole_run("algorithm=fedavg")
+    second = run_tiny(tmp_path / "run", f"init_adapter={first}/adapter")
+    exported = load_file(first / "adapter/adapter_model.safetensors")
+    start = load_params(second.checkpoints / "round-00000.safetensors")[0]["params"]
+    assert {name: value.tobytes() for name, value in start.items()} == {
+        name: value.tobytes() for name, value in exported.items()
+    }
+    assert records(second)[0]["eval"] == records(first)[2]["eval"]
+
+
+@pytest.mark.parametrize("partition", ["natural", "dirichlet", "pathological", "size"])
+def test_partitions(partition: str, whole_run: WholeRun) -> None:
+    column = {
+        "natural": ["partition.column=desk", "federation.num_clients=null"],
+        "dirichlet": ["partition.column=output", "partition.alpha=0.5"],
+        "pathological": ["partition.column=output"],
+    }
+    path = whole_run(f"partition={partition}", *column.get(partition, []))
+    with (path / "clients.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    sizes = [int(row["examples"]) for row in rows]
+    assert sum(sizes) == 100
+    assert len(rows) == (10 if partition == "natural" else 3)
+    if partition == "size":
+        assert sizes == sorted(sizes)
+        assert len(set(sizes)) == 3
+    if partition == "pathological":
+        labels = [name for name in rows[0] if name.startswith("label:")]
+        assert all(sum(row[name] != "0" for name in labels) == 2 for row in rows)
+
+
+def test_multirun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = tiny("federation.engine=inprocess", "algorithm=fedavg,scaffold", "seed=1,2")
+    assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 0
+    (results,) = tmp_path.glob("multirun/*/results.csv")
+    with results.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == [
+        "algorithm=fedavg,seed=1",
+        "algorithm=fedavg,seed=2",
+        "algorithm=scaffold,seed=1",
+        "algorithm=scaffold,seed=2",
+    ]
+    runs = sorted(path.parent for path in results.parent.glob("*/summary.json"))
+    for row, run in zip(rows, runs, strict=True):
+        final = json.loads((run / "summary.json").read_text())["final"]
+        assert float(row["loss"]) == pytest.approx(final["loss"], abs=1e-4)
+    assert outcome(runs[0])[ADAPTER] != outcome(runs[1])[ADAPTER]
+    assert capsys.readouterr().err == ""
+
+
+def test_multirun_goes_on_after_a_failed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = tiny("federation.engine=inprocess", "federation.num_rounds=1", "data.max_samples=2,100")
+    assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 1
+    (results,) = tmp_path.glob("multirun/*/results.csv")
+    with results.open() as file:
+        failed, good = csv.DictReader(file)
+    assert "more than the 2 training records" in failed["error"]
+    assert failed["loss"] == ""
+    assert float(good["loss"]) > 0
+    assert "more than the 2 training records" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""A stopped run goes on and ends in the bits of one that was never stopped."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flwr.app import Context, Message
+
+from fedllm_flwr.checkpoint import load_state, newest_round
+from fedllm_flwr.config.compose import compose
+from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.run import run_simulation
+from fedllm_flwr.wire import unpack_task
+from tiny_runs import (
+    ALGORITHMS,
+    TINY,
+    WrappedApp,
+    outcome,
+    records,
+    resume,
+    run_intercepted,
+    run_tiny,
+)
+
+WholeRun = Callable[..., Path]
+
+
+def _interrupting(at_round: int, after: int) -> WrappedApp:
+    """A client app under which the user presses Ctrl-C once `after` clients of a round are done."""
+    seen: list[str] = []
+
+    def before(message: Message, context: Context) -> None:
+        if message.metadata.message_type != "train":
+            return
+        if unpack_task(message.content).round == at_round:
+            seen.append(message.metadata.message_id)
+            if len(seen) > after:
+                raise KeyboardInterrupt
+
+    return WrappedApp(before)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_interrupted_run_ends_as_the_uninterrupted_one(
+    algorithm: str, whole_run: WholeRun, tmp_path: Path
+) -> None:
+    chosen = f"algorithm={algorithm}"
+    whole = whole_run(chosen)
+    with pytest.raises(RunInterrupted) as caught:
+        # In the middle of round 2: one client has trained and stored its state, one has not.
+        run_intercepted(tmp_path / "stopped", _interrupting(2, after=1), chosen)
+    assert str(caught.value) == (
+        f"interrupted; round 1 is saved; go on with: fedllm run resume={tmp_path / 'stopped'}"
+    )
+    assert newest_round(tmp_path / "stopped" / "checkpoints") == 1
+    expected, found = outcome(whole), outcome(resume(tmp_path / "stopped"))
+    assert sorted(found) == sorted(expected)
+    assert found == expected
+    assert [record["round"] for record in found["metrics"]] == [0, 1, 2]
+
+
+def test_openfedllm_scaffold_goes_on_too(whole_run: WholeRun, tmp_path: Path) -> None:
+    chosen = ("algorithm=scaffold", "algorithm.variant=openfedllm")
+    whole = whole_run(*chosen)
+    with pytest.raises(RunInterrupted):
+        run_intercepted(tmp_path / "stopped", _interrupting(2, after=1), *chosen)
+    assert outcome(resume(tmp_path / "stopped")) == outcome(whole)
+
+
+def test_interrupt_in_the_first_round_keeps_the_start(whole_run: WholeRun, tmp_path: Path) -> None:
+    with pytest.raises(RunInterrupted, match="the start is saved; go on with: fedllm run resume="):
+        run_intercepted(tmp_path / "stopped", _interrupting(1, after=0))
+    assert outcome(resume(tmp_path / "stopped")) == outcome(whole_run("algorithm=fedavg"))
+
+
+def test_interrupt_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    def before(message: Message, context: Context) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(RunInterrupted, match=r"^interrupted; nothing was kept"):
+        run_intercepted(tmp_path / "stopped", WrappedApp(before))
+    assert not (tmp_path / "stopped").exists()
+
+
+def test_truncated_checkpoint_falls_back_with_a_warning(
+    whole_run: WholeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = whole_run("algorithm=fedadam")
+    with pytest.raises(RunInterrupted):
+        run_intercepted(tmp_path / "stopped", _interrupting(2, 0), "algorithm=fedadam")
+    newest = tmp_path / "stopped/checkpoints/round-00001.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    state, warnings = load_state(newest.parent)
+    assert state.round == 0
+    assert len(warnings) == 1
+    assert newest.name in warnings[0]
+    config = compose([f"resume={tmp_path / 'stopped'}", "federation.engine=inprocess"])
+    with Console(interactive=False) as console:
+        directory = run_simulation(config, console, 0.0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"cannot read {newest}" in shown
+    assert "Falling back to the checkpoint before" in shown
+    assert outcome(directory) == outcome(whole)
+
+
+def test_more_rounds_are_those_of_a_longer_run(tmp_path: Path) -> None:
+    constant = "training.min_learning_rate=0.005"  # else the cosine depends on num_rounds
+    longer = run_tiny(tmp_path / "longer", "algorithm=fedyogi", constant, "evaluation.every=1")
+    run_tiny(
+        tmp_path / "run",
+        "algorithm=fedyogi",
+        constant,
+        "evaluation.every=1",
+        "federation.num_rounds=1",
+    )
+    extended = resume(tmp_path / "run", "federation.num_rounds=2")
+    assert outcome(extended) == outcome(longer)
+    # The longer run is now the run's own wish: going on needs no number.
+    assert outcome(resume(tmp_path / "run")) == outcome(longer)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("training.learning_rate=1e-4", "training.learning_rate=0.0001"),
+        ("algorithm.mu=0.5", "algorithm.mu=0.5"),
+        ("seed=7", "seed=7"),
+        ("data.max_samples=50", "data.max_samples=50"),
+        ("communication.dtype=float32", "communication.dtype=float32"),
+        ("federation.sample_clients=null", "federation.sample_clients=null"),
+        ("federation.num_rounds=1", "federation.num_rounds=1"),
+        ("output_dir=elsewhere", "output_dir=elsewhere"),
+    ],
+)
+def test_changed_option_is_refused_by_name(override: str, named: str, finished: Path) -> None:
+    before = records(finished)
+    with pytest.raises(ConfigError) as caught:
+        resume(finished, override)
+    assert str(caught.value).startswith(f"{named}: ")
+    assert "drop it" in str(caught.value)
+    assert records(finished) == before
+
+
+def test_group_of_another_experiment_is_refused(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm\.name=scaffold: .*algorithm\.name=fedavg"):
+        resume(finished, "algorithm=scaffold", *TINY, "federation.engine=inprocess")
+
+
+def test_repeating_the_whole_command_goes_on(finished: Path) -> None:
+    before = outcome(finished)
+    resume(finished, *TINY, "algorithm=fedavg", "federation.engine=inprocess")
+    assert outcome(finished) == before
+
+
+def test_new_run_does_not_overwrite_an_old_one(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=f"holds a run already.*resume={finished}"):
+        run_tiny(finished)
+
+
+def test_all_checkpoints_unreadable(tmp_path: Path) -> None:
+    run_tiny(tmp_path / "run", "federation.num_rounds=1")
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        checkpoint.write_bytes(b"")
+    with pytest.raises(FederationError, match="no readable checkpoint; start the run anew"):
+        resume(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has done all its rounds."""
+    return run_tiny(tmp_path_factory.mktemp("finished") / "run", "algorithm=fedavg").path
