@@ -17,7 +17,7 @@ _VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-_CHATTY = ("bitsandbytes", "flwr", "ray", "httpx", "datasets", "accelerate")
+_CHATTY = ("bitsandbytes", "ray", "httpx", "datasets", "accelerate")
 
 
 def prepare_environment() -> None:
@@ -29,5 +29,7 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Under `flwr run` nobody else says that the engine failed.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)

@@ -1,5 +1,6 @@
 """The Flower ServerApp for ``flwr run``: a run config comes in, a run directory is left."""
 
+import logging
 import threading
 
 from flwr.app import Context
@@ -33,7 +34,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _keep_trace_away(error: FedLLMError) -> None:
-    """Flower's simulation lets the error end a thread; all that it has to say is printed."""
+    """All that the error has to say is printed; Flower would log it, and let it end a thread."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
