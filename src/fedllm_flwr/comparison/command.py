@@ -20,6 +20,7 @@ from fedllm_flwr.training.device import cpu_count
 # Baselines first, so that the table reads from the bottom line to the upper one.
 ORDER = ("local", *(n for n in ALGORITHMS if n not in ("local", "centralized")), "centralized")
 _DEFAULT_EXPERIMENT = "compare_demo"
+_SAVED = "compare.json"  # in its directory: what was asked for
 
 
 def compare(arguments: Sequence[str], config_dir: str | None) -> int:
@@ -32,12 +33,17 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
     Raises:
         ConfigError: something in the arguments cannot work.
     """
-    options, overrides = _split(arguments)
-    root, options, overrides = _open(options, overrides)
+    options, own = _split(arguments)
+    if "resume" in options:
+        root = Path(options["resume"]).expanduser()
+        options, own = _saved(root)
+    else:
+        root = _new_directory(options, own)
     algorithms = _algorithms(options.get("algorithm", "all"))
-    if "seeds" in options:
-        overrides = [*overrides, f"compare.seeds={options['seeds']}"]
-    jobs = make_jobs(overrides, config_dir, algorithms, root)
+    seeds = [f"compare.seeds={options['seeds']}"] if "seeds" in options else []
+    jobs = make_jobs([*own, *seeds], config_dir, algorithms, root)
+    saved = json.dumps({"options": options, "overrides": own}, indent=2)
+    write_atomically(root / _SAVED, saved.encode())
     config = jobs[0].config
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
     done = sum(job.done for job in jobs)
@@ -67,27 +73,24 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return options, overrides
 
 
-def _open(options: dict[str, str], overrides: list[str]) -> tuple[Path, dict[str, str], list[str]]:
-    """The comparison's directory, with its own options where it exists already."""
-    if "resume" in options:
-        root = Path(options["resume"]).expanduser()
-        file = root / "compare.json"
-        if not file.is_file():
-            raise ConfigError(
-                f"resume={root}: no compare.json there; give a comparison's directory."
-            )
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        return root, saved["options"], saved["overrides"]
-    config = compose(overrides)
-    stamp = datetime.now().strftime("%m%d-%H%M")
-    root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{config.data.name}"))
-    if (root / "compare.json").exists():
+def _saved(root: Path) -> tuple[dict[str, str], list[str]]:
+    """The options and overrides of a comparison that stopped."""
+    file = root / _SAVED
+    if not file.is_file():
+        raise ConfigError(f"resume={root}: no {_SAVED} there; give a comparison's directory.")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return saved["options"], saved["overrides"]
+
+
+def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
+    """Where a new comparison writes."""
+    stamp, data = datetime.now().strftime("%m%d-%H%M"), compose(overrides).data.name
+    root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{data}")).expanduser()
+    if (root / _SAVED).exists():
         raise ConfigError(
             f"output_dir={root} holds a comparison already; go on with it: resume={root}."
         )
-    saved = json.dumps({"options": options, "overrides": overrides}, indent=2)
-    write_atomically(root / "compare.json", saved.encode())
-    return root, options, overrides
+    return root
 
 
 def _algorithms(text: str) -> list[str]:
