@@ -93,6 +93,10 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["training.learning_rate=0"], ["training.learning_rate must be > 0", "0.0"]),
     (["training.learning_rate=-1"], ["training.learning_rate must be > 0", "-1.0"]),
     (["training.min_learning_rate=1"], ["min_learning_rate=1.0", "learning_rate=0.005", "lower"]),
+    (
+        ["algorithm=fedprox", "training.dtype=float16", "training.max_grad_norm=0"],
+        ["training.max_grad_norm=0", "training.dtype=float16", "use a norm > 0"],
+    ),
     (["training.max_steps=0"], ["training.max_steps", ">= 1", "-1", "got 0"]),
     (["training.dtype=float64"], ["training.dtype=float64", "'float16'", "bfloat16"]),
     (["training.dtype=float23"], ["training.dtype=float23", "Did you mean 'float32'?"]),

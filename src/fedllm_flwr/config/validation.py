@@ -147,6 +147,12 @@ def _check_training(config: Config) -> None:
             f"training.batch_size={training.batch_size} is not a multiple of "
             f"training.micro_batch_size={micro}."
         )
+    corrected = config.algorithm.mu > 0 or config.algorithm.name == "scaffold"
+    if training.dtype == "float16" and training.max_grad_norm == 0 and corrected:
+        raise ConfigError(
+            "training.max_grad_norm=0 with training.dtype=float16: clipping is what scales the "
+            "gradient back before the correction is added; use a norm > 0, or bfloat16."
+        )
 
 
 def _check_clients(config: Config) -> None:
