@@ -27,6 +27,7 @@ _FREE_TO_CHANGE = {
     "output_dir",
     "resume",
 }
+_DEFAULT_PARENT = Path("outputs")
 _FREE_SECTIONS = ("checkpoint.", "evaluation.", "tracking.")
 
 
@@ -91,8 +92,7 @@ def create(config: Config) -> RunDirectory:
     """Make the directory of a new run and write its configuration.
 
     Raises:
-        ConfigError: it holds a run already.
-        FederationError: it cannot be written.
+        ConfigError: it holds a run already, or cannot be written.
     """
     path = _default_path(config) if config.output_dir is None else Path(config.output_dir)
     directory = RunDirectory(path.expanduser())
@@ -101,7 +101,10 @@ def create(config: Config) -> RunDirectory:
             f"output_dir={path} holds a run already; give another directory, or go on with it: "
             f"resume={path}."
         )
-    write_atomically(directory.config, to_yaml(config).encode())
+    try:
+        write_atomically(directory.config, to_yaml(config).encode())
+    except FederationError as error:
+        raise ConfigError(f"output_dir={path}: {error} Give another.") from error
     return directory
 
 
@@ -155,6 +158,8 @@ def discard(directory: RunDirectory) -> None:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something else is in it
         directory.path.rmdir()
+        if directory.path.parent == _DEFAULT_PARENT:
+            directory.path.parent.rmdir()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,9 +177,9 @@ def _default_path(config: Config) -> Path:
     """outputs/<month day-hour minute>-<algorithm>-<data>, numbered if that exists."""
     stamp = datetime.now().strftime("%m%d-%H%M")
     name = re.sub(r"[^\w.-]+", "_", f"{stamp}-{config.algorithm.name}-{config.data.name}")
-    path = Path("outputs") / name
+    path = _DEFAULT_PARENT / name
     number = 2
     while path.exists():
-        path = Path("outputs") / f"{name}-{number}"
+        path = _DEFAULT_PARENT / f"{name}-{number}"
         number += 1
     return path

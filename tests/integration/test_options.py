@@ -46,7 +46,7 @@ def test_quantized_base(quantization: str, whole_run: WholeRun) -> None:
 
 def test_training_starts_from_an_adapter(whole_run: WholeRun, tmp_path: Path) -> None:
     first = whole_run("algorithm=fedavg")
-    second = run_tiny(tmp_path / "run", f"init_adapter={first}/adapter")
+    second = run_tiny(tmp_path / "run", f"init_adapter={first}/adapter", "checkpoint.keep=3")
     exported = load_file(first / "adapter/adapter_model.safetensors")
     start = load_params(second.checkpoints / "round-00000.safetensors")[0]["params"]
     assert {name: value.tobytes() for name, value in start.items()} == {
