@@ -16,7 +16,7 @@ from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.run_directory import RunDirectory
-from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.model import AdaptedModel, forget_model, load_model
 
 
 def answer_side_by_side(run: str, prompts: Sequence[str], max_new_tokens: int) -> None:
@@ -50,6 +50,7 @@ def merge(run: str, output: str) -> str:
     if path.exists():
         raise ConfigError(f"{output} exists; give a directory that does not.")
     _, model = _load(run, quantized=False)
+    forget_model()  # merging takes the adapter out of it
     merged = model.peft.merge_and_unload()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from fedllm_flwr.messages import Update
 from fedllm_flwr.wire import unpack_info, unpack_task, unpack_update
 from tiny_runs import ADAPTER, ALGORITHMS, NUM_CLIENTS, WrappedApp, outcome, run_intercepted
 
-VARIANTS = ("paper", "openfedllm")
+VARIANTS = ("paper", pytest.param("openfedllm", marks=pytest.mark.slow))
 Vector = np.ndarray
 
 # The papers' and OpenFedLLM's published settings, by algorithm: eta, beta1, beta2, tau.

@@ -24,6 +24,12 @@ from tiny_runs import (
 )
 
 WholeRun = Callable[..., Path]
+# One for each kind of state: none, control variates, moments. The others are slow together.
+BY_DEFAULT = ("fedavg", "scaffold", "fedadam")
+SOME_SLOWLY = [
+    name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+    for name in ALGORITHMS
+]
 
 
 def _interrupting(at_round: int, after: int) -> WrappedApp:
@@ -41,7 +47,7 @@ def _interrupting(at_round: int, after: int) -> WrappedApp:
     return WrappedApp(before)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SOME_SLOWLY)
 def test_interrupted_run_ends_as_the_uninterrupted_one(
     algorithm: str, whole_run: WholeRun, tmp_path: Path
 ) -> None:
@@ -60,6 +66,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
     assert [record["round"] for record in found["metrics"]] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_openfedllm_scaffold_goes_on_too(whole_run: WholeRun, tmp_path: Path) -> None:
     chosen = ("algorithm=scaffold", "algorithm.variant=openfedllm")
     whole = whole_run(*chosen)

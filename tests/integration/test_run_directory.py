@@ -34,7 +34,7 @@ def plain_peft(run: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_source(load_yaml(run / "config.yaml").model)
-    base = AutoModelForCausalLM.from_pretrained(source)
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, run / "adapter")
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
@@ -59,7 +59,7 @@ def test_files(run: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert "base_model:" in (run / "adapter/README.md").read_text()
+    assert "library_name: peft" in (run / "adapter/README.md").read_text()
 
 
 def test_summary_follows_from_the_log(run: Path) -> None:
@@ -137,7 +137,8 @@ def test_merged_model_is_base_plus_adapter(
     assert str(tmp_path / "merged") in capsys.readouterr().out
     model, tokenizer = plain_peft
     tokens = torch.tensor([_ids(tokenizer, PROMPT.format("Profit at the bank fell."))])
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged.eval()
     with torch.no_grad():
         expected, found = model(tokens).logits, merged(tokens).logits
         with model.disable_adapter():

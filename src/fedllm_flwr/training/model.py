@@ -158,6 +158,13 @@ def load_model(config: Config) -> AdaptedModel:
     return model
 
 
+def forget_model() -> None:
+    """Keep the model no longer: its owner takes it apart, and the next call loads another."""
+    global _held
+    _held = None
+    gc.unfreeze()
+
+
 def _adapt(
     base: Any, config: Config, device: torch.device, dtype: torch.dtype, attention: str
 ) -> AdaptedModel:
