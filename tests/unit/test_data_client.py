@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import byte_tokenizer
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
 from fedllm_flwr.data import cache, client
 from fedllm_flwr.data.client import ClientData, simulated_client, site_client
 from fedllm_flwr.errors import DataError
+from toys import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 

@@ -5,6 +5,10 @@ from io import BytesIO
 import numpy as np
 import pytest
 from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.messages import Failure
+from fedllm_flwr.wire import pack_failure
 from memory_grid import MemoryGrid, superlink_error
 from strategy_runs import (
     SIZES,
@@ -19,10 +23,6 @@ from strategy_runs import (
     set_array,
     with_value,
 )
-
-from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import Failure
-from fedllm_flwr.wire import pack_failure
 
 
 def set_metrics(**values):

@@ -174,7 +174,7 @@ from fedllm_flwr.environment import prepare_environment
 
 prepare_environment()
 sys.path.insert(0, "{tests}")
-from conftest import as_encoded
+from toys import as_encoded
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.data.client import ClientData
