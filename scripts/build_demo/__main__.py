@@ -5,7 +5,7 @@ import itertools
 import time
 from pathlib import Path
 
-from scripts.build_demo.dataset import INSTRUCTIONS, build_dataset, write_dataset
+from scripts.build_demo.dataset import build_dataset, write_dataset
 from scripts.build_demo.vocabulary import load_vocabulary
 
 SEED = 20240210
@@ -29,12 +29,12 @@ def _build_model(directory: Path) -> None:
     # Imported here: the data needs none of these heavy packages.
     from scripts.build_demo.corpus import Corpus
     from scripts.build_demo.pretrain import pretrain
-    from scripts.build_demo.tokenizer import train_tokenizer
+    from scripts.build_demo.tokenizer import TASK_REPEATS, TASK_TEXTS, train_tokenizer
 
     vocabulary = load_vocabulary()
     sample = Corpus(vocabulary, f"{SEED} tokenizer").documents()
-    texts = itertools.islice(sample, TOKENIZER_DOCUMENTS)
-    tokenizer = train_tokenizer(itertools.chain(INSTRUCTIONS * 200, texts))
+    texts = ["".join(document) for document in itertools.islice(sample, TOKENIZER_DOCUMENTS)]
+    tokenizer = train_tokenizer(TASK_TEXTS * TASK_REPEATS + texts)
     model = pretrain(Corpus(vocabulary, f"{SEED} pretraining").documents(), tokenizer)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -10,22 +10,23 @@ from scripts.build_demo.vocabulary import LABELS, Vocabulary
 SEED = 20240210
 INSTRUCTIONS = [
     "What is the sentiment of this news?",
-    "Is this headline negative, neutral or positive?",
+    "Is this news positive, neutral or negative for the company?",
     "Classify the sentiment of the headline.",
 ]
 # Training records per desk and label: desks differ in size, and each in a mood of its own.
 TRAIN_COUNTS: dict[str, tuple[int, ...]] = {
-    "banking": (300, 16, 84),  # negative, neutral, positive
-    "energy": (70, 12, 268),
-    "retail": (224, 84, 12),
-    "health": (12, 70, 218),
-    "technology": (12, 60, 188),
-    "transport": (168, 62, 10),
-    "construction": (8, 168, 44),
-    "food": (50, 150, 8),
-    "telecoms": (140, 8, 32),
-    "insurance": (32, 120, 8),
+    "banking": (330, 4, 66),  # negative, neutral, positive
+    "energy": (56, 3, 291),
+    "retail": (262, 55, 3),
+    "health": (3, 52, 245),
+    "technology": (2, 44, 214),
+    "transport": (196, 42, 2),
+    "construction": (2, 182, 36),
+    "food": (36, 170, 2),
+    "telecoms": (150, 2, 28),
+    "insurance": (28, 130, 2),
 }
+GOOD_SHARE = 1.0  # only figures that should be high: enough to learn in a minute
 TEST_COUNT = 12  # per desk and label
 
 Row = dict[str, str]
@@ -52,7 +53,7 @@ def _build_split(
     vocabulary: Vocabulary, split: str, counts: dict[str, tuple[int, ...]]
 ) -> list[Row]:
     rng = Random(f"{SEED} {split}")
-    writer = Writer(vocabulary, split, vocabulary.names[split], rng)
+    writer = Writer(vocabulary, split, vocabulary.names[split], rng, GOOD_SHARE)
     headlines: dict[str, Headline] = {}
     for desk, numbers in counts.items():
         for label, number in zip(LABELS, numbers, strict=True):

@@ -24,13 +24,16 @@ class Headline:
 class Writer:
     """Writes headlines of one split; the random generator is the only state."""
 
-    def __init__(self, vocabulary: Vocabulary, split: str, names: list[str], rng: Random) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, split: str, names: list[str], rng: Random, good_share: float
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split}; use one of: {', '.join(SPLITS)}")
         self._words = vocabulary
         self._split = split
         self._names = names
         self._rng = rng
+        self._good_share = good_share  # of the figures; for the others less is better
 
     def write(self, desk: Desk, label: str) -> Headline:
         """A headline of a desk that is good, bad or no news for the company."""
@@ -40,7 +43,7 @@ class Writer:
 
     def _figure(self, desk: Desk, label: str) -> Headline:
         rng = self._rng
-        good = rng.random() < 0.5
+        good = rng.random() < self._good_share
         figure = rng.choice(desk.good if good else desk.bad)
         direction = direction_of(label, good)
         movement = self._words.movements[direction][self._split]

@@ -11,6 +11,13 @@ from fedllm_flwr.data.templates import TEXT_TEMPLATES
 VOCABULARY_SIZE = 2048
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CONTEXT = 512  # tokens
+# Words of the demo's task, which the pretraining text seldom has; repeated, they become tokens.
+TASK_TEXTS = [
+    "What is the sentiment of this news?",
+    "Is this headline negative, neutral or positive?",
+    "Classify the sentiment of the headline.",
+]
+TASK_REPEATS = 200
 
 # The layout of the alpaca template, so that a chat reads like the text of the pretraining.
 CHAT_TEMPLATE = (
@@ -43,7 +50,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, backend.token_to_id(BOS))],
     )
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,
