@@ -54,7 +54,7 @@ def resume(output_dir: Path, *overrides: str) -> RunDirectory:
 
 def run_intercepted(output_dir: Path, client_app: ClientApp, *overrides: str) -> RunDirectory:
     """As `run_tiny`, with another client app behind the grid."""
-    config = compose(tiny(f"output_dir={output_dir}", *overrides))
+    config = compose(tiny("federation.engine=inprocess", f"output_dir={output_dir}", *overrides))
     num_clients = config.federation.num_clients or NUM_CLIENTS
     grid = InProcessGrid(client_app, num_clients)
     return run_on_grid(config, grid, Console(quiet=True), run_id=id(grid))
