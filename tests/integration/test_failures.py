@@ -41,7 +41,7 @@ def sending(change: str, only: str = "client-1") -> WrappedApp:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [("nan", "is not finite|holds NaN"), ("name", "q_proj.* is missing")]
+    ("change", "reason"), [("nan", "is not finite|holds NaN"), ("name", "_proj.* is missing")]
 )
 def test_bad_update_is_refused_by_name_and_the_run_goes_on(
     change: str, reason: str, tmp_path: Path
