@@ -12,7 +12,7 @@ from fedllm_flwr.comparison.results import curves, deciding_metric, make_rows, r
 from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.validation import ALGORITHMS
-from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.errors import ConfigError, RunInterrupted
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.training.device import cpu_count
@@ -52,7 +52,14 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
         f"{done} done, {workers} at a time   output  {root}",
         flush=True,
     )
-    failed = _carry_out(jobs, workers)
+    try:
+        failed = _carry_out(jobs, workers)
+    except KeyboardInterrupt as interrupt:
+        finished = sum(job.done for job in jobs)
+        raise RunInterrupted(
+            f"interrupted; {finished} of {len(jobs)} runs are done, go on with: "
+            f"fedllm compare resume={root}"
+        ) from interrupt
     _write(root, jobs, algorithms)
     return 1 if failed else 0
 
