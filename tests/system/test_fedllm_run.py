@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from fedllm_flwr.checkpoint import newest_round
 from processes import (
     interrupt_group,
     interrupt_process,
@@ -15,8 +17,6 @@ from processes import (
     started,
     wait_for,
 )
-
-from fedllm_flwr.checkpoint import newest_round
 from tiny_runs import outcome, run_tiny, tiny
 
 PATIENCE_S = 240.0  # on a busy machine

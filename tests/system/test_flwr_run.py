@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import BIN, environment, relatives
 
+from processes import BIN, environment, relatives
 from tiny_runs import outcome, resume, run_tiny, tiny
 
 CHECKOUT = Path(__file__).parents[2]

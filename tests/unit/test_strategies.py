@@ -7,6 +7,17 @@ import weakref
 import numpy as np
 import pytest
 from flwr.app import Message, MetricRecord, RecordDict
+
+from fedllm_flwr.checkpoint import ServerState, load_state, save_state
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import (
+    AlgorithmConfig,
+    EvaluationConfig,
+)
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.messages import Update
+from fedllm_flwr.strategies import STRATEGIES, Hooks
+from fedllm_flwr.wire import pack_update, unpack_task
 from memory_grid import MemoryGrid
 from strategy_runs import (
     HYPER,
@@ -22,17 +33,6 @@ from strategy_runs import (
     run,
     update_of,
 )
-
-from fedllm_flwr.checkpoint import ServerState, load_state, save_state
-from fedllm_flwr.config import Config
-from fedllm_flwr.config.schema import (
-    AlgorithmConfig,
-    EvaluationConfig,
-)
-from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import Update
-from fedllm_flwr.strategies import STRATEGIES, Hooks
-from fedllm_flwr.wire import pack_update, unpack_task
 
 
 def test_fedavg_round_weights_by_examples_used():

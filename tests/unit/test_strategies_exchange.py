@@ -2,7 +2,6 @@
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from memory_grid import MemoryGrid
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
@@ -11,6 +10,7 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo, Failure
 from fedllm_flwr.strategies.exchange import discover, exchange
 from fedllm_flwr.wire import pack_failure, pack_info, unpack_query
+from memory_grid import MemoryGrid
 
 CONFIG = Config(federation=FederationConfig(start_timeout_s=0.3))
 
