@@ -5,16 +5,16 @@ import json
 import logging
 import os
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedllm_flwr.data.encode import Encoded, EncodeReport, encode
-from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,47 +22,75 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # raise it whenever the same inputs give other tokens or other arrays
+Examples = TypeVar("Examples")
+Records = Sequence[tuple[Any, ...]]  # values of a codec's columns
+
+FORMAT_VERSION = 2  # raise it whenever the same inputs give other tokens or other arrays
+
+
+@dataclass(frozen=True)
+class Codec(Generic[Examples]):
+    """How records of one kind become examples, and examples a file."""
+
+    name: str
+    columns: tuple[str, ...]  # of the data set: all that the tokens depend on
+    encode: Callable[[Records, Tokenizer, str, int, str], Examples]
+    # The rows that a file holds, and what else there is to know of them, as JSON.
+    pack: Callable[[Examples], tuple[Encoded, dict[str, int]]]
+    unpack: Callable[[Encoded, dict[str, int]], Examples]
+
+
+CONVERSATIONS: Codec[Encoded] = Codec(
+    name="conversations",
+    columns=("messages",),
+    encode=lambda records, *options: encode([messages for (messages,) in records], *options),
+    pack=lambda encoded: (encoded, {}),
+    unpack=lambda encoded, _: encoded,
+)
 
 
 def encode_cached(
+    codec: Codec[Examples],
     dataset: "datasets.Dataset",
     tokenizer: Tokenizer,
     template: str,
     max_length: int,
     truncation: str = "right",
     cache_dir: Path | None = None,
-) -> Encoded:
-    """``encode`` of the column messages, from ``cache_dir`` where the same was encoded before.
+) -> Examples:
+    """``codec.encode`` of a data set, from ``cache_dir`` where the same was encoded before.
 
     A broken cache file is made anew and a directory that cannot be written is done without;
     both are logged.
     """
-    conversations: list[Messages] = dataset["messages"][:]
+    records = list(zip(*(dataset[column][:] for column in codec.columns), strict=True))
     if cache_dir is None:
-        return encode(conversations, tokenizer, template, max_length, truncation)
+        return codec.encode(records, tokenizer, template, max_length, truncation)
     options: dict[str, str | int] = {
+        "kind": codec.name,
         "template": template,
         "max_length": max_length,
         "truncation": truncation,
     }
-    path = cache_dir / f"{_key(conversations, tokenizer, options)}.safetensors"
-    cached = _load_or_none(path)
+    path = cache_dir / f"{_key(records, tokenizer, options)}.safetensors"
+    cached = _load_or_none(codec, path)
     if cached is not None:
         return cached
-    encoded = encode(conversations, tokenizer, template, max_length, truncation)
+    encoded = codec.encode(records, tokenizer, template, max_length, truncation)
     try:
-        save_encoded(encoded, path)
+        save_encoded(codec, encoded, path)
     except OSError as error:
         logger.warning("encoded examples are not cached: %s", error)
     return encoded
 
 
-def save_encoded(encoded: Encoded, path: Path) -> None:
+def save_encoded(codec: Codec[Examples], encoded: Examples, path: Path) -> None:
     """Write one safetensors file, whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(getattr(encoded, name)) for name in _ARRAYS}
-    metadata = {"format": str(FORMAT_VERSION), "report": json.dumps(asdict(encoded.report))}
+    rows, more = codec.pack(encoded)
+    arrays = {name: np.ascontiguousarray(getattr(rows, name)) for name in _ARRAYS}
+    reports = {"report": json.dumps(asdict(rows.report)), "more": json.dumps(more)}
+    metadata = {"format": str(FORMAT_VERSION), **reports}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     os.close(handle)
     try:
@@ -74,7 +102,7 @@ def save_encoded(encoded: Encoded, path: Path) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def load_encoded(path: Path) -> Encoded:
+def load_encoded(codec: Codec[Examples], path: Path) -> Examples:
     """Read what ``save_encoded`` wrote. Raises ValueError or OSError for anything else."""
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -85,9 +113,9 @@ def load_encoded(path: Path) -> Encoded:
     if metadata.get("format") != str(FORMAT_VERSION):
         raise ValueError(f"{path}: format {metadata.get('format')}, not {FORMAT_VERSION}")
     report = EncodeReport(**json.loads(metadata["report"]))
-    encoded = Encoded(**arrays, report=report)
-    _check_shapes(encoded, path)
-    return encoded
+    rows = Encoded(**arrays, report=report)
+    _check_shapes(rows, path)
+    return codec.unpack(rows, json.loads(metadata["more"]))
 
 
 _ARRAYS = {"tokens": np.int32, "supervised": np.bool_, "offsets": np.int64, "source": np.int64}
@@ -107,20 +135,20 @@ def _check_shapes(encoded: Encoded, path: Path) -> None:
             raise ValueError(f"{path}: {name} is {array.dtype}{array.shape}, not ({size},)")
 
 
-def _load_or_none(path: Path) -> Encoded | None:
+def _load_or_none(codec: Codec[Examples], path: Path) -> Examples | None:
     if not path.exists():
         return None
     try:
-        return load_encoded(path)
+        return load_encoded(codec, path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("encoded examples are made anew: %s", error)
         return None
 
 
-def _key(conversations: list[Messages], tokenizer: Tokenizer, options: dict[str, str | int]) -> str:
+def _key(records: Records, tokenizer: Tokenizer, options: dict[str, str | int]) -> str:
     """sha256 over everything that the tokens depend on."""
     settings = {"format": FORMAT_VERSION, "tokenizer": _fingerprint(tokenizer), **options}
-    everything = json.dumps([settings, conversations], sort_keys=True)
+    everything = json.dumps([settings, records], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()
 
 

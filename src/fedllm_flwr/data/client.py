@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.cache import encode_cached
-from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
+from fedllm_flwr.data.kinds import KINDS
+from fedllm_flwr.data.pairs import Examples
 from fedllm_flwr.data.partition import Partition, partition
 from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.errors import DataError
@@ -27,8 +28,8 @@ class ClientData:
     """What a client trains on, and what it holds back when it is asked to evaluate."""
 
     name: str
-    train: Encoded
-    held_out: Encoded
+    train: Examples
+    held_out: Examples
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SimulatedData:
 
     source: FederatedData
     partition: Partition
-    encoded: Encoded  # all training records
+    encoded: Examples  # all training records
 
 
 def cache_dir() -> Path:
@@ -57,7 +58,8 @@ class _Keyed:
     @classmethod
     def of(cls, config: Config, tokenizer: Tokenizer | None = None) -> "_Keyed":
         """The key for a configuration's records, or with a tokenizer for its examples."""
-        parts = [config.data, config.partition, config.federation.num_clients, config.seed]
+        parts = [config.task, config.data, config.partition, config.federation.num_clients]
+        parts += [config.seed]
         if tokenizer is not None:
             parts += [config.model, config.training.max_length]
         return cls(repr(parts), config, tokenizer)
@@ -83,15 +85,16 @@ def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
 
 
 @lru_cache(maxsize=1)
-def _encoded(keyed: _Keyed) -> Encoded:
+def _encoded(keyed: _Keyed) -> Examples:
     assert keyed.tokenizer is not None
     source, _ = divided_data(keyed.config)
     return encode_records(keyed.config, keyed.tokenizer, source.train)
 
 
-def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Dataset") -> Encoded:
-    """Encode a data set with a column messages as the configuration says, cached on disk."""
-    return encode_cached(
+def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Dataset") -> Examples:
+    """Encode a data set of the task's kind as the configuration says, cached on disk."""
+    encoded: Examples = encode_cached(
+        KINDS[config.task.name].codec,
         records,
         tokenizer,
         config.data.template,
@@ -99,6 +102,7 @@ def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Data
         config.data.truncation,
         cache_dir() / "tokens",
     )
+    return encoded
 
 
 def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> ClientData:
@@ -125,14 +129,14 @@ def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
 
 
 @lru_cache(maxsize=1)
-def _site(keyed: _Keyed) -> Encoded:
+def _site(keyed: _Keyed) -> Examples:
     assert keyed.tokenizer is not None
-    records = load_site_data(keyed.config.data, keyed.config.seed)
+    records = load_site_data(keyed.config)
     return encode_records(keyed.config, keyed.tokenizer, records)
 
 
 def _with_held_out(
-    name: str, encoded: Encoded, mine: NDArray[np.int64], config: Config
+    name: str, encoded: Examples, mine: NDArray[np.int64], config: Config
 ) -> ClientData:
     """Hold a seeded part back, at least one example, if clients are asked to evaluate."""
     count = 0

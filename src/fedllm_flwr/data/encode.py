@@ -53,12 +53,16 @@ class Encoded:
     def take(self, examples: NDArray[np.int64]) -> "Encoded":
         """The chosen examples, in the order given; the report counts them alone."""
         kept = [self[int(i)] for i in examples]
-        return _flatten(kept, self.source[examples].tolist(), len(kept), truncated=0)
+        return flatten(kept, self.source[examples].tolist(), len(kept), truncated=0)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per example, shape (num_examples,)."""
         return np.diff(self.offsets)
+
+    def num_tokens_of(self, examples: NDArray[np.int64]) -> int:
+        """Tokens of the chosen examples together."""
+        return int(self.lengths[examples].sum())
 
 
 def encode(
@@ -73,8 +77,7 @@ def encode(
     The tokens before the first answer are those that ``encode_prompts`` gives for the same
     prompt. Raises ConfigError for unknown options and ModelError for an unusable tokenizer.
     """
-    if truncation not in TRUNCATIONS:
-        raise ConfigError(f"data.truncation={truncation}; use one of: {', '.join(TRUNCATIONS)}")
+    require_truncation(truncation)
     rendered = [render(messages, template, tokenizer) for messages in conversations]
     require_eos(tokenizer)
     kept: list[tuple[TokenArray, Mask]] = []
@@ -86,9 +89,15 @@ def encode(
             truncated += len(example[0]) < len(tokens)
             kept.append(example)
             source.append(i)
-    encoded = _flatten(kept, source, len(rendered), truncated)
+    encoded = flatten(kept, source, len(rendered), truncated)
     _warn_of_losses(encoded.report, max_length, truncation)
     return encoded
+
+
+def require_truncation(truncation: str) -> None:
+    """Raise ConfigError for an unknown way to shorten what is too long."""
+    if truncation not in TRUNCATIONS:
+        raise ConfigError(f"data.truncation={truncation}; use one of: {', '.join(TRUNCATIONS)}")
 
 
 def encode_prompts(
@@ -144,9 +153,10 @@ def _cut_left(
     )
 
 
-def _flatten(
+def flatten(
     kept: list[tuple[TokenArray, Mask]], source: list[int], num_records: int, truncated: int
 ) -> Encoded:
+    """Examples that were kept of ``num_records`` records, and the records they came from."""
     tokens = np.concatenate([np.empty(0, np.int32), *(example[0] for example in kept)])
     supervised = np.concatenate([np.empty(0, np.bool_), *(example[1] for example in kept)])
     offsets = np.zeros(len(kept) + 1, np.int64)

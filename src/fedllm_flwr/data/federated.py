@@ -3,13 +3,14 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from fedllm_flwr.config.schema import Config, DataConfig
-from fedllm_flwr.data.records import AttributeColumn, Example
-from fedllm_flwr.data.sources import Loaded, SourceReport, load_records
+from fedllm_flwr.data.columns import AttributeColumn
+from fedllm_flwr.data.kinds import KINDS
+from fedllm_flwr.data.sources import SourceReport, load_records
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.params import derive_seed
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+Record = TypeVar("Record")  # an Example or a Pair
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class LoadReport:
 class FederatedData:
     """Records of a run, before they are divided among clients.
 
-    Both sets have the columns messages (list of {role, content}), label (str), client (str: value
-    of partition.column, else of data.client_column, else "") and choice (int32: index of the
-    answer in data.labels, else -1).
+    Both sets have the columns messages (list of {role, content}), label (str) and client (str:
+    value of partition.column, else of data.client_column, else ""); for task=sft choice (int32:
+    index of the answer in data.labels, else -1), for task=dpo chosen and rejected (str: answers
+    to messages).
     """
 
     train: "datasets.Dataset"
@@ -58,36 +61,37 @@ def load_federated_data(config: Config) -> FederatedData:
 
     Raises DataError and ConfigError with key, value and remedy.
     """
-    data = config.data
+    data, kind = config.data, KINDS[config.task.name]
     label = _column(data.columns.label, "data.columns.label", required=True)
     client = _client_column(config)
-    loaded = load_records(data, label=label, client=client)
-    train = _sample(loaded.examples, data.max_samples, config.seed, "max_samples")
+    loaded = load_records(data, kind, label=label, client=client)
+    train = _sample(loaded.records, data.max_samples, config.seed, "max_samples")
     if _has_eval_source(data):
         evaluation = load_records(
-            data, evaluation=True, label=_optional(_eval_label(data)), client=_optional(client)
+            data, kind, True, label=_optional(_eval_label(data)), client=_optional(client)
         )
         limit = data.eval_max_samples
         held_out, report = 0, evaluation.report
-        test = _sample(evaluation.examples, limit, config.seed, "eval_max_samples")
+        test = _sample(evaluation.records, limit, config.seed, "eval_max_samples")
     else:
         train, test = _hold_out(train, data, config.seed)
         held_out, report = len(test), None
     counts = LoadReport(loaded.report, report, len(train), len(test), held_out)
-    return FederatedData(_to_dataset(train), _to_dataset(test), counts)
+    return FederatedData(kind.to_dataset(train), kind.to_dataset(test), counts)
 
 
-def load_site_data(data: DataConfig, seed: int) -> "datasets.Dataset":
+def load_site_data(config: Config) -> "datasets.Dataset":
     """The training records of one site's own file; columns as in FederatedData.
 
     The label and client columns may be absent here: a site is one client.
     """
+    data, kind = config.data, KINDS[config.task.name]
     label = _column(data.columns.label, "data.columns.label", required=False)
     client = _column(data.client_column, "data.client_column", required=False)
-    loaded: Loaded = load_records(data, label=label, client=client)
-    examples = _sample(loaded.examples, data.max_samples, seed, "max_samples")
-    logger.info("%s", _describe(loaded.report, len(examples)))
-    return _to_dataset(examples)
+    loaded = load_records(data, kind, label=label, client=client)
+    records = _sample(loaded.records, data.max_samples, config.seed, "max_samples")
+    logger.info("%s", _describe(loaded.report, len(records)))
+    return kind.to_dataset(records)
 
 
 def _client_column(config: Config) -> AttributeColumn | None:
@@ -120,48 +124,32 @@ def _has_eval_source(data: DataConfig) -> bool:
 
 
 def _hold_out(
-    examples: list[Example], data: DataConfig, seed: int
-) -> tuple[list[Example], list[Example]]:
+    records: list[Record], data: DataConfig, seed: int
+) -> tuple[list[Record], list[Record]]:
     """A seeded part of the records, at most eval_max_samples; both parts keep the order."""
-    count = round(len(examples) * data.validation_fraction)
+    count = round(len(records) * data.validation_fraction)
     if data.validation_fraction > 0:
         count = min(max(count, 1), data.eval_max_samples or count)
-    if count >= len(examples):
+    if count >= len(records):
         raise DataError(
-            f"{len(examples)} usable training record(s) leave nothing to train on after holding "
+            f"{len(records)} usable training record(s) leave nothing to train on after holding "
             f"out data.validation_fraction={data.validation_fraction}; set it to 0"
         )
-    chosen = set(_generator(seed, "validation").permutation(len(examples))[:count].tolist())
-    rest = [example for i, example in enumerate(examples) if i not in chosen]
-    return rest, [example for i, example in enumerate(examples) if i in chosen]
+    chosen = set(_generator(seed, "validation").permutation(len(records))[:count].tolist())
+    rest = [record for i, record in enumerate(records) if i not in chosen]
+    return rest, [record for i, record in enumerate(records) if i in chosen]
 
 
-def _sample(examples: list[Example], limit: int | None, seed: int, purpose: str) -> list[Example]:
+def _sample(records: list[Record], limit: int | None, seed: int, purpose: str) -> list[Record]:
     """A seeded sample of at most ``limit`` records, in their order."""
-    if limit is None or limit >= len(examples):
-        return examples
-    chosen = np.sort(_generator(seed, purpose).permutation(len(examples))[:limit])
-    return [examples[i] for i in chosen]
+    if limit is None or limit >= len(records):
+        return records
+    chosen = np.sort(_generator(seed, purpose).permutation(len(records))[:limit])
+    return [records[i] for i in chosen]
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, "data", purpose))
-
-
-def _to_dataset(examples: list[Example]) -> "datasets.Dataset":
-    import datasets
-
-    columns: dict[str, list[Any]] = {
-        name: [getattr(example, name) for example in examples] for name in Example._fields
-    }
-    turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
-    features = datasets.Features(
-        messages=datasets.List(turn),
-        label=datasets.Value("string"),
-        client=datasets.Value("string"),
-        choice=datasets.Value("int32"),
-    )
-    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _describe(report: SourceReport, used: int) -> str:
@@ -169,6 +157,7 @@ def _describe(report: SourceReport, used: int) -> str:
         "usable": report.usable,
         "used": used,
         "empty": report.empty,
+        "equal": report.equal,
         "bad": report.bad,
         "duplicate": report.duplicates,
         "without a known label": report.unscored,

@@ -90,9 +90,7 @@ def partition(
 def describe(partition: Partition) -> list[ClientStats]:
     """Sizes, labels and lengths of every client, in client order."""
     labels = np.array(partition.train["label"][:], dtype=object)
-    lengths = np.array(
-        [sum(len(turn["content"]) for turn in turns) for turns in partition.train["messages"][:]]
-    )
+    lengths = _text_lengths(partition.train)
     return [
         ClientStats(
             name=name,
@@ -104,6 +102,16 @@ def describe(partition: Partition) -> list[ClientStats]:
         )
         for name, rows in zip(partition.names, partition.indices, strict=True)
     ]
+
+
+def _text_lengths(records: "datasets.Dataset") -> NDArray[np.int64]:
+    """Characters of every record's turns; those of a preference pair include both answers."""
+    lengths = np.array(
+        [sum(len(turn["content"]) for turn in turns) for turns in records["messages"][:]]
+    )
+    for answers in {"chosen", "rejected"} & set(records.column_names):
+        lengths += np.array([len(answer) for answer in records[answers][:]])
+    return lengths
 
 
 def _check_column(config: PartitionConfig, keys: list[str]) -> None:

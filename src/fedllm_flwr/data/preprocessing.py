@@ -15,6 +15,10 @@ _FINGPT_PROMPT = re.compile(
     r"\s*Instruction:\s*(?P<instruction>.*?)\s*\nInput:\s*(?P<input>.*?)\s*\nAnswer:\s*", re.DOTALL
 )
 
+# "\n\nHuman: ...\n\nAssistant: ...": a turn starts where a paragraph starts with its speaker.
+_SPEAKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant): ?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
 
 def keep(records: list[Record], columns: ColumnsConfig) -> Preprocessed:
     """Records as they are; whoever makes messages joins instruction and input by a space."""
@@ -59,10 +63,38 @@ def _parse_fingpt_row(row: Record, columns: ColumnsConfig) -> Record:
     return {**rest, **{name: value for name, value in parts.items() if name is not None}}
 
 
+def parse_transcripts(records: list[Record], columns: ColumnsConfig) -> Preprocessed:
+    """HH-RLHF: transcripts in the columns of preference pairs become lists of turns."""
+    names = [name for name in (columns.prompt, columns.chosen, columns.rejected) if name]
+    parsed: Preprocessed = []
+    for row in records:
+        turns = {name: _turns(row[name]) for name in names if is_transcript(row.get(name))}
+        prompt = turns.get(columns.prompt or "")
+        if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # calls for the answer
+            prompt.pop()
+        parsed.append({**row, **turns})
+    return parsed
+
+
+def is_transcript(text: object) -> bool:
+    """Whether a text starts with a speaker of HH-RLHF."""
+    return isinstance(text, str) and _SPEAKER.match(text) is not None
+
+
+def _turns(transcript: str) -> list[dict[str, str]]:
+    """Every turn as it stands, without the one space after its speaker."""
+    _, *parts = _SPEAKER.split(transcript)
+    return [
+        {"role": _ROLES[speaker], "content": content}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
 PREPROCESSING: dict[str, Preprocessing] = {
     "none": keep,
     "alpaca": keep,
     "medalpaca": drop_instruction,
     "mathinstruct": drop_duplicates,
     "fingpt": parse_fingpt,
+    "hh_rlhf": parse_transcripts,
 }

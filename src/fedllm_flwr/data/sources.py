@@ -2,18 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.config.schema import DataConfig
+from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
+from fedllm_flwr.data.faults import Faults, refuse_faults
 from fedllm_flwr.data.files import Record, read_records
+from fedllm_flwr.data.kinds import RecordKind
 from fedllm_flwr.data.preprocessing import PREPROCESSING
-from fedllm_flwr.data.records import (
-    AttributeColumn,
-    Example,
-    Mapping,
-    make_examples,
-    refuse_faults,
-    unused_columns,
-)
 from fedllm_flwr.errors import ConfigError, DataError
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -26,7 +22,8 @@ class SourceReport:
     source: str
     read: int
     usable: int
-    empty: int  # left out: no instruction or no answer
+    empty: int  # left out: no instruction, prompt or answer
+    equal: int  # left out: the chosen answer equals the rejected one
     bad: int  # left out: not text, a broken line, or a broken chat
     duplicates: int  # left out by the preprocessing
     unscored: int  # usable, but the answer is none of data.labels (0 without a label set)
@@ -35,14 +32,15 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Examples of one source, in its order."""
+    """Records of one source, in its order: of the type that their kind makes."""
 
-    examples: list[Example]
+    records: list[Any]
     report: SourceReport
 
 
 def load_records(
     data: DataConfig,
+    kind: RecordKind,
     evaluation: bool = False,
     label: AttributeColumn | None = None,
     client: AttributeColumn | None = None,
@@ -51,7 +49,7 @@ def load_records(
 
     Raises DataError for what the files hold and ConfigError for options that cannot work.
     """
-    rows, source, broken_lines = _read(data, evaluation)
+    rows, source, broken_lines = _read(data, kind, evaluation)
     own_columns = evaluation and data.eval_columns is not None
     columns = data.eval_columns if own_columns and data.eval_columns else data.columns
     key = "data.eval_columns" if own_columns else "data.columns"
@@ -62,25 +60,40 @@ def load_records(
         )
     preprocessed = PREPROCESSING[data.preprocessing](rows, columns)
     mapping = Mapping(source, columns, key, label, client, data.labels)
-    examples, faults = make_examples(preprocessed, mapping)
+    records, faults = kind.make(preprocessed, mapping)
     if data.on_bad_record == "error":
-        refuse_faults(source, len(rows), faults)
-    if not examples:
-        raise DataError(f"{source}: none of its {len(rows)} records is usable; check {key}")
+        refuse_faults(source, len(rows), faults, kind.refused)
+    if not records:
+        raise _none_usable(mapping, len(rows), faults)
     report = SourceReport(
         source=source,
         read=len(rows) + broken_lines,
-        usable=len(examples),
+        usable=len(records),
         empty=len(faults.empty),
+        equal=len(faults.equal),
         bad=len(faults.bad) + broken_lines,
         duplicates=sum(row is None for row in preprocessed),
-        unscored=sum(example.choice < 0 for example in examples) if data.labels else 0,
-        unused_columns=tuple(unused_columns(preprocessed, mapping)),
+        unscored=kind.count_unscored(records) if data.labels else 0,
+        unused_columns=tuple(unused_columns(preprocessed, mapping, kind.roles)),
     )
-    return Loaded(examples, report)
+    return Loaded(records, report)
 
 
-def _read(data: DataConfig, evaluation: bool) -> tuple[list[Record], str, int]:
+def _none_usable(mapping: Mapping, num_records: int, faults: Faults) -> DataError:
+    key = mapping.columns_key
+    if len(faults.equal) == num_records:
+        return DataError(
+            f"{mapping.source}: chosen equals rejected in all {num_records} records; check "
+            f"{key}.chosen and {key}.rejected"
+        )
+    found = sorted(faults.empty + faults.equal + faults.bad)
+    first = f" (record {found[0][0]}: {found[0][1]})" if found else ""
+    return DataError(
+        f"{mapping.source}: none of its {num_records} records is usable{first}; check {key}"
+    )
+
+
+def _read(data: DataConfig, kind: RecordKind, evaluation: bool) -> tuple[list[Record], str, int]:
     """Raw records, the source's name for messages, and the number of broken lines left out."""
     path, split = (data.eval_path, data.eval_split) if evaluation else (data.path, data.split)
     if path is None and evaluation:
@@ -88,7 +101,8 @@ def _read(data: DataConfig, evaluation: bool) -> tuple[list[Record], str, int]:
     if path is None:
         return _load_hub(data, split or data.split)
     key = "data.eval_path" if evaluation and data.eval_path is not None else "data.path"
-    file = _demo_file(evaluation) if path == "embedded" else Path(path).expanduser()
+    embedded = DEMO / (kind.embedded_eval if evaluation else kind.embedded_train)
+    file = embedded if path == "embedded" else Path(path).expanduser()
     broken: list[str] = []
     try:
         if data.on_bad_record == "skip":
@@ -98,10 +112,6 @@ def _read(data: DataConfig, evaluation: bool) -> tuple[list[Record], str, int]:
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
     return rows, f"{key}={path}", len(broken)
-
-
-def _demo_file(evaluation: bool) -> Path:
-    return DEMO / ("test.jsonl" if evaluation else "train.jsonl")
 
 
 def _load_hub(data: DataConfig, split: str) -> tuple[list[Record], str, int]:

@@ -73,14 +73,33 @@ def render(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> 
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError("a conversation to train on must end with an assistant turn")
-    if tokenizer.eos_token is None:
-        raise ModelError(
-            "the tokenizer has no eos_token, so a model cannot learn where an answer ends; "
-            "choose a model whose tokenizer defines one"
-        )
+    _require_eos_text(tokenizer)
     if template == "chat":
         return _space_to_answers(_render_chat(messages, tokenizer))
     return _render_text(messages, _text_template(template), tokenizer.eos_token)
+
+
+def render_answers(
+    messages: Sequence[Message], answers: Sequence[str], template: str, tokenizer: Tokenizer
+) -> list[list[Segment]]:
+    """The text of each answer to one prompt: segments [prompt, answer with its EOS].
+
+    The prompt is the same for all and not supervised, whatever it holds; ``messages`` end with
+    the user. Raises as ``render``.
+    """
+    _require_eos_text(tokenizer)
+    if template != "chat":
+        prompt = render_prompt(messages, template, tokenizer)
+        end = tokenizer.eos_token
+        return [[Segment(prompt, False), Segment(f" {text}{end}", True)] for text in answers]
+    prompt = _apply(tokenizer, messages, add_generation_prompt=True)
+    rendered = []
+    for text in answers:
+        turn: Message = {"role": "assistant", "content": text}
+        answer = _added_answer(tokenizer, [*messages, turn], prompt)
+        ended = _end_answer(answer, tokenizer.eos_token, last=True)
+        rendered.append(_space_to_answers([Segment(prompt, False), *ended]))
+    return rendered
 
 
 def render_prompt(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> str:
@@ -127,18 +146,36 @@ def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Segm
         if message["role"] != "assistant":
             continue
         prompt = _apply(tokenizer, messages[:i], add_generation_prompt=True)
-        through = _apply(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        if not (prompt.startswith(done) and through.startswith(prompt)):
-            raise ModelError(
-                f"the tokenizer's chat template does not extend its own prompt (turn {i + 1}), so "
-                f"answers cannot be told from prompts; set data.template=alpaca or vicuna"
-            )
+        answer = _added_answer(tokenizer, messages[: i + 1], prompt)
+        if not prompt.startswith(done):
+            raise _not_extended(i + 1)
         segments.append(Segment(prompt[len(done) :], False))
-        segments += _end_answer(
-            through[len(prompt) :], tokenizer.eos_token, last=i == len(messages) - 1
-        )
-        done = through
+        segments += _end_answer(answer, tokenizer.eos_token, last=i == len(messages) - 1)
+        done = prompt + answer
     return segments
+
+
+def _added_answer(tokenizer: Tokenizer, messages: Sequence[Message], prompt: str) -> str:
+    """What the last of ``messages``, an answer, adds to the prompt before it."""
+    through = _apply(tokenizer, messages, add_generation_prompt=False)
+    if not through.startswith(prompt):
+        raise _not_extended(len(messages))
+    return through[len(prompt) :]
+
+
+def _not_extended(turn: int) -> ModelError:
+    return ModelError(
+        f"the tokenizer's chat template does not extend its own prompt (turn {turn}), so "
+        f"answers cannot be told from prompts; set data.template=alpaca or vicuna"
+    )
+
+
+def _require_eos_text(tokenizer: Tokenizer) -> None:
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "the tokenizer has no eos_token, so a model cannot learn where an answer ends; "
+            "choose a model whose tokenizer defines one"
+        )
 
 
 def _end_answer(text: str, eos: str, last: bool) -> list[Segment]:

@@ -1,0 +1,80 @@
+"""Which column of a source plays which role, and the errors for those that are not there."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+
+from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.errors import DataError
+
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+
+
+@dataclass(frozen=True)
+class AttributeColumn:
+    """A column that is kept beside the messages, and the configuration key that names it."""
+
+    name: str
+    key: str
+    required: bool
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Which columns of a source play which role."""
+
+    source: str  # file or hub set, for messages
+    columns: ColumnsConfig
+    columns_key: str = "data.columns"
+    label: AttributeColumn | None = None
+    client: AttributeColumn | None = None
+    labels: list[str] = field(default_factory=list)
+
+
+def columns_present(rows: Preprocessed) -> set[str]:
+    """Columns that at least one record has."""
+    present: set[str] = set()
+    for row in rows:
+        if row is not None:
+            present.update(row)
+    return present
+
+
+def unused_columns(rows: Preprocessed, mapping: Mapping, roles: Iterable[str]) -> list[str]:
+    """Columns of the source that none of the roles is mapped to, sorted."""
+    used = {getattr(mapping.columns, role) for role in roles}
+    used |= {column.name for column in (mapping.label, mapping.client) if column}
+    return sorted(columns_present(rows) - used)
+
+
+def resolve_attributes(mapping: Mapping, present: Collection[str]) -> Mapping:
+    """The mapping without attributes that may be absent and are; refuses those that may not."""
+
+    def resolve(column: AttributeColumn | None) -> AttributeColumn | None:
+        if column is None or column.name in present:
+            return column
+        if column.required:
+            raise missing_column(mapping.source, column.key, column.name, present)
+        return None
+
+    return replace(mapping, label=resolve(mapping.label), client=resolve(mapping.client))
+
+
+def missing_column(source: str, key: str, name: str, present: Iterable[str]) -> DataError:
+    """The error for a column that a key names and the source lacks."""
+    columns = sorted(present)
+    close = get_close_matches(name, columns, n=1)
+    hint = f"did you mean {key}={close[0]}?" if close else f"set {key} to one of them"
+    return DataError(
+        f"{source}: {key}={name}, but there is no such column; {hint} "
+        f"(columns: {', '.join(columns)})"
+    )
+
+
+def wrong_kind(source: str, found: str, wanted: str, task: str, present: set[str]) -> DataError:
+    """The error for a source whose columns are those of another task."""
+    return DataError(
+        f"{source}: holds {found}, not {wanted}; use task={task}, or give a file of {wanted} "
+        f"(columns: {', '.join(sorted(present))})"
+    )

@@ -1,0 +1,95 @@
+"""Records that cannot be used, and why."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fedllm_flwr.data.columns import AttributeColumn, Mapping
+from fedllm_flwr.data.files import Record
+from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.errors import DataError
+
+NAMED_IN_ERRORS = 5
+Made = TypeVar("Made")
+
+
+class UnusableRecord(Exception):  # noqa: N818 - a verdict on one record, always caught here
+    """Why one record cannot be used; ``fault`` is the field of Faults that counts it."""
+
+    def __init__(self, reason: str, fault: str = "bad") -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
+@dataclass
+class Faults:
+    """Records that cannot be used: (1-based record number, reason)."""
+
+    empty: list[tuple[int, str]] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    equal: list[tuple[int, str]] = field(default_factory=list)  # two answers that are the same
+
+
+def make_usable(rows: Preprocessed, make: Callable[[Record], Made]) -> tuple[list[Made], Faults]:
+    """What ``make`` makes of the records, in order, and the faults of those that it refuses."""
+    made: list[Made] = []
+    faults = Faults()
+    for number, row in enumerate(rows, start=1):
+        if row is None:
+            continue
+        try:
+            made.append(make(row))
+        except UnusableRecord as fault:
+            getattr(faults, fault.fault).append((number, str(fault)))
+    return made, faults
+
+
+def refuse_faults(
+    source: str, num_records: int, faults: Faults, refused: Iterable[str] = ("empty", "bad")
+) -> None:
+    """Raise DataError that names the first records with a fault of a refused kind, if any."""
+    found = sorted(fault for kind in refused for fault in getattr(faults, kind))
+    if not found:
+        return
+    named = "; ".join(f"record {number}: {reason}" for number, reason in found[:NAMED_IN_ERRORS])
+    more = f"; and {len(found) - NAMED_IN_ERRORS} more" if len(found) > NAMED_IN_ERRORS else ""
+    raise DataError(
+        f"{source}: {len(found)} of {num_records} records cannot be used ({named}{more}). "
+        f"Fix them, or leave them out with data.on_bad_record=skip"
+    )
+
+
+def text_of(row: Record, column: str) -> str:
+    """The text of a column."""
+    value = row.get(column)
+    if value is None:
+        raise UnusableRecord(f"column {column!r} is missing", "empty")
+    if not isinstance(value, str):
+        raise UnusableRecord(f"column {column!r} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise UnusableRecord(f"column {column!r} is empty", "empty")
+    return value
+
+
+def attribute_of(row: Record, column: AttributeColumn | None) -> str:
+    """The value of a column as text, "" without one."""
+    value = row.get(column.name) if column else None
+    text = "" if value is None else str(value)
+    require_unicode(text)
+    return text
+
+
+def client_of(row: Record, mapping: Mapping) -> str:
+    """The client a record belongs to, "" where none is asked for."""
+    client = attribute_of(row, mapping.client)
+    if mapping.client and mapping.client.required and not client:
+        raise UnusableRecord(f"no value in column {mapping.client.name!r} ({mapping.client.key})")
+    return client
+
+
+def require_unicode(text: str) -> None:
+    """JSON may escape half of a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UnusableRecord("half of a surrogate pair, such as \\ud83d, in its text") from None

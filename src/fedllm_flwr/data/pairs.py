@@ -1,0 +1,187 @@
+"""Preference pairs as training examples: two rows of tokens that share their prompt."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.data.encode import Encoded, cut_start, flatten, require_truncation
+from fedllm_flwr.data.preferences import Pair
+from fedllm_flwr.data.templates import Tokenizer, render_answers
+from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
+
+logger = logging.getLogger(__name__)
+
+Row = tuple[TokenArray, Mask]  # tokens and supervised, each (length,)
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What became of the pairs: num_records = num_pairs + dropped."""
+
+    num_records: int
+    num_pairs: int
+    prompts_cut: int  # pairs whose prompt lost its start
+    prompt_tokens_cut: int  # tokens that those prompts lost together
+    answers_cut: int  # answers that lost their end, at most two per pair
+    dropped: int  # too long under truncation=drop, or two equal answers after the cut
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Tokenised pairs; rows 2i and 2i + 1 are the prompt of pair i and its better, worse answer.
+
+    ``supervised`` marks the tokens of the last answer alone, with its EOS.
+    """
+
+    rows: Encoded
+    report: PairReport
+
+    def __len__(self) -> int:
+        return len(self.rows) // 2
+
+    def __getitem__(self, index: int) -> tuple[Row, Row]:
+        """(tokens, supervised) of the chosen and of the rejected row, as views."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        index %= len(self)
+        return self.rows[2 * index], self.rows[2 * index + 1]
+
+    def take(self, pairs: NDArray[np.int64]) -> "EncodedPairs":
+        """The chosen pairs, in the order given; the report counts them alone."""
+        report = PairReport(len(pairs), len(pairs), 0, 0, 0, 0)
+        return EncodedPairs(self.rows.take(_rows_of(pairs)), report)
+
+    @property
+    def tokens(self) -> TokenArray:
+        """The tokens of all rows, flat."""
+        return self.rows.tokens
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of the longer row of each pair, shape (num_pairs,)."""
+        return np.maximum(self.rows.lengths[::2], self.rows.lengths[1::2])
+
+    @property
+    def source(self) -> NDArray[np.int64]:
+        """Index of the record a pair came from, shape (num_pairs,)."""
+        return self.rows.source[::2]
+
+    def num_tokens_of(self, pairs: NDArray[np.int64]) -> int:
+        """Tokens of both rows of the chosen pairs together."""
+        return self.rows.num_tokens_of(_rows_of(pairs))
+
+
+Examples = Encoded | EncodedPairs  # what a client trains on: task=sft | task=dpo
+
+
+class _Tokens(NamedTuple):
+    """The three parts of a pair, each of shape (length,)."""
+
+    prompt: TokenArray
+    chosen: TokenArray
+    rejected: TokenArray
+
+
+def encode_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+    truncation: str = "right",
+) -> EncodedPairs:
+    """Render and tokenise pairs for training, at most ``max_length`` tokens per row.
+
+    The prompt's tokens are those that ``encode_prompts`` gives. Of a pair that is too long, the
+    prompt loses its start, but keeps half of ``max_length``; answers lose their end only where
+    they are longer than what the prompt leaves. truncation=drop leaves such pairs out.
+    Raises ConfigError for unknown options and ModelError for an unusable tokenizer.
+    """
+    require_truncation(truncation)
+    rendered = [
+        row
+        for pair in pairs
+        for row in render_answers(pair.messages, [pair.chosen, pair.rejected], template, tokenizer)
+    ]
+    require_eos(tokenizer)
+    losses = _Losses()
+    kept: list[Row] = []
+    source: list[int] = []
+    for i, whole in enumerate(_by_pair(tokenise(rendered, tokenizer))):
+        fitted = _fit(whole, max_length, tokenizer.bos_token_id)
+        lost = [len(before) - len(after) for before, after in zip(whole, fitted, strict=True)]
+        if (any(lost) and truncation == "drop") or np.array_equal(fitted.chosen, fitted.rejected):
+            continue
+        losses.add(*lost)
+        kept += [_row(fitted.prompt, fitted.chosen), _row(fitted.prompt, fitted.rejected)]
+        source += [i, i]
+    report = losses.report(len(pairs), len(kept) // 2)
+    _warn_of_losses(report, max_length, truncation)
+    return EncodedPairs(flatten(kept, source, 2 * len(pairs), losses.rows), report)
+
+
+@dataclass
+class _Losses:
+    """What the pairs that are kept lost to max_length."""
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    answers: int = 0
+    rows: int = 0
+
+    def add(self, prompt: int, chosen: int, rejected: int) -> None:
+        """Count the tokens that one pair lost."""
+        self.prompts += prompt > 0
+        self.prompt_tokens += prompt
+        self.answers += (chosen > 0) + (rejected > 0)
+        self.rows += (prompt + chosen > 0) + (prompt + rejected > 0)
+
+    def report(self, num_records: int, num_pairs: int) -> PairReport:
+        dropped = num_records - num_pairs
+        return PairReport(
+            num_records, num_pairs, self.prompts, self.prompt_tokens, self.answers, dropped
+        )
+
+
+def _by_pair(rows: Iterator[Row]) -> Iterator[_Tokens]:
+    """The parts of every two rows; the prompt's tokens do not depend on the answer."""
+    for (tokens, supervised), (other, other_supervised) in zip(rows, rows, strict=True):
+        start = int(np.argmax(supervised))
+        yield _Tokens(tokens[:start], tokens[start:], other[int(np.argmax(other_supervised)) :])
+
+
+def _fit(whole: _Tokens, max_length: int, bos: int | None) -> _Tokens:
+    """The end of the prompt and the starts of the answers that ``max_length`` tokens hold."""
+    longest = max(len(whole.chosen), len(whole.rejected))
+    prompt_room = max(max_length - longest, max_length // 2, 1)
+    prompt = cut_start(whole.prompt, prompt_room, bos)
+    room = max(max_length - len(prompt), 0)
+    return _Tokens(prompt, whole.chosen[:room], whole.rejected[:room])
+
+
+def _row(prompt: TokenArray, answer: TokenArray) -> Row:
+    supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    return np.concatenate([prompt, answer]), supervised
+
+
+def _rows_of(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Row numbers 2i, 2i + 1 of pairs i, shape (2 * num_pairs,)."""
+    return np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
+
+
+def _warn_of_losses(report: PairReport, max_length: int, truncation: str) -> None:
+    if report.prompts_cut or report.answers_cut or report.dropped:
+        logger.warning(
+            "%d of %d pairs lost the start of their prompt (%d tokens in all), %d answers cut at "
+            "training.max_length=%d, %d left out (data.truncation=%s)",
+            report.prompts_cut,
+            report.num_records,
+            report.prompt_tokens_cut,
+            report.answers_cut,
+            max_length,
+            report.dropped,
+            truncation,
+        )

@@ -1,0 +1,180 @@
+"""From raw records to preference pairs: a shared context, a better and a worse answer to it."""
+
+from functools import partial
+from typing import NamedTuple
+
+from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.data.columns import (
+    CHAT_COLUMNS,
+    Mapping,
+    columns_present,
+    missing_column,
+    resolve_attributes,
+    wrong_kind,
+)
+from fedllm_flwr.data.faults import (
+    Faults,
+    UnusableRecord,
+    attribute_of,
+    client_of,
+    make_usable,
+    require_unicode,
+)
+from fedllm_flwr.data.files import Record
+from fedllm_flwr.data.preprocessing import Preprocessed, is_transcript
+from fedllm_flwr.data.records import Messages, parse_turn
+from fedllm_flwr.errors import DataError
+
+
+class Pair(NamedTuple):
+    """One usable record."""
+
+    messages: Messages  # the shared context: [system,] user, assistant, ..., user
+    chosen: str  # the better next turn of the assistant
+    rejected: str
+    label: str  # class of the record, "" without one
+    client: str  # value of the partition's (or the set's own client) column, "" without one
+
+
+class _Answer(NamedTuple):
+    """One side of a pair: its answer, and the turns that its column holds before it."""
+
+    context: Messages
+    text: str
+
+
+def make_pairs(rows: Preprocessed, mapping: Mapping) -> tuple[list[Pair], Faults]:
+    """The usable records as pairs, in order, and the faults of the others.
+
+    chosen and rejected are texts that answer the column prompt, or lists of turns that end with
+    the answer, after the prompt or in its place. Raises DataError when a mapped column is in no
+    record at all.
+    """
+    present = columns_present(rows)
+    _require_columns(rows, mapping, present)
+    mapping = resolve_attributes(mapping, present)
+    return make_usable(rows, partial(_make_pair, mapping=mapping))
+
+
+def _require_columns(rows: Preprocessed, mapping: Mapping, present: set[str]) -> None:
+    columns, key = mapping.columns, mapping.columns_key
+    for role, name in (("chosen", columns.chosen), ("rejected", columns.rejected)):
+        if name is None:
+            raise DataError(f"{key}.{role} is null; name the column of the {role} answers")
+        if name not in present:
+            raise _missing_answers(mapping, f"{key}.{role}", name, present)
+    prompt = columns.prompt
+    if prompt is None or prompt in present:
+        return
+    answers = [answer for row in rows if row and (answer := row.get(columns.chosen or ""))]
+    # The default name may be absent where the answers come with the turns before them.
+    if prompt != ColumnsConfig.prompt or all(isinstance(answer, str) for answer in answers):
+        error = missing_column(mapping.source, f"{key}.prompt", prompt, present)
+        if answers and is_transcript(answers[0]):
+            raise DataError(f"{error}; for dialogues as in HH-RLHF: data.preprocessing=hh_rlhf")
+        raise error
+
+
+def _missing_answers(mapping: Mapping, key: str, name: str, present: set[str]) -> DataError:
+    columns = mapping.columns
+    chats = [columns.messages, *CHAT_COLUMNS]
+    if {columns.instruction, columns.output} <= present or present.intersection(chats):
+        return wrong_kind(mapping.source, "instructions", "preference pairs", "sft", present)
+    return missing_column(mapping.source, key, name, present)
+
+
+def _make_pair(row: Record, mapping: Mapping) -> Pair:
+    columns = mapping.columns
+    chosen = _answer(row, columns.chosen or "")
+    rejected = _answer(row, columns.rejected or "")
+    context = _shared_context(row, columns, chosen, rejected)
+    if chosen.text.strip() == rejected.text.strip():
+        raise UnusableRecord("the chosen answer equals the rejected one", "equal")
+    label = attribute_of(row, mapping.label)
+    return Pair(context, chosen.text, rejected.text, label, client_of(row, mapping))
+
+
+def _answer(row: Record, column: str) -> _Answer:
+    value = row.get(column)
+    if isinstance(value, list) and value:
+        *context, last = _join_turns(value)
+        if last["role"] != "assistant":
+            raise UnusableRecord(f"column {column!r} does not end with a turn of the assistant")
+        answer = _Answer(context, last["content"])
+    elif isinstance(value, str):
+        require_unicode(value)
+        answer = _Answer([], value)
+    elif value is None or value == []:
+        raise UnusableRecord(f"column {column!r} is missing", "empty")
+    else:
+        raise UnusableRecord(
+            f"column {column!r} is {type(value).__name__}, not text or a list of turns"
+        )
+    if not answer.text.strip():
+        raise UnusableRecord(f"the answer in column {column!r} is empty", "empty")
+    return answer
+
+
+def _join_turns(turns: list[object]) -> Messages:
+    """Turns as messages; those of one role in a row become one, with blank lines between them."""
+    messages: Messages = []
+    for message in map(parse_turn, turns):
+        if messages and messages[-1]["role"] == message["role"]:
+            contents = [messages[-1]["content"], message["content"]]
+            messages[-1] = {**message, "content": "\n\n".join(filter(None, contents))}
+        else:
+            messages.append(message)
+    return messages
+
+
+def _shared_context(
+    row: Record, columns: ColumnsConfig, chosen: _Answer, rejected: _Answer
+) -> Messages:
+    """The turns before the answers, which the columns must agree on."""
+    context = chosen.context or rejected.context
+    if chosen.context and rejected.context and not _same(chosen.context, rejected.context):
+        raise UnusableRecord("chosen and rejected do not answer the same dialogue")
+    prompt = row.get(columns.prompt) if columns.prompt else None
+    if isinstance(prompt, list) and prompt:
+        turns = _join_turns(prompt)
+        if context and not _same(context, turns):
+            raise UnusableRecord(f"column {columns.prompt!r} is not what precedes the answers")
+        context = turns
+    elif isinstance(prompt, str):
+        require_unicode(prompt)
+        asked = {turn["content"].strip() for turn in context if turn["role"] == "user"}
+        if context and prompt.strip() and prompt.strip() not in asked:
+            raise UnusableRecord(f"column {columns.prompt!r} is not what precedes the answers")
+        context = context or _asked(prompt, columns.prompt)
+    elif prompt is not None and prompt != []:
+        kind = type(prompt).__name__
+        raise UnusableRecord(f"column {columns.prompt!r} is {kind}, not text or a list of turns")
+    _check_context(context)
+    return context
+
+
+def _asked(prompt: str, column: str | None) -> Messages:
+    if not prompt.strip():
+        raise UnusableRecord(f"column {column!r} is empty", "empty")
+    return [{"role": "user", "content": prompt}]
+
+
+def _same(one: Messages, other: Messages) -> bool:
+    """Whether two dialogues agree turn by turn, up to white space around the turns."""
+    stripped = [
+        [(turn["role"], turn["content"].strip()) for turn in turns] for turns in (one, other)
+    ]
+    return stripped[0] == stripped[1]
+
+
+def _check_context(context: Messages) -> None:
+    if not context:
+        raise UnusableRecord("nothing precedes the answers: no prompt, and no turn before them")
+    roles = [message["role"] for message in context]
+    after_system = roles[1:] if roles[0] == "system" else roles
+    if after_system[:1] == ["assistant"]:
+        raise UnusableRecord("the dialogue starts with the assistant")
+    if "system" in after_system:
+        raise UnusableRecord("a system turn comes after the start of the dialogue")
+    if after_system[-1:] != ["user"]:
+        raise UnusableRecord("the turn before the answers is not the user's")
