@@ -18,7 +18,11 @@ from fedllm_flwr.config.compose import (
 from fedllm_flwr.config.names import group_choices
 from fedllm_flwr.config.schema import ColumnsConfig
 
-NEEDED = {"model=custom": "model.path=org/model", "data=jsonl": "data.path=."}
+NEEDED = {
+    "model=custom": "model.path=org/model",
+    "data=jsonl": "data.path=.",
+    "data=preferences": "data.path=.",
+}
 CHOICES = [f"{group}={choice}" for group, some in group_choices().items() for choice in some]
 
 # What is typed after "output_dir=", and the directory that is meant.

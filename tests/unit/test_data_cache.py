@@ -1,5 +1,6 @@
 """The cache of encoded examples: equal to a fresh encoding, and never in the way."""
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedllm_flwr.data import cache
-from fedllm_flwr.data.cache import encode_cached, load_encoded, save_encoded
-from fedllm_flwr.data.encode import Encoded, encode
+from fedllm_flwr.data.cache import Codec, encode_cached, load_encoded, save_encoded
+from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.data.kinds import KINDS
 
 OPTIONS = {"template": "vicuna", "max_length": 40, "truncation": "right"}
 
@@ -24,129 +25,164 @@ def byte_tokenizer(*special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
 
 
-def records(*answers: str) -> datasets.Dataset:
-    conversations = [
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
-        for answer in answers
-    ]
-    return datasets.Dataset.from_dict({"messages": conversations, "label": list(answers)})
+@dataclass
+class Kind:
+    """One kind of examples, and the number of records of every encoding that is really made."""
+
+    task: str
+    calls: list[int] = field(default_factory=list)
+
+    @property
+    def codec(self) -> Codec[Any]:
+        codec = KINDS[self.task].codec
+
+        def counted(records: Any, *options: Any) -> Any:
+            self.calls.append(len(records))
+            return codec.encode(records, *options)
+
+        return replace(codec, encode=counted)
+
+    def cached(self, *args: Any, **options: Any) -> Any:
+        return encode_cached(self.codec, *args, **options)
+
+    def fresh(self, records: datasets.Dataset, tokenizer: Any) -> Any:
+        return encode_cached(KINDS[self.task].codec, records, tokenizer, **options())
+
+    def records(self, *answers: str) -> datasets.Dataset:
+        """A record per answer, of either kind; the worse answer is always the same."""
+        asked = {"role": "user", "content": "q"}
+        replies = [[{"role": "assistant", "content": answer}] for answer in answers]
+        messages = [[asked, *(reply if self.task == "sft" else [])] for reply in replies]
+        columns = {"messages": messages, "chosen": list(answers), "rejected": ["-"] * len(answers)}
+        return datasets.Dataset.from_dict(columns | {"label": list(answers)})
 
 
-def assert_same(one: Encoded, other: Encoded) -> None:
-    for name in ("tokens", "supervised", "offsets", "source"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        assert getattr(one, name).dtype == getattr(other, name).dtype
+@pytest.fixture(params=["sft", "dpo"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return Kind(request.param)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
     assert one.report == other.report
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of records of every encoding that is really made."""
-    made: list[int] = []
-
-    def counted(conversations: Any, *args: Any, **options: Any) -> Encoded:
-        made.append(len(conversations))
-        return encode(conversations, *args, **options)
-
-    monkeypatch.setattr(cache, "encode", counted)
-    return made
+    rows, others = (x if isinstance(x, Encoded) else x.rows for x in (one, other))
+    for name in ("tokens", "supervised", "offsets", "source"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(others, name))
+        assert getattr(rows, name).dtype == getattr(others, name).dtype
+    assert rows.report == others.report
 
 
 def options(**changes: Any) -> dict[str, Any]:
     return {**OPTIONS, "max_length": 400, **changes}
 
 
-def test_hit_equals_fresh(tmp_path: Path, calls: list[int]) -> None:
-    train, tokenizer = records("yes", "no", "你好"), byte_tokenizer()
+def test_hit_equals_fresh(tmp_path: Path, kind: Kind) -> None:
+    train, tokenizer = kind.records("yes", "no", "你好"), byte_tokenizer()
 
-    first = encode_cached(train, tokenizer, **options(cache_dir=tmp_path))
-    second = encode_cached(train, tokenizer, **options(cache_dir=tmp_path))
-    assert calls == [3]
+    first = kind.cached(train, tokenizer, **options(cache_dir=tmp_path))
+    second = kind.cached(train, tokenizer, **options(cache_dir=tmp_path))
+    assert kind.calls == [3]
     assert_same(first, second)
-    assert_same(second, encode(train["messages"][:], tokenizer, **options()))
+    assert_same(second, kind.fresh(train, tokenizer))
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
-def test_equal_records_hit_however_they_are_stored(tmp_path: Path, calls: list[int]) -> None:
+def test_equal_records_hit_however_they_are_stored(tmp_path: Path, kind: Kind) -> None:
     tokenizer = byte_tokenizer()
-    encode_cached(records("a", "b"), tokenizer, **options(cache_dir=tmp_path))
+    kind.cached(kind.records("a", "b"), tokenizer, **options(cache_dir=tmp_path))
 
-    selected = records("x", "a", "b", "y").select([1, 2])
+    selected = kind.records("x", "a", "b", "y").select([1, 2])
     assert_same(
-        encode_cached(selected, tokenizer, **options(cache_dir=tmp_path)),
-        encode(selected["messages"][:], tokenizer, **options()),
+        kind.cached(selected, tokenizer, **options(cache_dir=tmp_path)),
+        kind.fresh(selected, tokenizer),
     )
-    joined = datasets.concatenate_datasets([records("a"), records("b")])
-    encode_cached(joined, tokenizer, **options(cache_dir=tmp_path))
+    joined = datasets.concatenate_datasets([kind.records("a"), kind.records("b")])
+    kind.cached(joined, tokenizer, **options(cache_dir=tmp_path))
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=2)  # leaves its settings
-    encode_cached(joined, tokenizer, **options(cache_dir=tmp_path))
-    assert calls == [2]
+    kind.cached(joined, tokenizer, **options(cache_dir=tmp_path))
+    assert kind.calls == [2]
 
 
-def test_everything_that_matters_is_in_the_key(tmp_path: Path, calls: list[int]) -> None:
+def test_everything_that_matters_is_in_the_key(tmp_path: Path, kind: Kind) -> None:
     chat_tokenizer = byte_tokenizer()
     chat_tokenizer.chat_template = "{{ messages[0].content }}"
     variants = [
-        (records("a"), byte_tokenizer(), {}),
-        (records("b"), byte_tokenizer(), {}),
-        (records("a", "a"), byte_tokenizer(), {}),
-        (records("a"), byte_tokenizer("<x>"), {}),
-        (records("a"), chat_tokenizer, {}),
-        (records("a"), byte_tokenizer(), {"template": "alpaca"}),
-        (records("a"), byte_tokenizer(), {"max_length": 399}),
-        (records("a"), byte_tokenizer(), {"truncation": "left"}),
+        (kind.records("a"), byte_tokenizer(), {}),
+        (kind.records("b"), byte_tokenizer(), {}),
+        (kind.records("a", "a"), byte_tokenizer(), {}),
+        (kind.records("a"), byte_tokenizer("<x>"), {}),
+        (kind.records("a"), chat_tokenizer, {}),
+        (kind.records("a"), byte_tokenizer(), {"template": "alpaca"}),
+        (kind.records("a"), byte_tokenizer(), {"max_length": 399}),
+        (kind.records("a"), byte_tokenizer(), {"truncation": "left"}),
     ]
     for train, tokenizer, changes in variants:
-        encode_cached(train, tokenizer, **options(cache_dir=tmp_path, **changes))
+        kind.cached(train, tokenizer, **options(cache_dir=tmp_path, **changes))
 
-    assert len(calls) == len(variants) == len(list(tmp_path.iterdir()))
+    assert len(kind.calls) == len(variants) == len(list(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"cut"])
 def test_broken_file_is_made_anew(
-    content: bytes, tmp_path: Path, calls: list[int], caplog: pytest.LogCaptureFixture
+    content: bytes, tmp_path: Path, kind: Kind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train, tokenizer = records("yes", "no"), byte_tokenizer()
-    first = encode_cached(train, tokenizer, **options(cache_dir=tmp_path))
+    train, tokenizer = kind.records("yes", "no"), byte_tokenizer()
+    first = kind.cached(train, tokenizer, **options(cache_dir=tmp_path))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5] if content == b"cut" else content)
 
-    assert_same(encode_cached(train, tokenizer, **options(cache_dir=tmp_path)), first)
-    assert calls == [2, 2]
+    assert_same(kind.cached(train, tokenizer, **options(cache_dir=tmp_path)), first)
+    assert kind.calls == [2, 2]
     assert "made anew" in caplog.text
-    assert_same(load_encoded(path), first)
+    assert_same(load_encoded(kind.codec, path), first)
 
 
 def test_unwritable_directory_is_done_without(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, kind: Kind, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
 
-    encoded = encode_cached(
-        records("a"), byte_tokenizer(), **options(cache_dir=tmp_path / "file" / "cache")
+    encoded = kind.cached(
+        kind.records("a"), byte_tokenizer(), **options(cache_dir=tmp_path / "file" / "cache")
     )
     assert len(encoded) == 1
     assert "not cached" in caplog.text
 
 
-def test_no_directory_means_no_cache(calls: list[int]) -> None:
+def test_no_directory_means_no_cache(kind: Kind) -> None:
     for _ in range(2):
-        encode_cached(records("a"), byte_tokenizer(), **options())
+        kind.cached(kind.records("a"), byte_tokenizer(), **options())
 
-    assert calls == [1, 1]
+    assert kind.calls == [1, 1]
 
 
-def test_save_and_load_empty_and_truncated(tmp_path: Path) -> None:
-    for conversations in ([], records("x" * 500)["messages"][:]):
-        encoded = encode(conversations, byte_tokenizer(), "vicuna", 300, "right")
-        save_encoded(encoded, tmp_path / "sub" / "e.safetensors")
-        assert_same(load_encoded(tmp_path / "sub" / "e.safetensors"), encoded)
+@pytest.mark.parametrize("answers", [(), ("x" * 500, "y")])
+def test_save_and_load_empty_and_truncated(
+    answers: tuple[str, ...], tmp_path: Path, kind: Kind
+) -> None:
+    encoded = kind.cached(kind.records(*answers), byte_tokenizer(), **options(max_length=300))
+    save_encoded(kind.codec, encoded, tmp_path / "sub" / "e.safetensors")
+
+    assert_same(load_encoded(kind.codec, tmp_path / "sub" / "e.safetensors"), encoded)
 
 
 def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
-    encoded = encode(records("a")["messages"][:], byte_tokenizer(), "vicuna", 300)
+    kind = Kind("sft")
+    encoded = kind.fresh(kind.records("a"), byte_tokenizer())
     path = tmp_path / "e.safetensors"
-    save_encoded(Encoded(encoded.tokens[:-1], *list(vars(encoded).values())[1:]), path)
+    save_encoded(kind.codec, replace(encoded, tokens=encoded.tokens[:-1]), path)
 
     with pytest.raises(ValueError, match="tokens is int32"):
-        load_encoded(path)
+        load_encoded(kind.codec, path)
+
+
+def test_both_answers_of_a_pair_and_the_kind_are_in_the_key(tmp_path: Path) -> None:
+    pairs, tokenizer = Kind("dpo"), byte_tokenizer()
+    records = pairs.records("a")
+    worse = records.remove_columns("rejected").add_column("rejected", ["--"])
+    for train in (records, worse):
+        pairs.cached(train, tokenizer, **options(cache_dir=tmp_path))
+    Kind("sft").cached(Kind("sft").records("a"), tokenizer, **options(cache_dir=tmp_path))
+
+    assert pairs.calls == [1, 1]
+    assert len(list(tmp_path.iterdir())) == 3

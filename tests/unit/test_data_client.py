@@ -12,8 +12,10 @@ import pytest
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
-from fedllm_flwr.data import cache, client
+from fedllm_flwr.data import client
+from fedllm_flwr.data.cache import Codec
 from fedllm_flwr.data.client import ClientData, simulated_client, site_client
+from fedllm_flwr.data.kinds import KINDS
 from fedllm_flwr.errors import DataError
 from toys import byte_tokenizer
 
@@ -36,16 +38,19 @@ def forget() -> None:
 
 @pytest.fixture
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of records of each call of `encode`."""
+    """Number of records of each encoding that is made."""
     counts: list[int] = []
-    original = cache.encode
-
-    def counted(conversations: Any, *args: Any) -> Any:
-        counts.append(len(conversations))
-        return original(conversations, *args)
-
-    monkeypatch.setattr(cache, "encode", counted)
+    for task, kind in KINDS.items():
+        monkeypatch.setitem(KINDS, task, replace(kind, codec=_counting(kind.codec, counts)))
     return counts
+
+
+def _counting(codec: Codec[Any], counts: list[int]) -> Codec[Any]:
+    def encode(records: Any, *options: Any) -> Any:
+        counts.append(len(records))
+        return codec.encode(records, *options)
+
+    return replace(codec, encode=encode)
 
 
 @pytest.fixture

@@ -135,10 +135,11 @@ def test_site_data_needs_no_label_and_no_client_column(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", rows(9))
 
     data = DataConfig(path=path, client_column="desk", columns=ColumnsConfig(label="kind"))
-    assert len(load_site_data(data, seed=0)) == 9
+    config = Config(data=data)
+    assert len(load_site_data(config)) == 9
     data.max_samples = 4
-    assert questions(load_site_data(data, 0)) == questions(load_site_data(data, 0))
-    assert len(load_site_data(data, 0)) == 4
+    assert questions(load_site_data(config)) == questions(load_site_data(config))
+    assert len(load_site_data(config)) == 4
 
 
 def test_errors_of_the_source(tmp_path: Path) -> None:

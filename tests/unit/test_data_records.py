@@ -6,15 +6,10 @@ import sys
 import pytest
 
 from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
+from fedllm_flwr.data.faults import Faults, refuse_faults
 from fedllm_flwr.data.preprocessing import PREPROCESSING
-from fedllm_flwr.data.records import (
-    AttributeColumn,
-    Faults,
-    Mapping,
-    make_examples,
-    refuse_faults,
-    unused_columns,
-)
+from fedllm_flwr.data.records import make_examples
 from fedllm_flwr.errors import DataError
 
 QUESTION_ANSWER = ColumnsConfig(instruction="question", input=None, output="answer")
@@ -165,7 +160,7 @@ def test_default_input_column_may_be_absent_and_a_chosen_one_not() -> None:
 
     examples, _ = make_examples(rows, mapping)
     assert examples[0].messages[0]["content"] == "a"
-    assert unused_columns(rows, mapping) == ["context"]
+    assert unused_columns(rows, mapping, ("instruction", "input", "output")) == ["context"]
     with pytest.raises(DataError, match=r"data\.columns\.input=contxt.*input=context\?"):
         make_examples(rows, Mapping("f", ColumnsConfig(input="contxt")))
 
@@ -204,7 +199,10 @@ def test_half_a_surrogate_pair_is_a_fault() -> None:
 
 
 def test_importing_the_data_package_loads_no_model_library() -> None:
-    modules = "cache, choices, encode, federated, files, partition, records, sources, templates"
+    modules = (
+        "cache, choices, encode, federated, files, kinds, pairs, partition, preferences, records, "
+        "sources, templates"
+    )
     code = (
         f"import sys; from fedllm_flwr.data import {modules}; "
         "print(sorted({'torch', 'transformers', 'datasets', 'flwr', 'hydra'} & set(sys.modules)))"
