@@ -22,13 +22,14 @@ class ServerState:
     """Everything that a server needs to go on: the adapter after ``round`` rounds and the rest.
 
     ``moments`` holds the server optimizer's tensors by name (``m``, ``v``), ``control`` SCAFFOLD's
-    server variate c.
+    server variate c, ``reference`` the adapter of DPO's reference model, if it has one.
     """
 
     round: int
     params: Params
     moments: dict[str, Params] = field(default_factory=dict)
     control: Params | None = None
+    reference: Params | None = None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -105,6 +106,8 @@ def save_state(directory: Path, state: ServerState, keep: int) -> Path:
     groups |= {f"moment.{name}": params for name, params in state.moments.items()}
     if state.control is not None:
         groups["control"] = state.control
+    if state.reference is not None:
+        groups["reference"] = state.reference
     path = directory / f"round-{state.round:05d}.safetensors"
     save_params(path, groups, {"round": str(state.round), "moments": json.dumps([*state.moments])})
     for old in _newest_first(directory)[keep:]:
@@ -144,7 +147,9 @@ def _read_state(path: Path) -> ServerState:
         round_number, params = int(metadata["round"]), groups["params"]
     except (KeyError, ValueError) as error:
         raise FederationError(f"{path} is no state of a run (no {error}).") from error
-    return ServerState(round_number, params, moments, groups.get("control"))
+    return ServerState(
+        round_number, params, moments, groups.get("control"), groups.get("reference")
+    )
 
 
 def _newest_first(directory: Path) -> list[Path]:

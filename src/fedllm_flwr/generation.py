@@ -5,9 +5,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from fedllm_flwr.adapters import load_adapter
 from fedllm_flwr.config import Config
@@ -15,6 +12,7 @@ from fedllm_flwr.config.compose import load_yaml
 from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.evaluation.answers import as_text, greedy_answers
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.training.model import AdaptedModel, forget_model, load_model
 
@@ -33,9 +31,10 @@ def answer_side_by_side(run: str, prompts: Sequence[str], max_new_tokens: int) -
         messages = [[{"role": "user", "content": prompt}]]
         tokens = encode_prompts(messages, model.tokenizer, config.data.template, room)[0]
         with model.peft.disable_adapter():
-            base = _generate(model, tokens.tolist(), max_new_tokens)
-        print(f"prompt     {prompt}\nbase       {base}")
-        print(f"federated  {_generate(model, tokens.tolist(), max_new_tokens)}\n")
+            base = greedy_answers(model, [tokens], max_new_tokens)[0]
+        print(f"prompt     {prompt}\nbase       {as_text(model, base)}")
+        answer = greedy_answers(model, [tokens], max_new_tokens)[0]
+        print(f"federated  {as_text(model, answer)}\n")
 
 
 def merge(run: str, output: str) -> str:
@@ -79,21 +78,3 @@ def _load(run: str, quantized: bool = True) -> tuple[Config, AdaptedModel]:
     model = load_model(config)
     model.load(load_adapter(directory.adapter, model))
     return config, model
-
-
-@torch.inference_mode()
-def _generate(model: AdaptedModel, tokens: list[int], max_new_tokens: int) -> str:
-    """The greedy answer to a tokenised prompt, without special tokens."""
-    model.peft.eval()
-    inputs = torch.tensor([tokens], device=model.device)
-    output: Any = model.peft.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=model.pad_id,
-        eos_token_id=model.tokenizer.eos_token_id,
-    )
-    answer: str = model.tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
-    return answer.strip()

@@ -25,6 +25,7 @@ class Task:
 
     ``params`` is the global adapter w, ``learning_rate`` the local one of this round. In an
     ``alone`` task the client goes on from its own adapter of earlier rounds, where it has one.
+    ``reference`` is the adapter of DPO's reference model; None: the base model is the reference.
     """
 
     round: int
@@ -34,6 +35,7 @@ class Task:
     correction: LocalCorrection = field(default_factory=LocalCorrection)
     control: Params | None = None
     alone: bool = False
+    reference: Params | None = None
 
 
 @dataclass(frozen=True)

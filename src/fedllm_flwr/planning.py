@@ -69,8 +69,9 @@ def _work(config: Config) -> dict[str, Any]:
 def _wire(config: Config, prepared: Prepared) -> dict[str, Any]:
     dtype = config.communication.dtype
     copies = 2 if config.algorithm.name == "scaffold" else 1
-    num_bytes = copies * wire_bytes(prepared.initial, dtype)
-    return {"wire_dtype": dtype, "bytes_down": num_bytes, "bytes_up": num_bytes}
+    one = wire_bytes(prepared.initial, dtype)
+    down = copies + (prepared.reference is not None)
+    return {"wire_dtype": dtype, "bytes_down": down * one, "bytes_up": copies * one}
 
 
 def _evaluation(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _evaluation(config: Config, prepared: Prepared) -> dict[str, Any]:
     return {
         "eval_records": len(evaluation) if evaluation else 0,
         "eval_every": config.evaluation.every,
-        "has_labels": evaluation is not None and evaluation.choices is not None,
+        "eval_metrics": evaluation.metrics if evaluation else (),
         "client_eval": config.evaluation.clients,
     }
 

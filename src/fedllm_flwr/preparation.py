@@ -6,8 +6,11 @@ from pathlib import Path
 from fedllm_flwr.adapters import load_adapter
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client import SimulatedData, encode_records, simulated_data
-from fedllm_flwr.evaluation.central import EvaluationSet, make_evaluation_set
+from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.evaluation.central import HeldOut, make_evaluation_set
+from fedllm_flwr.evaluation.preferences import make_preference_set
 from fedllm_flwr.params import Params
+from fedllm_flwr.training.device import cpu_count
 from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.tokenizer import load_tokenizer
 
@@ -18,8 +21,9 @@ class Prepared:
 
     data: SimulatedData
     model: AdaptedModel
-    evaluation: EvaluationSet | None
+    evaluation: HeldOut | None
     initial: Params
+    reference: Params | None  # adapter of DPO's reference model, where it is not the base model
 
 
 def prepare(config: Config) -> Prepared:
@@ -30,13 +34,25 @@ def prepare(config: Config) -> Prepared:
     """
     tokenizer = load_tokenizer(config.model)
     data = simulated_data(config, tokenizer)
-    records = data.source.eval
-    evaluation = None
-    if config.evaluation.central and len(records):
-        encoded = encode_records(config, tokenizer, records)
-        evaluation = make_evaluation_set(config, tokenizer, records, encoded)
     model = load_model(config)
-    initial = model.initial
-    if config.init_adapter is not None:
-        initial = load_adapter(Path(config.init_adapter).expanduser(), model)
-    return Prepared(data, model, evaluation, initial)
+    initial = _adapter(config.init_adapter, model) or model.initial
+    is_dpo = config.task.name == "dpo"
+    reference = _adapter(config.dpo.reference_adapter, model) if is_dpo else None
+    evaluation = _held_out(config, data, model, reference)
+    return Prepared(data, model, evaluation, initial, reference)
+
+
+def _adapter(path: str | None, model: AdaptedModel) -> Params | None:
+    return None if path is None else load_adapter(Path(path).expanduser(), model)
+
+
+def _held_out(
+    config: Config, data: SimulatedData, model: AdaptedModel, reference: Params | None
+) -> HeldOut | None:
+    records = data.source.eval
+    if not (config.evaluation.central and len(records)):
+        return None
+    encoded = encode_records(config, model.tokenizer, records)
+    if isinstance(encoded, EncodedPairs):
+        return make_preference_set(config, model, records, encoded, reference, cpu_count())
+    return make_evaluation_set(config, model.tokenizer, records, encoded)

@@ -132,7 +132,8 @@ def _paths(directory: RunDirectory) -> dict[str, Path]:
         trained = {"adapter": directory.adapter}
     else:
         trained = {"adapters": directory.adapters}
-    return {**trained, "curves": directory.curves, "log": directory.metrics}
+    paths = {**trained, "curves": directory.curves, "log": directory.metrics}
+    return paths | ({"answers": directory.answers} if directory.answers.is_file() else {})
 
 
 def _next_commands(directory: RunDirectory, config: Config) -> list[str]:
@@ -159,4 +160,6 @@ def with_absolute_paths(config: Config) -> Config:
         config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path)
     )
     model = replace(config.model, path=str(absolute(config.model.path)))
-    return replace(config, data=data, model=model, init_adapter=absolute(config.init_adapter))
+    dpo = replace(config.dpo, reference_adapter=absolute(config.dpo.reference_adapter))
+    init_adapter = absolute(config.init_adapter)
+    return replace(config, data=data, model=model, dpo=dpo, init_adapter=init_adapter)

@@ -78,6 +78,11 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def answers(self) -> Path:
+        """DPO: answers to held-out prompts, of the base model and of the adapter."""
+        return self.path / "answers.md"
+
+    @property
     def curves(self) -> Path:
         """Figure of losses and scores over the rounds."""
         return self.path / "curves.png"

@@ -8,6 +8,7 @@ from fedllm_flwr.checkpoint import ServerState, load_state, write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.partition import ClientStats
 from fedllm_flwr.data.partition import describe as describe_clients
+from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
 from fedllm_flwr.planning import make_plan
 from fedllm_flwr.preparation import Prepared, prepare
 from fedllm_flwr.progress import Progress
@@ -55,7 +56,7 @@ def _initial_state(
     config: Config, directory: RunDirectory, prepared: Prepared
 ) -> tuple[ServerState, list[str]]:
     if config.resume is None:
-        return ServerState(0, prepared.initial), []
+        return ServerState(0, prepared.initial, reference=prepared.reference), []
     return load_state(directory.checkpoints)
 
 
@@ -106,6 +107,9 @@ def _finish(
             }
         for path, params in adapters.items():
             save_adapter(path, prepared.model, params, config, summary)
+        if isinstance(prepared.evaluation, PreferenceSet):
+            shown = side_by_side(prepared.model, final.params, prepared.evaluation.prompts)
+            write_atomically(directory.answers, shown.encode())
 
 
 def _title(config: Config) -> str:

@@ -5,6 +5,7 @@ after a crash starts from the same tensors and ends in the same bits.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from fedllm_flwr.checkpoint import load_params, save_params
@@ -33,14 +34,24 @@ def store_version(directory: Path, kind: str, server_round: int, params: Params)
 
 
 def newest_version(directory: Path, kind: str, before_round: int, like: Params) -> Params | None:
-    """The newest usable version of an earlier round, or None; what cannot be used is logged."""
+    """The newest version of an earlier round with the names and shapes of `like`, or None."""
+    return newest_usable(directory, kind, before_round, lambda params: check_like(params, like))
+
+
+def newest_usable(
+    directory: Path, kind: str, before_round: int, check: Callable[[Params], None]
+) -> Params | None:
+    """The newest version of an earlier round that passes `check`, or None.
+
+    What cannot be read, or is refused with a FederationError, is logged and passed over.
+    """
     limit = _file(directory, kind, before_round)
     for path in reversed(_versions(directory, kind)):
         if path.name >= limit.name:
             continue
         try:
             params = load_params(path)[0].get(kind, {})
-            check_like(params, like)
+            check(params)
         except FederationError as error:
             logger.warning("%s is not used: %s", path, error)
             continue

@@ -31,6 +31,7 @@ _SERVER_ONLY = (
     "output_dir",
     "resume",
     "init_adapter",
+    "dpo.reference_adapter",
     "tracking",
     "compare",
     "checkpoint",
@@ -120,8 +121,9 @@ def pack_task(task: Task) -> RecordDict:
         }
     )
     content = RecordDict({"params": arrays, "task": settings})
-    if task.control is not None:
-        content["control"], _ = pack_params(task.control, dtype)
+    for name in ("control", "reference"):
+        if (params := getattr(task, name)) is not None:
+            content[name], _ = pack_params(params, dtype)
     return content
 
 
@@ -142,6 +144,7 @@ def unpack_task(content: RecordDict) -> Task:
     control = content.array_records.get("control")
     if correction.control_variates and control is None:
         raise FederationError("it lacks 'control', the control variate that it asks for")
+    reference = content.array_records.get("reference")
     if (server_round := _field(settings, "round", int)) < 0:
         raise FederationError(f"round={server_round} is below 0")
     return Task(
@@ -152,6 +155,7 @@ def unpack_task(content: RecordDict) -> Task:
         correction=correction,
         control=None if control is None else unpack_params(control, dtype),
         alone=_field(settings, "alone", bool),
+        reference=None if reference is None else unpack_params(reference, dtype),
     )
 
 

@@ -65,7 +65,7 @@ class DataConfig:
     hub_config: str | None = None  # configuration of the data set on the hub
     hub_revision: str | None = None  # commit, branch or tag on the hub
     split: str = "train"  # split to train on
-    preprocessing: str = "none"  # none | alpaca | fingpt | medalpaca | mathinstruct
+    preprocessing: str = "none"  # none | alpaca | fingpt | medalpaca | mathinstruct | hh_rlhf
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)  # which column plays which role
     client_column: str | None = None  # natural client attribute of the set
     labels: list[str] = field(default_factory=list)  # label set, when answers are classes
@@ -84,7 +84,7 @@ class DataConfig:
 class TaskConfig:
     """What is trained: sft (instruction tuning) or dpo (preference alignment)."""
 
-    name: str = "sft"  # sft
+    name: str = "sft"  # sft | dpo
 
 
 @dataclass
@@ -92,8 +92,12 @@ class DpoConfig:
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
     beta: float = 0.1  # strength of the pull towards the reference model
-    loss_type: str = "sigmoid"  # loss of TRL's DPOTrainer
+    loss_type: str = (
+        "sigmoid"  # sigmoid | ipo | hinge | robust | any other loss of TRL's DPOTrainer
+    )
     label_smoothing: float = 0.0  # assumed share of swapped pairs
+    sft_weight: float = 0.0  # weight of the SFT loss on the chosen answers, added to the other
+    disable_dropout: bool = True  # train without lora.dropout, as the reference is without it
     reference_adapter: str | None = None  # adapter of the reference model; null: the base model
 
 
@@ -183,6 +187,8 @@ class EvaluationConfig:
     every: int = 5  # rounds; 0: only at the start and at the end
     batch_tokens: int = 2048  # tokens per forward pass
     clients: bool = False  # ask the clients to score it on their own records
+    answers: int = 8  # dpo: held-out prompts answered, for their length and side by side
+    max_new_tokens: int = 64  # dpo: tokens of such an answer at most
     suites: list[str] = field(default_factory=list)  # benchmark suites to run at the end
 
 

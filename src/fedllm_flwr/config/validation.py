@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.config.names import shown, unknown_choice
@@ -25,11 +24,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "quantization.name": ("none", "int8", "nf4"),
     "quantization.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
-    "data.preprocessing": ("none", "alpaca", "fingpt", "medalpaca", "mathinstruct"),
+    "data.preprocessing": ("none", "alpaca", "fingpt", "medalpaca", "mathinstruct", "hh_rlhf"),
     "data.template": ("alpaca", "vicuna", "chat"),
     "data.truncation": ("right", "left", "drop"),
     "data.on_bad_record": ("error", "skip"),
-    "task.name": ("sft",),
+    "task.name": ("sft", "dpo"),
+    "dpo.loss_type": (
+        *("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
+        *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm"),
+    ),
     "training.optimizer": ("adamw", "sgd"),
     "training.dtype": ("auto", "float32", "bfloat16", "float16"),
     "training.device": ("auto", "cpu", "cuda", "mps"),
@@ -64,6 +67,7 @@ _RANGES: dict[str, _Rule] = {
     "data.eval_max_samples": (_positive, "> 0"),
     "data.validation_fraction": (_fraction, "in [0, 1)"),
     "dpo.beta": (_positive, "> 0"),
+    "dpo.sft_weight": (_non_negative, ">= 0"),
     "dpo.label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
     "training.learning_rate": (_positive, "> 0"),
     "training.min_learning_rate": (_non_negative, ">= 0"),
@@ -95,6 +99,8 @@ _RANGES: dict[str, _Rule] = {
     "checkpoint.keep": (_positive, "> 0"),
     "evaluation.every": (_non_negative, ">= 0 (0: only at the start and at the end)"),
     "evaluation.batch_tokens": (_positive, "> 0"),
+    "evaluation.answers": (_non_negative, ">= 0"),
+    "evaluation.max_new_tokens": (_positive, "> 0"),
     "compare.seeds": (_positive, "> 0"),
     "compare.jobs": (_positive, "> 0"),
     "seed": (_non_negative, ">= 0"),
@@ -120,6 +126,7 @@ def validate(config: Config) -> None:
     _check_lora(config)
     _check_model(config)
     _check_device(config)
+    _check_preferences(config)
 
 
 def _get(config: Config, key: str) -> Any:
@@ -235,39 +242,18 @@ def _check_device(config: Config) -> None:
             )
 
 
-def validate_paths(config: Config) -> None:
-    """Check the files that the configuration names on this machine.
-
-    Raises:
-        ConfigError: names the key and the path that is missing.
-    """
-    if not config.data.path and not config.data.hub_id:
-        raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
-    files = {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
-    for key, path in files.items():
-        if path and path != "embedded":
-            _check_exists(key, path)
-    if config.model.path.startswith(("/", "./", "../", "~")):
-        _check_exists("model.path", config.model.path)
-    if config.resume:
-        _check_exists("resume", config.resume)
-    adapter = config.init_adapter
-    if adapter and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+def _check_preferences(config: Config) -> None:
+    dpo, smoothed = config.dpo, ("robust", "exo_pair", "aot", "aot_unpaired")
+    if config.task.name != "dpo":
+        return
+    if dpo.label_smoothing and dpo.loss_type not in smoothed:
         raise ConfigError(
-            f"init_adapter={shown(adapter)}: no adapter_config.json there; give the adapter/ "
-            "directory of a run."
+            f"dpo.label_smoothing={dpo.label_smoothing} has no effect on dpo.loss_type="
+            f"{dpo.loss_type}; use one of {', '.join(smoothed)}, or drop it."
         )
-
-
-def _check_exists(key: str, path: str) -> None:
-    """Refuse a path that is not there, with the closest name that is."""
-    file = Path(path).expanduser()
-    try:
-        if file.exists():
-            return
-        beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-    except OSError as error:
-        raise ConfigError(f"{key}={shown(path)}: {error.strerror}; give another path.") from error
-    close = difflib.get_close_matches(file.name, beside, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else " Give one that is there."
-    raise ConfigError(f"{key}={shown(path)}: no such file or directory.{hint}")
+    if dpo.loss_type == "exo_pair" and not dpo.label_smoothing:
+        raise ConfigError(
+            "dpo.loss_type=exo_pair needs dpo.label_smoothing > 0 (its paper recommends 0.001)."
+        )
+    if config.training.packing:
+        raise ConfigError("training.packing=true works with task=sft only; drop it.")

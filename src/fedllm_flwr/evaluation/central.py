@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,42 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The scores to look at first."""
+        return ("loss",) if self.choices is None else ("loss", "accuracy", "macro_f1")
+
+    def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
+        """Scores of the model as it is: loss (nats per answer token), perplexity, token_accuracy;
+        with classes also accuracy and macro_f1 of the most likely label.
+        """
+        tokens = score_tokens(model, self.examples, batch_tokens)
+        count = max(1, tokens.num_tokens)
+        loss = tokens.nll / count
+        scores: Scores = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": tokens.num_correct / count,
+        }
+        if self.choices is not None:
+            likelihoods = score_choices(model, self.choices, batch_tokens)
+            scores |= classification_scores(likelihoods.argmax(-1), self.targets)
+        return scores
+
+
+class HeldOut(Protocol):
+    """Held-out records, ready to score adapters with."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The scores to look at first."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+
+    def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
+        """Scores of the model as it is."""
+
 
 def make_evaluation_set(
     config: Config, tokenizer: Tokenizer, records: object, encoded: Encoded
@@ -56,25 +93,12 @@ def make_evaluation_set(
 
 
 def evaluate(
-    model: AdaptedModel, params: Params, data: EvaluationSet, batch_tokens: int, threads: int
+    model: AdaptedModel, params: Params, data: HeldOut, batch_tokens: int, threads: int
 ) -> Scores:
-    """Scores of the adapter `params`: loss (nats per answer token), perplexity, token_accuracy;
-    with classes also accuracy and macro_f1 of the most likely label.
-    """
+    """Scores of the adapter `params` on `data`."""
     with torch_threads(threads):
         model.load(params)
-        tokens = score_tokens(model, data.examples, batch_tokens)
-        count = max(1, tokens.num_tokens)
-        loss = tokens.nll / count
-        scores: Scores = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": tokens.num_correct / count,
-        }
-        if data.choices is not None:
-            likelihoods = score_choices(model, data.choices, batch_tokens)
-            scores |= classification_scores(likelihoods.argmax(-1), data.targets)
-    return scores
+        return data.score(model, batch_tokens)
 
 
 def classification_scores(predicted: NDArray[np.int64], targets: NDArray[np.int64]) -> Scores:

@@ -1,8 +1,7 @@
-"""Forward passes for scores: token log-probabilities, batched by length to a token budget."""
+"""Forward passes for scores: tokens and labels by likelihood, batched to a token budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from fedllm_flwr.data.choices import EncodedChoices
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.training.batches import IGNORED, collate_padded, needed_logits
+from fedllm_flwr.training.log_probs import by_length, forward
 from fedllm_flwr.training.model import AdaptedModel
 
 
@@ -35,7 +35,7 @@ def score_tokens(model: AdaptedModel, examples: Encoded, batch_tokens: int) -> T
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         labels = inputs.pop("labels")
         shifted = inputs.pop("shift_labels", None)
-        logits = _forward(model, use_cache=False, **inputs).logits
+        logits = forward(model, use_cache=False, **inputs).logits
         wanted = labels[:, 1:] if shifted is None else shifted
         chosen = wanted != IGNORED
         logits = logits[:, : wanted.shape[1]][chosen].float()  # (supervised, vocab)
@@ -68,22 +68,6 @@ def score_choices(
     return scores
 
 
-def by_length(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[int]]:
-    """Batches of example indices, longest first, each at most `batch_tokens` when padded."""
-    order = np.argsort(-lengths, kind="stable").tolist()
-    while order:
-        size = max(1, batch_tokens // int(lengths[order[0]]))
-        yield order[:size]
-        order = order[size:]
-
-
-def _forward(model: AdaptedModel, **inputs: Any) -> Any:
-    """A forward pass in the model's dtype."""
-    narrow = model.dtype != torch.float32
-    with torch.autocast(model.device.type, dtype=model.dtype, enabled=narrow):
-        return model.peft(**inputs)
-
-
 def _score_group(
     model: AdaptedModel, choices: EncodedChoices, rows: NDArray[np.int64]
 ) -> NDArray[np.float64]:
@@ -96,13 +80,13 @@ def _score_group(
     input_ids = torch.from_numpy(prompts).to(device)
     more = tokens.shape[1] > 1
     last = {"logits_to_keep": 1} if model.selects_logits else {}
-    prefix = _forward(model, input_ids=input_ids, use_cache=more, **last)
+    prefix = forward(model, input_ids=input_ids, use_cache=more, **last)
     logits = prefix.logits[:, -1:].repeat_interleave(num_labels, 0)
     if more:
         name = model.cache_name
         cache = prefix[name]
         cache.batch_repeat_interleave(num_labels)
-        rest = _forward(model, input_ids=tokens[:, :-1], use_cache=True, **{name: cache})
+        rest = forward(model, input_ids=tokens[:, :-1], use_cache=True, **{name: cache})
         logits = torch.cat([logits, rest.logits], dim=1)  # (rows * labels, longest, vocab)
     log_probs = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     totals = (log_probs.double() * mask).sum(-1).reshape(len(rows), num_labels)

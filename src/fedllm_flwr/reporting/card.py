@@ -82,11 +82,15 @@ def _results(summary: Mapping[str, Any]) -> str:
     if not base or not final:
         return ""
     columns = [
-        ("loss (nats/token)", "loss", 3),
+        ("loss" if "margin" in final else "loss (nats/token)", "loss", 3),
         ("perplexity", "perplexity", 2),
         ("token accuracy", "token_accuracy", 3),
         ("accuracy", "accuracy", 3),
         ("macro F1", "macro_f1", 3),
+        ("reward margin", "margin", 3),
+        ("chosen log p", "chosen_log_prob", 1),
+        ("rejected log p", "rejected_log_prob", 1),
+        ("tokens per answer", "answer_tokens", 1),
     ]
     shown = [column for column in columns if column[1] in final]
     header = ["model", *(title for title, _, _ in shown)]

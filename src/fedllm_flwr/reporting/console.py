@@ -178,8 +178,7 @@ class Console:
         failures = record.get("failures") or {}
         return RoundTable(
             [*self._names, *failures],
-            evaluated=bool(metrics or (plan and plan.eval_records)),
-            accuracy="accuracy" in metrics or bool(plan and plan.eval_records and plan.has_labels),
+            metrics=[*metrics, *(plan.eval_metrics if plan and plan.eval_records else ())],
             client_eval="client_eval" in record or bool(plan and plan.client_eval),
             time_left=not self._interactive,
         )

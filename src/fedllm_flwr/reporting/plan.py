@@ -35,7 +35,7 @@ class Plan:
     epochs: float = 1.0
     eval_records: int = 0
     eval_every: int = 0  # rounds; 0: at the start and at the end only
-    has_labels: bool = False  # whether accuracy will be known
+    eval_metrics: tuple[str, ...] = ("loss",)  # what will be known of them
     client_eval: bool = False  # whether clients score the adapter, too
     model_note: str | None = None  # "embedded", "nf4"
     data_note: str | None = None  # "finance headlines"

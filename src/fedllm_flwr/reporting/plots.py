@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 Curve = Sequence[tuple[int, float, float, float]]  # (round, mean, low, high)
 
+
+@dataclass(frozen=True)
+class _Panel:
+    """Scores on held-out records that share an axis; drawn where the first of them is known."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    limits: tuple[float, float] | None = None
+
+
+_SCORE_PANELS = (
+    _Panel("Answers on held-out records", "share (0 to 1)", ("accuracy", "macro_f1"), (0, 1)),
+    _Panel("Rewards of held-out answers", "nats", ("margin", "chosen_reward", "rejected_reward")),
+)
 _STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -41,22 +57,18 @@ _LABEL_PALETTE = (*PALETTE[:6], "#F0E442", "#999999")
 
 
 def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
-    """Loss per round, in training and on held-out records; accuracy and macro F1 where known.
+    """Loss per round, in training and on held-out records; shares and rewards where known.
 
     Raises:
         FederationError: the file cannot be written.
     """
-    scores = {
-        name: _series(records, "eval", key)
-        for name, key in (("accuracy", "accuracy"), ("macro F1", "macro_f1"))
-    }
-    scores = {name: series for name, series in scores.items() if series}
-    with _figure(path, (10.5 if scores else 6.5, 4.0)) as figure:
+    panels = [panel for panel in _SCORE_PANELS if _series(records, "eval", panel.keys[0])]
+    with _figure(path, (6.5 + 4.0 * len(panels), 4.0)) as figure:
         figure.suptitle(shorten(one_line(title), 100), fontsize=12)
-        axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+        axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
         _plot_losses(axes[0], records)
-        if scores:
-            _plot_scores(axes[1], scores)
+        for axis, panel in zip(axes[1:], panels, strict=True):
+            _plot_scores(axis, panel, records)
         for axis in axes:
             _round_axis(axis)
 
@@ -160,13 +172,16 @@ def _client_range(record: Record) -> tuple[float, float]:
     return min(losses), max(losses)
 
 
-def _plot_scores(axis: Any, scores: Mapping[str, list[tuple[int, float]]]) -> None:
-    for (name, series), color, style in zip(scores.items(), PALETTE[1:], ("-", "--"), strict=False):
-        axis.plot(*zip(*series, strict=True), style, color=color, label=name, **_marks(len(series)))
-    axis.set_ylim(0, 1)
-    axis.set_title("Answers on held-out records", loc="left")
-    axis.set_ylabel("share (0 to 1)")
-    axis.legend(fontsize=9, loc="lower right")
+def _plot_scores(axis: Any, panel: _Panel, records: Sequence[Record]) -> None:
+    for key, color, style in zip(panel.keys, PALETTE[1:], ("-", "--", ":"), strict=False):
+        if series := _series(records, "eval", key):
+            name, marks = key.replace("_", " ").replace("f1", "F1"), _marks(len(series))
+            axis.plot(*zip(*series, strict=True), style, color=color, label=name, **marks)
+    if panel.limits:
+        axis.set_ylim(*panel.limits)
+    axis.set_title(panel.title, loc="left")
+    axis.set_ylabel(panel.unit)
+    axis.legend(fontsize=9, loc="best")
 
 
 def _plot_sizes(axis: Any, stats: "Sequence[ClientStats]") -> None:

@@ -12,7 +12,18 @@ from fedllm_flwr.reporting.text import fixed, format_seconds, one_line, shorten_
 Metrics = Mapping[str, Any]
 
 NOT_EVALUATED = "."  # this round; a dash says that there is no such number
-CLOSING_COLUMNS = (("loss", "loss", 3), ("accuracy", "accuracy", 2), ("macro F1", "macro_f1", 2))
+CLOSING_COLUMNS = (
+    ("loss", "loss", 3),
+    ("accuracy", "accuracy", 2),
+    ("macro F1", "macro_f1", 2),
+    ("margin", "margin", 2),
+    ("answer tokens", "answer_tokens", 1),
+)
+_ROUND_COLUMNS = {
+    "loss": ("eval loss", 12, 3),
+    "accuracy": ("accuracy", 10, 2),
+    "margin": ("margin", 9, 2),
+}
 _MAX_CLIENTS_WIDTH = 40
 _MIN_NAME_WIDTH = 8
 _INDENT = 8
@@ -32,8 +43,7 @@ class RoundTable:
 
     Args:
         client_names: known so far; the longest decides on the width of the clients column.
-        evaluated: show the loss on held-out records.
-        accuracy: show accuracy, too.
+        metrics: scores on held-out records to show, by name; unknown ones are left out.
         client_eval: show the mean loss on the clients' own held-out records.
         time_left: show the estimated time left, for readers without a progress line.
     """
@@ -41,20 +51,14 @@ class RoundTable:
     def __init__(
         self,
         client_names: Sequence[str],
-        evaluated: bool = True,
-        accuracy: bool = True,
+        metrics: Sequence[str] = ("loss", "accuracy"),
         client_eval: bool = False,
         time_left: bool = False,
     ) -> None:
         longest = max((len(one_line(name)) for name in client_names), default=0)
         self._clients_width = min(max(18, longest + len("10/10 (: refused)")), _MAX_CLIENTS_WIDTH)
         chosen = [Column("loss", 8, lambda item, _: fixed(item.get("loss"), 3))]
-        if evaluated:
-            chosen.append(Column("eval loss", 12, lambda item, _: _metric(item, "eval", "loss", 3)))
-        if accuracy:
-            chosen.append(
-                Column("accuracy", 10, lambda item, _: _metric(item, "eval", "accuracy", 2))
-            )
+        chosen += [_score_column(name) for name in _ROUND_COLUMNS if name in metrics]
         if client_eval:
             chosen.append(
                 Column("client eval", 13, lambda item, _: _metric(item, "client_eval", "loss", 3))
@@ -102,16 +106,18 @@ class RoundTable:
 
 
 def closing_table(rows: Sequence[tuple[str, Metrics]]) -> list[str]:
-    """Loss and, where any row has them, accuracy and macro F1; header first."""
+    """Loss and what else any row has; header first."""
     shown = [
         column for column in CLOSING_COLUMNS if any(column[1] in metrics for _, metrics in rows)
     ]
     label = max(len(name) for name, _ in rows)
-    titles = "".join(f"{title:>11}" for title, _, _ in shown)
+    widths = [max(11, len(title) + 3) for title, _, _ in shown]
+    titles = "".join(f"{c[0]:>{width}}" for c, width in zip(shown, widths, strict=True))
     lines = [f"  {'':<{label}}{titles}"]
     for name, metrics in rows:
-        cells = (fixed(metrics.get(key), decimals) for _, key, decimals in shown)
-        lines.append(f"  {name:<{label}}" + "".join(f"{cell:>11}" for cell in cells))
+        cells = [fixed(metrics.get(key), decimals) for _, key, decimals in shown]
+        padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"  {name:<{label}}" + "".join(padded))
     return lines
 
 
@@ -166,6 +172,11 @@ def _packed(cells: Sequence[tuple[str, str]], gap: str, width: int) -> list[str]
         else:
             lines.append(f"  {label:<7}   {value}")
     return lines
+
+
+def _score_column(name: str) -> Column:
+    title, width, decimals = _ROUND_COLUMNS[name]
+    return Column(title, width, lambda item, _: _metric(item, "eval", name, decimals))
 
 
 def _metric(record: Record, section: str, key: str, decimals: int) -> str:

@@ -111,9 +111,12 @@ class FederatedStrategy(Strategy):
             config=self.config,
             correction=self.local_correction(),
             control=self.state.control,
+            reference=self.state.reference,
             alone=self.clients_alone,
         )
-        self._report = RoundReport(server_round, names, bytes_down=self._bytes() * len(names))
+        self._report = RoundReport(
+            server_round, names, bytes_down=self._bytes(down=True) * len(names)
+        )
         return self._messages(task, MessageType.TRAIN, names)
 
     def aggregate_train(
@@ -146,7 +149,8 @@ class FederatedStrategy(Strategy):
         """Messages that ask every client to score the new adapter on its own records."""
         if not self.config.evaluation.clients:
             return []
-        task = Task(server_round, self.state.params, 0.0, self.config)
+        state = self.state
+        task = Task(server_round, state.params, 0.0, self.config, reference=state.reference)
         return self._messages(task, MessageType.EVALUATE, list(self.roster))
 
     def aggregate_evaluate(
@@ -230,9 +234,10 @@ class FederatedStrategy(Strategy):
         self._asked = Asked(node_ids, self.roster)
         return receive(grid, node_ids, timeout_s, reply_bytes=self._bytes())
 
-    def _bytes(self) -> int:
-        """Bytes of tensors to or from one client in a round: adapter and control variate."""
-        copies = 1 if self.state.control is None else 2
+    def _bytes(self, down: bool = False) -> int:
+        """Bytes of tensors from one client in a round, or `down` to it."""
+        copies = 1 + (self.state.control is not None)
+        copies += down and self.state.reference is not None
         return copies * wire_bytes(self.state.params, self.config.communication.dtype)
 
     def _weight(self, name: str, update: Update) -> float:
@@ -292,4 +297,4 @@ class FederatedStrategy(Strategy):
         if control is not None:
             change = aggregator.control_delta.sum_over(len(self.roster))
             control = self.control_step(control, change)
-        return ServerState(server_round, params, moments, control)
+        return replace(state, round=server_round, params=params, moments=moments, control=control)

@@ -59,8 +59,14 @@ class RoundBatches(Dataset[list[int]]):
 
     batches: list[MicroBatch]
     per_step: int
+    items_per_step: int  # examples (or pairs) of one optimizer step
     num_tokens: int  # real tokens of the round
     computed_tokens: int  # tokens that pass through the model, padding included
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the round."""
+        return len(self.batches) // self.per_step
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -92,7 +98,8 @@ def round_batches(
     ]
     num_tokens = int(lengths[drawn].sum())
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-    return RoundBatches(batches, per_step, num_tokens, num_tokens if packed else padded)
+    computed = num_tokens if packed else padded
+    return RoundBatches(batches, per_step, examples_per_step, num_tokens, computed)
 
 
 def collate_padded(examples: Encoded, batch: MicroBatch, pad_id: int) -> dict[str, torch.Tensor]:

@@ -45,16 +45,18 @@ def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def micro_batch_size(training: TrainingConfig, device: torch.device, num_parameters: int) -> int:
-    """Examples per forward pass.
+def micro_batch_size(
+    training: TrainingConfig, device: torch.device, num_parameters: int, rows: int = 1
+) -> int:
+    """Examples per forward pass, of so many `rows` each.
 
-    Unless the user says so: four on a CPU, where padding costs more than a pass does, and for
-    models beyond 0.5 B parameters, where memory is short; the whole batch otherwise.
+    Unless the user says so: four rows on a CPU, where padding costs more than a pass does, and
+    for models beyond 0.5 B parameters, where memory is short; the whole batch otherwise.
     """
     if training.micro_batch_size is not None:
         return training.micro_batch_size
     small_pass = device.type == "cpu" or num_parameters > 500_000_000
-    return min(4, training.batch_size) if small_pass else training.batch_size
+    return min(4 // rows, training.batch_size) if small_pass else training.batch_size
 
 
 @contextmanager

@@ -1,10 +1,18 @@
 """One client's round: from the server's task to the client's update."""
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
 from fedllm_flwr.messages import Task, Update
 from fedllm_flwr.params import derive_seed, subtract
@@ -14,8 +22,12 @@ from fedllm_flwr.training.control import ClientControl
 from fedllm_flwr.training.device import micro_batch_size, torch_threads
 from fedllm_flwr.training.drift import DriftCorrection
 from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.reference import ReferenceCache
 from fedllm_flwr.training.sft import train_sft
+from fedllm_flwr.training.trainer import Trained
 from fedllm_flwr.versions import newest_version, store_version
+
+Drawn = NDArray[np.int64]
 
 
 def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
@@ -34,25 +46,24 @@ def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
 
 def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     started = time.monotonic()
-    config, training = task.config, task.config.training
+    config = task.config
     if not len(data.train):
         raise DataError(f"{data.name} has no usable training example")
     model = load_model(config)
     _check_fit(data, model, config)
     own = newest_version(state_dir, "adapter", task.round, task.params) if task.alone else None
+    drawn = _draw(task, data)
+    batches = _batches(task, data, model, drawn)
+    optimise = _dpo if isinstance(data.train, EncodedPairs) else _sft
+    train = optimise(task, data, model, drawn, state_dir)
     model.load(own or task.params)
     control = ClientControl.of(task, state_dir)
     drift = DriftCorrection(model.trainable(), task.correction, control.drift(), task.learning_rate)
-    packed = _packed(config, model)
-    batches, distinct = _batches(task, data, model, packed)
-    result = train_sft(
-        model,
-        data.train,
-        batches,
-        training,
+    result = train(
+        batches=batches,
+        training=config.training,
         learning_rate=task.learning_rate,
         seed=derive_seed(config.seed, "dropout", task.round, data.name),
-        packed=packed,
         callbacks=[drift],
     )
     trained = model.params()
@@ -62,10 +73,11 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     control_delta = control.finish(delta, drift.mean_gradient(), result.steps)
     return Update(
         delta=delta,
-        num_examples=distinct,
+        num_examples=len(np.unique(drawn)),
         control_delta=control_delta,
         metrics={
             "loss": result.loss,
+            **result.metrics,
             "steps": float(result.steps),
             "tokens": float(batches.num_tokens),
             "computed_tokens": float(batches.computed_tokens),
@@ -91,17 +103,48 @@ def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
         )
 
 
-def _batches(
-    task: Task, data: ClientData, model: AdaptedModel, packed: bool
-) -> tuple[RoundBatches, int]:
-    """The round's micro-batches, and the number of distinct examples in them."""
-    config, training = task.config, task.config.training
-    steps = steps_per_round(training, len(data.train))
+def _draw(task: Task, data: ClientData) -> Drawn:
+    """Indices of the round's examples, in the order in which they are trained on."""
+    training, count = task.config.training, len(data.train)
     per_step = training.batch_size * training.gradient_accumulation_steps
-    drawn = draw_examples(len(data.train), steps * per_step, task.round, config.seed, data.name)
-    size = micro_batch_size(training, model.device, model.num_base_parameters)
-    batches = round_batches(drawn, data.train.lengths, steps, size, packed)
-    return batches, len(set(drawn.tolist()))
+    total = steps_per_round(training, count) * per_step
+    return draw_examples(count, total, task.round, task.config.seed, data.name)
+
+
+def _batches(task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn) -> RoundBatches:
+    """The round's micro-batches; each pair of preferences is two rows of one."""
+    config, examples = task.config, data.train
+    steps = steps_per_round(config.training, len(examples))
+    rows = 2 if isinstance(examples, EncodedPairs) else 1
+    size = micro_batch_size(config.training, model.device, model.num_base_parameters, rows)
+    packed = rows == 1 and _packed(config, model)
+    batches = round_batches(drawn, examples.lengths, steps, size, packed)
+    return replace(
+        batches,
+        num_tokens=examples.num_tokens_of(drawn),
+        computed_tokens=rows * batches.computed_tokens,
+    )
+
+
+def _sft(
+    task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn, state_dir: Path
+) -> Callable[..., Trained]:
+    """Instruction tuning of `model`, once the rest of the arguments is known."""
+    assert isinstance(data.train, Encoded)
+    return partial(train_sft, model, data.train, packed=_packed(task.config, model))
+
+
+def _dpo(
+    task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn, state_dir: Path
+) -> Callable[..., Trained]:
+    """Preference optimisation of `model`, against the reference model's log-probabilities."""
+    from fedllm_flwr.training.dpo import train_dpo  # TRL is needed here alone
+
+    config, pairs = task.config, data.train
+    assert isinstance(pairs, EncodedPairs)
+    cache = ReferenceCache(state_dir, task.round, config.evaluation.batch_tokens)
+    reference = cache.of(model, task.reference, pairs, drawn)
+    return partial(train_dpo, model, pairs, reference, dpo=config.dpo)
 
 
 def _packed(config: Config, model: AdaptedModel) -> bool:

@@ -1,0 +1,50 @@
+"""Checks of the files that a configuration names on this machine."""
+
+import difflib
+from pathlib import Path
+
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.schema import Config
+from fedllm_flwr.errors import ConfigError
+
+
+def validate_paths(config: Config) -> None:
+    """Check the files that the configuration names on this machine.
+
+    Raises:
+        ConfigError: names the key and the path that is missing.
+    """
+    if not config.data.path and not config.data.hub_id:
+        raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
+    files = {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
+    for key, path in files.items():
+        if path and path != "embedded":
+            _check_exists(key, path)
+    if config.model.path.startswith(("/", "./", "../", "~")):
+        _check_exists("model.path", config.model.path)
+    if config.resume:
+        _check_exists("resume", config.resume)
+    adapters = {
+        "init_adapter": config.init_adapter,
+        "dpo.reference_adapter": config.dpo.reference_adapter,
+    }
+    for key, adapter in adapters.items():
+        if adapter and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{key}={shown(adapter)}: no adapter_config.json there; give the adapter/ "
+                "directory of a run."
+            )
+
+
+def _check_exists(key: str, path: str) -> None:
+    """Refuse a path that is not there, with the closest name that is."""
+    file = Path(path).expanduser()
+    try:
+        if file.exists():
+            return
+        beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"{key}={shown(path)}: {error.strerror}; give another path.") from error
+    close = difflib.get_close_matches(file.name, beside, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else " Give one that is there."
+    raise ConfigError(f"{key}={shown(path)}: no such file or directory.{hint}")

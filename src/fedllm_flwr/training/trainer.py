@@ -1,0 +1,99 @@
+"""What all local training has in common: arguments of transformers' Trainer, and one run of it."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from fedllm_flwr.config.schema import TrainingConfig
+from fedllm_flwr.training.batches import RoundBatches
+from fedllm_flwr.training.model import AdaptedModel
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of local training: the mean loss over the optimizer steps, and their number.
+
+    ``metrics`` are further means over the round, by name.
+    """
+
+    loss: float
+    steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class BareTrainer(Trainer):
+    """transformers' Trainer without its count of operations, which walks all modules each time."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted."""
+        return 0
+
+
+def training_arguments(
+    kind: type[Arguments],
+    model: AdaptedModel,
+    batches: RoundBatches,
+    training: TrainingConfig,
+    learning_rate: float,
+    seed: int,
+    **more: Any,
+) -> Arguments:
+    """Arguments for one round: a fresh optimizer at a constant rate, nothing written or logged."""
+    on_cuda = model.device.type == "cuda"
+    arguments = kind(
+        output_dir=tempfile.gettempdir(),  # the Trainer makes it; nothing is written there
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=batches.per_step,
+        max_steps=batches.num_steps,
+        train_sampling_strategy="sequential",
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        optim="sgd" if training.optimizer == "sgd" else "adamw_torch",
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        bf16=on_cuda and model.dtype == torch.bfloat16,
+        fp16=on_cuda and model.dtype == torch.float16,
+        **_checkpointing(model, training),
+        use_cpu=model.device.type == "cpu",
+        seed=seed % 2**32,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        average_tokens_across_devices=False,
+        logging_nan_inf_filter=False,  # a diverged client's loss is NaN, not the last good one
+        **more,
+    )
+    if arguments.n_gpu > 1:  # one client, one device: no DataParallel on a machine with several
+        arguments._n_gpu = 1
+    return arguments
+
+
+def run(trainer: Trainer, model: AdaptedModel) -> Trained:
+    """Train, and leave the model as the next round's Trainer expects it."""
+    trainer.remove_callback(PrinterCallback)
+    try:
+        result = trainer.train()
+    finally:
+        trainer.accelerator.unwrap_model(model.peft, keep_fp32_wrapper=False)
+        if trainer.args.gradient_checkpointing:
+            model.peft.get_base_model().gradient_checkpointing_disable()
+    return Trained(loss=float(result.training_loss), steps=int(result.global_step))
+
+
+def _checkpointing(model: AdaptedModel, training: TrainingConfig) -> dict[str, Any]:
+    if not model.gradient_checkpointing(training.gradient_checkpointing):
+        # DPOConfig switches it on by default.
+        return {"gradient_checkpointing": False}
+    return {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
