@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from scripts.build_demo.dataset import build_dataset, write_dataset
+from scripts.build_demo.preferences import build_preferences
 from scripts.build_demo.vocabulary import load_vocabulary
 
 SEED = 20240210
@@ -13,12 +14,13 @@ TOKENIZER_DOCUMENTS = 20_000
 
 
 def main() -> None:
-    """Write OUTPUT/demo/{train,test}.jsonl and OUTPUT/tiny/."""
+    """Write OUTPUT/demo/*.jsonl and OUTPUT/tiny/."""
     parser = argparse.ArgumentParser(prog="python -m scripts.build_demo", description=__doc__)
     parser.add_argument("output", type=Path, help="directory for demo/ and tiny/")
     parser.add_argument("--data-only", action="store_true", help="leave the model out")
     arguments = parser.parse_args()
     write_dataset(build_dataset(load_vocabulary()), arguments.output / "demo")
+    write_dataset(build_preferences(), arguments.output / "demo")
     if not arguments.data_only:
         start = time.perf_counter()
         _build_model(arguments.output / "tiny")

@@ -62,10 +62,10 @@ def model() -> Any:
 def test_the_script_writes_the_committed_data(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.build_demo", str(tmp_path), "--data-only"]
     subprocess.run(command, check=True, cwd=REPO)
-    assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == ["test.jsonl", "train.jsonl"]
-    for split in ("train", "test"):
-        made = (tmp_path / f"demo/{split}.jsonl").read_bytes()
-        assert made == (ASSETS / f"demo/{split}.jsonl").read_bytes()
+    names = ["preferences_test.jsonl", "preferences_train.jsonl", "test.jsonl", "train.jsonl"]
+    assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == names
+    for name in names:
+        assert (tmp_path / "demo" / name).read_bytes() == (ASSETS / "demo" / name).read_bytes()
 
 
 def test_every_record_has_text_a_label_and_a_desk(train: list[Row], test: list[Row]) -> None:
