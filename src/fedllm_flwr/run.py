@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.client import cache_dir, divided_data
 from fedllm_flwr.engines import find_engine
 from fedllm_flwr.errors import FedLLMError, RunInterrupted
@@ -98,6 +99,10 @@ def _carry_out(
 
 Scores = dict[str, float]
 
+_EXAMPLES = {  # prompts for the embedded data
+    "demo": "Quarterly profit at the bank fell",
+    "demo_preferences": "When can I expect the refund?",
+}
 _LABELS = {"local": "local (mean)", "centralized": "centralized"}
 
 
@@ -137,13 +142,14 @@ def _paths(directory: RunDirectory) -> dict[str, Path]:
 
 
 def _next_commands(directory: RunDirectory, config: Config) -> list[str]:
+    command = "fedllm run task=dpo" if config.task.name == "dpo" else "fedllm run"
     if not directory.adapter.is_dir():
-        return ["fedllm run algorithm=fedavg"]
-    example = "Quarterly profit at the bank fell" if config.data.name == "demo" else "..."
+        return [f"{command} algorithm=fedavg"]
+    example = _EXAMPLES.get(config.data.name, "...")
     other = "fedprox" if config.algorithm.name != "fedprox" else "fedavg"
     return [
         f'fedllm generate {directory.path} "{example}"',
-        f"fedllm run algorithm={other}",
+        f"{command} algorithm={other}",
     ]
 
 
@@ -151,7 +157,7 @@ def with_absolute_paths(config: Config) -> Config:
     """The configuration with its files named from the root: it means the same in any directory."""
 
     def absolute(path: str | None) -> str | None:
-        if path is None or path == "embedded":
+        if path is None or path in EMBEDDED_DATA:
             return path
         file = Path(path).expanduser()
         return str(file.resolve()) if file.exists() else path

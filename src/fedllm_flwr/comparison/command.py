@@ -19,7 +19,7 @@ from fedllm_flwr.training.device import cpu_count
 
 # Baselines first, so that the table reads from the bottom line to the upper one.
 ORDER = ("local", *(n for n in ALGORITHMS if n not in ("local", "centralized")), "centralized")
-_DEFAULT_EXPERIMENT = "compare_demo"
+_DEMO, _DPO_DEMO = "compare_demo", "compare_demo_dpo"  # experiments, where nothing is chosen
 _SAVED = "compare.json"  # in its directory: what was asked for
 
 
@@ -76,7 +76,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         else:
             overrides.append(text)
     if not any(text.split("=")[0] in ("experiment", "data", "model") for text in overrides):
-        overrides.insert(0, f"experiment={_DEFAULT_EXPERIMENT}")
+        overrides.append(f"experiment={_DPO_DEMO if 'task=dpo' in overrides else _DEMO}")
     return options, overrides
 
 
@@ -134,7 +134,9 @@ def _outcome(job: Job, error: str | None) -> str:
     if error is not None:
         return "failed"
     final = json.loads(job.directory.summary.read_text(encoding="utf-8"))["final"] or {}
-    shown = [f"{name} {final[name]:.3f}" for name in ("loss", "accuracy") if name in final]
+    shown = [
+        f"{name} {final[name]:.3f}" for name in ("loss", "accuracy", "margin") if name in final
+    ]
     return "   ".join(shown)
 
 

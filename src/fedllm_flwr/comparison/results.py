@@ -9,7 +9,7 @@ from typing import Any
 from fedllm_flwr.comparison.jobs import Job
 from fedllm_flwr.reporting.metrics import Record, read_metrics, summarise
 
-METRICS = ("loss", "accuracy", "macro_f1")
+METRICS = ("loss", "accuracy", "macro_f1", "margin", "answer_tokens")
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,24 @@ from fedllm_flwr.comparison.results import METRICS, Difference, Row, Spread
 
 Cells = list[str]
 
-
-def header(metric: str) -> Cells:
-    """Column names."""
-    return ["", "loss", "best loss", "accuracy", "macro F1", f"{metric} vs local", "MB", "seconds"]
+_DECIMALS = {"answer_tokens": 1}  # three for the rest
+_TITLES = {"macro_f1": "macro F1", "answer_tokens": "answer tokens"}
 
 
-def cells(row: Row) -> Cells:
-    """One row as text, ``-`` where there is nothing to say."""
+def lines_of(rows: Sequence[Row], metric: str) -> list[Cells]:
+    """The table as text, header first: what any row knows, ``-`` where there is nothing to say."""
+    scores = [name for name in METRICS[1:] if any(name in row.final for row in rows)]
+    titles = [_TITLES.get(name, name) for name in scores]
+    header = ["", "loss", "best loss", *titles, f"{metric} vs local", "MB", "seconds"]
+    return [header, *(_cells(row, scores) for row in rows)]
+
+
+def _cells(row: Row, scores: Sequence[str]) -> Cells:
     return [
         row.name,
         _spread(row.final.get("loss"), 3),
         _spread(row.best_loss, 3),
-        _spread(row.final.get("accuracy"), 3),
-        _spread(row.final.get("macro_f1"), 3),
+        *(_spread(row.final.get(name), _DECIMALS.get(name, 3)) for name in scores),
         _difference(row.against_local),
         "-" if row.megabytes is None else f"{row.megabytes:.1f}",
         "-" if row.seconds is None else f"{row.seconds:.0f}",
@@ -30,7 +34,7 @@ def cells(row: Row) -> Cells:
 
 def as_text(rows: Sequence[Row], metric: str) -> str:
     """Aligned columns for a terminal."""
-    table = [header(metric), *map(cells, rows)]
+    table = lines_of(rows, metric)
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = []
     for line in table:
@@ -42,8 +46,8 @@ def as_text(rows: Sequence[Row], metric: str) -> str:
 
 def as_markdown(rows: Sequence[Row], metric: str, note: str) -> str:
     """A Markdown table with a note below it."""
-    names = header(metric)
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *map(cells, rows)]
+    names, *body = lines_of(rows, metric)
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{note}\n"
 

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.config.schema import Config
+from fedllm_flwr.config.schema import EMBEDDED_DATA, Config
 from fedllm_flwr.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ def validate_paths(config: Config) -> None:
         raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
     files = {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
     for key, path in files.items():
-        if path and path != "embedded":
+        if path and path not in EMBEDDED_DATA:
             _check_exists(key, path)
     if config.model.path.startswith(("/", "./", "../", "~")):
         _check_exists("model.path", config.model.path)

@@ -7,6 +7,7 @@ plain dataclasses, so that code below the configuration needs neither Hydra nor 
 from dataclasses import dataclass, field
 from typing import Any
 
+EMBEDDED_DATA = ("embedded", "embedded_preferences")  # values of data.path that are no files
 DEFAULT_NUM_CLIENTS = 10  # where neither federation.num_clients nor a natural partition says
 
 
@@ -92,9 +93,7 @@ class DpoConfig:
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
     beta: float = 0.1  # strength of the pull towards the reference model
-    loss_type: str = (
-        "sigmoid"  # sigmoid | ipo | hinge | robust | any other loss of TRL's DPOTrainer
-    )
+    loss_type: str = "sigmoid"  # sigmoid | ipo | hinge | robust | others of TRL's DPOTrainer
     label_smoothing: float = 0.0  # assumed share of swapped pairs
     sft_weight: float = 0.0  # weight of the SFT loss on the chosen answers, added to the other
     disable_dropout: bool = True  # train without lora.dropout, as the reference is without it

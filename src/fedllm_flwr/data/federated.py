@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from fedllm_flwr.config.schema import Config, DataConfig
+from fedllm_flwr.config.schema import EMBEDDED_DATA, Config, DataConfig
 from fedllm_flwr.data.columns import AttributeColumn
 from fedllm_flwr.data.kinds import KINDS
 from fedllm_flwr.data.sources import SourceReport, load_records
@@ -115,7 +115,7 @@ def _optional(column: AttributeColumn | None) -> AttributeColumn | None:
 
 def _has_eval_source(data: DataConfig) -> bool:
     """Whether evaluation records come from elsewhere than the training records."""
-    if data.eval_path is not None or data.path == "embedded":
+    if data.eval_path is not None or data.path in EMBEDDED_DATA:
         return True
     if data.eval_split is None:
         return False

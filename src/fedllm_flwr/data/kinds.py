@@ -24,8 +24,6 @@ class RecordKind:
     make: Callable[[Preprocessed, Mapping], tuple[list[Any], Faults]]
     columns: dict[str, str]  # column of the data set -> its type; the fields of a record
     refused: tuple[str, ...]  # kinds of faults that data.on_bad_record=error refuses
-    embedded_train: str  # files of the embedded data
-    embedded_eval: str
     codec: Codec[Any]
 
     def to_dataset(self, records: Sequence[Any]) -> "datasets.Dataset":
@@ -50,8 +48,6 @@ INSTRUCTIONS = RecordKind(
     make=make_examples,
     columns=dict(zip(Example._fields, ("messages", "string", "string", "int32"), strict=True)),
     refused=("empty", "bad"),
-    embedded_train="train.jsonl",
-    embedded_eval="test.jsonl",
     codec=CONVERSATIONS,
 )
 
@@ -72,8 +68,6 @@ PREFERENCES = RecordKind(
         zip(Pair._fields, ("messages", "string", "string", "string", "string"), strict=True)
     ),
     refused=("bad",),  # pairs without a difference teach nothing and are left out in any case
-    embedded_train="preferences_train.jsonl",
-    embedded_eval="preferences_test.jsonl",
     codec=PAIRS,
 )
 

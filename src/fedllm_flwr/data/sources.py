@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.config.schema import DataConfig
+from fedllm_flwr.config.schema import EMBEDDED_DATA, DataConfig
 from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
 from fedllm_flwr.data.faults import Faults, refuse_faults
 from fedllm_flwr.data.files import Record, read_records
@@ -13,6 +13,7 @@ from fedllm_flwr.data.preprocessing import PREPROCESSING
 from fedllm_flwr.errors import ConfigError, DataError
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
+_EMBEDDED_FILES = dict(zip(EMBEDDED_DATA, ("{}.jsonl", "preferences_{}.jsonl"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def load_records(
 
     Raises DataError for what the files hold and ConfigError for options that cannot work.
     """
-    rows, source, broken_lines = _read(data, kind, evaluation)
+    rows, source, broken_lines = _read(data, evaluation)
     own_columns = evaluation and data.eval_columns is not None
     columns = data.eval_columns if own_columns and data.eval_columns else data.columns
     key = "data.eval_columns" if own_columns else "data.columns"
@@ -93,7 +94,7 @@ def _none_usable(mapping: Mapping, num_records: int, faults: Faults) -> DataErro
     )
 
 
-def _read(data: DataConfig, kind: RecordKind, evaluation: bool) -> tuple[list[Record], str, int]:
+def _read(data: DataConfig, evaluation: bool) -> tuple[list[Record], str, int]:
     """Raw records, the source's name for messages, and the number of broken lines left out."""
     path, split = (data.eval_path, data.eval_split) if evaluation else (data.path, data.split)
     if path is None and evaluation:
@@ -101,8 +102,10 @@ def _read(data: DataConfig, kind: RecordKind, evaluation: bool) -> tuple[list[Re
     if path is None:
         return _load_hub(data, split or data.split)
     key = "data.eval_path" if evaluation and data.eval_path is not None else "data.path"
-    embedded = DEMO / (kind.embedded_eval if evaluation else kind.embedded_train)
-    file = embedded if path == "embedded" else Path(path).expanduser()
+    if path in EMBEDDED_DATA:
+        file = DEMO / _EMBEDDED_FILES[path].format("test" if evaluation else "train")
+    else:
+        file = Path(path).expanduser()
     broken: list[str] = []
     try:
         if data.on_bad_record == "skip":

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -151,7 +152,7 @@ def _base_in_words(base_model: str) -> str:
 
 def _data_in_words(config: Config) -> str:
     data = config.data
-    if data.path == "embedded":
+    if data.path in EMBEDDED_DATA:
         return f"{_code_free(data.name)}, generated records inside the package fedllm-flwr"
     if data.path is not None:
         return f"{_code_free(data.name)}, a local file (`{_code_free(Path(data.path).name)}`)"
