@@ -19,8 +19,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="directory for demo/ and tiny/")
     parser.add_argument("--data-only", action="store_true", help="leave the model out")
     arguments = parser.parse_args()
-    write_dataset(build_dataset(load_vocabulary()), arguments.output / "demo")
-    write_dataset(build_preferences(), arguments.output / "demo")
+    vocabulary = load_vocabulary()
+    splits = {**build_dataset(vocabulary), **build_preferences(vocabulary)}
+    write_dataset(splits, arguments.output / "demo")
     if not arguments.data_only:
         start = time.perf_counter()
         _build_model(arguments.output / "tiny")

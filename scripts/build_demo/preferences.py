@@ -2,54 +2,64 @@
 
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
-from scripts.build_demo.dataset import Row
-from scripts.build_demo.vocabulary import SPLITS
+from scripts.build_demo.dataset import GOOD_SHARE, Row
+from scripts.build_demo.headlines import Writer
+from scripts.build_demo.vocabulary import LABELS, SPLITS, Vocabulary
 
 SEED = 20240210
 KINDS = ("rude", "cut_off", "wrong")  # what is bad about the rejected reply
 # Training pairs per desk and kind: desks differ in size, and each knows one kind well.
 TRAIN_COUNTS: dict[str, tuple[int, ...]] = {
-    "banking": (168, 8, 4),
-    "energy": (4, 150, 6),
-    "retail": (6, 4, 140),
-    "health": (120, 6, 4),
-    "technology": (4, 116, 4),
-    "transport": (4, 4, 112),
-    "construction": (96, 2, 6),
-    "food": (2, 86, 4),
-    "telecoms": (4, 2, 78),
+    "banking": (144, 6, 4),
+    "energy": (4, 152, 4),
+    "retail": (4, 4, 138),
+    "health": (100, 4, 4),
+    "technology": (2, 126, 4),
+    "transport": (4, 2, 110),
+    "construction": (84, 2, 4),
+    "food": (2, 100, 4),
+    "telecoms": (4, 2, 88),
     "insurance": (62, 4, 2),
 }
 TEST_COUNT = 10  # per desk and kind
-OWN_SHARE = 0.7  # of the subjects; the others are common to all desks
-GREETING_SHARE = 0.3
-# How often a reply has an opening, and up to three closings.
+# How often a reply has an opening, and no or up to three closings.
 OPENING_SHARE = 0.5
 CLOSING_WEIGHTS = (3, 4, 3, 1)
 # Rejected replies that are the chosen one, spoiled; the others are worded on their own.
-SAME_WORDING_SHARE = 0.4
+SAME_WORDING_SHARE = 0.5
 
 
-def build_preferences() -> dict[str, list[Row]]:
+class Reply(NamedTuple):
+    """Sentences of a reply."""
+
+    before: list[str]
+    body: str  # what the reader asked for
+    after: list[str]
+
+    def __str__(self) -> str:
+        return " ".join([*self.before, self.body, *self.after])
+
+
+def build_preferences(vocabulary: Vocabulary) -> dict[str, list[Row]]:
     """Rows by file name, in random order; no reply to the same prompt occurs twice."""
-    words = load_words()
-    desks = [desk for desk in words["subjects"] if desk != "common"]
-    counts = {"train": TRAIN_COUNTS, "test": dict.fromkeys(desks, (TEST_COUNT,) * len(KINDS))}
-    return {f"preferences_{split}": _build_split(words, split, counts[split]) for split in SPLITS}
+    counts = {
+        "train": TRAIN_COUNTS,
+        "test": dict.fromkeys(vocabulary.desks, (TEST_COUNT,) * len(KINDS)),
+    }
+    return {
+        f"preferences_{split}": _build_split(vocabulary, split, counts[split]) for split in SPLITS
+    }
 
 
-def load_words() -> Any:
-    """Read preferences.yaml, which lies beside this module."""
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-
-
-def _build_split(words: Any, split: str, counts: dict[str, tuple[int, ...]]) -> list[Row]:
+def _build_split(
+    vocabulary: Vocabulary, split: str, counts: dict[str, tuple[int, ...]]
+) -> list[Row]:
     rng = Random(f"{SEED} preferences {split}")
-    correspondent = Correspondent(words, split, rng)
+    correspondent = Correspondent(vocabulary, split, rng)
     rows: list[Row] = []
     seen: set[tuple[str, str]] = set()
     for desk, numbers in counts.items():
@@ -58,7 +68,7 @@ def _build_split(words: Any, split: str, counts: dict[str, tuple[int, ...]]) -> 
             while len(rows) < end:
                 row = correspondent.write(desk, kind)
                 replies = {(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])}
-                if len(replies - seen) == 2:
+                if not replies & seen:
                     rows.append(row)
                     seen |= replies
     rng.shuffle(rows)
@@ -68,11 +78,16 @@ def _build_split(words: Any, split: str, counts: dict[str, tuple[int, ...]]) -> 
 class Correspondent:
     """Writes pairs of one split; the random generator is the only state."""
 
-    def __init__(self, words: Any, split: str, rng: Random) -> None:
-        self._subjects = {desk: lists[split] for desk, lists in words["subjects"].items()}
-        self._greetings: list[str] = words["greetings"][split]
+    def __init__(self, vocabulary: Vocabulary, split: str, rng: Random) -> None:
+        words = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+        self._desks = vocabulary.desks
+        self._names = vocabulary.names[split]
+        self._news = Writer(vocabulary, split, self._names, rng, GOOD_SHARE)
+        self._items: list[str] = words["items"][split]
         self._requests: list[str] = words["requests"][split]
-        self._manners = {manner: parts[split] for manner, parts in words["replies"].items()}
+        self._manners: dict[str, dict[str, list[str]]] = {
+            manner: parts[split] for manner, parts in words["replies"].items()
+        }
         self._rng = rng
 
     def write(self, desk: str, kind: str) -> Row:
@@ -88,48 +103,39 @@ class Correspondent:
 
     def _pair(self, desk: str, kind: str) -> Row:
         subject = self._subject(desk)
-        good = self._reply("polite")
+        good = self._reply("polite", subject)
         return {
-            "prompt": self._prompt(subject),
-            "chosen": good.format(t=subject),
-            "rejected": self._rejected(kind, desk, subject, good),
+            "prompt": self._rng.choice(self._requests).format(t=subject),
+            "chosen": str(good),
+            "rejected": self._rejected(kind, subject, good),
             "desk": desk,
             "kind": kind,
         }
 
     def _subject(self, desk: str) -> str:
-        own = self._rng.random() < OWN_SHARE
-        subject: str = self._rng.choice(self._subjects[desk if own else "common"])
-        return subject
+        company = f"{self._rng.choice(self._names)} {self._rng.choice(self._desks[desk].suffixes)}"
+        return f"{self._rng.choice(self._items)} of {company}"
 
-    def _prompt(self, subject: str) -> str:
-        request = self._rng.choice(self._requests).format(t=subject)
-        if self._rng.random() < GREETING_SHARE:
-            return f"{self._rng.choice(self._greetings)} {request}"
-        return request
-
-    def _reply(self, manner: str) -> str:
-        """A whole reply, with ``{t}`` for its subject."""
+    def _reply(self, manner: str, subject: str) -> Reply:
         rng, parts = self._rng, self._manners[manner]
-        opening = [rng.choice(parts["openings"])] if rng.random() < OPENING_SHARE else []
+        before = [rng.choice(parts["openings"])] if rng.random() < OPENING_SHARE else []
         (num_closings,) = rng.choices(range(len(CLOSING_WEIGHTS)), CLOSING_WEIGHTS)
-        closings = rng.sample(parts["closings"], num_closings)
-        return " ".join([*opening, rng.choice(parts["bodies"]), *closings])
+        body = rng.choice(parts["bodies"]).format(t=subject)
+        return Reply(before, body, rng.sample(parts["closings"], num_closings))
 
-    def _rejected(self, kind: str, desk: str, subject: str, good: str) -> str:
+    def _rejected(self, kind: str, subject: str, good: Reply) -> str:
         if kind == "rude":
-            return self._reply("rude").format(t=subject)
+            return str(self._reply("rude", subject))
         same = self._rng.random() < SAME_WORDING_SHARE
-        reply = good if same else self._reply("polite")
+        reply = good if same else self._reply("polite", subject)
         if kind == "wrong":
-            return reply.format(t=self._other_subject(desk, subject))
-        return self._cut(reply.format(t=subject))
+            return str(reply._replace(body=self._other_news()))
+        return self._cut(str(reply))
 
-    def _other_subject(self, desk: str, subject: str) -> str:
-        while True:
-            other = self._subject(desk)
-            if other != subject:
-                return other
+    def _other_news(self) -> str:
+        """A headline about some company: friendly words around it do not make it an answer."""
+        desk = self._rng.choice(list(self._desks.values()))
+        return f"{self._news.write(desk, self._rng.choice(LABELS)).text}."
 
     def _cut(self, reply: str) -> str:
         """The first words of a reply, up to somewhere within a sentence."""
