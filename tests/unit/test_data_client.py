@@ -16,6 +16,7 @@ from fedllm_flwr.data import client
 from fedllm_flwr.data.cache import Codec
 from fedllm_flwr.data.client import ClientData, simulated_client, site_client
 from fedllm_flwr.data.kinds import KINDS
+from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.errors import DataError
 from toys import byte_tokenizer
 
@@ -158,6 +159,36 @@ def test_a_site_tokenises_its_file_once(make: Callable[..., Config], encodings: 
     assert first.name == "st-marys"
     assert len(first.train) == 30
     assert whole(first) == whole(second)
+
+
+def test_preference_pairs_go_the_same_way(
+    make: Callable[..., Config], encodings: list[int]
+) -> None:
+    """Divided, held out and cached as pairs; the task is part of what is remembered."""
+    config = make(60, 3, evaluate=True)
+    rows = [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(60)]
+    Path(str(config.data.path)).write_text("\n".join(map(json.dumps, rows)))
+    config.task.name = "dpo"
+    clients = [simulated_client(config, TOKENIZER, i) for i in range(3)]
+
+    seen = []
+    for data in clients:
+        assert len(data.held_out) == round(0.2 * (len(data.train) + len(data.held_out)))
+        for part in (data.train, data.held_out):
+            assert isinstance(part, EncodedPairs)
+            for (chosen, better), (rejected, worse) in (part[i] for i in range(len(part))):
+                answers = TOKENIZER.decode(chosen[better]), TOKENIZER.decode(rejected[worse])
+                number = answers[0][2:].removesuffix("</s>")
+                assert answers == (f" a{number}</s>", f" b{number}</s>")
+                assert f"q{number} " in TOKENIZER.decode(chosen[~better])
+                seen.append(number)
+    assert len(set(seen)) == len(seen) == len(client.divided_data(config)[0].train)
+    forget()
+    again = simulated_client(config, TOKENIZER, 1)
+    np.testing.assert_array_equal(again.train.tokens, clients[1].train.tokens)
+    assert len(encodings) == 1
+    with pytest.raises(DataError, match="use task=dpo"):
+        simulated_client(replace(config, task=Config().task), TOKENIZER, 1)
 
 
 def test_more_nodes_than_clients(make: Callable[..., Config]) -> None:

@@ -114,6 +114,13 @@ def test_describe_counts_labels_and_lengths() -> None:
     assert sum(item.num_examples for item in stats) == 6
 
 
+def test_lengths_of_preference_pairs_include_both_answers() -> None:
+    train = records(6).add_column("chosen", ["abc"] * 6).add_column("rejected", ["de"] * 6)
+
+    stats = describe(partition(train, by_label("natural"), 3, seed=0))
+    assert (stats[1].mean_length, stats[1].max_length) == (8.5, 10)
+
+
 @pytest.mark.parametrize(
     ("config", "count", "message"),
     [

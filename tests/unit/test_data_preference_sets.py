@@ -167,7 +167,7 @@ def test_hub_sets_come_as_lists_of_turns(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(
     not (sources.DEMO / "preferences_train.jsonl").exists(), reason="the demo is not here yet"
 )
-def test_the_embedded_pairs_are_read_for_dpo_and_the_embedded_headlines_for_sft() -> None:
+def test_the_embedded_pairs_and_the_embedded_headlines_have_files_of_their_own() -> None:
     pairs = load_federated_data(compose(["task=dpo", "data=demo_preferences"]))
     headlines = load_federated_data(compose(["task=sft", "data=demo"]))
 
