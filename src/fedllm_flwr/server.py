@@ -6,6 +6,7 @@ from flwr.serverapp import Grid
 from fedllm_flwr.adapters import save_adapter
 from fedllm_flwr.checkpoint import ServerState, load_state, write_atomically
 from fedllm_flwr.config import Config
+from fedllm_flwr.data.client import losses
 from fedllm_flwr.data.partition import ClientStats
 from fedllm_flwr.data.partition import describe as describe_clients
 from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
@@ -41,6 +42,7 @@ def serve(
         roster = discover(grid, config, prepared.data.partition.num_clients)
         check_roster(roster, config.federation)
     warnings += prepared.data.source.report.lines() if _lost_records(prepared) else []
+    warnings += losses(config, prepared.data.encoded)
     console.plan(make_plan(config, prepared, roster, directory, state.round + 1, warnings))
     progress = Progress(config, directory, prepared, console, timings, state.round + 1)
     try:
@@ -77,9 +79,9 @@ def _describe_clients(directory: RunDirectory, prepared: Prepared) -> list[Clien
 
 
 def _lost_records(prepared: Prepared) -> bool:
-    """Whether records were left out or cut, so that the user should know."""
+    """Whether records were left out, so that the user should know."""
     train = prepared.data.source.report.train
-    return bool(train.empty or train.bad or train.duplicates)
+    return bool(train.empty or train.equal or train.bad or train.duplicates)
 
 
 def _finish(

@@ -1,5 +1,6 @@
 """One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
 
+import logging
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,8 @@ from fedllm_flwr.params import derive_seed
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,13 @@ def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Data
     return encoded
 
 
+def losses(config: Config, encoded: Examples) -> list[str]:
+    """A line on what did not fit the configured length, if anything."""
+    limits = f"(training.max_length={config.training.max_length}, data.truncation="
+    found = encoded.report.losses
+    return [f"{found} {limits}{config.data.truncation})"] if found else []
+
+
 def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> ClientData:
     """The examples of simulated client `index`.
 
@@ -132,7 +142,10 @@ def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
 def _site(keyed: _Keyed) -> Examples:
     assert keyed.tokenizer is not None
     records = load_site_data(keyed.config)
-    return encode_records(keyed.config, keyed.tokenizer, records)
+    encoded = encode_records(keyed.config, keyed.tokenizer, records)
+    for line in losses(keyed.config, encoded):
+        logger.warning("%s", line)
+    return encoded
 
 
 def _with_held_out(

@@ -1,6 +1,5 @@
 """Conversations as training examples: tokens, which of them are supervised, truncation."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Segment, Tokenizer, render, render_prompt
 from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
 from fedllm_flwr.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 TRUNCATIONS = ("right", "left", "drop")
 
@@ -27,6 +24,13 @@ class EncodeReport:
     dropped: int  # too long under truncation=drop, or nothing supervised left after the cut
     num_tokens: int
     num_supervised: int
+
+    @property
+    def losses(self) -> str:
+        """What did not fit, in words; empty if all did."""
+        if not (self.truncated or self.dropped):
+            return ""
+        return f"{self.truncated} of {self.num_records} records cut, {self.dropped} left out"
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,7 @@ def encode(
             truncated += len(example[0]) < len(tokens)
             kept.append(example)
             source.append(i)
-    encoded = flatten(kept, source, len(rendered), truncated)
-    _warn_of_losses(encoded.report, max_length, truncation)
-    return encoded
+    return flatten(kept, source, len(rendered), truncated)
 
 
 def require_truncation(truncation: str) -> None:
@@ -170,16 +172,3 @@ def flatten(
         num_supervised=int(supervised.sum()),
     )
     return Encoded(tokens, supervised, offsets, np.array(source, np.int64), report)
-
-
-def _warn_of_losses(report: EncodeReport, max_length: int, truncation: str) -> None:
-    if report.truncated or report.dropped:
-        logger.warning(
-            "%d of %d records cut to training.max_length=%d tokens and %d left out "
-            "(data.truncation=%s)",
-            report.truncated,
-            report.num_records,
-            max_length,
-            report.dropped,
-            truncation,
-        )

@@ -1,6 +1,5 @@
 """Preference pairs as training examples: two rows of tokens that share their prompt."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,8 +11,6 @@ from fedllm_flwr.data.encode import Encoded, cut_start, flatten, require_truncat
 from fedllm_flwr.data.preferences import Pair
 from fedllm_flwr.data.templates import Tokenizer, render_answers
 from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
-
-logger = logging.getLogger(__name__)
 
 Row = tuple[TokenArray, Mask]  # tokens and supervised, each (length,)
 
@@ -28,6 +25,17 @@ class PairReport:
     prompt_tokens_cut: int  # tokens that those prompts lost together
     answers_cut: int  # answers that lost their end, at most two per pair
     dropped: int  # too long under truncation=drop, or two equal answers after the cut
+
+    @property
+    def losses(self) -> str:
+        """What did not fit, in words; empty if all did."""
+        if not (self.prompts_cut or self.answers_cut or self.dropped):
+            return ""
+        return (
+            f"{self.prompts_cut} of {self.num_records} pairs lost the start of their prompt "
+            f"({self.prompt_tokens_cut} tokens in all), {self.answers_cut} answers cut, "
+            f"{self.dropped} left out"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,6 @@ def encode_pairs(
         kept += [_row(fitted.prompt, fitted.chosen), _row(fitted.prompt, fitted.rejected)]
         source += [i, i]
     report = losses.report(len(pairs), len(kept) // 2)
-    _warn_of_losses(report, max_length, truncation)
     return EncodedPairs(flatten(kept, source, 2 * len(pairs), losses.rows), report)
 
 
@@ -170,18 +177,3 @@ def _row(prompt: TokenArray, answer: TokenArray) -> Row:
 def _rows_of(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Row numbers 2i, 2i + 1 of pairs i, shape (2 * num_pairs,)."""
     return np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
-
-
-def _warn_of_losses(report: PairReport, max_length: int, truncation: str) -> None:
-    if report.prompts_cut or report.answers_cut or report.dropped:
-        logger.warning(
-            "%d of %d pairs lost the start of their prompt (%d tokens in all), %d answers cut at "
-            "training.max_length=%d, %d left out (data.truncation=%s)",
-            report.prompts_cut,
-            report.num_records,
-            report.prompt_tokens_cut,
-            report.answers_cut,
-            max_length,
-            report.dropped,
-            truncation,
-        )
