@@ -14,22 +14,22 @@ SEED = 20240210
 KINDS = ("rude", "cut_off", "wrong")  # what is bad about the rejected reply
 # Training pairs per desk and kind: desks differ in size, and each knows one kind well.
 TRAIN_COUNTS: dict[str, tuple[int, ...]] = {
-    "banking": (144, 6, 4),
-    "energy": (4, 152, 4),
-    "retail": (4, 4, 138),
-    "health": (100, 4, 4),
-    "technology": (2, 126, 4),
-    "transport": (4, 2, 110),
-    "construction": (84, 2, 4),
-    "food": (2, 100, 4),
-    "telecoms": (4, 2, 88),
-    "insurance": (62, 4, 2),
+    "banking": (134, 4, 2),
+    "energy": (2, 146, 2),
+    "retail": (2, 2, 126),
+    "health": (90, 2, 2),
+    "technology": (2, 124, 2),
+    "transport": (2, 2, 104),
+    "construction": (76, 2, 2),
+    "food": (2, 96, 2),
+    "telecoms": (2, 2, 84),
+    "insurance": (56, 2, 2),
 }
 TEST_COUNT = 10  # per desk and kind
 # How often a reply has an opening, and no or up to three closings.
 OPENING_SHARE = 0.5
 CLOSING_WEIGHTS = (3, 4, 3, 1)
-# Rejected replies that are the chosen one, spoiled; the others are worded on their own.
+# Cut-off replies that are the chosen one; the others are worded on their own.
 SAME_WORDING_SHARE = 0.5
 
 
@@ -126,16 +126,21 @@ class Correspondent:
     def _rejected(self, kind: str, subject: str, good: Reply) -> str:
         if kind == "rude":
             return str(self._reply("rude", subject))
-        same = self._rng.random() < SAME_WORDING_SHARE
-        reply = good if same else self._reply("polite", subject)
         if kind == "wrong":
-            return str(reply._replace(body=self._other_news()))
-        return self._cut(str(reply))
+            return str(self._beside_the_point(1 + len(good.before) + len(good.after)))
+        same = self._rng.random() < SAME_WORDING_SHARE
+        return self._cut(str(good if same else self._reply("polite", subject)))
 
-    def _other_news(self) -> str:
-        """A headline about some company: friendly words around it do not make it an answer."""
-        desk = self._rng.choice(list(self._desks.values()))
-        return f"{self._news.write(desk, self._rng.choice(LABELS)).text}."
+    def _beside_the_point(self, num_polite: int) -> Reply:
+        """News that nobody asked for, among as many polite sentences as the good reply has.
+
+        Without these, whoever learns to be polite would pass over the news as well.
+        """
+        rng, parts = self._rng, self._manners["polite"]
+        before = [rng.choice(parts["openings"])] if rng.random() < OPENING_SHARE else []
+        desk = rng.choice(list(self._desks.values()))
+        news = self._news.write(desk, rng.choice(LABELS)).text
+        return Reply(before, f"{news}.", rng.sample(parts["closings"], num_polite - len(before)))
 
     def _cut(self, reply: str) -> str:
         """The first words of a reply, up to somewhere within a sentence."""
