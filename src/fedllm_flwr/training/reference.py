@@ -64,7 +64,7 @@ class ReferenceCache:
         Raises:
             FederationError: they cannot be stored.
         """
-        identity = _identity(pairs)
+        identity = _identity(model, reference, pairs)
         values, known = self._load(pairs, identity)
         missing = np.setdiff1d(drawn, np.flatnonzero(known))
         if len(missing):
@@ -72,7 +72,7 @@ class ReferenceCache:
                 model, reference, pairs.take(missing), self.batch_tokens
             )
             known[missing] = True
-            stored = {"values": values, "known": known.astype(np.float32), "pairs": identity}
+            stored = {"values": values, "known": known.astype(np.float32), "identity": identity}
             store_version(self.directory, _KIND, self.server_round, stored)
         return values
 
@@ -80,8 +80,8 @@ class ReferenceCache:
         self, pairs: EncodedPairs, identity: NDArray[np.float32]
     ) -> tuple[LogProbs, NDArray[np.bool_]]:
         def check(params: Params) -> None:
-            if not np.array_equal(params.get("pairs", ()), identity):
-                raise FederationError("it belongs to other pairs")
+            if not np.array_equal(params.get("identity", ()), identity):
+                raise FederationError("it belongs to other pairs or another reference model")
 
         stored = newest_usable(self.directory, _KIND, self.server_round, check)
         if stored is None:
@@ -89,8 +89,19 @@ class ReferenceCache:
         return stored["values"].copy(), stored["known"].astype(np.bool_)
 
 
-def _identity(pairs: EncodedPairs) -> NDArray[np.float32]:
-    """What tells these pairs from others: the bytes of a digest, as numbers, (32,)."""
-    digest = hashlib.sha256(pairs.rows.tokens.tobytes())
-    digest.update(pairs.rows.offsets.tobytes())
+def _identity(
+    model: AdaptedModel, reference: Params | None, pairs: EncodedPairs
+) -> NDArray[np.float32]:
+    """What tells these pairs under this reference model from others: a digest's bytes, (32,).
+
+    A site may keep one state directory for several runs, which differ in any of this.
+    """
+    base = model.peft.get_base_model().config
+    quantization = getattr(base, "quantization_config", None)
+    described = (base.name_or_path, model.num_base_parameters, model.dtype, quantization)
+    digest = hashlib.sha256(repr(described).encode())
+    for array in (pairs.rows.tokens, pairs.rows.supervised, pairs.rows.offsets):
+        digest.update(array.tobytes())
+    for name, value in sorted((reference or {}).items()):
+        digest.update(name.encode() + value.tobytes())
     return np.frombuffer(digest.digest(), np.uint8).astype(np.float32)

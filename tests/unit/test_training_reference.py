@@ -1,0 +1,295 @@
+"""Reference log-probabilities: what they are, that each is computed once, and who may use them."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedllm_flwr.checkpoint import load_params
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.messages import Task, Update
+from fedllm_flwr.params import Params, add
+from fedllm_flwr.schedule import draw_examples
+from fedllm_flwr.training.local import train_locally
+from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.reference import LogProbs, ReferenceCache, reference_log_probs
+from toy_pairs import as_pairs, random_pairs
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def config(make_config: MakeConfig) -> Config:
+    return make_config(
+        task={"name": "dpo"}, training={"max_steps": 2, "batch_size": 4}, lora={"dropout": 0.1}
+    )
+
+
+@pytest.fixture
+def model(config: Config) -> AdaptedModel:
+    model = load_model(config)
+    model.load(random_adapter(model, seed=1))  # what happens to be in the model must not matter
+    return model
+
+
+@pytest.fixture(scope="module")
+def pairs() -> EncodedPairs:
+    return random_pairs(30)
+
+
+def random_adapter(model: AdaptedModel, seed: int) -> Params:
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(0, 0.2, v.shape).astype(np.float32) for n, v in model.initial.items()}
+
+
+@torch.no_grad()
+def one_by_one(module: Any, pairs: EncodedPairs) -> LogProbs:
+    """log p of both answers by a plain model: each row alone, all logits, float64 sums."""
+    values = np.zeros((len(pairs), 2))
+    for i in range(len(pairs)):
+        for side, (tokens, supervised) in enumerate(pairs[i]):
+            ids = torch.from_numpy(tokens.astype(np.int64))[None]
+            scores = module(input_ids=ids).logits[0].double().log_softmax(-1)
+            places = [t for t in range(1, len(tokens)) if supervised[t]]
+            values[i, side] = sum(float(scores[t - 1, tokens[t]]) for t in places)
+    return values
+
+
+def base_model(config: Config) -> Any:
+    return AutoModelForCausalLM.from_pretrained(config.model.path).eval()
+
+
+def everything(pairs: EncodedPairs) -> np.ndarray:
+    return np.arange(len(pairs))
+
+
+@contextmanager
+def counted_rows(model: AdaptedModel) -> Iterator[list[int]]:
+    """Rows of every forward pass through the base model."""
+    rows: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows.append(len(kwargs["input_ids"]))
+
+    handle = model.peft.get_base_model().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
+def test_the_reference_is_the_base_model(
+    batch_tokens: int, config: Config, model: AdaptedModel, pairs: EncodedPairs
+) -> None:
+    values = reference_log_probs(model, None, pairs, batch_tokens)
+    assert values.shape == (30, 2)
+    np.testing.assert_allclose(values, one_by_one(base_model(config), pairs), atol=1e-4)
+
+
+def test_the_reference_is_a_given_adapter(
+    config: Config, model: AdaptedModel, pairs: EncodedPairs
+) -> None:
+    adapter = random_adapter(model, seed=2)
+    values = reference_log_probs(model, adapter, pairs, 300)
+    base = one_by_one(base_model(config), pairs)
+    assert np.abs(values - base).max() > 1
+    model.load(adapter)
+    np.testing.assert_allclose(values, one_by_one(model.peft.eval(), pairs), atol=1e-4)
+
+
+def test_the_adapter_works_again_after_the_reference(
+    config: Config, model: AdaptedModel, pairs: EncodedPairs
+) -> None:
+    """Neither the adapter's tensors nor that it is in use, nor trainable, is lost."""
+    before, expected = model.params(), one_by_one(model.peft.eval(), pairs)
+    reference_log_probs(model, None, pairs, 300)
+    np.testing.assert_array_equal(one_by_one(model.peft, pairs), expected)
+    assert all(np.array_equal(value, before[name]) for name, value in model.params().items())
+    assert set(model.trainable()) == set(before)
+
+
+def test_kept_values_equal_fresh_ones_however_they_were_padded(
+    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
+) -> None:
+    """Drawn in two rounds, with other neighbours and other padding than all at once."""
+    order = np.random.default_rng(0).permutation(len(pairs))
+    ReferenceCache(tmp_path, 1, 100).of(model, None, pairs, order[:13])
+    kept = ReferenceCache(tmp_path, 2, 700).of(model, None, pairs, order)
+    for batch_tokens in (1, 2048):
+        fresh = reference_log_probs(model, None, pairs, batch_tokens)
+        np.testing.assert_allclose(kept, fresh, rtol=0, atol=1e-5 * float(np.abs(fresh).max()))
+        per_token = np.abs(kept - fresh) / answer_lengths(pairs)
+        assert per_token.max() < 1e-5
+
+
+def answer_lengths(pairs: EncodedPairs) -> np.ndarray:
+    return np.array([[int(supervised.sum()) for _, supervised in pairs[i]] for i in range(30)])
+
+
+def test_each_pair_is_computed_once(
+    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
+) -> None:
+    seen: set[int] = set()
+    for server_round in range(1, 8):
+        drawn = draw_examples(len(pairs), 8, server_round, 0, "a")
+        with counted_rows(model) as rows:
+            ReferenceCache(tmp_path, server_round, 300).of(model, None, pairs, drawn)
+        assert sum(rows) == 2 * len(set(drawn.tolist()) - seen)
+        seen |= set(drawn.tolist())
+    assert len(seen) == len(pairs)  # the last rounds computed nothing
+    assert len(list(tmp_path.iterdir())) <= 2
+
+
+def test_a_repeated_round_gives_the_same_bits(
+    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
+) -> None:
+    def values(server_round: int, drawn: list[int]) -> bytes:
+        cache = ReferenceCache(tmp_path, server_round, 100)
+        return cache.of(model, None, pairs, np.array(drawn)).tobytes()
+
+    values(1, [0, 1, 2, 3])
+    second = values(2, [3, 9, 20])
+    with counted_rows(model) as rows:
+        assert values(2, [3, 9, 20]) == second
+    assert sum(rows) == 4  # computed again, with the same neighbours as then
+
+
+def test_lost_values_are_computed_again(
+    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
+) -> None:
+    cache = ReferenceCache(tmp_path, 1, 300)
+    before = cache.of(model, None, pairs, everything(pairs))
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    with counted_rows(model) as rows:
+        after = ReferenceCache(tmp_path, 2, 300).of(model, None, pairs, everything(pairs))
+    assert sum(rows) == 60
+    np.testing.assert_array_equal(after, before)
+
+
+def test_damaged_values_are_computed_again_and_named(
+    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = ReferenceCache(tmp_path, 1, 300).of(model, None, pairs, everything(pairs))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    with caplog.at_level(logging.WARNING):
+        after = ReferenceCache(tmp_path, 2, 300).of(model, None, pairs, everything(pairs))
+    np.testing.assert_array_equal(after, before)
+    assert f"{file} is not used" in caplog.text
+
+
+def other_tokens(pairs: EncodedPairs) -> EncodedPairs:
+    return random_pairs(len(pairs), seed=9)
+
+
+def other_boundary(pairs: EncodedPairs) -> EncodedPairs:
+    """The same tokens; the answers begin one token later."""
+    rows = [tokens for i in range(len(pairs)) for tokens, _ in pairs[i]]
+    lengths = [int(s.sum()) for i in range(len(pairs)) for _, s in pairs[i]]
+    return as_pairs(rows, [max(1, length - 1) for length in lengths])
+
+
+def fewer(pairs: EncodedPairs) -> EncodedPairs:
+    return pairs.take(np.arange(len(pairs) - 1))
+
+
+@pytest.mark.parametrize("change", [other_tokens, other_boundary, fewer])
+def test_values_of_other_pairs_are_not_used(
+    change: Callable[[EncodedPairs], EncodedPairs],
+    model: AdaptedModel,
+    pairs: EncodedPairs,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ReferenceCache(tmp_path, 1, 300).of(model, None, pairs, everything(pairs))
+    (file,) = tmp_path.iterdir()
+    others = change(pairs)
+    with caplog.at_level(logging.WARNING):
+        values = ReferenceCache(tmp_path, 2, 300).of(model, None, others, everything(others))
+    np.testing.assert_array_equal(values, reference_log_probs(model, None, others, 300))
+    assert f"{file} is not used" in caplog.text
+
+
+def test_values_of_another_reference_are_not_used(
+    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A site may keep one state directory for several runs."""
+    adapters = [None, random_adapter(model, 2), random_adapter(model, 3)]
+    for server_round, adapter in enumerate(adapters, start=1):
+        cache = ReferenceCache(tmp_path, server_round, 300)
+        with caplog.at_level(logging.WARNING):
+            values = cache.of(model, adapter, pairs, everything(pairs))
+        expected = reference_log_probs(model, adapter, pairs, 300)
+        np.testing.assert_array_equal(values, expected)
+    assert caplog.text.count("is not used") == 3  # round 1's for round 2, both for round 3
+
+
+def federate(config: Config, pairs: EncodedPairs, folder: Path, **options: Any) -> list[Update]:
+    """Three rounds of FedAvg over one client: each starts where the one before ended."""
+    params, updates = load_model(config).initial, []
+    for server_round in (1, 2, 3):
+        task = Task(server_round, params, 1e-2, config, **options)
+        updates.append(train_locally(task, ClientData("a", pairs, pairs), folder))
+        params = add(params, updates[-1].delta)
+    return updates
+
+
+def test_the_reference_stays_the_base_over_rounds(
+    config: Config, pairs: EncodedPairs, tmp_path: Path
+) -> None:
+    updates = federate(config, pairs, tmp_path)
+    base, drawn = one_by_one(base_model(config), pairs), drawn_until(config, pairs)
+    for server_round in (2, 3):
+        stored = load_params(tmp_path / f"reference-{server_round:05d}.safetensors")[0]
+        kept = stored["reference"]
+        assert set(np.flatnonzero(kept["known"])) == drawn[server_round]
+        chosen = sorted(drawn[server_round])
+        np.testing.assert_allclose(kept["values"][chosen], base[chosen], atol=1e-4)
+    # An adapter of a later round is far from the base, so that its copy would have been seen.
+    model = load_model(config)
+    model.load(add(model.initial, updates[0].delta))
+    assert np.abs(one_by_one(model.peft.eval(), pairs) - base).max() > 0.1
+
+
+def drawn_until(config: Config, pairs: EncodedPairs) -> dict[int, set[int]]:
+    drawn: dict[int, set[int]] = {0: set()}
+    for server_round in (1, 2, 3):
+        now = draw_examples(len(pairs), 8, server_round, config.seed, "a").tolist()
+        drawn[server_round] = drawn[server_round - 1] | set(now)
+    return drawn
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
+def test_margins_of_every_round_are_against_the_same_reference(
+    with_adapter: bool, config: Config, pairs: EncodedPairs, tmp_path: Path
+) -> None:
+    """One step a round: its margin is that of the adapter which the round starts from."""
+    config.training.max_steps = 1
+    model = load_model(config)
+    adapter = random_adapter(model, 4) if with_adapter else None
+    if adapter is None:
+        reference = one_by_one(base_model(config), pairs)
+    else:
+        model.load(adapter)
+        reference = one_by_one(model.peft.eval(), pairs)
+    params = random_adapter(model, 6)
+    for server_round in (1, 2, 3):
+        task = Task(server_round, params, 1e-2, config, reference=adapter)
+        update = train_locally(task, ClientData("a", pairs, pairs), tmp_path)
+        model.load(params)
+        rewards = config.dpo.beta * (one_by_one(model.peft.eval(), pairs) - reference)
+        drawn = draw_examples(len(pairs), 4, server_round, config.seed, "a")
+        margins = (rewards[:, 0] - rewards[:, 1])[drawn]
+        assert update.metrics["margin"] == pytest.approx(margins.mean(), abs=1e-4)
+        assert update.metrics["accuracy"] == (margins > 0).mean()
+        params = add(params, update.delta)
