@@ -54,5 +54,12 @@ def _held_out(
         return None
     encoded = encode_records(config, model.tokenizer, records)
     if isinstance(encoded, EncodedPairs):
-        return make_preference_set(config, model, records, encoded, reference, cpu_count())
+        threads = evaluation_threads(config)
+        return make_preference_set(config, model, records, encoded, reference, threads)
     return make_evaluation_set(config, model.tokenizer, records, encoded)
+
+
+def evaluation_threads(config: Config) -> int:
+    """CPU threads of central evaluation: all, but the client's where runs may share the process."""
+    in_process = config.federation.engine == "inprocess"
+    return config.federation.client_cpus if in_process else cpu_count()

@@ -9,7 +9,7 @@ from fedllm_flwr.checkpoint import ServerState, save_state
 from fedllm_flwr.config import Config
 from fedllm_flwr.evaluation.central import Scores, evaluate
 from fedllm_flwr.params import Params
-from fedllm_flwr.preparation import Prepared
+from fedllm_flwr.preparation import Prepared, evaluation_threads
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import MetricsLog, Record, read_metrics
 from fedllm_flwr.reporting.trackers import Tracker, open_trackers
@@ -105,15 +105,13 @@ class Progress:
     def _evaluate(self, params: Params) -> Scores:
         assert self._prepared.evaluation is not None
         self._console.status("evaluating")
-        # In one process with the clients, other runs may use the other cores.
-        in_process = self._config.federation.engine == "inprocess"
         with self._timings.phase("evaluation"):
             return evaluate(
                 self._prepared.model,
                 params,
                 self._prepared.evaluation,
                 self._config.evaluation.batch_tokens,
-                threads=self._config.federation.client_cpus if in_process else cpu_count(),
+                threads=evaluation_threads(self._config),
             )
 
     def _count_seconds(self, report: RoundReport) -> None:

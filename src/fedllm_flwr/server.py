@@ -10,6 +10,7 @@ from fedllm_flwr.data.client import losses
 from fedllm_flwr.data.partition import ClientStats
 from fedllm_flwr.data.partition import describe as describe_clients
 from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
+from fedllm_flwr.params import Params
 from fedllm_flwr.planning import make_plan
 from fedllm_flwr.preparation import Prepared, prepare
 from fedllm_flwr.progress import Progress
@@ -110,8 +111,18 @@ def _finish(
         for path, params in adapters.items():
             save_adapter(path, prepared.model, params, config, summary)
         if isinstance(prepared.evaluation, PreferenceSet):
-            shown = side_by_side(prepared.model, final.params, prepared.evaluation.prompts)
+            params, label = _answering(final, progress)
+            shown = side_by_side(prepared.model, params, prepared.evaluation.prompts, label)
             write_atomically(directory.answers, shown.encode())
+
+
+def _answering(final: ServerState, progress: Progress) -> tuple[Params, str]:
+    """The adapter that answers held-out prompts, and its label: the best where all train alone."""
+    each = progress.records[-1].get("local", {})
+    if not each:
+        return final.params, "with the adapter"
+    best = min(each, key=lambda name: each[name]["loss"])
+    return progress.alone.load(best, final.round), f"with the adapter of {best}, the best client"
 
 
 def _title(config: Config) -> str:

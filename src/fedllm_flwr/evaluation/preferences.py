@@ -85,9 +85,10 @@ def preference_scores(policy: LogProbs, reference: LogProbs, beta: float) -> Sco
     mean difference of the rewards; ``loss`` the sigmoid loss of DPO, whatever loss is trained.
     ``likelihood_accuracy`` compares log p alone, which depends on the answers' lengths.
     """
-    rewards = beta * (policy.astype(np.float64) - reference)
+    log_probs = policy.astype(np.float64)
+    rewards = beta * (log_probs - reference)
     margins = rewards[:, 0] - rewards[:, 1]
-    chosen, rejected = policy.astype(np.float64).mean(0)
+    chosen, rejected = log_probs.mean(0)
     return {
         "loss": float(np.logaddexp(0.0, -margins).mean()),
         "accuracy": _share_above_zero(margins),
@@ -96,7 +97,7 @@ def preference_scores(policy: LogProbs, reference: LogProbs, beta: float) -> Sco
         "rejected_reward": float(rewards[:, 1].mean()),
         "chosen_log_prob": float(chosen),
         "rejected_log_prob": float(rejected),
-        "likelihood_accuracy": _share_above_zero(policy[:, 0] - policy[:, 1]),
+        "likelihood_accuracy": _share_above_zero(log_probs[:, 0] - log_probs[:, 1]),
     }
 
 
@@ -115,8 +116,14 @@ def _prompts(config: Config, model: AdaptedModel, records: Any, pairs: EncodedPa
     return Prompts(texts, tokens, [records["chosen"][i] for i in wanted], room)
 
 
-def side_by_side(model: AdaptedModel, params: Params, prompts: Prompts) -> str:
-    """Markdown with the prompts and their answers: the base model's, the adapter's, the data's."""
+def side_by_side(
+    model: AdaptedModel, params: Params, prompts: Prompts, label: str = "with the adapter"
+) -> str:
+    """Markdown with the prompts and their answers: the base model's, the adapter's, the data's.
+
+    Args:
+        label: what the adapter `params` is called there.
+    """
     if not prompts.tokens:
         return ""
     model.load(params)
@@ -129,7 +136,7 @@ def side_by_side(model: AdaptedModel, params: Params, prompts: Prompts) -> str:
     ):
         answers = {
             "base model": as_text(model, before),
-            "with the adapter": as_text(model, after),
+            label: as_text(model, after),
             "the better answer in the data": chosen,
         }
         parts = [f"**{name}**\n\n{_quoted(text)}" for name, text in answers.items()]

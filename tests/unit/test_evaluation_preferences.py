@@ -1,0 +1,370 @@
+"""Scores of preference pairs against slow formulas, and answers against one prompt at a time."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.encode import encode_prompts
+from fedllm_flwr.data.pairs import EncodedPairs, encode_pairs
+from fedllm_flwr.data.preferences import Pair
+from fedllm_flwr.data.templates import render_prompt
+from fedllm_flwr.errors import DataError
+from fedllm_flwr.evaluation.answers import as_text, greedy_answers
+from fedllm_flwr.evaluation.client import evaluate_locally
+from fedllm_flwr.evaluation.preferences import (
+    PreferenceSet,
+    make_preference_set,
+    preference_scores,
+    side_by_side,
+)
+from fedllm_flwr.messages import Task
+from fedllm_flwr.params import Params
+from fedllm_flwr.training.log_probs import answer_log_probs
+from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.reference import reference_log_probs
+from toy_pairs import random_pairs
+
+MakeConfig = Callable[..., Config]
+Array = np.ndarray
+
+QUESTIONS = ["Hi?", "What is it that you say?\nTell me all of it.", "Why so?", "Where to?", "a|b"]
+
+
+@pytest.fixture
+def config(make_config: MakeConfig) -> Config:
+    return make_config(
+        task={"name": "dpo"},
+        training={"max_length": 400},
+        evaluation={"batch_tokens": 700, "answers": 3, "max_new_tokens": 12},
+    )
+
+
+@pytest.fixture
+def model(config: Config) -> AdaptedModel:
+    model = load_model(config)
+    model.load(random_adapter(model))
+    return model
+
+
+def random_adapter(model: AdaptedModel, seed: int = 1) -> Params:
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(0, 0.2, v.shape).astype(np.float32) for n, v in model.initial.items()}
+
+
+def naive_scores(policy: Array, reference: Array, beta: float) -> dict[str, float]:
+    """Pair by pair, with the standard library."""
+    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+    logs = ("chosen_log_prob", "rejected_log_prob", "likelihood_accuracy")
+    sums = dict.fromkeys((*names, *logs), 0.0)
+    for (chosen, rejected), (ref_chosen, ref_rejected) in zip(
+        policy.tolist(), reference.tolist(), strict=True
+    ):
+        better, worse = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+        sums["loss"] -= math.log(1 / (1 + math.exp(-(better - worse))))
+        sums["accuracy"] += win(better, worse)
+        sums["margin"] += better - worse
+        sums["chosen_reward"] += better
+        sums["rejected_reward"] += worse
+        sums["chosen_log_prob"] += chosen
+        sums["rejected_log_prob"] += rejected
+        sums["likelihood_accuracy"] += win(chosen, rejected)
+    return {name: value / len(policy) for name, value in sums.items()}
+
+
+def win(one: float, other: float) -> float:
+    return 0.5 if one == other else float(one > other)
+
+
+def log_probs(count: int) -> Any:
+    # Quarters: sums and differences are exact, so that a tie is a tie however it is computed.
+    quarters = st.integers(-1200, 0).map(lambda n: n / 4)
+    return arrays(np.float32, (count, 2), elements=quarters)
+
+
+BOTH = st.integers(1, 12).flatmap(lambda n: st.tuples(log_probs(n), log_probs(n)))
+BETAS = st.sampled_from([0.0625, 0.125, 0.5, 2.0])
+unhurried = settings(max_examples=60, deadline=None)
+
+
+@unhurried
+@given(BOTH, BETAS)
+def test_scores_equal_a_slow_formula(both: tuple[Array, Array], beta: float) -> None:
+    policy, reference = both
+    expected = naive_scores(policy, reference, beta)
+    found = preference_scores(policy, reference, beta)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+@unhurried
+@given(BOTH, BETAS)
+def test_swapped_answers_mirror_accuracy_and_margin(both: tuple[Array, Array], beta: float) -> None:
+    policy, reference = both
+    one = preference_scores(policy, reference, beta)
+    other = preference_scores(policy[:, ::-1], reference[:, ::-1], beta)
+    for name in ("accuracy", "likelihood_accuracy"):
+        assert one[name] + other[name] == pytest.approx(1)
+    assert one["margin"] == pytest.approx(-other["margin"])
+    assert one["chosen_reward"] == pytest.approx(other["rejected_reward"])
+    # -log s(m) + log s(-m) = -m
+    assert one["loss"] - other["loss"] == pytest.approx(-one["margin"], abs=1e-9)
+
+
+@unhurried
+@given(BOTH, BETAS)
+def test_the_reference_scores_itself_as_undecided(both: tuple[Array, Array], beta: float) -> None:
+    scores = preference_scores(both[0], both[0], beta)
+    assert (scores["accuracy"], scores["margin"]) == (0.5, 0.0)
+    assert scores["loss"] == pytest.approx(math.log(2))
+
+
+@unhurried
+@given(BOTH, BETAS, st.permutations(range(12)))
+def test_the_order_of_pairs_does_not_matter(
+    both: tuple[Array, Array], beta: float, order: list[int]
+) -> None:
+    policy, reference = both
+    moved = [i for i in order if i < len(policy)]
+    one = preference_scores(policy, reference, beta)
+    other = preference_scores(policy[moved], reference[moved], beta)
+    assert other == pytest.approx(one, rel=1e-9, abs=1e-9)
+
+
+def test_rewards_of_any_size_are_finite() -> None:
+    policy, reference = np.array([[-9e4, 0.0]], np.float32), np.array([[0.0, -9e4]], np.float32)
+    assert preference_scores(policy, reference, 1.0)["loss"] == pytest.approx(1.8e5)
+    assert preference_scores(reference, policy, 1.0)["loss"] == 0.0
+
+
+@torch.no_grad()
+def one_by_one(model: AdaptedModel, pairs: EncodedPairs) -> Array:
+    """log p of both answers, each row alone and without padding, (pairs, 2)."""
+    model.peft.eval()
+    values = np.zeros((len(pairs), 2))
+    for i in range(len(pairs)):
+        for side, (tokens, supervised) in enumerate(pairs[i]):
+            ids = torch.from_numpy(tokens.astype(np.int64))[None]
+            scores = model.peft(input_ids=ids).logits[0].double().log_softmax(-1)
+            places = [t for t in range(1, len(tokens)) if supervised[t]]
+            values[i, side] = sum(float(scores[t - 1, tokens[t]]) for t in places)
+    return values
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 90, 100_000])
+def test_log_probs_of_answers_equal_one_row_at_a_time(
+    batch_tokens: int, model: AdaptedModel
+) -> None:
+    pairs = random_pairs(20)
+    values = answer_log_probs(model, pairs.rows, batch_tokens).reshape(-1, 2)
+    np.testing.assert_allclose(values, one_by_one(model, pairs), atol=1e-4)
+
+
+def test_log_probs_by_models_that_compute_all_logits(model: AdaptedModel) -> None:
+    pairs = random_pairs(20)
+    model.selects_logits = False
+    try:
+        values = answer_log_probs(model, pairs.rows, 300).reshape(-1, 2)
+    finally:
+        del model.selects_logits
+    np.testing.assert_allclose(values, one_by_one(model, pairs), atol=1e-4)
+
+
+def prompts(count: int, model: AdaptedModel) -> list[Array]:
+    messages = [[{"role": "user", "content": text}] for text in QUESTIONS[:count]]
+    return encode_prompts(messages, model.tokenizer, "vicuna", 400)
+
+
+@torch.no_grad()
+def greedy(model: AdaptedModel, prompt: Array, max_new_tokens: int) -> list[int]:
+    """Argmax of the whole sequence anew for each token, until EOS."""
+    model.peft.eval()
+    tokens = prompt.tolist()
+    for _ in range(max_new_tokens):
+        logits = model.peft(input_ids=torch.tensor([tokens])).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == model.tokenizer.eos_token_id:
+            break
+    return tokens[len(prompt) :]
+
+
+def test_answers_together_equal_one_at_a_time(model: AdaptedModel) -> None:
+    """Prompts of several lengths, padded on the left, with a cache, against plain argmax."""
+    asked = prompts(5, model)
+    assert len({len(prompt) for prompt in asked}) > 2
+    together = greedy_answers(model, asked, 12)
+    assert [answer.tolist() for answer in together] == [greedy(model, p, 12) for p in asked]
+    alone = [greedy_answers(model, [prompt], 12)[0].tolist() for prompt in asked]
+    assert [answer.tolist() for answer in together] == alone
+
+
+def test_answers_end_with_eos(model: AdaptedModel) -> None:
+    """Each answer at its own EOS: the one that this model reaches after some tokens."""
+    asked = prompts(5, model)
+    answers = greedy_answers(model, asked, 12)
+    tokenizer = model.tokenizer
+    before = tokenizer.eos_token_id, tokenizer.eos_token
+    middle = int(answers[0][3])
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(middle)
+    try:
+        cut = greedy_answers(model, asked, 12)
+    finally:
+        tokenizer.eos_token = before[1]
+    assert len(cut[0]) <= 4
+    for whole, part in zip(answers, cut, strict=True):
+        ends = np.flatnonzero(whole == middle)
+        expected = whole[: ends[0] + 1] if len(ends) else whole
+        assert part.tolist() == expected.tolist()
+
+
+def held_out() -> tuple[list[Pair], dict[str, list[Any]]]:
+    """Pairs and the same as columns of a data set; the first has more turns than one."""
+    pairs = [
+        Pair([{"role": "user", "content": text}], f"good {i}\nmore", f"bad {i}", "", "")
+        for i, text in enumerate(QUESTIONS)
+    ]
+    turns = [("user", "First."), ("assistant", "Yes."), ("user", QUESTIONS[0])]
+    dialogue = [{"role": role, "content": text} for role, text in turns]
+    pairs[0] = pairs[0]._replace(messages=dialogue)
+    names = ("messages", "chosen", "rejected")
+    return pairs, {name: [getattr(pair, name) for pair in pairs] for name in names}
+
+
+def make_set(config: Config, model: AdaptedModel, reference: Params | None = None) -> PreferenceSet:
+    pairs, records = held_out()
+    encoded = encode_pairs(pairs, model.tokenizer, config.data.template, config.training.max_length)
+    return make_preference_set(config, model, records, encoded, reference, 1)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
+def test_a_set_is_scored_against_its_reference(
+    with_adapter: bool, config: Config, model: AdaptedModel
+) -> None:
+    reference = random_adapter(model, 2) if with_adapter else model.initial
+    data = make_set(config, model, reference if with_adapter else None)
+    model.load(reference)
+    expected_reference = one_by_one(model, data.pairs)
+    model.load(random_adapter(model))
+    expected = naive_scores(one_by_one(model, data.pairs), expected_reference, config.dpo.beta)
+    answers = [greedy(model, prompt, 12) for prompt in data.prompts.tokens]
+    expected["answer_tokens"] = float(np.mean([len(answer) for answer in answers]))
+    assert data.score(model, 300) == pytest.approx(expected, abs=1e-4)
+    model.load(reference)
+    same = data.score(model, config.evaluation.batch_tokens)
+    assert (same["accuracy"], same["margin"]) == (0.5, 0.0)
+
+
+def test_metrics_name_scores(config: Config, model: AdaptedModel) -> None:
+    data = make_set(config, model)
+    assert set(data.metrics) <= set(data.score(model, 300))
+    assert len(data) == len(QUESTIONS)
+
+
+def test_no_answers_wanted(config: Config, model: AdaptedModel) -> None:
+    config.evaluation.answers = 0
+    data = make_set(config, model)
+    assert "answer_tokens" not in data.score(model, 300)
+    assert side_by_side(model, model.initial, data.prompts) == ""
+
+
+@pytest.mark.parametrize("template", ["vicuna", "alpaca"])
+def test_prompts_are_those_of_training_and_leave_room(
+    template: str, config: Config, model: AdaptedModel
+) -> None:
+    config.data.template, config.training.max_length = template, 190
+    config.evaluation.answers = 5
+    data = make_set(config, model)
+    pairs, _ = held_out()
+    for prompt, pair, text in zip(data.prompts.tokens, pairs, QUESTIONS, strict=True):
+        rendered = render_prompt(pair.messages, template, model.tokenizer)
+        shown = model.tokenizer.decode(prompt).removeprefix("<s>")
+        assert rendered.endswith(shown)
+        assert text in shown
+        assert len(prompt) <= 190 - 12
+    assert data.prompts.texts == QUESTIONS
+    assert data.prompts.chosen == [pair.chosen for pair in pairs]
+
+
+def test_prompts_belong_to_the_pairs_that_were_kept(config: Config, model: AdaptedModel) -> None:
+    """Pairs that were left out in encoding have no prompt, and shift no answer."""
+    pairs, records = held_out()
+    long = Pair([{"role": "user", "content": "x" * 500}], "yes", "no", "", "")
+    pairs = [long, *pairs]
+    records = {name: [getattr(pair, name) for pair in pairs] for name in records}
+    encoded = encode_pairs(pairs, model.tokenizer, "vicuna", 400, "drop")
+    config.data.template = "vicuna"
+    data = make_preference_set(config, model, records, encoded, None, 1)
+    assert data.prompts.texts == QUESTIONS[:3]
+    assert data.prompts.chosen == ["good 0\nmore", "good 1\nmore", "good 2\nmore"]
+
+
+def test_answers_side_by_side(config: Config, model: AdaptedModel) -> None:
+    data = make_set(config, model)
+    adapter = random_adapter(model)
+    page = side_by_side(model, adapter, data.prompts)
+    assert page.startswith("# Answers to held-out prompts\n\n## Prompt\n")
+    _, *sections = page.split("\n## Prompt\n\n")
+    assert len(sections) == 3
+    for i, section in enumerate(sections):
+        model.load(model.initial)
+        base = as_text(model, np.array(greedy(model, data.prompts.tokens[i], 12)))
+        model.load(adapter)
+        adapted = as_text(model, np.array(greedy(model, data.prompts.tokens[i], 12)))
+        assert base != adapted
+        parts = section.strip("\n").split("\n\n")
+        assert parts == [
+            quoted(QUESTIONS[i]),
+            "**base model**",
+            quoted(base),
+            "**with the adapter**",
+            quoted(adapted),
+            "**the better answer in the data**",
+            f"> good {i}\n> more",
+        ]
+
+
+def quoted(text: str) -> str:
+    return "\n".join("> " + line for line in text.splitlines()) or "> "
+
+
+def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel) -> None:
+    pairs, adapter, reference = random_pairs(9), random_adapter(model), random_adapter(model, 2)
+    data = ClientData("a", random_pairs(3, seed=1), pairs)
+    for given_reference in (None, reference):
+        task = Task(1, adapter, 0.0, config, reference=given_reference)
+        scores = evaluate_locally(task, data)
+        model.load(adapter)
+        policy = one_by_one(model, pairs)
+        expected_reference = reference_log_probs(model, given_reference, pairs, 1)
+        expected = naive_scores(policy, expected_reference, config.dpo.beta)
+        assert scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_client_that_holds_nothing_back(config: Config, model: AdaptedModel) -> None:
+    pairs = random_pairs(3)
+    data = ClientData("desk-3", pairs, pairs.take(np.empty(0, np.int64)))
+    with pytest.raises(DataError, match=r"^desk-3 holds no examples back; raise data\.validation"):
+        evaluate_locally(Task(1, model.initial, 0.0, config), data)
+
+
+STORIES = Path(__file__).parents[3] / "shared/data/models/stories260k"
+
+
+@pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="no stories260k here")
+def test_answers_of_a_real_model(make_config: MakeConfig) -> None:
+    model = load_model(make_config(model={"path": str(STORIES)}))
+    texts = ["Once upon a time", "Tom was", "The little dog ran to the big tree and"]
+    asked = [np.array(model.tokenizer(text)["input_ids"], np.int32) for text in texts]
+    together = greedy_answers(model, asked, 20)
+    assert [answer.tolist() for answer in together] == [greedy(model, p, 20) for p in asked]
+    assert len(as_text(model, together[0]).split()) > 5
