@@ -66,7 +66,8 @@ def _build_split(
         for kind, number in zip(KINDS, numbers, strict=True):
             end = len(rows) + number
             while len(rows) < end:
-                row = correspondent.write(desk, kind)
+                # The bad reply is the longer one in every other pair: length says nothing.
+                row = correspondent.write(desk, kind, longer=len(rows) % 2 == 0)
                 replies = {(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])}
                 if not replies & seen:
                     rows.append(row)
@@ -90,12 +91,11 @@ class Correspondent:
         }
         self._rng = rng
 
-    def write(self, desk: str, kind: str) -> Row:
+    def write(self, desk: str, kind: str, longer: bool) -> Row:
         """A request to a desk, a good reply to it and one that is bad in one way.
 
-        The bad one is the longer one as often as not, so that length says nothing.
+        ``longer``: whether the bad one is the longer one, in characters.
         """
-        longer = self._rng.random() < 0.5
         while True:
             row = self._pair(desk, kind)
             if (len(row["rejected"]) > len(row["chosen"])) == longer:
