@@ -1,0 +1,167 @@
+"""A round of DPO with kept reference log-probabilities against computing them in every step.
+
+    python benchmarks/bench_dpo.py [--repeats 5] [--steps 10] [--threads 1]
+
+The embedded model and pairs, 16 pairs a step. Three programs train the same adapter on the same
+micro-batches: the package's `train_dpo` with values that an earlier round has kept, the same with
+a forward pass through the reference in every micro-batch, as a trainer without precomputed values
+does it, and the first round of the package, which computes the values of the pairs it draws once,
+sorted by length, before it trains. They take turns in one process, so that other load on the
+machine hits them alike: read the ratios, not the absolute figures.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fedllm_flwr.environment import prepare_environment
+
+prepare_environment()
+
+# The environment comes before the libraries that read it.
+# ruff: noqa: E402
+import numpy as np
+from numpy.typing import NDArray
+from transformers import TrainerCallback
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.compose import compose
+from fedllm_flwr.data.client import simulated_data
+from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.schedule import draw_examples
+from fedllm_flwr.training.batches import RoundBatches, round_batches
+from fedllm_flwr.training.device import micro_batch_size, torch_threads
+from fedllm_flwr.training.dpo import train_dpo
+from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.reference import LogProbs, reference_log_probs
+
+LEARNING_RATE = 5e-4
+KEPT, FIRST, EVERY_STEP = "kept values", "first round", "in every step"  # names of the programs
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The model, the pairs and how they are trained on."""
+
+    config: Config
+    model: AdaptedModel
+    pairs: EncodedPairs
+    kept: LogProbs  # (pairs, 2)
+
+    def train(
+        self, batches: RoundBatches, reference: LogProbs, callbacks: list[TrainerCallback]
+    ) -> float:
+        """A round of training; its mean loss."""
+        config = self.config
+        return train_dpo(
+            self.model,
+            self.pairs,
+            reference,
+            batches,
+            config.dpo,
+            config.training,
+            LEARNING_RATE,
+            0,
+            callbacks,
+        ).loss
+
+
+def load_workload(steps: int, threads: int) -> Workload:
+    """The embedded model and all its training pairs."""
+    config = compose(["task=dpo", f"training.max_steps={steps}"])
+    model = load_model(config)
+    pairs = simulated_data(config, model.tokenizer).encoded
+    assert isinstance(pairs, EncodedPairs)
+    with torch_threads(threads):
+        kept = reference_log_probs(model, None, pairs, config.evaluation.batch_tokens)
+    return Workload(config, model, pairs, kept)
+
+
+class _ReferenceInEveryStep(TrainerCallback):
+    """Computes the values of each micro-batch just before it is trained on, and checks them."""
+
+    def __init__(self, work: Workload, batches: RoundBatches) -> None:
+        self._work = work
+        self._left = iter(batches.batches)
+
+    def _compute(self) -> None:
+        batch = np.array(next(self._left))
+        pairs = self._work.pairs.take(batch)
+        fresh = reference_log_probs(self._work.model, None, pairs, batch_tokens=10**9)
+        np.testing.assert_allclose(fresh, self._work.kept[batch], rtol=1e-4)
+        self._work.model.peft.train()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro-batch of a step."""
+        self._compute()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before each further one."""
+        self._compute()
+
+
+def programs(
+    work: Workload, drawn: NDArray[np.int64]
+) -> dict[str, Callable[[RoundBatches], float]]:
+    """What is compared."""
+
+    def first(batches: RoundBatches) -> float:
+        values, chosen = np.zeros_like(work.kept), np.unique(drawn)
+        budget = work.config.evaluation.batch_tokens
+        values[chosen] = reference_log_probs(work.model, None, work.pairs.take(chosen), budget)
+        return work.train(batches, values, [])
+
+    return {
+        KEPT: lambda batches: work.train(batches, work.kept, []),
+        FIRST: first,
+        EVERY_STEP: lambda batches: work.train(
+            batches, work.kept, [_ReferenceInEveryStep(work, batches)]
+        ),
+    }
+
+
+def measure(work: Workload, repeats: int) -> dict[str, list[float]]:
+    """Seconds a step of each program and repeat; every repeat draws other pairs."""
+    training = work.config.training
+    size = micro_batch_size(training, work.model.device, work.model.num_base_parameters, rows=2)
+    seconds: dict[str, list[float]] = {KEPT: [], FIRST: [], EVERY_STEP: []}
+    names = list(seconds)
+    for repeat in range(repeats + 1):  # the first one warms up
+        count = training.max_steps * training.batch_size
+        drawn = draw_examples(len(work.pairs), count, repeat + 1, 0, "bench")
+        batches = round_batches(drawn, work.pairs.lengths, training.max_steps, size, packed=False)
+        run = programs(work, drawn)
+        losses = []
+        names = [*names[1:], names[0]]
+        for name in names:
+            work.model.load(work.model.initial)
+            started = time.perf_counter()
+            losses.append(run[name](batches))
+            if repeat:
+                seconds[name].append((time.perf_counter() - started) / training.max_steps)
+        np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+    return seconds
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=Path(__file__).stem)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    work = load_workload(options.steps, options.threads)
+    with torch_threads(options.threads):
+        seconds = measure(work, options.repeats)
+    print(f"{'':15} {'ms a step':>10} {'to kept values':>15}")
+    for name, values in seconds.items():
+        ratio = median(a / b for a, b in zip(values, seconds[KEPT], strict=True))
+        print(f"{name:15} {1e3 * median(values):10.0f} {ratio:15.2f}")
+
+
+if __name__ == "__main__":
+    main()
