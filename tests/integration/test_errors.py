@@ -34,6 +34,7 @@ class Mistake:
 
 
 DATA = "data=jsonl data.path="
+PAIRS = "task=dpo data=preferences data.path="
 MISTAKES = [
     Mistake("misspelt key", "training.learning_rat=1e-4", "Did you mean 'training.learning_rate'"),
     Mistake("misspelt choice", "algorithm=scafold", "Did you mean 'scaffold'"),
@@ -69,6 +70,32 @@ MISTAKES = [
     Mistake("going on with nothing", "resume=folder", "holds no run"),
     Mistake("going on with another option", "resume=finished lora.r=4", "lora.r=4: the run in"),
     Mistake("tracker that is not installed", "tracking.wandb=true", "wandb"),
+    Mistake(
+        "minimal learning rate above the first",
+        "training.min_learning_rate=0.1",
+        "training.min_learning_rate=0.1 is above training.learning_rate=0.005; lower it",
+    ),
+    Mistake("pairs without a column", f"{PAIRS}one_sided.jsonl", "data.columns.rejected=rejected"),
+    Mistake("instructions for DPO", f"{PAIRS}notes.jsonl", "not preference pairs; use task=sft"),
+    Mistake("pairs for SFT", f"{DATA}pairs.jsonl", "not instructions; use task=dpo"),
+    Mistake("pairs without a difference", f"{PAIRS}equal.jsonl", "chosen equals rejected in all"),
+    Mistake("misspelt loss", "task=dpo dpo.loss_type=sigmod", "Did you mean 'sigmoid'"),
+    Mistake(
+        "label smoothing that nothing uses",
+        "task=dpo dpo.label_smoothing=0.1",
+        "no effect on dpo.loss_type=sigmoid; use one of robust",
+    ),
+    Mistake("packing of pairs", "task=dpo training.packing=true", "works with task=sft only"),
+    Mistake(
+        "reference that is no adapter",
+        "task=dpo dpo.reference_adapter=folder",
+        "dpo.reference_adapter=folder: no adapter_config.json",
+    ),
+    Mistake(
+        "reference of another shape",
+        "task=dpo dpo.reference_adapter=finished/adapter lora.r=4",
+        "lora.r",
+    ),
 ]
 
 
@@ -81,6 +108,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "notes.jsonl").write_text("\n".join(lines).replace("answer", "output"))
     (place / "empty.jsonl").write_text("")
     (place / "broken.jsonl").write_text("\n".join([*lines[:2], lines[2][:-5], *lines[3:]]))
+    for file, answers in {
+        "pairs": {"chosen": "Yes, {}.", "rejected": "No {}"},
+        "one_sided": {"chosen": "Yes, {}."},
+        "equal": {"chosen": "{}", "rejected": "{}"},
+    }.items():
+        pairs = [
+            {"prompt": f"Is it {i}?"} | {side: text.format(i) for side, text in answers.items()}
+            for i in range(12)
+        ]
+        (place / f"{file}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (place / "folder").mkdir()
     source = Path(model_source(ModelConfig()))
     shutil.copytree(source, place / "model")
