@@ -110,10 +110,15 @@ def _own(config: Config, context: Context) -> Config:
     """The server's configuration with what only this site decides: its paths and its device.
 
     Raises:
-        ConfigError: the site has no data, or the server names a model by a local path.
+        ConfigError: the site has no data, or the server names a model by a local path, or takes
+            a site for a simulated client, or the other way round.
     """
-    site = context.node_config
-    if _is_simulated(context):
+    site, deployed = context.node_config, config.federation.engine == "deployment"
+    if deployed == _is_simulated(context):
+        remedy = "drop" if deployed else "start the run with"
+        kind = "a simulation" if deployed else "a deployment"
+        raise ConfigError(f"this is {kind}; {remedy} federation.engine=deployment")
+    if not deployed:
         return config
     if "data-path" not in site:
         raise ConfigError(
@@ -127,7 +132,9 @@ def _own(config: Config, context: Context) -> Config:
             f"model.path={model_path} is no hub id; name this site's own copy with model-path in "
             "its node config"
         )
-    data = replace(config.data, path=str(site["data-path"]), max_samples=None)
+    data = replace(
+        config.data, path=str(site["data-path"]), eval_path=None, eval_split=None, max_samples=None
+    )
     return replace(
         config,
         data=data,

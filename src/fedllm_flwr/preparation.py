@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.adapters import load_adapter
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client import SimulatedData, encode_records, simulated_data
+from fedllm_flwr.data.client import SimulatedData, encode_records, losses, simulated_data
+from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.data.partition import ClientStats, describe
 from fedllm_flwr.evaluation.central import HeldOut, make_evaluation_set
 from fedllm_flwr.evaluation.preferences import make_preference_set
 from fedllm_flwr.params import Params
@@ -19,7 +22,9 @@ from fedllm_flwr.training.tokenizer import load_tokenizer
 class Prepared:
     """Inputs of a run, loaded."""
 
-    data: SimulatedData
+    num_clients: int  # that must be there
+    clients: list[ClientStats]  # of a simulation; sites describe themselves
+    warnings: list[str]  # what was left out of the data, or cut
     model: AdaptedModel
     evaluation: HeldOut | None
     initial: Params
@@ -32,25 +37,40 @@ def prepare(config: Config) -> Prepared:
     Raises:
         FedLLMError: names the key, the value and the remedy.
     """
-    tokenizer = load_tokenizer(config.model)
-    data = simulated_data(config, tokenizer)
+    load_tokenizer(config.model)  # a wrong path shows before the data are read
+    if config.federation.engine == "deployment":
+        records = load_evaluation_data(config)
+        clients: list[ClientStats] = []
+        warnings: list[str] = []
+    else:
+        data = simulated_data(config, load_tokenizer(config.model))
+        records, clients = data.source.eval, describe(data.partition)
+        warnings = _lost(config, data)
     model = load_model(config)
     initial = _adapter(config.init_adapter, model) or model.initial
     is_dpo = config.task.name == "dpo"
     reference = _adapter(config.dpo.reference_adapter, model) if is_dpo else None
-    evaluation = _held_out(config, data, model, reference)
-    return Prepared(data, model, evaluation, initial, reference)
+    evaluation = _held_out(config, records, model, reference)
+    num_clients = len(clients) or config.federation.num_clients or 1
+    return Prepared(num_clients, clients, warnings, model, evaluation, initial, reference)
 
 
 def _adapter(path: str | None, model: AdaptedModel) -> Params | None:
     return None if path is None else load_adapter(Path(path).expanduser(), model)
 
 
+def _lost(config: Config, data: SimulatedData) -> list[str]:
+    """What the user should know of records that were left out or cut."""
+    train = data.source.report.train
+    any_left_out = train.empty or train.equal or train.bad or train.duplicates
+    return [*(data.source.report.lines() if any_left_out else []), *losses(config, data.encoded)]
+
+
 def _held_out(
-    config: Config, data: SimulatedData, model: AdaptedModel, reference: Params | None
+    config: Config, records: Any, model: AdaptedModel, reference: Params | None
 ) -> HeldOut | None:
-    records = data.source.eval
-    if not (config.evaluation.central and len(records)):
+    """Held-out `records`, a data set or None, ready to score adapters with."""
+    if records is None or not (config.evaluation.central and len(records)):
         return None
     encoded = encode_records(config, model.tokenizer, records)
     if isinstance(encoded, EncodedPairs):

@@ -35,8 +35,8 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
     console.status("reading the data")
     config = with_absolute_paths(config)
     model_source(config.model)
-    _, clients = divided_data(config)
     engine = find_engine(config.federation.engine)
+    _, clients = divided_data(config)
     return _carry_out(
         config, console, started, lambda main: engine(config, clients.num_clients, main)
     )

@@ -6,15 +6,12 @@ from flwr.serverapp import Grid
 from fedllm_flwr.adapters import save_adapter
 from fedllm_flwr.checkpoint import ServerState, load_state, write_atomically
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client import losses
-from fedllm_flwr.data.partition import ClientStats
-from fedllm_flwr.data.partition import describe as describe_clients
 from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
 from fedllm_flwr.params import Params
 from fedllm_flwr.planning import make_plan
 from fedllm_flwr.preparation import Prepared, prepare
 from fedllm_flwr.progress import Progress
-from fedllm_flwr.reporting.clients import clients_table
+from fedllm_flwr.reporting.clients import clients_table, sizes_table
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import summarise
 from fedllm_flwr.run_directory import RunDirectory
@@ -38,12 +35,14 @@ def serve(
         console.status("loading data and model")
         prepared = prepare(config)
         state, warnings = _initial_state(config, directory, prepared)
-        stats = _describe_clients(directory, prepared)
-        console.status("starting the clients")
-        roster = discover(grid, config, prepared.data.partition.num_clients)
+        is_deployment = config.federation.engine == "deployment"
+        console.status("waiting for the sites" if is_deployment else "starting the clients")
+        roster = discover(grid, config, prepared.num_clients)
         check_roster(roster, config.federation)
-    warnings += prepared.data.source.report.lines() if _lost_records(prepared) else []
-    warnings += losses(config, prepared.data.encoded)
+        sizes = {name: client.info.num_examples for name, client in roster.items()}
+        table = clients_table(prepared.clients) if prepared.clients else sizes_table(sizes)
+        write_atomically(directory.clients, table.encode())
+    warnings += prepared.warnings
     console.plan(make_plan(config, prepared, roster, directory, state.round + 1, warnings))
     progress = Progress(config, directory, prepared, console, timings, state.round + 1)
     try:
@@ -52,7 +51,7 @@ def serve(
         progress.close(succeeded=False)
         raise
     progress.close(succeeded=True)
-    _finish(config, directory, prepared, final, progress, stats, timings)
+    _finish(config, directory, prepared, final, progress, timings)
 
 
 def _initial_state(
@@ -73,25 +72,12 @@ def _run_rounds(
     return strategy.state
 
 
-def _describe_clients(directory: RunDirectory, prepared: Prepared) -> list[ClientStats]:
-    stats = describe_clients(prepared.data.partition)
-    write_atomically(directory.clients, clients_table(stats).encode())
-    return stats
-
-
-def _lost_records(prepared: Prepared) -> bool:
-    """Whether records were left out, so that the user should know."""
-    train = prepared.data.source.report.train
-    return bool(train.empty or train.equal or train.bad or train.duplicates)
-
-
 def _finish(
     config: Config,
     directory: RunDirectory,
     prepared: Prepared,
     final: ServerState,
     progress: Progress,
-    stats: list[ClientStats],
     timings: Timings,
 ) -> None:
     """Draw the figures and export what was trained."""
@@ -99,7 +85,8 @@ def _finish(
 
     with timings.phase("results"):
         plot_curves(progress.records, directory.curves, _title(config))
-        plot_clients(stats, directory.path / "clients.png")
+        if prepared.clients:
+            plot_clients(prepared.clients, directory.path / "clients.png")
         summary = summarise(progress.records, timings.seconds)
         adapters = {directory.adapter: final.params}
         if config.algorithm.name == "local":

@@ -14,9 +14,11 @@ def validate_paths(config: Config) -> None:
     Raises:
         ConfigError: names the key and the path that is missing.
     """
-    if not config.data.path and not config.data.hub_id:
+    sites_own = config.federation.engine == "deployment"  # data.path is each site's own
+    if not config.data.path and not config.data.hub_id and not sites_own:
         raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
-    files = {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
+    files = {"data.eval_path": config.data.eval_path}
+    files |= {} if sites_own else {"data.path": config.data.path}
     for key, path in files.items():
         if path and path not in EMBEDDED_DATA:
             _check_exists(key, path)

@@ -150,7 +150,7 @@ class PartitionConfig:
 class FederationConfig:
     """Who takes part, and on which engine."""
 
-    engine: str = "ray"  # ray | inprocess
+    engine: str = "ray"  # ray | inprocess | deployment: sites with data of their own
     num_clients: int | None = None  # null: what a natural partition yields, 10 otherwise
     sample_clients: int | None = None  # clients per round; null: sample_fraction of them
     sample_fraction: float = 0.4  # clients per round, as a share of all

@@ -40,7 +40,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.variant": ("paper", "openfedllm"),
     "algorithm.weighting": ("auto", "examples", "uniform"),
     "partition.name": ("iid", "dirichlet", "natural", "pathological", "size"),
-    "federation.engine": ("ray", "inprocess"),
+    "federation.engine": ("ray", "inprocess", "deployment"),
     "communication.dtype": ("float32", "bfloat16", "float16"),
 }
 
@@ -165,6 +165,10 @@ def _check_training(config: Config) -> None:
 def _check_clients(config: Config) -> None:
     federation = config.federation
     clients, sampled = federation.num_clients, federation.sample_clients
+    if federation.engine == "deployment" and clients is None:
+        raise ConfigError(
+            "federation.engine=deployment needs federation.num_clients=<sites to wait for>."
+        )
     if clients is None and config.partition.name != "natural":
         clients = DEFAULT_NUM_CLIENTS
     if clients is None:  # the values of a column, not known before the data is read

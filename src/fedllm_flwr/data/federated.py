@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -67,17 +67,32 @@ def load_federated_data(config: Config) -> FederatedData:
     loaded = load_records(data, kind, label=label, client=client)
     train = _sample(loaded.records, data.max_samples, config.seed, "max_samples")
     if _has_eval_source(data):
-        evaluation = load_records(
-            data, kind, True, label=_optional(_eval_label(data)), client=_optional(client)
-        )
-        limit = data.eval_max_samples
-        held_out, report = 0, evaluation.report
-        test = _sample(evaluation.records, limit, config.seed, "eval_max_samples")
+        test, report = _load_evaluation(config, client)
+        held_out = 0
     else:
         train, test = _hold_out(train, data, config.seed)
         held_out, report = len(test), None
     counts = LoadReport(loaded.report, report, len(train), len(test), held_out)
     return FederatedData(kind.to_dataset(train), kind.to_dataset(test), counts)
+
+
+def load_evaluation_data(config: Config) -> "datasets.Dataset | None":
+    """The evaluation records of a server whose training data lie with its sites, if it has any."""
+    if not _has_eval_source(config.data):
+        return None
+    client = _column(config.data.client_column, "data.client_column", required=False)
+    return KINDS[config.task.name].to_dataset(_load_evaluation(config, client)[0])
+
+
+def _load_evaluation(
+    config: Config, client: AttributeColumn | None
+) -> tuple[list[Any], SourceReport]:
+    data, kind = config.data, KINDS[config.task.name]
+    loaded = load_records(
+        data, kind, True, label=_optional(_eval_label(data)), client=_optional(client)
+    )
+    records = _sample(loaded.records, data.eval_max_samples, config.seed, "eval_max_samples")
+    return records, loaded.report
 
 
 def load_site_data(config: Config) -> "datasets.Dataset":

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +31,13 @@ def clients_table(stats: "Sequence[ClientStats]") -> str:
                 item.max_length,
             ]
         )
+    return text.getvalue()
+
+
+def sizes_table(sizes: Mapping[str, int]) -> str:
+    """``clients.csv`` where nothing but the number of examples is known of clients."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("client", "examples"), *sizes.items()])
     return text.getvalue()
 
 
