@@ -92,7 +92,7 @@ def log_probs(count: int) -> Any:
 
 
 BOTH = st.integers(1, 12).flatmap(lambda n: st.tuples(log_probs(n), log_probs(n)))
-BETAS = st.sampled_from([0.0625, 0.125, 0.5, 2.0])
+BETAS = st.sampled_from([0.0625, 0.125, 0.5])  # above, the slow formula overflows
 unhurried = settings(max_examples=60, deadline=None)
 
 
