@@ -35,7 +35,6 @@ _SERVER_ONLY = (
     "tracking",
     "compare",
     "checkpoint",
-    "evaluation.suites",
     "federation.ray_address",
 )
 _KINDS: dict[type, str] = {

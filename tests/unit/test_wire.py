@@ -256,8 +256,7 @@ def test_what_concerns_the_server_alone_does_not_travel() -> None:
         resume="/srv/secret-2",
         init_adapter="/srv/secret-3",
         tracking=replace(CONFIG.tracking, project="secret-4"),
-        evaluation=replace(CONFIG.evaluation, suites=["/srv/secret-5"]),
-        federation=replace(CONFIG.federation, ray_address="secret-6:6379"),
+        federation=replace(CONFIG.federation, ray_address="secret-5:6379"),
     )
 
     for content, record in (

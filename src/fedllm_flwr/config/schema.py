@@ -159,8 +159,8 @@ class FederationConfig:
     round_timeout_s: float = 3600.0  # seconds until a round closes with the replies that came
     start_timeout_s: float = 120.0  # how long to wait for the clients to be there
     client_cpus: int = 1  # CPU threads of one client
-    client_gpus: float = 0.0  # share of a GPU that one simulated client takes
-    ray_address: str | None = None  # running Ray cluster to use; null: a local one
+    client_gpus: float = 0.0  # ray: share of a GPU that one simulated client takes
+    ray_address: str | None = None  # ray: host:port of a running cluster; null: a local one
 
 
 @dataclass
@@ -188,7 +188,6 @@ class EvaluationConfig:
     clients: bool = False  # ask the clients to score it on their own records
     answers: int = 8  # dpo: held-out prompts answered, for their length and side by side
     max_new_tokens: int = 64  # dpo: tokens of such an answer at most
-    suites: list[str] = field(default_factory=list)  # benchmark suites to run at the end
 
 
 @dataclass
