@@ -13,6 +13,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.client import cache_dir, divided_data
 from fedllm_flwr.engines import find_engine
+from fedllm_flwr.engines.resources import check_machine
 from fedllm_flwr.errors import FedLLMError, RunInterrupted
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import Record, read_metrics, summarise, write_summary
@@ -36,6 +37,7 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
     config = with_absolute_paths(config)
     model_source(config.model)
     engine = find_engine(config.federation.engine)
+    check_machine(config)
     _, clients = divided_data(config)
     return _carry_out(
         config, console, started, lambda main: engine(config, clients.num_clients, main)

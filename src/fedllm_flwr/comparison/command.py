@@ -12,6 +12,7 @@ from fedllm_flwr.comparison.results import curves, deciding_metric, make_rows, r
 from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.validation import ALGORITHMS
+from fedllm_flwr.engines.resources import check_machine
 from fedllm_flwr.errors import ConfigError, RunInterrupted
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.text import format_seconds
@@ -42,9 +43,10 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
     algorithms = _algorithms(options.get("algorithm", "all"))
     seeds = [f"compare.seeds={options['seeds']}"] if "seeds" in options else []
     jobs = make_jobs([*own, *seeds], config_dir, algorithms, root)
+    config = jobs[0].config
+    check_machine(config)
     saved = json.dumps({"options": options, "overrides": own}, indent=2)
     write_atomically(root / _SAVED, saved.encode())
-    config = jobs[0].config
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
     done = sum(job.done for job in jobs)
     print(

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.engines import ServerMain
+from fedllm_flwr.engines.resources import join_cluster
 from fedllm_flwr.engines.stoppable import StoppableGrid
 from fedllm_flwr.errors import FederationError
 
@@ -25,13 +26,16 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
     behind and errors come back as they are.
 
     Raises:
-        FederationError: Ray cannot start, or its workers do not fit this machine.
+        FederationError: Ray cannot start, or no cluster is at ``federation.ray_address``.
+        ConfigError: a client takes more than any machine of that cluster has.
         KeyboardInterrupt: the user stopped the run.
     """
     from flwr.simulation import run_simulation
 
     from fedllm_flwr.client_app import app as client_app
 
+    if address := config.federation.ray_address:
+        join_cluster(address, _init_args(config), config.federation)
     stop = threading.Event()
     failures: list[BaseException] = []
     server_app = ServerApp()
@@ -61,16 +65,19 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
 
 def _backend_config(config: Config) -> Any:
     federation = config.federation
-    init_args: dict[str, Any] = {"logging_level": "critical", "log_to_driver": False}
-    if federation.ray_address is not None:
-        init_args["address"] = federation.ray_address
     return {
-        "init_args": init_args,
+        "init_args": _init_args(config),
         "client_resources": {
             "num_cpus": federation.client_cpus,
             "num_gpus": federation.client_gpus,
         },
     }
+
+
+def _init_args(config: Config) -> dict[str, Any]:
+    quiet: dict[str, Any] = {"logging_level": "critical", "log_to_driver": False}
+    address = config.federation.ray_address
+    return quiet if address is None else {**quiet, "address": address}
 
 
 @contextlib.contextmanager

@@ -75,6 +75,11 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_count() -> int:
+    """CUDA devices that torch can use."""
+    return torch.cuda.device_count()
+
+
 def describe_device(device: torch.device) -> str:
     """The device for people: its name and memory, or the number of CPUs."""
     if device.type == "cuda":

@@ -1,0 +1,90 @@
+"""What simulated clients ask of the machine, or of a Ray cluster, checked before they start.
+
+Ray waits without end for a worker that fits nowhere.
+"""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import FederationConfig
+from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.training.device import cpu_count, gpu_count
+
+_CONNECT_S = 5.0  # seconds
+
+
+def check_machine(config: Config) -> None:
+    """Refuse clients that do not fit this machine, where they run on it.
+
+    Raises:
+        ConfigError: they take more CPUs or GPUs than there are.
+    """
+    federation = config.federation
+    on_cluster = federation.engine == "ray" and federation.ray_address is not None
+    if on_cluster or federation.engine == "deployment":
+        return
+    resources = {"CPU": cpu_count(), "GPU": gpu_count()}
+    _check_fit(federation, resources, "this machine")
+
+
+def join_cluster(address: str, init_args: Mapping[str, Any], federation: FederationConfig) -> None:
+    """Connect this process to a running Ray cluster, on which Flower then builds its workers.
+
+    Raises:
+        FederationError: nothing answers there.
+        ConfigError: a client takes more than any machine of the cluster has.
+    """
+    import ray
+
+    _check_answers(address)
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
+    try:
+        ray.init(
+            include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **init_args
+        )
+    except Exception as error:  # Ray raises many kinds
+        raise _no_cluster(address, error) from error
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = {kind: max(m.get(kind, 0.0) for m in machines) for kind in ("CPU", "GPU")}
+    try:
+        _check_fit(federation, largest, "the largest machine of the Ray cluster")
+    except ConfigError:
+        ray.shutdown()
+        raise
+
+
+def _check_fit(federation: FederationConfig, resources: Mapping[str, float], whose: str) -> None:
+    for kind, key in (("CPU", "client_cpus"), ("GPU", "client_gpus")):
+        wanted, there = getattr(federation, key), resources[kind]
+        if wanted > there:
+            found = f"{there:g} {kind}{'' if there == 1 else 's'}" if there else f"no {kind}"
+            found += " that torch can use" if kind == "GPU" and "Ray" not in whose else ""
+            raise ConfigError(
+                f"federation.{key}={wanted:g}, but {whose} has {found}; set "
+                f"federation.{key}={there:g}{' or less' if there else ''}."
+            )
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself retries a wrong address for minutes."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
+    if not match:
+        return  # auto and its kind, which Ray looks up
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> FederationError:
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    reason = text.splitlines()[0].rstrip(".")
+    return FederationError(
+        f"federation.ray_address={address}: no Ray cluster answers there ({reason}); give its "
+        "host:port, or leave the key out for a local one."
+    )

@@ -1,0 +1,58 @@
+"""Clients that do not fit are refused before an engine starts."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.engines.resources import check_machine, join_cluster
+from fedllm_flwr.errors import ConfigError, FederationError
+
+MakeConfig = Callable[..., Config]
+CPUS = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("engine", ["ray", "inprocess"])
+def test_cpus_of_the_machine(engine: str, make_config: MakeConfig) -> None:
+    check_machine(make_config(federation={"engine": engine, "client_cpus": CPUS}))
+    with pytest.raises(ConfigError) as caught:
+        check_machine(make_config(federation={"engine": engine, "client_cpus": CPUS + 1}))
+    plural = "" if CPUS == 1 else "s"
+    assert str(caught.value) == (
+        f"federation.client_cpus={CPUS + 1}, but this machine has {CPUS} CPU{plural}; set "
+        f"federation.client_cpus={CPUS} or less."
+    )
+
+
+@pytest.mark.parametrize("engine", ["ray", "inprocess"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_gpus_where_there_is_none(engine: str, make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"federation\.client_gpus=0\.1, .*has no GPU"):
+        check_machine(make_config(federation={"engine": engine, "client_gpus": 0.1}))
+
+
+@pytest.mark.parametrize(
+    "federation",
+    [{"engine": "deployment"}, {"engine": "ray", "ray_address": "cluster:6379"}],
+)
+def test_other_machines_are_not_measured_by_this_one(
+    federation: dict[str, Any], make_config: MakeConfig
+) -> None:
+    check_machine(make_config(federation={**federation, "client_cpus": 10_000}))
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_address_where_nothing_answers(scheme: str, make_config: MakeConfig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = f"{scheme}127.0.0.1:{port}"
+    started = time.monotonic()
+    with pytest.raises(FederationError, match=r"Connection refused.*host:port") as caught:
+        join_cluster(address, {"address": address}, make_config().federation)
+    assert f"federation.ray_address={address}: " in str(caught.value)
+    assert time.monotonic() - started < 20  # seconds, the import of Ray included
