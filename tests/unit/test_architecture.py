@@ -39,6 +39,7 @@ LAYERS = (
         "planning",
         "timings",
         "generation",
+        "deployment",
     ),
     ("server",),
     ("client_app", "server_app", "engines", "run"),

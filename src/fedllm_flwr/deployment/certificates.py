@@ -1,0 +1,160 @@
+"""A certificate authority of the federation's own, and the server certificate that it signs."""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.errors import ConfigError
+
+CA_DAYS, SERVER_DAYS = 3650, 730  # validity
+LOOPBACK = ("localhost", "127.0.0.1")
+_CLOCK_SKEW = timedelta(hours=1)  # a site whose clock is behind accepts a fresh certificate
+_LONGEST_COMMON_NAME = 64  # characters (RFC 5280, ub-common-name)
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate and its private key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @property
+    def certificate_pem(self) -> bytes:
+        """For ``*.crt``."""
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    @property
+    def key_pem(self) -> bytes:
+        """For ``*.key``; unencrypted, the file's permissions protect it."""
+        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def subject_alternative_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """The names that a server certificate is for: `hosts`, then the server's own loopback.
+
+    gRPC looks at these only, never at the common name.
+
+    Raises:
+        ConfigError: one of `hosts` is neither a host name nor an IP address.
+    """
+    return [_general_name(host) for host in dict.fromkeys([*hosts, *LOOPBACK])]
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    labels = host.split(".")
+    # The last label of a name is no number: 10.0.0.300 is a mistyped address.
+    if len(host) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
+        raise ConfigError(
+            f"--host {shown(host)}: neither a host name nor an IP address; give what the sites "
+            "will dial, without scheme and port, as fl.example.org or 10.0.0.5"
+        )
+    return x509.DNSName(host)
+
+
+def issue_ca() -> Issued:
+    """A certificate authority that can sign server certificates and nothing below them."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = _name("fedllm federation CA")
+    key_usage = _key_usage(key_cert_sign=True, crl_sign=True)
+    builder = _builder(name, name, key, CA_DAYS).add_extension(key_usage, critical=True)
+    constraints = x509.BasicConstraints(ca=True, path_length=0)
+    return Issued(builder.add_extension(constraints, True).sign(key, hashes.SHA384()), key)
+
+
+def issue_server(ca: Issued, hosts: Sequence[str]) -> Issued:
+    """A server certificate for all `hosts` and loopback; errors as `subject_alternative_names`."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key())
+    extended = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    builder = _builder(_name(hosts[0]), ca.certificate.subject, key, SERVER_DAYS)
+    certificate = (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(digital_signature=True), critical=True)
+        .add_extension(extended, critical=False)
+        .add_extension(issuer_id, critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName(subject_alternative_names(hosts)), critical=False
+        )
+        .sign(ca.key, hashes.SHA384())
+    )
+    return Issued(certificate, key)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _name(common_name: str) -> x509.Name:
+    text = common_name[:_LONGEST_COMMON_NAME]
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _key_usage(**allowed: bool) -> x509.KeyUsage:
+    usages = (
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+        "key_cert_sign",
+        "crl_sign",
+        "encipher_only",
+        "decipher_only",
+    )
+    return x509.KeyUsage(**{usage: allowed.get(usage, False) for usage in usages})
+
+
+def read_ca(pem: bytes, source: str) -> x509.Certificate:
+    """The certificate authority of a file that a server's operator has handed out.
+
+    Raises:
+        ConfigError: no PEM certificate, not an authority, or expired.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        raise ConfigError(
+            f"--ca {source}: no PEM certificate; give the ca.crt of the server's directory"
+        ) from None
+    try:
+        is_ca = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        is_ca = False
+    if not is_ca:
+        raise ConfigError(
+            f"--ca {source}: a certificate, but not that of an authority; give the ca.crt of the "
+            "server's directory, not its server.crt"
+        )
+    if certificate.not_valid_after_utc < datetime.now(UTC):
+        raise ConfigError(
+            f"--ca {source}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask the "
+            "server's operator for a new ca.crt"
+        )
+    return certificate

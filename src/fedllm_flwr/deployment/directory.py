@@ -1,0 +1,134 @@
+"""New directories of operators: all files or none, and never over what is there."""
+
+import contextlib
+import os
+import re
+import shlex
+import string
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.errors import ConfigError
+
+PUBLIC, SECRET, PROGRAM = 0o644, 0o600, 0o755  # permissions of files
+_PRIVATE_DIRECTORY = 0o700
+_TEMPLATES = Path(__file__).parent / "templates"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+FLWR_HOME = "flwr"  # Flower's own files, inside a server's or site's directory
+
+
+class _Template(string.Template):
+    """Text with ``@{name}`` for values, so that a shell's dollars stay as they are."""
+
+    delimiter = "@"
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file to write; `mode` are its permissions, whatever the umask."""
+
+    content: str | bytes
+    mode: int = PUBLIC
+
+
+def absolute(path: str | Path) -> Path:
+    """A path from the root, on one printable line, as scripts and unit files can hold it.
+
+    Raises:
+        ConfigError: a line break or another control character is in it.
+    """
+    resolved = Path(path).expanduser().resolve()
+    if not str(resolved).isprintable():
+        raise ConfigError(f"{shown(str(resolved))}: control characters in a path; give another")
+    return resolved
+
+
+def filled(template: str, **values: str) -> str:
+    """A file of ``templates/`` with its values."""
+    return _Template((_TEMPLATES / template).read_text("utf-8")).substitute(values)
+
+
+def program_folder() -> str:
+    """Where flower-superlink and its like are: beside this Python, quoted for a shell."""
+    return shlex.quote(str(Path(sys.executable).parent))
+
+
+def systemd_quoted(path: Path) -> str:
+    """A path as one word of a unit file."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'.replace("$", "$$")
+
+
+def check_name(name: str, option: str) -> None:
+    """Refuse a site's name that cannot be a file name and a label in logs and tables.
+
+    Raises:
+        ConfigError: other characters, or too long.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{option} {shown(name)}: use letters, digits, '.', '_' and '-', at most 63, starting "
+            "with a letter or digit"
+        )
+
+
+def check_new(directory: Path) -> None:
+    """Refuse a directory that holds anything.
+
+    Raises:
+        ConfigError: a file of this name, or a directory that is not empty.
+    """
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        what = "not empty" if directory.is_dir() else "not a directory"
+        raise ConfigError(
+            f"{directory}: {what}; give a new directory, keys and certificates are never "
+            "overwritten"
+        )
+
+
+def write_new(directory: Path, files: Mapping[str, NewFile]) -> None:
+    """Make a directory for its owner alone, with `files`; after an error nothing of it is left.
+
+    Raises:
+        ConfigError: the directory is not new, or cannot be written.
+    """
+    check_new(directory)
+    existed = directory.exists()
+    written: list[Path] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(_PRIVATE_DIRECTORY)
+        for name, file in files.items():
+            path = directory / name
+            for folder in reversed(path.relative_to(directory).parents[:-1]):
+                if not (directory / folder).exists():
+                    (directory / folder).mkdir(_PRIVATE_DIRECTORY)
+                    written.append(directory / folder)
+            _write(path, file, written)
+    except OSError as error:
+        _remove([*written] if existed else [directory, *written])
+        raise ConfigError(
+            f"{directory}: cannot be written ({error.strerror or error}); give another directory"
+        ) from error
+
+
+def _write(path: Path, file: NewFile, written: list[Path]) -> None:
+    content = file.content.encode() if isinstance(file.content, str) else file.content
+    # O_EXCL: nothing is overwritten. A key is never readable by others, not even at first.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode & SECRET)
+    written.append(path)
+    with os.fdopen(descriptor, "wb") as stream:
+        os.fchmod(descriptor, file.mode)
+        stream.write(content)
+
+
+def _remove(paths: list[Path]) -> None:
+    """Files, and then the folders around them."""
+    for path in reversed(paths):
+        with contextlib.suppress(OSError):  # was not made, then
+            path.rmdir() if path.is_dir() else path.unlink()

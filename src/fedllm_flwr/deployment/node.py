@@ -1,0 +1,70 @@
+"""A site's node config: what its SuperNode hands to the ClientApp, as Flower reads it."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+COLUMNS = "columns."  # columns.<role> = name of the column in the site's file
+ROLES = tuple(field.name for field in fields(ColumnsConfig))
+
+
+def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
+    """Role -> column, from ``--column role=column``.
+
+    Raises:
+        ConfigError: not of this form, an unknown role, or a role given twice.
+    """
+    columns: dict[str, str] = {}
+    for assignment in assignments:
+        role, equals, column = (part.strip() for part in assignment.partition("="))
+        if not equals or not column:
+            raise ConfigError(
+                f"--column {shown(assignment)}: write role=column, as --column instruction=question"
+            )
+        if role not in ROLES:
+            close = difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"--column {shown(assignment)}: unknown role {shown(role)!r}.{hint} Roles are "
+                f"{', '.join(ROLES)}."
+            )
+        if role in columns:
+            raise ConfigError(f"--column {shown(assignment)}: {role} is given twice; give it once.")
+        columns[role] = column
+    return columns
+
+
+def site_columns(node_config: Mapping[str, object], columns: ColumnsConfig) -> ColumnsConfig:
+    """The server's `columns` with those that the site's node config names for its own file.
+
+    Raises:
+        ConfigError: a role that does not exist.
+    """
+    own = {
+        key.removeprefix(COLUMNS): str(value)
+        for key, value in node_config.items()
+        if key.startswith(COLUMNS)
+    }
+    if unknown := sorted(set(own) - set(ROLES)):
+        raise ConfigError(
+            f"this site's node config: unknown {COLUMNS}{shown(unknown[0])}; roles are "
+            f"{', '.join(ROLES)}"
+        )
+    return replace(columns, **own)
+
+
+def to_toml(values: Mapping[str, str | Path]) -> str:
+    """A node config file: one ``key = "value"`` per line."""
+    return "".join(f"{key} = {_toml_string(str(value))}\n" for key, value in values.items())
+
+
+def _toml_string(text: str) -> str:
+    """A basic string of TOML, which is one of JSON with DEL escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,198 @@
+"""The directory of a federation's server: certificates, start scripts, Flower's connection."""
+
+import ipaddress
+import secrets
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm_flwr import __version__
+from fedllm_flwr.deployment.certificates import (
+    CA_DAYS,
+    LOOPBACK,
+    SERVER_DAYS,
+    issue_ca,
+    issue_server,
+    subject_alternative_names,
+)
+from fedllm_flwr.deployment.directory import (
+    FLWR_HOME,
+    PROGRAM,
+    SECRET,
+    NewFile,
+    absolute,
+    check_new,
+    filled,
+    program_folder,
+    systemd_quoted,
+    write_new,
+)
+from fedllm_flwr.deployment.node import to_toml
+from fedllm_flwr.errors import ConfigError
+
+CONNECTION = "federation"  # name of the SuperLink connection in Flower's configuration
+SITE_KEYS = "site-keys"
+_MAX_PORT_BASE = 65_533
+_TLS_OPTIONS = """\
+--ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key \\
+  --enable-supernode-auth"""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The SuperLink's three; only `fleet` is open to other machines."""
+
+    appio: int  # ServerAppIo: the server's own app, loopback
+    fleet: int  # the sites' SuperNodes
+    control: int  # flwr run, flwr supernode: loopback
+
+    @classmethod
+    def from_base(cls, base: int) -> "Ports":
+        """Three in a row.
+
+        Raises:
+            ConfigError: out of range.
+        """
+        if not 1 <= base <= _MAX_PORT_BASE:
+            raise ConfigError(
+                f"--port-base {base}: give 1 to {_MAX_PORT_BASE}, for three ports in a row"
+            )
+        return cls(base, base + 1, base + 2)
+
+
+def init_server(
+    directory: str | Path, hosts: Sequence[str], port_base: int = 9091, insecure: bool = False
+) -> list[str]:
+    """Make a server's directory.
+
+    Args:
+        hosts: names and addresses by which the sites reach this server.
+        insecure: no TLS, no authentication.
+
+    Returns:
+        Lines for the operator.
+
+    Raises:
+        ConfigError: a host or port that cannot be, or a directory that is not new.
+    """
+    folder, ports = absolute(directory), Ports.from_base(port_base)
+    check_new(folder)
+    subject_alternative_names(hosts)  # checks them
+    files = _certificates(hosts) if not insecure else {}
+    files |= {
+        # Without it any user of this machine could take the run's app over.
+        "superexec.secret": NewFile(secrets.token_hex(32), SECRET),
+        f"{SITE_KEYS}/README": NewFile(filled("site-keys.txt")),
+        f"{FLWR_HOME}/config.toml": NewFile(_connection(folder, ports, insecure)),
+        "app/pyproject.toml": NewFile(filled("app.toml", version=__version__)),
+    }
+    files |= _scripts(folder, hosts, ports, insecure)
+    write_new(folder, files)
+    return _report(folder, hosts, ports, insecure)
+
+
+def _certificates(hosts: Sequence[str]) -> dict[str, NewFile]:
+    ca = issue_ca()
+    server = issue_server(ca, hosts)
+    return {
+        "ca.crt": NewFile(ca.certificate_pem),
+        "ca.key": NewFile(ca.key_pem, SECRET),
+        "server.crt": NewFile(server.certificate_pem),
+        "server.key": NewFile(server.key_pem, SECRET),
+    }
+
+
+def _connection(folder: Path, ports: Ports, insecure: bool) -> str:
+    """Flower's config.toml; it takes root-certificates only from the root."""
+    address = to_toml({"address": f"127.0.0.1:{ports.control}"})
+    trust = "insecure = true\n" if insecure else to_toml({"root-certificates": folder / "ca.crt"})
+    return f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{address}{trust}'
+
+
+def _scripts(
+    folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool
+) -> dict[str, NewFile]:
+    values = {
+        "bin": program_folder(),
+        "appio": f"127.0.0.1:{ports.appio}",
+        "fleet": f"{_bind_address(hosts)}:{ports.fleet}",
+        "control": f"127.0.0.1:{ports.control}",
+        "security": "--insecure" if insecure else _TLS_OPTIONS,
+    }
+    files = {
+        name: NewFile(filled(name, **values), PROGRAM)
+        for name in ("start.sh", "start-superlink.sh", "start-superexec.sh")
+    }
+    for part, needs in (("superlink", ""), ("superexec", "fedllm-superlink.service")):
+        files[f"systemd/fedllm-{part}.service"] = NewFile(
+            filled(
+                "systemd.service",
+                description=f"Federated fine-tuning: {part}",
+                after=f"network-online.target {needs}".strip(),
+                program=systemd_quoted(folder / f"start-{part}.sh"),
+                restart_s="5",
+            )
+        )
+    files["README.md"] = NewFile(_readme(folder, hosts, ports, insecure))
+    return files
+
+
+def _bind_address(hosts: Sequence[str]) -> str:
+    """All interfaces; IPv6 too if a host is given by such an address."""
+    return "[::]" if any(":" in host for host in hosts) else "0.0.0.0"
+
+
+def _readme(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) -> str:
+    names = [*dict.fromkeys([*hosts, *LOOPBACK])]
+    return filled(
+        "server-insecure.md" if insecure else "server.md",
+        folder=shlex.quote(str(folder)),
+        bin=program_folder(),
+        site_server=dial_address(hosts[0], ports.fleet),
+        appio=str(ports.appio),
+        fleet=str(ports.fleet),
+        control=str(ports.control),
+        connection=CONNECTION,
+        ca_days=str(CA_DAYS),
+        server_days=str(SERVER_DAYS),
+        common_name=hosts[0],
+        alternative_names=",".join(f"{_kind(name)}:{name}" for name in names),
+    )
+
+
+def _kind(name: str) -> str:
+    """How openssl names the kind of a subject alternative name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "DNS"
+    return "IP"
+
+
+def dial_address(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _report(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) -> list[str]:
+    dial = dial_address(hosts[0], ports.fleet)
+    if insecure:
+        return [
+            f"Made {folder}, WITHOUT encryption and authentication: whoever reaches port "
+            f"{ports.fleet} reads the adapters and can take part. Use it on a closed network only.",
+            f"  start      {folder / 'start.sh'}",
+            f"  each site  fedllm site init <dir> --name <site> --data <file> --server {dial} "
+            "--insecure",
+            f"  firewall   let the sites reach TCP port {ports.fleet}; nothing else",
+        ]
+    return [
+        f"Made {folder}: certificate for {', '.join(dict.fromkeys([*hosts, *LOOPBACK]))}, valid "
+        f"{SERVER_DAYS} days (its authority: {CA_DAYS}).",
+        f"  start      {folder / 'start.sh'}",
+        f"  each site  send it {folder / 'ca.crt'}; there: fedllm site init <dir> --name <site> "
+        f"--data <file> --server {dial} --ca ca.crt",
+        f"  register   fedllm server register {shlex.quote(str(folder))} <site>.pub",
+        f"  firewall   let the sites reach TCP port {ports.fleet}; nothing else",
+        f"  more       {folder / 'README.md'}",
+    ]

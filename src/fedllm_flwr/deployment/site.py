@@ -1,0 +1,258 @@
+"""The directory of a site: its node config, its keys, its policy and its start script."""
+
+import ipaddress
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
+from fedllm_flwr.deployment.certificates import read_ca
+from fedllm_flwr.deployment.directory import (
+    PROGRAM,
+    SECRET,
+    NewFile,
+    absolute,
+    check_name,
+    check_new,
+    filled,
+    program_folder,
+    systemd_quoted,
+    write_new,
+)
+from fedllm_flwr.deployment.keys import make_key_pair
+from fedllm_flwr.deployment.node import COLUMNS, DEVICES, parse_columns, to_toml
+from fedllm_flwr.errors import ConfigError, DataError
+
+_RESTART_S = 20  # seconds; a site counts as online for up to 60 s after its SuperNode has died
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """What an operator says about a site."""
+
+    name: str
+    data: str  # file or directory of records
+    server: str  # host:port
+    ca: str | None = None  # file with the server's certificate authority
+    columns: Sequence[str] = ()  # role=column
+    model_path: str | None = None  # this site's own copy of the base model
+    device: str = "auto"
+    insecure: bool = False
+
+
+def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
+    """Make a site's directory, after its data is read once.
+
+    Returns:
+        Lines for the operator.
+
+    Raises:
+        ConfigError: an option that cannot be, or a directory that is not new.
+        DataError: the data cannot be read or has no usable record.
+    """
+    folder = absolute(directory)
+    check_new(folder)
+    check_name(options.name, "--name")
+    _check_address(options.server)
+    authority = _read_authority(options)
+    columns = parse_columns(options.columns)
+    usable = count_usable(absolute(options.data), columns)
+    files = {
+        "node.toml": NewFile(_node_config(folder, options, columns)),
+        "policy.yaml": NewFile(filled("policy.yaml", tasks=f"[{', '.join(usable)}]")),
+        "state/README": NewFile("Training state of this site between rounds, one folder a run.\n"),
+        "start-supernode.sh": NewFile(_start_script(options), PROGRAM),
+        "systemd/fedllm-supernode.service": NewFile(_unit(folder, options.name)),
+        "README.md": NewFile(_readme(folder, options)),
+    }
+    if authority is not None:
+        private, public = make_key_pair(options.name)
+        files["ca.crt"] = NewFile(authority)
+        files[f"{options.name}.key"] = NewFile(private, SECRET)
+        files[f"{options.name}.pub"] = NewFile(public)
+    write_new(folder, files)
+    return _report(folder, options, usable)
+
+
+def _check_address(server: str) -> None:
+    host, _, port = server.rpartition(":")
+    is_bracketed = re.fullmatch(r"\[[0-9A-Fa-f:.]+\]", host) is not None
+    is_host = bool(re.fullmatch(r"[A-Za-z0-9._-]+", host)) or is_bracketed
+    if not is_host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ConfigError(f"--server {shown(server)}: give host:port, as fl.example.org:9092")
+    if is_bracketed:
+        try:
+            ipaddress.ip_address(host[1:-1])
+        except ValueError:
+            raise ConfigError(f"--server {shown(server)}: no IPv6 address in brackets") from None
+
+
+def _read_authority(options: SiteOptions) -> bytes | None:
+    """The checked file of --ca; None without encryption."""
+    if options.insecure:
+        if options.ca is not None:
+            raise ConfigError(
+                "--insecure and --ca exclude each other; leave --insecure out for an encrypted "
+                "connection"
+            )
+        return None
+    if options.ca is None:
+        raise ConfigError(
+            "--ca is missing: give the ca.crt that the server's operator has sent, or --insecure "
+            "for no encryption and no authentication"
+        )
+    file = absolute(options.ca)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--ca {shown(options.ca)}: {error.strerror}; give ca.crt") from None
+    read_ca(content, shown(options.ca))
+    return content
+
+
+def count_usable(data: Path, columns: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Task -> (usable records, all records), for the tasks that the data is fit for.
+
+    Raises:
+        DataError: the data cannot be read, or is fit for no task.
+    """
+    from fedllm_flwr.data.kinds import KINDS
+    from fedllm_flwr.data.sources import load_records
+
+    config = DataConfig(path=str(data), columns=replace(ColumnsConfig(), **columns))
+    usable: dict[str, tuple[int, int]] = {}
+    errors: dict[str, DataError] = {}
+    for task, kind in KINDS.items():
+        try:
+            report = load_records(config, kind).report
+        except DataError as error:
+            errors[task] = error
+        else:
+            usable[task] = (report.usable, report.read)
+    if not usable:
+        raise _in_terms_of_options(
+            errors["dpo" if {"chosen", "rejected"} & set(columns) else "sft"]
+        )
+    return usable
+
+
+def _in_terms_of_options(error: DataError) -> DataError:
+    """The reader's error with this command's options in place of configuration keys."""
+    text = re.sub(r"data\.columns\.(\w+)=", r"--column \1=", str(error))
+    text = re.sub(r"data\.columns\.(\w+)", r"--column \1=...", text)
+    text = re.sub(r"data\.path[:=] ?", "--data ", text)
+    return DataError(text.replace("data.columns", "--column"))
+
+
+def _node_config(folder: Path, options: SiteOptions, columns: Mapping[str, str]) -> str:
+    values: dict[str, str | Path] = {
+        "client-name": options.name,
+        "data-path": absolute(options.data),
+    }
+    if options.model_path is not None:
+        values["model-path"] = _model(options.model_path)
+    if options.device not in DEVICES:
+        raise ConfigError(
+            f"--device {shown(options.device)}: no such device; choose from {', '.join(DEVICES)}"
+        )
+    values |= {
+        "device": options.device,
+        "state-dir": folder / "state",
+        "policy-path": folder / "policy.yaml",
+    }
+    values |= {f"{COLUMNS}{role}": column for role, column in columns.items()}
+    return (
+        "# Only this machine reads this file; none of it can be changed by a server.\n"
+        + to_toml(values)
+    )
+
+
+def _model(path: str) -> Path:
+    folder = absolute(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--model-path {shown(path)}: no config.json there; give the directory of a model as "
+            "`hf download` or save_pretrained writes it"
+        )
+    return folder
+
+
+def _security(options: SiteOptions) -> str:
+    if options.insecure:
+        return "--insecure"
+    return f"--root-certificates ca.crt --auth-supernode-private-key {options.name}.key"
+
+
+def _start_script(options: SiteOptions) -> str:
+    return filled(
+        "start-supernode.sh",
+        bin=program_folder(),
+        superlink=shlex.quote(options.server),
+        security=_security(options),
+    )
+
+
+def _unit(folder: Path, name: str) -> str:
+    return filled(
+        "systemd.service",
+        description=f"Federated fine-tuning: site {name}",
+        after="network-online.target",
+        program=systemd_quoted(folder / "start-supernode.sh"),
+        restart_s=str(_RESTART_S),
+    )
+
+
+def _readme(folder: Path, options: SiteOptions) -> str:
+    name = options.name
+    supernode = (
+        f"```sh\ncd {shlex.quote(str(folder))}\n"
+        f"flower-supernode --superlink {options.server} \\\n  {_security(options)} \\\n"
+        "  --node-config node.toml --clientappio-api-address 127.0.0.1:0 --max-retries 30\n```"
+    )
+    if options.insecure:
+        security_rows = "| (no keys) | made with `--insecure`: no encryption, no authentication |"
+        before_start = ""
+        by_hand = supernode
+    else:
+        security_rows = (
+            f"| `{name}.pub` | this site's public key; **send it to the server's operator** |\n"
+            f"| `{name}.key` | its private key; it never leaves this machine |\n"
+            "| `ca.crt` | by which this site knows the server |"
+        )
+        before_start = (
+            f"Send `{name}.pub` to the server's operator, who registers it once. Then, and at any "
+            "time:\n"
+        )
+        by_hand = f'```sh\nssh-keygen -t ecdsa -b 384 -N "" -f {name}\n```\n\n{supernode}'
+    return filled(
+        "site.md",
+        name=name,
+        folder=shlex.quote(str(folder)),
+        superlink=options.server,
+        security_rows=security_rows,
+        before_start=before_start,
+        by_hand=by_hand,
+    )
+
+
+def _report(folder: Path, options: SiteOptions, usable: Mapping[str, tuple[int, int]]) -> list[str]:
+    lines = [
+        f"{count} of {read} records of {options.data} are usable for task={task}."
+        for task, (count, read) in usable.items()
+    ]
+    lines.append(f"Made {folder} for site {options.name}.")
+    if options.insecure:
+        lines.append(
+            "  WARNING    --insecure: nothing that travels is encrypted, and the server cannot "
+            "tell who takes part."
+        )
+    else:
+        lines.append(f"  send       {folder / f'{options.name}.pub'} to the server's operator")
+    return [
+        *lines,
+        f"  limits     {folder / 'policy.yaml'} says what a server may ask; look it over",
+        f"  start      {folder / 'start-supernode.sh'}",
+    ]

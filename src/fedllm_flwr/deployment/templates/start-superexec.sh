@@ -1,0 +1,13 @@
+#!/bin/sh
+# Starts the server's app when a run is submitted. It is a process of its own, so that a run goes
+# on while the SuperLink restarts. Runs write into outputs/ of this directory.
+set -eu
+umask 077
+cd "$(dirname "$0")"
+export PATH=@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+# gRPC would ask a proxy even for this machine's own address.
+export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
+exec flower-superexec --plugin-type serverapp --insecure \
+  --superexec-auth-secret-file superexec.secret \
+  --appio-api-address @{appio}
