@@ -43,6 +43,7 @@ DPO = (
     "evaluation.max_new_tokens=8",
     "checkpoint.keep=3",
     "training.max_steps=4",
+    "training.learning_rate=0.005",
 )
 OPTIONS = {
     "fedprox": ("algorithm.mu=1",),  # enough to be seen, and to learn
