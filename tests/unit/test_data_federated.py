@@ -95,9 +95,47 @@ def test_report_counts_what_was_left_out(tmp_path: Path) -> None:
     data = load(path=str(path), on_bad_record="skip", validation_fraction=0.0)
     report = data.report.train
     assert (report.read, report.usable, report.empty, report.bad) == (6, 3, 1, 2)
-    assert data.report.lines() == [f"data.path={path}: 6 records, 3 usable, 3 used, 1 empty, 2 bad"]
+    assert data.report.lines() == [
+        f"data.path={path}: 6 records, 3 usable, 3 used, 1 empty, 2 bad "
+        "(d.jsonl, line 6, record 4, record 5)"
+    ]
     with pytest.raises(DataError, match=r"data\.path: d\.jsonl, line 6: not valid JSON"):
         load(path=str(path))
+
+
+def test_report_names_the_first_bad_lines_and_counts_what_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    write(path, rows(20))
+    path.write_text('{"broken\n' * 7 + path.read_text())
+
+    data = load(path=str(path), on_bad_record="skip", validation_fraction=0.1)
+    lines = ", ".join(f"d.jsonl, line {number}" for number in range(1, 6))
+    assert data.report.lines() == [
+        f"data.path={path}: 27 records, 20 usable, 18 used, 2 held out for evaluation, 7 bad "
+        f"({lines}, ...)"
+    ]
+
+
+def test_every_file_of_a_directory_has_the_columns(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", rows(3))
+    write(tmp_path / "b.jsonl", [{"instruction": "q", "answer": "a"}] * 2)
+
+    with pytest.raises(DataError) as caught:
+        load(path=str(tmp_path))
+    assert str(caught.value) == (
+        f"data.path={tmp_path}/b.jsonl: data.columns.output=output, but there is no such column; "
+        "set data.columns.output to one of them (columns: answer, instruction)"
+    )
+
+
+def test_bad_records_are_numbered_within_their_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", rows(3))
+    write(tmp_path / "b.jsonl", [*rows(1), {"instruction": "q", "output": ""}])
+
+    with pytest.raises(DataError, match=r"/b\.jsonl: 1 of 2 records .*\(record 2: column 'output'"):
+        load(path=str(tmp_path))
+    skipped = load(path=str(tmp_path), on_bad_record="skip", validation_fraction=0.0)
+    assert questions(skipped.train) == ["q0", "q1", "q2", "q0"]
 
 
 def test_client_is_the_partition_column_else_the_sets_own(tmp_path: Path) -> None:

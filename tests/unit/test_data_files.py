@@ -69,6 +69,34 @@ def test_directory_with_files_named_after_splits_reads_the_split_only(tmp_path: 
         read_records(tmp_path, split="dev")
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["train.jsonl", "more.csv"],
+            r"train\.jsonl is named after .* 'train', but more\.csv after",
+        ),
+        (["a.jsonl", "b.tsv"], r"b\.tsv cannot be read; convert to one of: json, jsonl, csv"),
+        (["test.jsonl"], "every file is named after another split than 'train': test.jsonl"),
+    ],
+)
+def test_directory_whose_training_files_are_unclear(
+    files: list[str], message: str, tmp_path: Path
+) -> None:
+    for file in files:
+        (tmp_path / file).write_text('{"x": 1}\n')
+
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path, split="train")
+
+
+def test_files_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n')
+    (tmp_path / "test.jsonl").write_text('{"x": 2}\n')
+
+    assert read_records(tmp_path, split="train") == [{"x": 1}]
+
+
 def test_saved_dataset_dict_reads_the_split(tmp_path: Path) -> None:
     saved = datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS))
     saved.save_to_disk(str(tmp_path / "saved"))
@@ -97,6 +125,8 @@ BROKEN = {
     "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-9], "cannot be read"),
     "plain.jsonl.gz": (LINES.encode(), "cannot be read"),
     "wide.csv": (b"a,b\n1,2,3\n", "record 1: more fields than the header has"),
+    "semicolons.csv": (b"a;b\n1;2,5\n", "seems to use ';' as separator; save it with commas"),
+    "tabs.csv": (b"a\tb\n1\t2\n", "seems to use tabs as separator"),
     "quote.csv": (b'a,b\n"1,2\n', r"quote\.csv, line \d: not valid CSV"),
     "broken.parquet": (b"PAR1 but not really", "not a readable parquet file"),
     "notes.txt": (b"hello", r"unknown extension '\.txt'; give one of: json, jsonl, csv"),

@@ -88,7 +88,8 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     ("chat", "reason"),
     [
         ("text", "the chat is not a list of turns"),
-        ([], "the chat is not a list of turns"),
+        ([], "the chat has no turns"),
+        (None, "the chat has no turns"),
         (["hi"], "a turn of the chat is not an object with role and content"),
         ([USER], "the chat has no assistant turn"),
         ([{"role": "system", "content": "s"}], "the chat has no assistant turn"),

@@ -29,6 +29,12 @@ class Faults:
     bad: list[tuple[int, str]] = field(default_factory=list)
     equal: list[tuple[int, str]] = field(default_factory=list)  # two answers that are the same
 
+    def extend(self, other: "Faults", offset: int) -> None:
+        """Add the faults of records that come after `offset` others."""
+        for name in ("empty", "bad", "equal"):
+            found = [(offset + number, reason) for number, reason in getattr(other, name)]
+            getattr(self, name).extend(found)
+
 
 def make_usable(rows: Preprocessed, make: Callable[[Record], Made]) -> tuple[list[Made], Faults]:
     """What ``make`` makes of the records, in order, and the faults of those that it refuses."""

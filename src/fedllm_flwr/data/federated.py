@@ -33,11 +33,9 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """The report as text, one line per source."""
-        described = [_describe(self.train, self.num_train)]
+        described = [_describe(self.train, self.num_train, self.held_out)]
         if self.evaluation is not None:
             described.append(_describe(self.evaluation, self.num_eval))
-        elif self.held_out:
-            described.append(f"evaluation: {self.held_out} records held out of the training data")
         return described
 
 
@@ -167,10 +165,11 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, "data", purpose))
 
 
-def _describe(report: SourceReport, used: int) -> str:
+def _describe(report: SourceReport, used: int, held_out: int = 0) -> str:
     counts = {
         "usable": report.usable,
         "used": used,
+        "held out for evaluation": held_out,
         "empty": report.empty,
         "equal": report.equal,
         "bad": report.bad,
@@ -180,4 +179,7 @@ def _describe(report: SourceReport, used: int) -> str:
     parts = [f"{count} {name}" for name, count in counts.items() if count or name == "used"]
     unused = f"; columns not used: {', '.join(report.unused_columns)}"
     text = f"{report.source}: {report.read} records, {', '.join(parts)}"
+    if report.left_out:
+        more = ", ..." if report.empty + report.bad > len(report.left_out) else ""
+        text += f" ({', '.join(report.left_out)}{more})"
     return text + unused if report.unused_columns else text

@@ -6,7 +6,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ BadLine = Callable[[str], None]
 TEXT_FORMATS = (".json", ".jsonl", ".csv")
 FORMATS = "json, jsonl, csv (each also as .gz), parquet, or a directory saved by datasets"
 
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+_UNREAD = (".tsv", ".ndjson", ".arrow", ".feather", ".xls", ".xlsx", ".zip", ".zst", ".bz2", ".xz")
+_NO_RECORDS = ("dataset_infos.json",)  # of older data sets of the hub
+_NAMED = 10  # files in a message
+
+
+@dataclass(frozen=True)
+class FileRecords:
+    """The records of one file."""
+
+    name: str  # inside the directory that was read; "" where a single file was
+    records: list[Record]
+
 
 def refuse(message: str) -> None:
     """The default answer to a bad line: raise it."""
@@ -27,23 +41,30 @@ def refuse(message: str) -> None:
 def read_records(
     path: Path, split: str | None = None, on_bad_line: BadLine = refuse
 ) -> list[Record]:
-    """All records of a file or directory, in file order.
+    """All records of a file or directory, in file order; arguments and errors of `read_parts`."""
+    return [record for part in read_parts(path, split, on_bad_line) for record in part.records]
 
-    ``split`` chooses among the splits of a directory (one without a file named after "train" is
-    all training data); files ignore it. ``on_bad_line`` receives
+
+def read_parts(
+    path: Path, split: str | None = None, on_bad_line: BadLine = refuse
+) -> list[FileRecords]:
+    """The records of a file or directory, by file, in the order of the files' names.
+
+    ``split`` chooses among the splits of a directory (where no file is named after a split, all
+    is training data); files ignore it. ``on_bad_line`` receives
     one message per broken JSON line; what it does not raise is left out. Raises DataError with
     file, place and remedy for anything that cannot be read.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or directory (working directory {Path.cwd()})")
-    records = (
+    parts = (
         _read_directory(path, split, on_bad_line)
         if path.is_dir()
-        else _read_file(path, on_bad_line)
+        else [FileRecords("", _read_file(path, on_bad_line))]
     )
-    if not records:
+    if not any(part.records for part in parts):
         raise DataError(f"{path}: holds no records; give a file with at least one")
-    return records
+    return parts
 
 
 def _read_file(path: Path, on_bad_line: BadLine) -> list[Record]:
@@ -143,6 +164,7 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
         records: list[Record] = list(rows)
     except csv.Error as error:
         raise DataError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
+    _check_separator(path, rows.fieldnames or [])
     for number, record in enumerate(records, start=1):
         if None in record:
             raise DataError(
@@ -150,6 +172,15 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
                 f"name the columns, and fields with commas need quotes"
             )
     return records
+
+
+def _check_separator(path: Path, columns: Sequence[str]) -> None:
+    for separator, name in ((";", "';'"), ("\t", "tabs")):
+        if len(columns) == 1 and separator in columns[0]:
+            raise DataError(
+                f"{path}: the file seems to use {name} as separator; save it with commas, and with "
+                "quotes around fields that hold commas"
+            )
 
 
 def _read_parquet(path: Path) -> list[Record]:
@@ -164,22 +195,53 @@ def _read_parquet(path: Path) -> list[Record]:
     return rows
 
 
-def _read_directory(path: Path, split: str | None, on_bad_line: BadLine) -> list[Record]:
+def _read_directory(path: Path, split: str | None, on_bad_line: BadLine) -> list[FileRecords]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _read_saved_dataset(path, split)
-    files = sorted(file for file in path.iterdir() if file.is_file() and _extension(file))
+        return [FileRecords("", _read_saved_dataset(path, split))]
+    files = _choose_files(path, split)
+    return [FileRecords(file.name, _read_file(file, on_bad_line)) for file in files]
+
+
+def _choose_files(path: Path, split: str | None) -> list[Path]:
+    """The record files of a split; refuses a directory in which it is unclear which those are."""
+    everything = sorted(file for file in path.iterdir() if file.is_file())
+    if unread := [file for file in everything if file.suffix.lower() in _UNREAD]:
+        raise DataError(
+            f"{path}: {_names(unread)} cannot be read; convert to one of: {FORMATS}, or move it "
+            "elsewhere"
+        )
+    files = [file for file in everything if _extension(file) and file.name not in _NO_RECORDS]
     if not files:
         raise DataError(f"{path}: no record file in this directory; give one of: {FORMATS}")
     of_split = [file for file in files if split and _names_split(file, split)]
+    unnamed = [file for file in files if not any(_names_split(file, name) for name in _SPLITS)]
+    unnamed = [file for file in unnamed if file not in of_split]
+    if of_split and unnamed:
+        raise DataError(
+            f"{path}: {_names(of_split)} is named after the split {split!r}, but {_names(unnamed)} "
+            f"after none; put the split into every name, as {split}-2.jsonl, or give one file"
+        )
     if split not in (None, "train") and not of_split:
-        names = ", ".join(file.name for file in files[:10])
-        raise DataError(f"{path}: no file is named after the split {split!r}; there are: {names}")
-    return [record for file in of_split or files for record in _read_file(file, on_bad_line)]
+        raise DataError(
+            f"{path}: no file is named after the split {split!r}; there are: {_names(files)}"
+        )
+    if split is None:
+        return files
+    if not (chosen := of_split or unnamed):
+        raise DataError(
+            f"{path}: every file is named after another split than {split!r}: {_names(files)}"
+        )
+    return chosen
 
 
 def _names_split(file: Path, split: str) -> bool:
     """Whether a file is named after the split: train.jsonl, train-00000-of-00002.parquet."""
     return re.search(rf"(^|[-_.]){re.escape(split)}([-_.]|$)", file.name) is not None
+
+
+def _names(files: list[Path]) -> str:
+    more = ", ..." if len(files) > _NAMED else ""
+    return ", ".join(file.name for file in files[:_NAMED]) + more
 
 
 def _read_saved_dataset(path: Path, split: str | None) -> list[Record]:

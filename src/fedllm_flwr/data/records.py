@@ -113,7 +113,9 @@ def _single_turn(row: Record, columns: ColumnsConfig) -> Messages:
 
 def _chat(turns: object) -> Messages:
     """Chat turns as messages: [system,] user, assistant, user, assistant, ..."""
-    if not isinstance(turns, list) or not turns:
+    if turns is None or turns == []:
+        raise UnusableRecord("the chat has no turns")
+    if not isinstance(turns, list):
         raise UnusableRecord("the chat is not a list of turns")
     messages = [parse_turn(turn) for turn in turns]
     roles = [message["role"] for message in messages]

@@ -1,15 +1,15 @@
 """Where records come from: local files, hub data sets and the data embedded in the package."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.config.schema import EMBEDDED_DATA, DataConfig
 from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
-from fedllm_flwr.data.faults import Faults, refuse_faults
-from fedllm_flwr.data.files import Record, read_records
+from fedllm_flwr.data.faults import NAMED_IN_ERRORS, Faults, refuse_faults
+from fedllm_flwr.data.files import FileRecords, Record, read_parts
 from fedllm_flwr.data.kinds import RecordKind
-from fedllm_flwr.data.preprocessing import PREPROCESSING
+from fedllm_flwr.data.preprocessing import PREPROCESSING, Preprocessed
 from fedllm_flwr.errors import ConfigError, DataError
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -29,6 +29,7 @@ class SourceReport:
     duplicates: int  # left out by the preprocessing
     unscored: int  # usable, but the answer is none of data.labels (0 without a label set)
     unused_columns: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # where the first empty and bad ones are
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def load_records(
 
     Raises DataError for what the files hold and ConfigError for options that cannot work.
     """
-    rows, source, broken_lines = _read(data, evaluation)
+    parts, source, broken_lines = _read(data, evaluation)
     own_columns = evaluation and data.eval_columns is not None
     columns = data.eval_columns if own_columns and data.eval_columns else data.columns
     key = "data.eval_columns" if own_columns else "data.columns"
@@ -59,25 +60,52 @@ def load_records(
             f"data.preprocessing={data.preprocessing} is unknown; "
             f"use one of: {', '.join(PREPROCESSING)}"
         )
+    rows = [row for part in parts for row in part.records]
     preprocessed = PREPROCESSING[data.preprocessing](rows, columns)
     mapping = Mapping(source, columns, key, label, client, data.labels)
-    records, faults = kind.make(preprocessed, mapping)
-    if data.on_bad_record == "error":
-        refuse_faults(source, len(rows), faults, kind.refused)
+    records, faults = _make(preprocessed, parts, mapping, kind, data.on_bad_record == "error")
     if not records:
         raise _none_usable(mapping, len(rows), faults)
+    left_out = [f"record {number}" for number, _ in sorted(faults.empty + faults.bad)]
     report = SourceReport(
         source=source,
-        read=len(rows) + broken_lines,
+        read=len(rows) + len(broken_lines),
         usable=len(records),
         empty=len(faults.empty),
         equal=len(faults.equal),
-        bad=len(faults.bad) + broken_lines,
+        bad=len(faults.bad) + len(broken_lines),
         duplicates=sum(row is None for row in preprocessed),
         unscored=kind.count_unscored(records) if data.labels else 0,
         unused_columns=tuple(unused_columns(preprocessed, mapping, kind.roles)),
+        left_out=tuple([*broken_lines, *left_out][:NAMED_IN_ERRORS]),
     )
     return Loaded(records, report)
+
+
+def _make(
+    rows: Preprocessed,
+    parts: list[FileRecords],
+    mapping: Mapping,
+    kind: RecordKind,
+    refuse_bad: bool,
+) -> tuple[list[Any], Faults]:
+    """Usable records and faults of all files; each file must have the columns by itself.
+
+    `rows` are those of the `parts`, one after the other. Faults number them through.
+    """
+    records: list[Any] = []
+    faults, start = Faults(), 0
+    for part in parts:
+        mine = rows[start : start + len(part.records)]
+        where = f"{mapping.source}/{part.name}" if part.name else mapping.source
+        if any(row is not None for row in mine):
+            made, found = kind.make(mine, replace(mapping, source=where))
+            if refuse_bad:
+                refuse_faults(where, len(mine), found, kind.refused)
+            records += made
+            faults.extend(found, start)
+        start += len(mine)
+    return records, faults
 
 
 def _none_usable(mapping: Mapping, num_records: int, faults: Faults) -> DataError:
@@ -94,8 +122,8 @@ def _none_usable(mapping: Mapping, num_records: int, faults: Faults) -> DataErro
     )
 
 
-def _read(data: DataConfig, evaluation: bool) -> tuple[list[Record], str, int]:
-    """Raw records, the source's name for messages, and the number of broken lines left out."""
+def _read(data: DataConfig, evaluation: bool) -> tuple[list[FileRecords], str, list[str]]:
+    """Raw records by file, the source's name for messages, and where broken lines were left out."""
     path, split = (data.eval_path, data.eval_split) if evaluation else (data.path, data.split)
     if path is None and evaluation:
         path = data.path  # the embedded data, or a directory with several splits
@@ -109,15 +137,15 @@ def _read(data: DataConfig, evaluation: bool) -> tuple[list[Record], str, int]:
     broken: list[str] = []
     try:
         if data.on_bad_record == "skip":
-            rows = read_records(file, split, on_bad_line=broken.append)
+            parts = read_parts(file, split, on_bad_line=broken.append)
         else:
-            rows = read_records(file, split)
+            parts = read_parts(file, split)
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
-    return rows, f"{key}={path}", len(broken)
+    return parts, f"{key}={path}", [message.partition(":")[0] for message in broken]
 
 
-def _load_hub(data: DataConfig, split: str) -> tuple[list[Record], str, int]:
+def _load_hub(data: DataConfig, split: str) -> tuple[list[FileRecords], str, list[str]]:
     if data.hub_id is None:
         raise ConfigError(
             "data.path is not set, and neither is data.hub_id; give data.path=/path/to/file"
@@ -139,4 +167,4 @@ def _load_hub(data: DataConfig, split: str) -> tuple[list[Record], str, int]:
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise DataError(f"{source}: cannot be loaded ({reason})") from None
     rows: list[Record] = loaded.to_list()
-    return rows, source, 0
+    return [FileRecords("", rows)], source, []
