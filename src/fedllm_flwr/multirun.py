@@ -22,17 +22,18 @@ _COLUMNS = ("loss", "accuracy", "macro_f1")
 def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = False) -> int:
     """Carry out every combination of a sweep and write a table of their results.
 
-    All configurations are checked before the first run starts. A run that fails is reported and
-    the others go on; the status is then 1.
+    Each run writes a directory of its own below ``output_dir``, which holds the table, too. All
+    configurations are checked before the first run starts. A run that fails is reported and the
+    others go on; the status is then 1.
 
     Raises:
-        ConfigError: no sweep, or a combination that cannot work.
+        ConfigError: no sweep, a combination that cannot work, or a directory that is taken.
     """
     combinations = expand_sweep(overrides, config_dir)
     if len(combinations) < 2:
         raise ConfigError("--multirun needs a key with several values, such as seed=1,2,3.")
     configs = [compose(combination, config_dir) for combination in combinations]
-    root = Path("multirun") / datetime.now().strftime("%m%d-%H%M%S")
+    root = _root(configs)
     rows: list[dict[str, object]] = []
     for number, (combination, config) in enumerate(zip(combinations, configs, strict=True)):
         name = _name(combination, overrides)
@@ -42,6 +43,23 @@ def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = Fal
     write_atomically(root / "results.csv", _table(rows).encode())
     print(f"\n{_table(rows)}\ntable  {root / 'results.csv'}")
     return 1 if any("error" in row for row in rows) else 0
+
+
+def _root(configs: Sequence[Config]) -> Path:
+    """The directory of all runs: ``output_dir``, else multirun/<month day-time>."""
+    asked = {config.output_dir for config in configs}
+    if len(asked) > 1:
+        raise ConfigError(
+            "output_dir has several values: --multirun makes a directory for each run below one; "
+            "give that one."
+        )
+    (given,) = asked
+    if given is None:
+        return Path("multirun") / datetime.now().strftime("%m%d-%H%M%S")
+    root = Path(given).expanduser()
+    if root.is_dir() and any(root.iterdir()):
+        raise ConfigError(f"output_dir={given} is not empty; give another directory.")
+    return root
 
 
 def _result(config: Config, quiet: bool) -> dict[str, object]:

@@ -104,11 +104,37 @@ def test_multirun_goes_on_after_a_failed_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sweep = tiny("federation.engine=inprocess", "federation.num_rounds=1", "data.max_samples=2,100")
+    sweep.append("output_dir=sizes")
     assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 1
-    (results,) = tmp_path.glob("multirun/*/results.csv")
-    with results.open() as file:
+    assert {path.name for path in Path("sizes").iterdir()} == {
+        "1-data.max_samples=100",
+        "results.csv",
+    }
+    with Path("sizes/results.csv").open() as file:
         failed, good = csv.DictReader(file)
     assert "more than the 2 training records" in failed["error"]
     assert failed["loss"] == ""
     assert float(good["loss"]) > 0
     assert "more than the 2 training records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=1,2", "output_dir=taken"], "output_dir=taken is not empty; give another"),
+        (["output_dir=a,b"], "output_dir has several values"),
+    ],
+)
+def test_multirun_needs_one_directory_of_its_own(
+    overrides: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    assert cli.main(["run", "--quiet", "--multirun", *tiny(*overrides)]) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
