@@ -41,7 +41,9 @@ LAYERS = (
         "generation",
         "deployment",
     ),
-    ("server",),
+    ("server", "deployment"),
+    ("site",),
+    ("resident",),
     ("client_app", "server_app", "engines", "run"),
     ("checks", "doctor", "multirun", "comparison", "cli"),
 )
@@ -50,7 +52,10 @@ RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Which parts import a library when they are imported, and which only inside functions.
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "flwr": (
-        ("wire", "strategies", "server", "client_app", "server_app", "engines", "run"),
+        (
+            *("wire", "strategies", "server", "site", "resident"),
+            *("client_app", "server_app", "engines", "run"),
+        ),
         ("cli",),
     ),
     "hydra": (("config", "cli"), ()),

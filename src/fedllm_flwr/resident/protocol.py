@@ -1,0 +1,89 @@
+"""What a ClientApp and the resident trainer say to each other over a socket: JSON and raw tensors.
+
+A frame is a length (8 bytes, big-endian), a header in JSON, and the tensors' bytes in the header's
+order. Nothing on it is executed: no pickle, no code.
+"""
+
+import json
+import socket
+import struct
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedllm_flwr.errors import FederationError
+
+_LENGTH = struct.Struct(">Q")
+_LARGEST_HEADER = 64 * 2**20  # bytes
+_RECORDS: dict[str, type[ConfigRecord] | type[MetricRecord]] = {
+    "config": ConfigRecord,
+    "metric": MetricRecord,
+}
+
+
+def send_frame(connection: socket.socket, fields: dict[str, Any], content: RecordDict) -> None:
+    """Send plain data and records.
+
+    Raises:
+        OSError: the peer is gone.
+    """
+    arrays: list[list[Any]] = []
+    buffers: list[bytes] = []
+    for record_name, record in content.array_records.items():
+        for name, array in record.items():
+            arrays.append([record_name, name, array.dtype, list(array.shape), array.stype])
+            buffers.append(array.data)
+    for entry, buffer in zip(arrays, buffers, strict=True):
+        entry.append(len(buffer))
+    header = {
+        "fields": fields,
+        "arrays": arrays,
+        "empty": [name for name, record in content.array_records.items() if not record],
+        "config": {name: dict(record) for name, record in content.config_records.items()},
+        "metric": {name: dict(record) for name, record in content.metric_records.items()},
+    }
+    text = json.dumps(header).encode()
+    connection.sendall(_LENGTH.pack(len(text)) + text)
+    for buffer in buffers:
+        connection.sendall(buffer)
+
+
+def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], RecordDict]:
+    """The plain data and the records of the next frame.
+
+    Raises:
+        EOFError: the peer has closed the connection.
+        FederationError: what it sent is no frame.
+    """
+    (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+    if length > _LARGEST_HEADER:
+        raise FederationError(f"a header of {length} bytes is no message of this package")
+    try:
+        header = json.loads(_receive(connection, length))
+        content = RecordDict()
+        for name in header["empty"]:
+            content[name] = ArrayRecord()
+        arrays: dict[str, dict[str, Array]] = {}
+        for record_name, name, dtype, shape, stype, size in header["arrays"]:
+            data = _receive(connection, size)
+            array = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+            arrays.setdefault(record_name, {})[name] = array
+        for record_name, named in arrays.items():
+            content[record_name] = ArrayRecord(named)
+        for kind, make in _RECORDS.items():
+            for name, values in header[kind].items():
+                content[name] = make(values)
+        return header["fields"], content
+    except (ValueError, KeyError, TypeError) as error:
+        raise FederationError(f"not a message of this package ({error})") from error
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        count = connection.recv_into(view[done:])
+        if count == 0:
+            raise EOFError("the connection was closed")
+        done += count
+    return bytes(data)

@@ -1,0 +1,184 @@
+"""What a node does with a message: in simulation, in a ClientApp or in a resident trainer.
+
+Importing this does not import torch.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import RecordDict
+
+from fedllm_flwr import __version__
+from fedllm_flwr.config import Config
+from fedllm_flwr.deployment.node import site_columns
+from fedllm_flwr.deployment.policy import read_policy
+from fedllm_flwr.errors import ConfigError, DataError, FedLLMError
+from fedllm_flwr.messages import ClientInfo, Failure
+from fedllm_flwr.wire import (
+    pack_failure,
+    pack_info,
+    pack_scores,
+    pack_update,
+    unpack_query,
+    unpack_task,
+)
+
+if TYPE_CHECKING:
+    from fedllm_flwr.data.client import ClientData
+
+logger = logging.getLogger(__name__)
+
+NodeConfig = Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True)
+class Site:
+    """The node that answers: what its operator has configured, and Flower's ids."""
+
+    node_config: NodeConfig
+    run_id: int
+    node_id: int
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether this is a part of the server's own data, not a site with its own."""
+        return "partition-id" in self.node_config
+
+    @property
+    def name(self) -> str:
+        """What the site is called."""
+        return str(self.node_config.get("client-name", f"client-{self.node_id}"))
+
+
+def answer(kind: str, content: RecordDict, site: Site) -> RecordDict:
+    """The answer to a message of Flower's type `kind`: train, evaluate or query.
+
+    Whatever goes wrong, it is a `Failure` in wording that is safe to leave this site.
+    """
+    try:
+        return _ANSWERS[kind](content, site)
+    except Exception as error:  # the server gets a reason and not a hang
+        logger.exception("%s failed", kind)
+        return pack_failure(Failure(type(error).__name__, _reason(error, site)))
+
+
+def _train(content: RecordDict, site: Site) -> RecordDict:
+    """One round of local training: a `Task` comes, an `Update` goes back."""
+    from fedllm_flwr.training.local import train_locally
+
+    task = unpack_task(content)
+    config = _own(task.config, site)
+    data = _data(config, site)
+    update = train_locally(replace(task, config=config), data, _state_dir(site, data.name))
+    return pack_update(update, config.communication.dtype)
+
+
+def _evaluate(content: RecordDict, site: Site) -> RecordDict:
+    """Score the global adapter on the node's held-out examples; only numbers go back."""
+    from fedllm_flwr.evaluation.client import evaluate_locally
+
+    task = unpack_task(content)
+    config = _own(task.config, site)
+    data = _data(config, site)
+    scores = evaluate_locally(replace(task, config=config), data)
+    return pack_scores(scores, len(data.held_out))
+
+
+def _query(content: RecordDict, site: Site) -> RecordDict:
+    """Say who this node is and how many examples it holds."""
+    data = _data(_own(unpack_query(content), site), site)
+    return pack_info(ClientInfo(data.name, len(data.train), __version__))
+
+
+_ANSWERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "query": _query,
+}
+
+
+def _reason(error: Exception, site: Site) -> str:
+    """What the server learns of an error: nothing that may quote a site's data."""
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError":
+        return (
+            "out of memory; lower training.micro_batch_size or training.max_length, or set "
+            "training.gradient_checkpointing=true"
+        )
+    if not site.is_simulated:
+        if isinstance(error, FedLLMError) and not isinstance(error, DataError):
+            return str(error)
+        return f"{kind}; the site's log says more"
+    return str(error) if isinstance(error, FedLLMError) else f"{kind}: {error}"
+
+
+def _own(config: Config, site: Site) -> Config:
+    """The server's configuration with what only this site decides: its paths and its device.
+
+    Raises:
+        ConfigError: the site has no data, or the server names a model by a local path, asks for
+            more than the site allows, or takes a site for a simulated client.
+    """
+    deployed = config.federation.engine == "deployment"
+    if deployed == site.is_simulated:
+        remedy = "drop" if deployed else "start the run with"
+        kind = "a simulation" if deployed else "a deployment"
+        raise ConfigError(f"this is {kind}; {remedy} federation.engine=deployment")
+    if not deployed:
+        return config
+    own = site.node_config
+    if "data-path" not in own:
+        raise ConfigError(
+            "this site's node config lacks data-path; start its SuperNode with "
+            '--node-config \'client-name="..." data-path="..."\''
+        )
+    if "policy-path" in own:
+        read_policy(Path(str(own["policy-path"]))).check(config, 0)
+    data = replace(
+        config.data,
+        path=str(own["data-path"]),
+        columns=site_columns(own, config.data.columns),
+        eval_path=None,
+        eval_split=None,
+        max_samples=None,
+    )
+    return replace(
+        config,
+        data=data,
+        model=replace(config.model, path=_model_path(config, own)),
+        training=replace(config.training, device=str(own.get("device", "auto"))),
+    )
+
+
+def _model_path(config: Config, own: NodeConfig) -> str:
+    """The site's own copy of the model, or what the server names, if that is no local path."""
+    path = config.model.path
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "~", "/"))
+    if "model-path" not in own and path != "embedded" and not is_hub_id:
+        raise ConfigError(
+            f"model.path={path} is no hub id; name this site's own copy with model-path in its "
+            "node config"
+        )
+    return str(own.get("model-path", path))
+
+
+def _data(config: Config, site: Site) -> "ClientData":
+    from fedllm_flwr.data.client import simulated_client, site_client
+    from fedllm_flwr.training.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    if site.is_simulated:
+        return simulated_client(config, tokenizer, int(site.node_config["partition-id"]))
+    return site_client(config, tokenizer, site.name)
+
+
+def _state_dir(site: Site, name: str) -> Path:
+    """Where this client keeps its state of the run."""
+    from fedllm_flwr.data.client import cache_dir
+
+    default = os.environ.get("FEDLLM_STATE_DIR", cache_dir() / "state" / str(site.run_id))
+    return Path(str(site.node_config.get("state-dir", default))).expanduser() / name
