@@ -57,7 +57,7 @@ def program_folder() -> str:
 
 
 def systemd_quoted(path: Path) -> str:
-    """A path as one word of a unit file."""
+    """A path as one argument in a unit file; as a program's name quotes are not allowed in it."""
     text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text}"'.replace("$", "$$")
 

@@ -44,11 +44,13 @@ def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
 def site_columns(node_config: Mapping[str, object], columns: ColumnsConfig) -> ColumnsConfig:
     """The server's `columns` with those that the site's node config names for its own file.
 
+    A role without a column is written as "": the server's choice of one does not count either.
+
     Raises:
         ConfigError: a role that does not exist.
     """
     own = {
-        key.removeprefix(COLUMNS): str(value)
+        key.removeprefix(COLUMNS): str(value) or None
         for key, value in node_config.items()
         if key.startswith(COLUMNS)
     }
@@ -58,6 +60,12 @@ def site_columns(node_config: Mapping[str, object], columns: ColumnsConfig) -> C
             f"{', '.join(ROLES)}"
         )
     return replace(columns, **own)
+
+
+def every_role(columns: Mapping[str, str]) -> dict[str, str]:
+    """Node config keys that settle all roles, so that no server chooses what is learned here."""
+    settled = replace(ColumnsConfig(), **columns)
+    return {f"{COLUMNS}{role}": getattr(settled, role) or "" for role in ROLES}
 
 
 def to_toml(values: Mapping[str, str | Path]) -> str:

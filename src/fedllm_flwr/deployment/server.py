@@ -188,7 +188,7 @@ def _report(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) ->
         ]
     return [
         f"Made {folder}: certificate for {', '.join(dict.fromkeys([*hosts, *LOOPBACK]))}, valid "
-        f"{SERVER_DAYS} days (its authority: {CA_DAYS}).",
+        f"{SERVER_DAYS} days (its authority {CA_DAYS} days).",
         f"  start      {folder / 'start.sh'}",
         f"  each site  send it {folder / 'ca.crt'}; there: fedllm site init <dir> --name <site> "
         f"--data <file> --server {dial} --ca ca.crt",

@@ -23,9 +23,11 @@ from fedllm_flwr.deployment.directory import (
     write_new,
 )
 from fedllm_flwr.deployment.keys import make_key_pair
-from fedllm_flwr.deployment.node import COLUMNS, DEVICES, parse_columns, to_toml
+from fedllm_flwr.deployment.node import DEVICES, every_role, parse_columns, to_toml
 from fedllm_flwr.errors import ConfigError, DataError
 
+_NODE_COMMENT = "# Only this machine reads this file; none of it can be changed by a server.\n"
+_COLUMNS_COMMENT = '\n# Which column of the data plays which role; "" for none.\n'
 _RESTART_S = 20  # seconds; a site counts as online for up to 60 s after its SuperNode has died
 
 
@@ -163,11 +165,7 @@ def _node_config(folder: Path, options: SiteOptions, columns: Mapping[str, str])
         "state-dir": folder / "state",
         "policy-path": folder / "policy.yaml",
     }
-    values |= {f"{COLUMNS}{role}": column for role, column in columns.items()}
-    return (
-        "# Only this machine reads this file; none of it can be changed by a server.\n"
-        + to_toml(values)
-    )
+    return _NODE_COMMENT + to_toml(values) + _COLUMNS_COMMENT + to_toml(every_role(columns))
 
 
 def _model(path: str) -> Path:
