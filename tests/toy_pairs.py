@@ -1,6 +1,9 @@
-"""Random preference pairs for the toy model, with lengths spread like real ones."""
+"""Random preference pairs for the toy model, and slow answers to what models make of pairs."""
+
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedllm_flwr.data.encode import Encoded, EncodeReport
@@ -46,3 +49,30 @@ def byte_ids() -> NDArray[np.int32]:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return np.array([alphabet.index(chr(letter)) for letter in PRINTABLE], np.int32)
+
+
+@torch.no_grad()
+def one_by_one(module: Any, pairs: EncodedPairs) -> NDArray[np.float64]:
+    """log p of both answers, (pairs, 2): each row alone, without padding, all logits, float64."""
+    module.eval()
+    values = np.zeros((len(pairs), 2))
+    for i in range(len(pairs)):
+        for side, (tokens, supervised) in enumerate(pairs[i]):
+            ids = torch.from_numpy(tokens.astype(np.int64))[None]
+            scores = module(input_ids=ids).logits[0].double().log_softmax(-1)
+            places = [t for t in range(1, len(tokens)) if supervised[t]]
+            values[i, side] = sum(float(scores[t - 1, tokens[t]]) for t in places)
+    return values
+
+
+@torch.no_grad()
+def greedy(module: Any, prompt: NDArray[np.int32], max_new_tokens: int, eos: int) -> list[int]:
+    """The answer by argmax of the whole sequence anew for each token, until EOS."""
+    module.eval()
+    tokens = prompt.tolist()
+    for _ in range(max_new_tokens):
+        logits = module(input_ids=torch.tensor([tokens])).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt) :]

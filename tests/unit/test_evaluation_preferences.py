@@ -2,24 +2,21 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client import ClientData
-from fedllm_flwr.data.encode import encode_prompts
-from fedllm_flwr.data.pairs import EncodedPairs, encode_pairs
+from fedllm_flwr.data.pairs import encode_pairs
 from fedllm_flwr.data.preferences import Pair
 from fedllm_flwr.data.templates import render_prompt
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.evaluation.answers import as_text, greedy_answers
+from fedllm_flwr.evaluation.answers import as_text
 from fedllm_flwr.evaluation.client import evaluate_locally
 from fedllm_flwr.evaluation.preferences import (
     PreferenceSet,
@@ -29,10 +26,9 @@ from fedllm_flwr.evaluation.preferences import (
 )
 from fedllm_flwr.messages import Task
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.log_probs import answer_log_probs
 from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.reference import reference_log_probs
-from toy_pairs import random_pairs
+from toy_pairs import greedy, one_by_one, random_pairs
 
 MakeConfig = Callable[..., Config]
 Array = np.ndarray
@@ -59,6 +55,10 @@ def model(config: Config) -> AdaptedModel:
 def random_adapter(model: AdaptedModel, seed: int = 1) -> Params:
     rng = np.random.default_rng(seed)
     return {n: rng.normal(0, 0.2, v.shape).astype(np.float32) for n, v in model.initial.items()}
+
+
+def slow(model: AdaptedModel, prompt: Array, max_new_tokens: int) -> list[int]:
+    return greedy(model.peft, prompt, max_new_tokens, int(model.tokenizer.eos_token_id))
 
 
 def naive_scores(policy: Array, reference: Array, beta: float) -> dict[str, float]:
@@ -147,86 +147,6 @@ def test_rewards_of_any_size_are_finite() -> None:
     assert preference_scores(reference, policy, 1.0)["loss"] == 0.0
 
 
-@torch.no_grad()
-def one_by_one(model: AdaptedModel, pairs: EncodedPairs) -> Array:
-    """log p of both answers, each row alone and without padding, (pairs, 2)."""
-    model.peft.eval()
-    values = np.zeros((len(pairs), 2))
-    for i in range(len(pairs)):
-        for side, (tokens, supervised) in enumerate(pairs[i]):
-            ids = torch.from_numpy(tokens.astype(np.int64))[None]
-            scores = model.peft(input_ids=ids).logits[0].double().log_softmax(-1)
-            places = [t for t in range(1, len(tokens)) if supervised[t]]
-            values[i, side] = sum(float(scores[t - 1, tokens[t]]) for t in places)
-    return values
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 90, 100_000])
-def test_log_probs_of_answers_equal_one_row_at_a_time(
-    batch_tokens: int, model: AdaptedModel
-) -> None:
-    pairs = random_pairs(20)
-    values = answer_log_probs(model, pairs.rows, batch_tokens).reshape(-1, 2)
-    np.testing.assert_allclose(values, one_by_one(model, pairs), atol=1e-4)
-
-
-def test_log_probs_by_models_that_compute_all_logits(model: AdaptedModel) -> None:
-    pairs = random_pairs(20)
-    model.selects_logits = False
-    try:
-        values = answer_log_probs(model, pairs.rows, 300).reshape(-1, 2)
-    finally:
-        del model.selects_logits
-    np.testing.assert_allclose(values, one_by_one(model, pairs), atol=1e-4)
-
-
-def prompts(count: int, model: AdaptedModel) -> list[Array]:
-    messages = [[{"role": "user", "content": text}] for text in QUESTIONS[:count]]
-    return encode_prompts(messages, model.tokenizer, "vicuna", 400)
-
-
-@torch.no_grad()
-def greedy(model: AdaptedModel, prompt: Array, max_new_tokens: int) -> list[int]:
-    """Argmax of the whole sequence anew for each token, until EOS."""
-    model.peft.eval()
-    tokens = prompt.tolist()
-    for _ in range(max_new_tokens):
-        logits = model.peft(input_ids=torch.tensor([tokens])).logits[0, -1]
-        tokens.append(int(logits.argmax()))
-        if tokens[-1] == model.tokenizer.eos_token_id:
-            break
-    return tokens[len(prompt) :]
-
-
-def test_answers_together_equal_one_at_a_time(model: AdaptedModel) -> None:
-    """Prompts of several lengths, padded on the left, with a cache, against plain argmax."""
-    asked = prompts(5, model)
-    assert len({len(prompt) for prompt in asked}) > 2
-    together = greedy_answers(model, asked, 12)
-    assert [answer.tolist() for answer in together] == [greedy(model, p, 12) for p in asked]
-    alone = [greedy_answers(model, [prompt], 12)[0].tolist() for prompt in asked]
-    assert [answer.tolist() for answer in together] == alone
-
-
-def test_answers_end_with_eos(model: AdaptedModel) -> None:
-    """Each answer at its own EOS: the one that this model reaches after some tokens."""
-    asked = prompts(5, model)
-    answers = greedy_answers(model, asked, 12)
-    tokenizer = model.tokenizer
-    before = tokenizer.eos_token_id, tokenizer.eos_token
-    middle = int(answers[0][3])
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(middle)
-    try:
-        cut = greedy_answers(model, asked, 12)
-    finally:
-        tokenizer.eos_token = before[1]
-    assert len(cut[0]) <= 4
-    for whole, part in zip(answers, cut, strict=True):
-        ends = np.flatnonzero(whole == middle)
-        expected = whole[: ends[0] + 1] if len(ends) else whole
-        assert part.tolist() == expected.tolist()
-
-
 def held_out() -> tuple[list[Pair], dict[str, list[Any]]]:
     """Pairs and the same as columns of a data set; the first has more turns than one."""
     pairs = [
@@ -253,10 +173,10 @@ def test_a_set_is_scored_against_its_reference(
     reference = random_adapter(model, 2) if with_adapter else model.initial
     data = make_set(config, model, reference if with_adapter else None)
     model.load(reference)
-    expected_reference = one_by_one(model, data.pairs)
+    expected_reference = one_by_one(model.peft, data.pairs)
     model.load(random_adapter(model))
-    expected = naive_scores(one_by_one(model, data.pairs), expected_reference, config.dpo.beta)
-    answers = [greedy(model, prompt, 12) for prompt in data.prompts.tokens]
+    expected = naive_scores(one_by_one(model.peft, data.pairs), expected_reference, config.dpo.beta)
+    answers = [slow(model, prompt, 12) for prompt in data.prompts.tokens]
     expected["answer_tokens"] = float(np.mean([len(answer) for answer in answers]))
     assert data.score(model, 300) == pytest.approx(expected, abs=1e-4)
     model.load(reference)
@@ -317,9 +237,9 @@ def test_answers_side_by_side(config: Config, model: AdaptedModel) -> None:
     assert len(sections) == 3
     for i, section in enumerate(sections):
         model.load(model.initial)
-        base = as_text(model, np.array(greedy(model, data.prompts.tokens[i], 12)))
+        base = as_text(model, np.array(slow(model, data.prompts.tokens[i], 12)))
         model.load(adapter)
-        adapted = as_text(model, np.array(greedy(model, data.prompts.tokens[i], 12)))
+        adapted = as_text(model, np.array(slow(model, data.prompts.tokens[i], 12)))
         assert base != adapted
         parts = section.strip("\n").split("\n\n")
         assert parts == [
@@ -344,7 +264,7 @@ def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel) -> N
         task = Task(1, adapter, 0.0, config, reference=given_reference)
         scores = evaluate_locally(task, data)
         model.load(adapter)
-        policy = one_by_one(model, pairs)
+        policy = one_by_one(model.peft, pairs)
         expected_reference = reference_log_probs(model, given_reference, pairs, 1)
         expected = naive_scores(policy, expected_reference, config.dpo.beta)
         assert scores == pytest.approx(expected, abs=1e-4)
@@ -355,16 +275,3 @@ def test_a_client_that_holds_nothing_back(config: Config, model: AdaptedModel) -
     data = ClientData("desk-3", pairs, pairs.take(np.empty(0, np.int64)))
     with pytest.raises(DataError, match=r"^desk-3 holds no examples back; raise data\.validation"):
         evaluate_locally(Task(1, model.initial, 0.0, config), data)
-
-
-STORIES = Path(__file__).parents[3] / "shared/data/models/stories260k"
-
-
-@pytest.mark.skipif(not (STORIES / "config.json").is_file(), reason="no stories260k here")
-def test_answers_of_a_real_model(make_config: MakeConfig) -> None:
-    model = load_model(make_config(model={"path": str(STORIES)}))
-    texts = ["Once upon a time", "Tom was", "The little dog ran to the big tree and"]
-    asked = [np.array(model.tokenizer(text)["input_ids"], np.int32) for text in texts]
-    together = greedy_answers(model, asked, 20)
-    assert [answer.tolist() for answer in together] == [greedy(model, p, 20) for p in asked]
-    assert len(as_text(model, together[0]).split()) > 5

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from fedllm_flwr.checkpoint import load_params
@@ -20,8 +19,8 @@ from fedllm_flwr.params import Params, add
 from fedllm_flwr.schedule import draw_examples
 from fedllm_flwr.training.local import train_locally
 from fedllm_flwr.training.model import AdaptedModel, load_model
-from fedllm_flwr.training.reference import LogProbs, ReferenceCache, reference_log_probs
-from toy_pairs import as_pairs, random_pairs
+from fedllm_flwr.training.reference import ReferenceCache, reference_log_probs
+from toy_pairs import as_pairs, one_by_one, random_pairs
 
 MakeConfig = Callable[..., Config]
 
@@ -48,19 +47,6 @@ def pairs() -> EncodedPairs:
 def random_adapter(model: AdaptedModel, seed: int) -> Params:
     rng = np.random.default_rng(seed)
     return {n: rng.normal(0, 0.2, v.shape).astype(np.float32) for n, v in model.initial.items()}
-
-
-@torch.no_grad()
-def one_by_one(module: Any, pairs: EncodedPairs) -> LogProbs:
-    """log p of both answers by a plain model: each row alone, all logits, float64 sums."""
-    values = np.zeros((len(pairs), 2))
-    for i in range(len(pairs)):
-        for side, (tokens, supervised) in enumerate(pairs[i]):
-            ids = torch.from_numpy(tokens.astype(np.int64))[None]
-            scores = module(input_ids=ids).logits[0].double().log_softmax(-1)
-            places = [t for t in range(1, len(tokens)) if supervised[t]]
-            values[i, side] = sum(float(scores[t - 1, tokens[t]]) for t in places)
-    return values
 
 
 def base_model(config: Config) -> Any:
@@ -103,14 +89,14 @@ def test_the_reference_is_a_given_adapter(
     base = one_by_one(base_model(config), pairs)
     assert np.abs(values - base).max() > 1
     model.load(adapter)
-    np.testing.assert_allclose(values, one_by_one(model.peft.eval(), pairs), atol=1e-4)
+    np.testing.assert_allclose(values, one_by_one(model.peft, pairs), atol=1e-4)
 
 
 def test_the_adapter_works_again_after_the_reference(
     config: Config, model: AdaptedModel, pairs: EncodedPairs
 ) -> None:
     """Neither the adapter's tensors nor that it is in use, nor trainable, is lost."""
-    before, expected = model.params(), one_by_one(model.peft.eval(), pairs)
+    before, expected = model.params(), one_by_one(model.peft, pairs)
     reference_log_probs(model, None, pairs, 300)
     np.testing.assert_array_equal(one_by_one(model.peft, pairs), expected)
     assert all(np.array_equal(value, before[name]) for name, value in model.params().items())
@@ -258,7 +244,7 @@ def test_the_reference_stays_the_base_over_rounds(
     # An adapter of a later round is far from the base, so that its copy would have been seen.
     model = load_model(config)
     model.load(add(model.initial, updates[0].delta))
-    assert np.abs(one_by_one(model.peft.eval(), pairs) - base).max() > 0.1
+    assert np.abs(one_by_one(model.peft, pairs) - base).max() > 0.1
 
 
 def drawn_until(config: Config, pairs: EncodedPairs) -> dict[int, set[int]]:
@@ -281,13 +267,13 @@ def test_margins_of_every_round_are_against_the_same_reference(
         reference = one_by_one(base_model(config), pairs)
     else:
         model.load(adapter)
-        reference = one_by_one(model.peft.eval(), pairs)
+        reference = one_by_one(model.peft, pairs)
     params = random_adapter(model, 6)
     for server_round in (1, 2, 3):
         task = Task(server_round, params, 1e-2, config, reference=adapter)
         update = train_locally(task, ClientData("a", pairs, pairs), tmp_path)
         model.load(params)
-        rewards = config.dpo.beta * (one_by_one(model.peft.eval(), pairs) - reference)
+        rewards = config.dpo.beta * (one_by_one(model.peft, pairs) - reference)
         drawn = draw_examples(len(pairs), 4, server_round, config.seed, "a")
         margins = (rewards[:, 0] - rewards[:, 1])[drawn]
         assert update.metrics["margin"] == pytest.approx(margins.mean(), abs=1e-4)
