@@ -89,7 +89,8 @@ def records(directory: RunDirectory | Path) -> list[dict[str, Any]]:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if key != "seconds"}
+        timed = ("seconds", "phases")
+        return {key: _timeless(item) for key, item in value.items() if key not in timed}
     return value
 
 

@@ -1,5 +1,6 @@
 """Atomic save and load of the whole server state: safetensors and JSON, never pickle."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -138,6 +139,14 @@ def newest_round(directory: Path) -> int | None:
     """Round of the newest checkpoint, readable or not; None without any."""
     found = _newest_first(directory)
     return int(found[0].stem.partition("-")[2]) if found else None
+
+
+def newest_readable(directory: Path) -> int | None:
+    """Round of the newest checkpoint that can be read; None without any."""
+    for path in _newest_first(directory):
+        with contextlib.suppress(FederationError):
+            return _read_state(path).round
+    return None
 
 
 def _read_state(path: Path) -> ServerState:

@@ -47,6 +47,7 @@ class Progress:
         self._tracker: Tracker = open_trackers(config, directory.path)
         self._started = time.monotonic()
         self._first_round = first_round
+        self._counted = timings.earlier  # seconds by phase that records account for
         self.alone = AloneAdapters(directory.alone, prepared.initial)
 
     @property
@@ -65,10 +66,14 @@ class Progress:
         if self._prepared.evaluation is not None:
             record["eval"] = self._evaluate(state.params)
         self._add(record)
-        save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
+        with self._timings.phase("checkpoints"):
+            save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
 
     def finish_round(self, state: ServerState, report: RoundReport) -> None:
-        """Evaluate if it is time, write the round down, then save the state."""
+        """Evaluate if it is time, write the round down, then save the state.
+
+        In this order, a round that is written down but not saved is run again, and none is lost.
+        """
         config = self._config
         last = report.round == config.federation.num_rounds
         every = config.evaluation.every
@@ -86,6 +91,10 @@ class Progress:
         self._tracker.close(succeeded)
 
     def _add(self, record: Record) -> None:
+        now = dict(self._timings.seconds)
+        spent = {name: now[name] - self._counted.get(name, 0.0) for name in now}
+        record["phases"] = {name: seconds for name, seconds in spent.items() if seconds > 0}
+        self._counted = now
         self.records.append(record)
         self._log.append(record)
         self._tracker.log(record)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
+from fedllm_flwr.checkpoint import newest_round
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.client import cache_dir, divided_data
@@ -16,9 +17,23 @@ from fedllm_flwr.engines import find_engine
 from fedllm_flwr.engines.resources import check_machine
 from fedllm_flwr.errors import FedLLMError, RunInterrupted
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.reporting.metrics import Record, read_metrics, summarise, write_summary
+from fedllm_flwr.reporting.metrics import (
+    Record,
+    earlier_phases,
+    read_metrics,
+    summarise,
+    write_summary,
+)
 from fedllm_flwr.reporting.trackers import check_trackers
-from fedllm_flwr.run_directory import RunDirectory, create, discard, how_to_go_on, reopen
+from fedllm_flwr.run_directory import (
+    RunDirectory,
+    already_finished,
+    create,
+    discard,
+    how_to_go_on,
+    is_finished,
+    reopen,
+)
 from fedllm_flwr.timings import Timings
 from fedllm_flwr.training.tokenizer import model_source
 
@@ -33,8 +48,10 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
         FedLLMError: with one line for the user.
         KeyboardInterrupt: the user stopped it; the last checkpoint stays.
     """
-    console.status("reading the data")
     config = with_absolute_paths(config)
+    if (done := _finished_before(config, console)) is not None:
+        return done
+    console.status("reading the data")
     model_source(config.model)
     engine = find_engine(config.federation.engine)
     check_machine(config)
@@ -47,6 +64,8 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
 def run_on_grid(config: Config, grid: Grid, console: Console, run_id: int) -> RunDirectory:
     """Run a configuration with the clients behind `grid`, which Flower has started as `run_id`."""
     config = with_absolute_paths(config)
+    if (done := _finished_before(config, console)) is not None:
+        return done
 
     def engine(main: Callable[[Grid], None]) -> None:
         with _state_dir_of(run_id):
@@ -79,15 +98,40 @@ def _carry_out(
     check_trackers(config.tracking)
     directory = reopen(config) if config.resume else create(config)
     os.environ["FEDLLM_STATE_DIR"] = str(directory.client_states.resolve())
-    timings = Timings()
+    timings = Timings(_earlier(directory) if config.resume else None)
     with _saying_how_to_go_on(directory):
         from fedllm_flwr.server import serve
 
-        timings.seconds["start-up"] = time.monotonic() - started
+        timings.seconds["start-up"] += time.monotonic() - started
         engine(lambda grid: serve(grid, config, directory, console, timings))
-    seconds = time.monotonic() - started
+    _close(config, directory, console, timings, time.monotonic() - started)
+    return directory
+
+
+def _finished_before(config: Config, console: Console) -> RunDirectory | None:
+    """The directory of a run that has nothing left to do, after saying so; None for another."""
+    if config.resume is None:
+        return None
+    directory, num_rounds = reopen(config), config.federation.num_rounds
+    if not is_finished(directory, num_rounds):
+        return None
+    console.note(already_finished(directory, num_rounds))
+    return directory
+
+
+def _earlier(directory: RunDirectory) -> dict[str, float]:
+    """Seconds by phase of the starts before this one."""
+    records = read_metrics(directory.metrics) if directory.metrics.is_file() else []
+    return earlier_phases(directory.summary, records, newest_round(directory.checkpoints) or 0)
+
+
+def _close(
+    config: Config, directory: RunDirectory, console: Console, timings: Timings, seconds: float
+) -> None:
+    """Write the summary and show it; `seconds` are those of this start."""
     records = read_metrics(directory.metrics)
-    summary = summarise(records, timings.seconds, seconds)
+    total = sum(timings.earlier.values()) + seconds
+    summary = summarise(records, timings.seconds, total)
     write_summary(directory.summary, summary)
     console.closing(
         summary,
@@ -95,8 +139,8 @@ def _carry_out(
         rows=_rows_alone(records),
         next_commands=_next_commands(directory, config),
         label=_LABELS.get(config.algorithm.name, "federated"),
+        since_resumed=seconds if timings.earlier else None,
     )
-    return directory
 
 
 Scores = dict[str, float]

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.checkpoint import newest_round, write_atomically
+from fedllm_flwr.checkpoint import newest_readable, newest_round, write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_yaml, to_yaml
 from fedllm_flwr.config.names import shown
@@ -148,9 +148,25 @@ def reopen(config: Config) -> RunDirectory:
     return directory
 
 
+def is_finished(directory: RunDirectory, num_rounds: int) -> bool:
+    """Whether all rounds are done and their results written."""
+    trained = directory.adapter.is_dir() or directory.adapters.is_dir()
+    written = trained and directory.summary.is_file()
+    return written and newest_round(directory.checkpoints) == num_rounds
+
+
+def already_finished(directory: RunDirectory, num_rounds: int) -> str:
+    """What to tell whoever wants to go on with a finished run."""
+    command = shlex.quote(f"resume={directory.path}")
+    return (
+        f"{directory.path}: already finished ({num_rounds} round{'s' * (num_rounds != 1)}); to go "
+        f"on, raise their number: fedllm run {command} federation.num_rounds={2 * num_rounds}"
+    )
+
+
 def how_to_go_on(directory: RunDirectory) -> str | None:
-    """What a stopped run has kept and the command that continues it; None without checkpoint."""
-    last = newest_round(directory.checkpoints)
+    """What a stopped run has kept and the command that continues it; None if it cannot go on."""
+    last = newest_readable(directory.checkpoints)
     if last is None:
         return None
     kept = f"round {last} is saved" if last else "the start is saved"
@@ -158,7 +174,9 @@ def how_to_go_on(directory: RunDirectory) -> str | None:
 
 
 def discard(directory: RunDirectory) -> None:
-    """Remove what a run has left that stopped before its first checkpoint."""
+    """Remove what a run has left that stopped before its first checkpoint; no other run."""
+    if newest_round(directory.checkpoints) is not None:
+        return
     for path in (directory.config, directory.clients, directory.metrics):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something else is in it

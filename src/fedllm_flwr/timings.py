@@ -2,15 +2,20 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
 class Timings:
-    """Seconds by phase."""
+    """Seconds by phase, over all starts of a run.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+    Args:
+        earlier: what the starts before this one took; empty for a new run.
+    """
+
+    def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
+        self.earlier = dict(earlier or {})
+        self.seconds: dict[str, float] = defaultdict(float, self.earlier)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -1,11 +1,17 @@
 """A stopped run goes on and ends in the bits of one that was never stopped."""
 
+import io
+import json
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, Message
 
+from fedllm_flwr import cli
 from fedllm_flwr.checkpoint import load_state, newest_round
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
@@ -169,8 +175,61 @@ def test_all_checkpoints_unreadable(tmp_path: Path) -> None:
     run_tiny(tmp_path / "run", "federation.num_rounds=1")
     for checkpoint in (tmp_path / "run/checkpoints").iterdir():
         checkpoint.write_bytes(b"")
-    with pytest.raises(FederationError, match="no readable checkpoint; start the run anew"):
-        resume(tmp_path / "run")
+    with pytest.raises(FederationError, match=r"no readable checkpoint; start the run anew\.$"):
+        resume(tmp_path / "run", "federation.num_rounds=2")
+    assert (tmp_path / "run/config.yaml").is_file()  # what is there of the run stays
+
+
+def _seconds_of(record: dict[str, Any]) -> float:
+    phases: dict[str, float] = record["phases"]
+    return sum(phases.values())
+
+
+def test_seconds_cover_all_starts(tmp_path: Path) -> None:
+    """A run that is killed, goes on, and is extended: its phases add up over the three starts."""
+    with pytest.raises(RunInterrupted):
+        run_intercepted(tmp_path / "run", _interrupting(2, after=0))
+    metrics, summary = tmp_path / "run/metrics.jsonl", tmp_path / "run/summary.json"
+    killed = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record["round"] for record in killed] == [0, 1]
+    for record in killed[1:]:
+        trained = record["phases"]["training"] + record["phases"]["federation"]
+        assert trained == pytest.approx(record["seconds"])
+        assert record["phases"]["checkpoints"] > 0
+    assert set(killed[0]["phases"]) == {"start-up", "evaluation"}
+    # As if the first start had taken a thousand seconds more.
+    killed[1]["phases"]["training"] += 1000
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in killed))
+
+    started, out = time.monotonic(), io.StringIO()
+    run_simulation(compose([f"resume={tmp_path / 'run'}"]), Console(out), started)
+    here, written = time.monotonic() - started, json.loads(summary.read_text())
+    assert written["seconds"] == pytest.approx(sum(map(_seconds_of, killed)) + here, abs=0.5)
+    assert sum(written["phases"].values()) == pytest.approx(written["seconds"])
+    assert written["phases"]["training"] > 1000
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("Finished")]
+    assert re.match(r"Finished in 1[678] min .* over all starts, \d+ s since it went on: ", line)
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    assert re.search(r"\| duration \| 1[678] min", card)
+
+    started = time.monotonic()
+    longer = [f"resume={tmp_path / 'run'}", "federation.num_rounds=3"]
+    run_simulation(compose(longer), Console(quiet=True), started)
+    here, extended = time.monotonic() - started, json.loads(summary.read_text())
+    assert extended["seconds"] == pytest.approx(written["seconds"] + here, abs=0.5)
+    assert sum(extended["phases"].values()) == pytest.approx(extended["seconds"])
+
+
+def test_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*") if path.is_file()}
+    assert cli.main(["run", f"resume={finished}"]) == 0
+    assert capsys.readouterr().out == (
+        f"{finished}: already finished (2 rounds); to go on, raise their number: fedllm run "
+        f"resume={finished} federation.num_rounds=4\n"
+    )
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*") if path.is_file()}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"config.yaml"}
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,10 @@ class Console:
             self._print(f"  warning: {one_line(warning)}", "yellow")
         self._print("")
 
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self._print(one_line(text))
+
     def status(self, text: str) -> None:
         """Say what is going on: passing on a terminal, a line in a log until rounds begin."""
         if self._interactive:
@@ -142,6 +146,7 @@ class Console:
         rows: Sequence[tuple[str, Metrics]] = (),
         next_commands: Sequence[str] = (),
         label: str = "federated",
+        since_resumed: float | None = None,
     ) -> None:
         """The result against the base model, where the time went, what was written, what next.
 
@@ -151,6 +156,7 @@ class Console:
             rows: further rows between the base model and the result.
             next_commands: commands worth trying now.
             label: name of the result's row.
+            since_resumed: seconds of this start, if the run had been stopped before.
         """
         self.close()
         table = summary_rows(summary, rows, label)
@@ -161,7 +167,7 @@ class Console:
             for line in lines:
                 self._print(line)
         self._print("")
-        self._print(finished_line(summary))
+        self._print(finished_line(summary, since_resumed))
         if failures := summary.get("failures"):
             noun = "reply was" if failures == 1 else "replies were"
             self._print(f"  {failures} client {noun} missing or refused.", "yellow")

@@ -2,13 +2,17 @@
 
 A record is plain data: ``round``, ``seconds``, and where they apply ``learning_rate``, ``loss``,
 ``clients`` and ``failures`` by client name, ``bytes_up``, ``bytes_down``, ``eval`` (metrics on the
-held-out records, on evaluated rounds only) and ``client_eval``.
+held-out records, on evaluated rounds only) and ``client_eval``. ``phases`` has the seconds by phase
+since the record before: start-up, training, federation, evaluation, and the checkpoint that was
+saved after that record.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +88,9 @@ def summarise(
 
     Args:
         records: of all rounds, in order.
-        timings: seconds by phase, which must not overlap.
-        seconds: of the whole run; what the phases leave of it becomes the phase ``rest``.
+        timings: seconds by phase over all starts of the run; phases must not overlap.
+        seconds: of the whole run, all starts together; what the phases leave of it becomes the
+            phase ``rest``.
     """
     phases = dict(timings)
     covered = math.fsum(phases.values())
@@ -105,6 +110,27 @@ def summarise(
         "bytes_down": sum(int(item.get("bytes_down", 0)) for item in records),
         "failures": sum(len(item.get("failures", {})) for item in records),
     }
+
+
+def earlier_phases(path: Path, records: Sequence[Record], last_round: int) -> dict[str, float]:
+    """Seconds by phase that the starts of a run before this one took.
+
+    Args:
+        path: ``summary.json``, there if the run was finished once and is now extended.
+        records: of ``metrics.jsonl``.
+        last_round: round of the newest checkpoint; what came after it is run again.
+    """
+    phases: dict[str, float] = defaultdict(float)
+    summarised = -1
+    with contextlib.suppress(OSError, ValueError):  # none, or cut short
+        summary = json.loads(path.read_text("utf-8"))
+        phases.update(summary["phases"])
+        summarised = int(summary["rounds"])
+    for record in records:
+        if summarised < record["round"] <= last_round:
+            for name, seconds in record.get("phases", {}).items():
+                phases[name] += seconds
+    return dict(phases)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

@@ -135,10 +135,15 @@ def summary_rows(
     return rows
 
 
-def finished_line(summary: Mapping[str, Any]) -> str:
-    """Finished in 58 s: 33 s training, 9 s start-up, ...; the parts add up."""
+def finished_line(summary: Mapping[str, Any], since_resumed: float | None = None) -> str:
+    """Finished in 58 s: 33 s training, 9 s start-up, ...; the parts add up.
+
+    `since_resumed` are the seconds of the last of several starts.
+    """
     total = float(summary["seconds"])
     text = f"Finished in {format_seconds(total)}"
+    if since_resumed is not None:
+        text += f" over all starts, {format_seconds(since_resumed)} since it went on"
     parts = whole_parts(summary.get("phases") or {}, round(total))
     if parts:
         text += ": " + ", ".join(f"{format_seconds(part)} {name}" for name, part in parts.items())
