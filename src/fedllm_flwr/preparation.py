@@ -6,7 +6,14 @@ from typing import Any
 
 from fedllm_flwr.adapters import load_adapter
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client import SimulatedData, encode_records, losses, simulated_data
+from fedllm_flwr.data.client import (
+    SimulatedData,
+    encode_records,
+    losses,
+    require_clients_examples,
+    require_examples,
+    simulated_data,
+)
 from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.data.partition import ClientStats, describe
@@ -44,6 +51,7 @@ def prepare(config: Config) -> Prepared:
         warnings: list[str] = []
     else:
         data = simulated_data(config, load_tokenizer(config.model))
+        require_clients_examples(config, data)
         records, clients = data.source.eval, describe(data.partition)
         warnings = _lost(config, data)
     model = load_model(config)
@@ -73,6 +81,7 @@ def _held_out(
     if records is None or not (config.evaluation.central and len(records)):
         return None
     encoded = encode_records(config, model.tokenizer, records)
+    require_examples(config, "the held-out records", len(encoded))
     if isinstance(encoded, EncodedPairs):
         threads = evaluation_threads(config)
         return make_preference_set(config, model, records, encoded, reference, threads)

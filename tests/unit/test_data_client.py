@@ -135,6 +135,32 @@ def test_records_left_out_in_encoding_leave_the_others_in_place(
     assert sum(map(len, sources)) == len(encoded) < sum(map(len, parts))
 
 
+def test_clients_of_whom_nothing_is_left_are_refused(make: Callable[..., Config]) -> None:
+    """One whose records are all too long is named; so is a site, and a length that fits none."""
+    config = make(40, 4)
+    config.data.truncation = "drop"
+    config.data.validation_fraction = 0.0
+    client.require_clients_examples(config, client.simulated_data(config, TOKENIZER))
+    path = Path(str(config.data.path))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i in client.divided_data(config)[1].indices[2]:
+        rows[i]["output"] = "long " * 200
+    path.write_text("\n".join(map(json.dumps, rows)))
+    forget()
+    data = client.simulated_data(config, TOKENIZER)
+    with pytest.raises(DataError) as caught:
+        client.require_clients_examples(config, data)
+    assert str(caught.value).startswith(
+        f"training.max_length={config.training.max_length} with data.truncation=drop leaves no "
+        "example of client-2; "
+    )
+    config.training.max_length = 3
+    with pytest.raises(DataError, match="leaves no example of any client"):
+        client.require_clients_examples(config, client.simulated_data(config, TOKENIZER))
+    with pytest.raises(DataError, match="leaves no example of st-marys"):
+        site_client(config, TOKENIZER, "st-marys")
+
+
 def test_records_are_tokenised_once(make: Callable[..., Config], encodings: list[int]) -> None:
     """Neither other clients and rounds nor, thanks to the disk, other processes repeat it."""
     config = make(50, 5)

@@ -115,6 +115,29 @@ def losses(config: Config, encoded: Examples) -> list[str]:
     return [f"{found} {limits}{config.data.truncation})"] if found else []
 
 
+def require_examples(config: Config, whose: str, count: int) -> None:
+    """Refuse a client, or the held-out records, of which encoding has left nothing.
+
+    Raises:
+        DataError: names the keys that decide on it.
+    """
+    if not count:
+        raise DataError(
+            f"training.max_length={config.training.max_length} with data.truncation="
+            f"{config.data.truncation} leaves no example of {whose}; raise the length, or cut "
+            "elsewhere (right: the answer's end, left: the prompt's start)"
+        )
+
+
+def require_clients_examples(config: Config, data: SimulatedData) -> None:
+    """As `require_examples`, of all clients of a simulation and then of each."""
+    require_examples(config, "any client", len(data.encoded))
+    kept = np.zeros(len(data.source.train), np.bool_)
+    kept[data.encoded.source] = True
+    for name, rows in zip(data.partition.names, data.partition.indices, strict=True):
+        require_examples(config, name, int(kept[rows].sum()))
+
+
 def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> ClientData:
     """The examples of simulated client `index`.
 
@@ -135,6 +158,7 @@ def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> Client
 def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
     """The examples of a site, whose own file is ``config.data.path``."""
     encoded = _site(_Keyed.of(config, tokenizer))
+    require_examples(config, name, len(encoded))
     return _with_held_out(name, encoded, np.arange(len(encoded)), config)
 
 
