@@ -15,6 +15,7 @@ from fedllm_flwr.data.client import (
     simulated_data,
 )
 from fedllm_flwr.data.federated import load_evaluation_data
+from fedllm_flwr.data.labels import require_scored, unseen_labels
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.data.partition import ClientStats, describe
 from fedllm_flwr.evaluation.central import HeldOut, make_evaluation_set
@@ -68,10 +69,13 @@ def _adapter(path: str | None, model: AdaptedModel) -> Params | None:
 
 
 def _lost(config: Config, data: SimulatedData) -> list[str]:
-    """What the user should know of records that were left out or cut."""
+    """What the user should know of records that were left out or cut, and of labels unseen."""
     train = data.source.report.train
     any_left_out = train.empty or train.equal or train.bad or train.duplicates
-    return [*(data.source.report.lines() if any_left_out else []), *losses(config, data.encoded)]
+    lines = data.source.report.lines() if any_left_out else []
+    if "choice" in data.source.train.column_names:
+        lines += unseen_labels(config.data, data.source.train, data.source.eval)
+    return [*lines, *losses(config, data.encoded)]
 
 
 def _held_out(
@@ -80,6 +84,8 @@ def _held_out(
     """Held-out `records`, a data set or None, ready to score adapters with."""
     if records is None or not (config.evaluation.central and len(records)):
         return None
+    if "choice" in records.column_names:
+        require_scored(config.data, records)
     encoded = encode_records(config, model.tokenizer, records)
     require_examples(config, "the held-out records", len(encoded))
     if isinstance(encoded, EncodedPairs):
