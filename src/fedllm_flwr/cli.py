@@ -18,8 +18,7 @@ _EXIT_FAILED, _EXIT_INTERRUPTED = 1, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status. A user's mistake costs one line, not a trace."""
     prepare_environment()
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed = _parsed(arguments)
     try:
         command: Command = parsed.command
         return command(parsed)
@@ -27,6 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted.", _EXIT_INTERRUPTED)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command; its overrides may stand before and after its options."""
+    parser = _parser()
+    parsed, more = parser.parse_known_args(arguments)
+    unknown = [text for text in more if text.startswith("-") or "overrides" not in parsed]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if more:
+        parsed.overrides = [*parsed.overrides, *more]
+    return parsed
 
 
 def _fail(message: str, status: int = _EXIT_FAILED) -> int:
