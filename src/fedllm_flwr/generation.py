@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedllm_flwr.adapters import load_adapter
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.compose import load_yaml
+from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.errors import ConfigError, FederationError
@@ -25,6 +25,8 @@ def answer_side_by_side(run: str, prompts: Sequence[str], max_new_tokens: int) -
     Raises:
         FedLLMError: the directory holds no finished run, or its model cannot be loaded.
     """
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be > 0, got {max_new_tokens}.")
     config, model = _load(run)
     room = config.training.max_length
     for prompt in prompts:
@@ -48,6 +50,8 @@ def merge(run: str, output: str) -> str:
     path = Path(output).expanduser()
     if path.exists():
         raise ConfigError(f"{output} exists; give a directory that does not.")
+    if beside := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
+        raise ConfigError(f"{output}: {beside} is a file; give another directory to write.")
     _, model = _load(run, quantized=False)
     forget_model()  # merging takes the adapter out of it
     merged = model.peft.merge_and_unload()
@@ -65,14 +69,12 @@ def merge(run: str, output: str) -> str:
 
 def _load(run: str, quantized: bool = True) -> tuple[Config, AdaptedModel]:
     directory = RunDirectory(Path(run).expanduser())
-    if not directory.config.is_file():
-        raise ConfigError(f"{run}: no config.yaml there; give the directory of a run.")
+    config = load_run(directory.path, run)
     if not directory.adapter.is_dir():
         raise ConfigError(
             f"{run}: no adapter there, the run has not finished; go on with it: "
             f"fedllm run resume={run}"
         )
-    config = load_yaml(directory.config)
     if not quantized:
         config = replace(config, quantization=QuantizationConfig())
     model = load_model(config)

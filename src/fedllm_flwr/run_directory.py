@@ -10,7 +10,7 @@ from typing import Any
 
 from fedllm_flwr.checkpoint import newest_readable, newest_round, write_atomically
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.compose import load_yaml, to_yaml
+from fedllm_flwr.config.compose import load_run, to_yaml
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError, FederationError
 
@@ -120,7 +120,7 @@ def reopen(config: Config) -> RunDirectory:
         ConfigError: it holds no run, or an option differs that would change the result.
     """
     directory = RunDirectory(Path(str(config.resume)).expanduser())
-    saved = load_yaml(directory.config)
+    saved = load_run(directory.path, f"resume={shown(config.resume)}")
     for key, (old, new) in _differences(asdict(saved), asdict(config)).items():
         if key not in _FREE_TO_CHANGE and not key.startswith(_FREE_SECTIONS):
             raise ConfigError(

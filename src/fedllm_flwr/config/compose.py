@@ -23,7 +23,15 @@ from fedllm_flwr.config.schema import Config
 from fedllm_flwr.config.typed import from_dict
 from fedllm_flwr.errors import ConfigError
 
-__all__ = ["apply_overrides", "compose", "expand_sweep", "from_run_config", "load_yaml", "to_yaml"]
+__all__ = [
+    "apply_overrides",
+    "compose",
+    "expand_sweep",
+    "from_run_config",
+    "load_run",
+    "load_yaml",
+    "to_yaml",
+]
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Config:
@@ -82,6 +90,15 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _load(path, read_overrides(overrides, group_choices()))
 
 
+def load_run(path: str | Path, typed: str) -> Config:
+    """The configuration of the run in a directory; messages name it as the user `typed` it.
+
+    Raises:
+        ConfigError: there is no run, or its configuration is none of this package.
+    """
+    return _load(path, [], "resume", typed)
+
+
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Change single keys of a composed configuration; groups cannot be chosen here."""
     return _changed(asdict(config), read_overrides(overrides, group_choices()))
@@ -97,11 +114,13 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def _load(path: Any, assignments: Sequence[Assignment], key: str = "config") -> Config:
+def _load(
+    path: Any, assignments: Sequence[Assignment], key: str = "config", typed: str | None = None
+) -> Config:
     """The configuration saved at `path`, which the override `key` names, and what is changed."""
     file = Path(str(path)).expanduser()
-    where = f"{key}={shown(str(path))}"
-    file = file / "config.yaml" if file.is_dir() else file
+    where = typed or f"{key}={shown(str(path))}"
+    file = file / "config.yaml" if file.is_dir() or key == "resume" else file
     if not file.is_file() and key == "resume":
         raise ConfigError(f"{where}: holds no run (no config.yaml); give the directory of a run.")
     if not file.is_file():
