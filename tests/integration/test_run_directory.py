@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,28 @@ def test_adapter_reproduces_the_logged_loss(run: Path, plain_peft: tuple[Any, An
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
         for place in range(len(tokens) - supervised, len(tokens)):
+            nll -= logits[place - 1, tokens[place]].item()
+            count += 1
+    logged = json.loads((run / "summary.json").read_text())["final"]["loss"]
+    assert nll / count == pytest.approx(logged, rel=1e-4)
+
+
+def test_card_reproduces_the_logged_loss(run: Path) -> None:
+    """Its code is run as it stands, with the adapter's path filled in; its layout is taken over."""
+    card = (run / "adapter/README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/adapter", str(run / "adapter")), names)
+    model, tokenizer, template = names["model"], names["tokenizer"], names["template"]
+    source, _ = divided_data(load_yaml(run / "config.yaml"))
+    nll, count = 0.0, 0
+    for turns in source.eval["messages"][:]:
+        prompt = template.format(instruction=turns[0]["content"])
+        before = len(tokenizer(prompt).input_ids)
+        tokens = tokenizer(f"{prompt} {turns[1]['content']}{tokenizer.eos_token}").input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        for place in range(before, len(tokens)):
             nll -= logits[place - 1, tokens[place]].item()
             count += 1
     logged = json.loads((run / "summary.json").read_text())["final"]["loss"]

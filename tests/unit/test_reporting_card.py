@@ -1,13 +1,16 @@
 """The model card: front matter and tables parsed back, its code compiled."""
 
+import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.data.templates import render
 from fedllm_flwr.reporting.card import model_card
 
 SUMMARY: dict[str, Any] = {
@@ -65,10 +68,32 @@ def test_code_compiles_and_finds_the_base(base: str) -> None:
 
     if base == "embedded":
         names: dict[str, Any] = {}
-        exec(code.split("\nfrom peft")[0] + "\n" + code.split("\n\n")[-1].splitlines()[0], names)
+        imports, base_line = (
+            code.split("\nimport torch")[0],
+            code.split("\nbase = ")[1].split("\n")[0],
+        )
+        exec(f"{imports}\nbase = {base_line}", names)
         import fedllm_flwr
 
         assert names["base"] == str(Path(fedllm_flwr.__file__).parent / "assets" / "tiny")
+
+
+@pytest.mark.parametrize("template", ["alpaca", "vicuna"])
+def test_layout_is_that_of_training(template: str) -> None:
+    """Prompt, one space, answer and end token are what `render` makes of an exchange."""
+    made = config()
+    made.data.template = template
+    card = model_card(made, SUMMARY, "embedded")
+    [line] = re.findall(r"^template = (.*)$", card, re.MULTILINE)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    tokenizer = SimpleNamespace(eos_token="</s>")
+    rendered = "".join(part.text for part in render(turns, template, tokenizer))
+    assert ast.literal_eval(line).format(instruction="Why?") + " So.</s>" == rendered
+    assert "followed by one space" in card
+
+
+def test_dtype_of_the_run_is_that_of_loading() -> None:
+    assert "dtype=torch.bfloat16)" in model_card(config(), SUMMARY, "embedded", "bfloat16")
 
 
 def test_results_are_those_of_the_summary() -> None:

@@ -117,6 +117,20 @@ def render_prompt(messages: Sequence[Message], template: str, tokenizer: Tokeniz
     return "".join(segment.text for segment in segments[:-1])
 
 
+def text_layout(template: str) -> tuple[str, str] | None:
+    """Prompt and answer of one exchange, as ``render`` makes them of ``{instruction}`` and
+    ``{answer}``, without the end token; None for the tokenizer's own template.
+    """
+    if template == "chat":
+        return None
+    turns = [
+        {"role": "user", "content": "{instruction}"},
+        {"role": "assistant", "content": "{answer}"},
+    ]
+    prompt, answer = _render_text(turns, _text_template(template), eos="")
+    return prompt.text, answer.text
+
+
 def _text_template(name: str) -> TextTemplate:
     if name not in TEXT_TEMPLATES:
         raise ConfigError(f"data.template={name}; use one of: {', '.join(TEXT_TEMPLATES)}, chat")

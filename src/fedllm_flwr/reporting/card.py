@@ -9,12 +9,15 @@ from typing import Any
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import EMBEDDED_DATA
+from fedllm_flwr.data.templates import text_layout
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-def model_card(config: Config, summary: Mapping[str, Any], base_model: str) -> str:
+def model_card(
+    config: Config, summary: Mapping[str, Any], base_model: str, dtype: str = "float32"
+) -> str:
     """Model card in Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
@@ -22,11 +25,12 @@ def model_card(config: Config, summary: Mapping[str, Any], base_model: str) -> s
         summary: as `fedllm_flwr.reporting.metrics.summarise` makes it.
         base_model: hub id, local directory or "embedded". Only a hub id appears in the front
             matter, and of a local directory only its last part, as the card may be published.
+        dtype: of the base model's weights in the run.
     """
     sections = [
         _front_matter(config, base_model),
         _introduction(config, base_model),
-        _loading(config, base_model),
+        _loading(config, base_model, dtype),
         _results(summary),
         _making(config, summary),
     ]
@@ -53,28 +57,69 @@ def _introduction(config: Config, base_model: str) -> str:
     )
 
 
-def _loading(config: Config, base_model: str) -> str:
+def _loading(config: Config, base_model: str, dtype: str) -> str:
     kind = _kind(base_model)
-    imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
+    imports = [
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    ]
     if kind == "embedded":
         imports = ["from pathlib import Path", "", "import fedllm_flwr", *imports]
         base = 'str(Path(fedllm_flwr.__file__).parent / "assets" / "tiny")'
     else:
         base = json.dumps(base_model if kind == "hub" else "path/to/your/copy/of/the/base/model")
-    code = "\n".join(
-        [
-            "```python",
-            *imports,
-            "",
-            f"base = {base}",
-            "model = AutoModelForCausalLM.from_pretrained(base)",
-            'model = PeftModel.from_pretrained(model, "path/to/this/adapter")',
-            "```",
+    lines = [
+        *imports,
+        "",
+        f"base = {base}",
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
+        f"model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})",
+        'model = PeftModel.from_pretrained(model, "path/to/this/adapter").eval()',
+        "",
+        *_prompting(config.data.template),
+        "written = model.generate(**inputs, max_new_tokens=64)[0, inputs.input_ids.shape[1] :]",
+        "print(tokenizer.decode(written, skip_special_tokens=True))",
+    ]
+    code = "\n".join(["```python", *lines, "```"])
+    return f"## How to use it\n\n{code}\n\n{_layout_in_words(config)}"
+
+
+def _prompting(template: str) -> list[str]:
+    """Code that makes `prompt` of an instruction, exactly as the training data were laid out."""
+    layout = text_layout(template)
+    if layout is not None:
+        prompt = json.dumps(layout[0], ensure_ascii=False)
+        return [
+            f"template = {prompt}",
+            'prompt = template.format(instruction="...")',
+            'inputs = tokenizer(prompt, return_tensors="pt")',
         ]
+    return [
+        'messages = [{"role": "user", "content": "..."}]',
+        "prompt = tokenizer.apply_chat_template(",
+        "    messages, tokenize=False, add_generation_prompt=True",
+        ').rstrip(" ")',
+        'with_bos = not prompt.startswith(tokenizer.bos_token or "")',
+        'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=with_bos)',
+    ]
+
+
+def _layout_in_words(config: Config) -> str:
+    """What follows the prompt in training."""
+    layout = text_layout(config.data.template)
+    if layout is None:
+        return (
+            "Prompts and answers were laid out by the chat template of the base model's tokenizer; "
+            "spaces at the end of the prompt belong to the answer."
+        )
+    space = layout[1].removesuffix("{answer}")
+    one = "one space" if space == " " else json.dumps(space)
+    return (
+        f"This is the `{config.data.template}` template. In training the prompt was followed by "
+        f"{one}, the answer and the tokenizer's end token, so that a prompt ends without a space. "
+        "An instruction with an input is both, joined by a space."
     )
-    prompt = f"Prompts follow the `{config.data.template}` template of the training data."
-    tokenizer = "The tokenizer is the base model's."
-    return f"## How to load it\n\n{code}\n\n{tokenizer} {prompt}"
 
 
 def _results(summary: Mapping[str, Any]) -> str:
