@@ -224,7 +224,8 @@ def _readme(folder: Path, options: SiteOptions) -> str:
             f"Send `{name}.pub` to the server's operator, who registers it once. Then, and at any "
             "time:\n"
         )
-        by_hand = f'```sh\nssh-keygen -t ecdsa -b 384 -N "" -f {name}\n```\n\n{supernode}'
+        keys = f'ssh-keygen -t ecdsa -b 384 -N "" -f {name}.key && mv {name}.key.pub {name}.pub'
+        by_hand = f"```sh\n{keys}\n```\n\n{supernode}"
     return filled(
         "site.md",
         name=name,
