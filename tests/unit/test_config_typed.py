@@ -41,7 +41,7 @@ def test_missing_keys_take_their_defaults() -> None:
         ({"seed": True}, "seed must be a whole number"),
         ({"seed": 2**63}, "seed must be below"),
         ({"training": {"learning_rate": float("nan")}}, "must be a finite number"),
-        ({"training": {"learning_rate": 10**400}}, "must be a finite number"),
+        ({"training": {"learning_rate": 10**400}}, r"must be below 2\^63"),
         ({"training": {"learning_rate": "1e-3"}}, "must be a number"),
         ({"evaluation": {"clients": 0}}, "true or false"),
         ({"model": {"path": ["a"]}}, "model.path must be text"),

@@ -137,10 +137,16 @@ def test_lengths_of_preference_pairs_include_both_answers() -> None:
         (PartitionConfig("iid"), 0, r"federation\.num_clients must be at least 1, got 0"),
         (by_label("dirichlet", alpha=0.0), 2, r"partition\.alpha must be > 0 .*got 0\.0"),
         (
+            by_label("dirichlet", alpha=0.01, min_size=7),
+            4,
+            r"partition\.alpha=0\.01 with federation\.num_clients=4 and 30 records never gave .*"
+            r"partition\.min_size=7",
+        ),
+        (
             by_label("dirichlet", alpha=0.01, min_size=11),
             3,
-            r"partition\.alpha=0\.01 with federation\.num_clients=3 and 30 records never gave .*"
-            r"partition\.min_size=11",
+            r"partition\.min_size=11 for each of federation\.num_clients=3 takes 33 records, but "
+            r"there are 30; lower one of them",
         ),
         (
             by_label("pathological", classes_per_client=4),
@@ -155,7 +161,7 @@ def test_lengths_of_preference_pairs_include_both_answers() -> None:
         (
             PartitionConfig("size", alpha=9.0),
             10,
-            r"partition\.alpha=9\.0 leaves some of 10 clients",
+            r"partition\.alpha=9\.0 leaves some of 10 clients .*give fewer clients",
         ),
     ],
 )

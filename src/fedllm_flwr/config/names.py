@@ -11,6 +11,19 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from fedllm_flwr.config.schema import Config
 
 _PACKAGE = Path(__file__).parents[1]
+# What other programs call some keys, too far from ours to be found by likeness.
+_SAID_ELSEWHERE = {
+    "lr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "epochs": "num_epochs",
+    "steps": "max_steps",
+    "rounds": "num_rounds",
+    "clients": "num_clients",
+    "bs": "batch_size",
+    "rank": "r",
+    "seq_length": "max_length",
+    "max_seq_length": "max_length",
+}
 _LONGEST_SHOWN = 120  # characters of a value in a message
 
 
@@ -68,6 +81,8 @@ def _closest_key(key: str) -> str | None:
     known = {name.lower(): name for name in key_types()}
     lowered = key.lower().replace("/", ".")
     section, _, leaf = lowered.rpartition(".")
+    leaf = _SAID_ELSEWHERE.get(leaf, leaf)
+    lowered = f"{section}.{leaf}" if section else leaf
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     siblings = [name for name in known if section and name.startswith(section + ".")]
     for candidates, cutoff in ((siblings, 0.75), (same_leaf, 0.0), (list(known), 0.6)):

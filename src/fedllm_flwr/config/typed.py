@@ -66,8 +66,10 @@ def _int(value: Any, key: str) -> int:
 def _float(value: Any, key: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{key} must be a number, got {shown(value)}.")
-    if abs(value) >= _INT64 or math.isnan(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} must be a finite number, got {shown(value)}.")
+    if abs(value) >= _INT64:
+        raise ConfigError(f"{key} must be below 2^63, got {shown(value)}.")
     return float(value)
 
 

@@ -212,7 +212,8 @@ def _check_lora(config: Config) -> None:
     name = shown(targets)
     close = difflib.get_close_matches(name, ("auto", "all-linear"), n=1)
     hint = f"did you mean {close[0]!r}? Give" if close else "give"
-    example = f"[{name}]" if isinstance(targets, str) and not close else "[q_proj,v_proj]"
+    is_name = isinstance(targets, str) and targets.strip() and not close
+    example = f"[{name}]" if is_name else "[q_proj,v_proj]"
     raise ConfigError(
         f"lora.target_modules={name}: {hint} auto, all-linear or a list of module names such as "
         f"{example}."

@@ -190,7 +190,7 @@ def _size(
     except ValueError:
         raise ConfigError(
             f"partition.alpha={config.alpha} leaves some of {num_clients} clients without any of "
-            f"the {len(order)} records; lower it, or federation.num_clients={num_clients}"
+            f"the {len(order)} records; lower it, or give fewer clients by federation.num_clients"
         ) from None
 
 
@@ -212,6 +212,11 @@ def _dirichlet(
         raise ConfigError(
             f"partition.alpha must be > 0 for a Dirichlet partition, got {config.alpha}; "
             f"0.1 is very skewed, 100 nearly even"
+        )
+    if (wanted := config.min_size * num_clients) > len(order):
+        raise ConfigError(
+            f"partition.min_size={config.min_size} for each of federation.num_clients="
+            f"{num_clients} takes {wanted} records, but there are {len(order)}; lower one of them"
         )
     for attempt in range(DIRICHLET_SEEDS):
         partitioner = DirichletPartitioner(
@@ -259,8 +264,8 @@ def _pathological(
         rarest, count = Counter(order["key"][:]).most_common()[-1]
         raise ConfigError(
             f"partition=pathological: a value of partition.column={config.column} has fewer "
-            f"records than clients that need it (the rarest, {rarest!r}, has {count}); lower "
-            f"federation.num_clients={num_clients}, or use partition=dirichlet"
+            f"records than clients that need it (the rarest, {rarest!r}, has {count}); give "
+            f"fewer clients than federation.num_clients={num_clients}, or use partition=dirichlet"
         ) from None
 
 
