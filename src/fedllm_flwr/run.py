@@ -20,6 +20,7 @@ from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import (
     Record,
     earlier_phases,
+    name_of_start,
     read_metrics,
     summarise,
     write_summary,
@@ -139,6 +140,7 @@ def _close(
         rows=_rows_alone(records),
         next_commands=_next_commands(directory, config),
         label=_LABELS.get(config.algorithm.name, "federated"),
+        first=name_of_start(config.init_adapter),
         since_resumed=seconds if timings.earlier else None,
     )
 

@@ -106,6 +106,14 @@ def test_results_are_those_of_the_summary() -> None:
     ]
 
 
+def test_a_run_that_started_from_an_adapter_says_so() -> None:
+    made = config()
+    made.init_adapter = "earlier/adapter"
+    rows = table(model_card(made, SUMMARY, "embedded"), "Results on held-out records")
+
+    assert [row[0] for row in rows[2:]] == ["start", "with this adapter"]
+
+
 def test_a_run_without_evaluation_has_no_results() -> None:
     card = model_card(config(), SUMMARY | {"base": None, "final": None}, "embedded")
 

@@ -229,6 +229,19 @@ def test_closing_table_and_times() -> None:
     assert "missing" not in text
 
 
+def test_closing_names_what_training_started_from() -> None:
+    names = [
+        line.split()[0] for line in closed(SUMMARY, first="start").splitlines() if line.strip()
+    ]
+    assert "start" in names
+    assert "base" not in names
+
+
+def test_closing_after_a_stop_counts_both() -> None:
+    text = closed(SUMMARY, since_resumed=21.0)
+    assert "Finished in 58 s over all starts, 21 s since it went on: " in text
+
+
 def test_closing_without_labels_or_evaluation() -> None:
     unlabelled = SUMMARY | {"base": {"loss": 2.0}, "final": {"loss": 1.0}, "best": None}
     assert "accuracy" not in closed(unlabelled)

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedllm_flwr.comparison.jobs import Job
-from fedllm_flwr.reporting.metrics import Record, read_metrics, summarise
+from fedllm_flwr.reporting.metrics import Record, name_of_start, read_metrics, summarise
 
 METRICS = ("loss", "accuracy", "macro_f1", "margin", "answer_tokens")
 
@@ -71,7 +71,7 @@ def read_outcomes(jobs: Sequence[Job]) -> list[Outcome]:
 
 
 def make_rows(outcomes: Sequence[Outcome], algorithms: Sequence[str]) -> list[Row]:
-    """The base model, each algorithm in the order given, and after local its best and worst."""
+    """The start, each algorithm in the order given, and after local its best and worst."""
     by_name = {
         name: [outcome for outcome in outcomes if outcome.job.algorithm == name]
         for name in algorithms
@@ -79,7 +79,8 @@ def make_rows(outcomes: Sequence[Outcome], algorithms: Sequence[str]) -> list[Ro
     rows = []
     federated = next((by_name[name] for name in algorithms if by_name[name]), [])
     if federated:
-        rows.append(Row("base", _spreads([outcome.summary["base"] for outcome in federated])))
+        first = name_of_start(federated[0].job.config.init_adapter)
+        rows.append(Row(first, _spreads([outcome.summary["base"] for outcome in federated])))
     local = by_name.get("local", [])
     for name, runs in by_name.items():
         if not runs:

@@ -10,6 +10,7 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.templates import text_layout
+from fedllm_flwr.reporting.metrics import name_of_start
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -31,7 +32,7 @@ def model_card(
         _front_matter(config, base_model),
         _introduction(config, base_model),
         _loading(config, base_model, dtype),
-        _results(summary),
+        _results(summary, name_of_start(config.init_adapter)),
         _making(config, summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -122,8 +123,8 @@ def _layout_in_words(config: Config) -> str:
     )
 
 
-def _results(summary: Mapping[str, Any]) -> str:
-    """Table of the base model and the adapter on the held-out records."""
+def _results(summary: Mapping[str, Any], start: str) -> str:
+    """Table of what training started from and of the adapter, on the held-out records."""
     base, final = summary.get("base"), summary.get("final")
     if not base or not final:
         return ""
@@ -141,7 +142,7 @@ def _results(summary: Mapping[str, Any]) -> str:
     shown = [column for column in columns if column[1] in final]
     header = ["model", *(title for title, _, _ in shown)]
     lines = [_row(header), _row(["---"] + ["---:"] * len(shown))]
-    for name, metrics in (("base", base), ("with this adapter", final)):
+    for name, metrics in ((start, base), ("with this adapter", final)):
         lines.append(_row([name, *(fixed(metrics.get(key), digits) for _, key, digits in shown)]))
     return "## Results on held-out records\n\n" + "\n".join(lines)
 

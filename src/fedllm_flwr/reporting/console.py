@@ -146,6 +146,7 @@ class Console:
         rows: Sequence[tuple[str, Metrics]] = (),
         next_commands: Sequence[str] = (),
         label: str = "federated",
+        first: str = "base",
         since_resumed: float | None = None,
     ) -> None:
         """The result against the base model, where the time went, what was written, what next.
@@ -156,10 +157,11 @@ class Console:
             rows: further rows between the base model and the result.
             next_commands: commands worth trying now.
             label: name of the result's row.
+            first: name of the row of what training started from.
             since_resumed: seconds of this start, if the run had been stopped before.
         """
         self.close()
-        table = summary_rows(summary, rows, label)
+        table = summary_rows(summary, rows, label, first)
         if table:
             self._print("")
             header, *lines = closing_table(table)

@@ -84,7 +84,7 @@ def read_metrics(path: Path) -> list[Record]:
 def summarise(
     records: Sequence[Record], timings: Mapping[str, float], seconds: float | None = None
 ) -> dict[str, Any]:
-    """The content of ``summary.json``.
+    """The content of ``summary.json``; ``base`` holds the scores before training.
 
     Args:
         records: of all rounds, in order.
@@ -110,6 +110,11 @@ def summarise(
         "bytes_down": sum(int(item.get("bytes_down", 0)) for item in records),
         "failures": sum(len(item.get("failures", {})) for item in records),
     }
+
+
+def name_of_start(init_adapter: str | None) -> str:
+    """What tables call the scores before training: of the base model, or of a given adapter."""
+    return "base" if init_adapter is None else "start"
 
 
 def earlier_phases(path: Path, records: Sequence[Record], last_round: int) -> dict[str, float]:

@@ -122,11 +122,13 @@ def closing_table(rows: Sequence[tuple[str, Metrics]]) -> list[str]:
 
 
 def summary_rows(
-    summary: Mapping[str, Any], extra: Sequence[tuple[str, Metrics]], label: str
+    summary: Mapping[str, Any], extra: Sequence[tuple[str, Metrics]], label: str, first: str
 ) -> list[tuple[str, Metrics]]:
-    """Base model, `extra` rows, the result, and the best round where a later one got worse."""
+    """What training started from, called `first`, `extra` rows, the result called `label`, and the
+    best round where a later one got worse.
+    """
     base, final, best = summary.get("base"), summary.get("final"), summary.get("best")
-    rows = [("base", base)] if base else []
+    rows = [(first, base)] if base else []
     rows += extra
     if final:
         rows.append((label, final))
