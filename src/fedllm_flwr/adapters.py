@@ -34,12 +34,20 @@ def save_adapter(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             fresh = Path(folder) / path.name
             model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
-            card = model_card(config, summary, config.model.path)
+            dtype = str(model.dtype).removeprefix("torch.")
+            card = model_card(config, summary, config.model.path, dtype)
             (fresh / "README.md").write_text(card, encoding="utf-8")
+            give_usual_mode(fresh, like="README.md")
             shutil.rmtree(path, ignore_errors=True)
             fresh.replace(path)
     except (OSError, SafetensorError) as error:
         raise FederationError(f"cannot write {path}: {error}.") from error
+
+
+def give_usual_mode(folder: Path, like: str) -> None:
+    """Let those read all files who may read the file `like`; safetensors makes private ones."""
+    for file in folder.iterdir():
+        shutil.copymode(folder / like, file)
 
 
 def load_adapter(path: Path, model: AdaptedModel) -> Params:

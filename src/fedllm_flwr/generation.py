@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedllm_flwr.adapters import load_adapter
+from fedllm_flwr.adapters import give_usual_mode, load_adapter
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.config.schema import QuantizationConfig
@@ -61,6 +61,7 @@ def merge(run: str, output: str) -> str:
             fresh = Path(folder) / path.name
             merged.save_pretrained(str(fresh), safe_serialization=True)
             model.tokenizer.save_pretrained(str(fresh))
+            give_usual_mode(fresh, like="config.json")
             shutil.move(str(fresh), path)
     except OSError as error:
         raise FederationError(f"cannot write {output}: {error.strerror or error}.") from error

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,16 @@ def test_files(run: Path) -> None:
         "adapter_model.safetensors",
     }
     assert "library_name: peft" in (run / "adapter/README.md").read_text()
+
+
+def _modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_have_the_mode_that_the_umask_says(run: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    assert _modes(run) == {0o666 & ~mask}
 
 
 def test_summary_follows_from_the_log(run: Path) -> None:
@@ -159,6 +170,7 @@ def test_merged_model_is_base_plus_adapter(
 
     assert cli.main(["merge", str(run), str(tmp_path / "merged")]) == 0
     assert str(tmp_path / "merged") in capsys.readouterr().out
+    assert _modes(tmp_path / "merged") == _modes(run)
     model, tokenizer = plain_peft
     tokens = torch.tensor([_ids(tokenizer, PROMPT.format("Profit at the bank fell."))])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

@@ -123,3 +123,14 @@ def test_a_failed_replacement_keeps_the_old_content(tmp_path, monkeypatch):
 
 def _refuse(*_args, **_keywords):
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_written_files_keep_to_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "file", b"content")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
