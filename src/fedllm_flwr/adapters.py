@@ -1,5 +1,6 @@
 """Adapters on disk: exported for PEFT, and read back to start from."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from fedllm_flwr.reporting.card import model_card
 from fedllm_flwr.training.model import AdaptedModel
 
 _WEIGHTS = "adapter_model.safetensors"
+_SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 
 
 def save_adapter(
@@ -57,6 +59,7 @@ def load_adapter(path: Path, model: AdaptedModel) -> Params:
         ModelError: it is missing, broken, or of another shape.
     """
     file = path / _WEIGHTS
+    _check_settings(path, model)
     try:
         params: Params = load_file(file)
         check_like(params, model.initial)
@@ -68,3 +71,22 @@ def load_adapter(path: Path, model: AdaptedModel) -> Params:
             "use the model, lora.r and lora.target_modules that it was made with."
         ) from error
     return {name: value.astype("float32") for name, value in params.items()}
+
+
+def _check_settings(path: Path, model: AdaptedModel) -> None:
+    """Refuse an adapter that would be scaled otherwise than it was trained.
+
+    Raises:
+        ModelError: names the key, this run's value and the adapter's.
+    """
+    try:
+        saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no readable adapter_config.json ({error}).") from error
+    own = model.peft.peft_config["default"]
+    for key, name in _SETTINGS.items():
+        if name in saved and saved[name] != getattr(own, name):
+            raise ModelError(
+                f"lora.{key}={getattr(own, name)}, but the adapter in {path} was made with "
+                f"lora.{key}={saved[name]}; use that."
+            )

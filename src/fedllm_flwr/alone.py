@@ -20,17 +20,19 @@ class AloneAdapters:
     Args:
         directory: one folder for each client below it.
         initial: where all of them started.
+        keep: newest adapters of each client that are kept.
     """
 
-    def __init__(self, directory: Path, initial: Params) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, initial: Params, keep: int = 2) -> None:
+        self._directory, self._keep = directory, keep
         self._initial = initial
         self._scored: dict[str, Scores] = {}  # by client; dropped when it trains again
 
     def store(self, server_round: int, name: str, delta: Params) -> None:
         """Keep the adapter that a client has reached in a round: its start plus `delta`."""
         self._scored.pop(name, None)
-        store_version(self._folder(name), "adapter", server_round, add(self._initial, delta))
+        adapter = add(self._initial, delta)
+        store_version(self._folder(name), "adapter", server_round, adapter, self._keep)
 
     def names(self) -> list[str]:
         """Clients that have trained at least once."""

@@ -23,7 +23,8 @@ class ServerState:
     """Everything that a server needs to go on: the adapter after ``round`` rounds and the rest.
 
     ``moments`` holds the server optimizer's tensors by name (``m``, ``v``), ``control`` SCAFFOLD's
-    server variate c, ``reference`` the adapter of DPO's reference model, if it has one.
+    server variate c, ``reference`` the adapter of DPO's reference model, if it has one. ``run``
+    tells this run from others, also when it goes on after a stop.
     """
 
     round: int
@@ -31,6 +32,7 @@ class ServerState:
     moments: dict[str, Params] = field(default_factory=dict)
     control: Params | None = None
     reference: Params | None = None
+    run: str = ""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -111,7 +113,8 @@ def save_state(directory: Path, state: ServerState, keep: int) -> Path:
     if state.reference is not None:
         groups["reference"] = state.reference
     path = directory / f"round-{state.round:05d}.safetensors"
-    save_params(path, groups, {"round": str(state.round), "moments": json.dumps([*state.moments])})
+    moments = json.dumps([*state.moments])
+    save_params(path, groups, {"round": str(state.round), "moments": moments, "run": state.run})
     for old in _newest_first(directory)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -157,9 +160,8 @@ def _read_state(path: Path) -> ServerState:
         round_number, params = int(metadata["round"]), groups["params"]
     except (KeyError, ValueError) as error:
         raise FederationError(f"{path} is no state of a run (no {error}).") from error
-    return ServerState(
-        round_number, params, moments, groups.get("control"), groups.get("reference")
-    )
+    control, reference = groups.get("control"), groups.get("reference")
+    return ServerState(round_number, params, moments, control, reference, metadata.get("run", ""))
 
 
 def _newest_first(directory: Path) -> list[Path]:

@@ -26,6 +26,7 @@ class Task:
     ``params`` is the global adapter w, ``learning_rate`` the local one of this round. In an
     ``alone`` task the client goes on from its own adapter of earlier rounds, where it has one.
     ``reference`` is the adapter of DPO's reference model; None: the base model is the reference.
+    ``run`` tells the states that a client keeps of this run from those of others.
     """
 
     round: int
@@ -36,6 +37,7 @@ class Task:
     control: Params | None = None
     alone: bool = False
     reference: Params | None = None
+    run: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fedllm_flwr.params import Params
 from fedllm_flwr.training.device import cpu_count
 from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.tokenizer import load_tokenizer
+from fedllm_flwr.wire import round_trip
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def prepare(config: Config) -> Prepared:
     initial = _adapter(config.init_adapter, model) or model.initial
     is_dpo = config.task.name == "dpo"
     reference = _adapter(config.dpo.reference_adapter, model) if is_dpo else None
+    if reference is not None:  # as clients will have it
+        reference = round_trip(reference, config.communication.dtype)
     evaluation = _held_out(config, records, model, reference)
     num_clients = len(clients) or config.federation.num_clients or 1
     return Prepared(num_clients, clients, warnings, model, evaluation, initial, reference)

@@ -18,6 +18,7 @@ from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.report import Hooks, RoundReport
 from fedllm_flwr.timings import Timings
 from fedllm_flwr.training.device import cpu_count
+from fedllm_flwr.versions import versions_to_keep
 
 
 class Progress:
@@ -48,7 +49,8 @@ class Progress:
         self._started = time.monotonic()
         self._first_round = first_round
         self._counted = timings.earlier  # seconds by phase that records account for
-        self.alone = AloneAdapters(directory.alone, prepared.initial)
+        keep = versions_to_keep(config)
+        self.alone = AloneAdapters(directory.alone, prepared.initial, keep)
 
     @property
     def hooks(self) -> Hooks:

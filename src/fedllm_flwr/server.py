@@ -1,5 +1,7 @@
 """The server's side of a run, whatever engine carries its messages."""
 
+import secrets
+
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
@@ -58,7 +60,8 @@ def _initial_state(
     config: Config, directory: RunDirectory, prepared: Prepared
 ) -> tuple[ServerState, list[str]]:
     if config.resume is None:
-        return ServerState(0, prepared.initial, reference=prepared.reference), []
+        run = secrets.token_hex(8)
+        return ServerState(0, prepared.initial, reference=prepared.reference, run=run), []
     return load_state(directory.checkpoints)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from flwr.app import RecordDict
 
@@ -71,9 +72,11 @@ def _train(content: RecordDict, site: Site) -> RecordDict:
     from fedllm_flwr.training.local import train_locally
 
     task = unpack_task(content)
-    config = _own(task.config, site)
+    config = _own(task.config, site, task.round)
     data = _data(config, site)
-    update = train_locally(replace(task, config=config), data, _state_dir(site, data.name))
+    update = train_locally(
+        replace(task, config=config), data, _state_dir(site, data.name, task.run)
+    )
     return pack_update(update, config.communication.dtype)
 
 
@@ -82,7 +85,7 @@ def _evaluate(content: RecordDict, site: Site) -> RecordDict:
     from fedllm_flwr.evaluation.client import evaluate_locally
 
     task = unpack_task(content)
-    config = _own(task.config, site)
+    config = _own(task.config, site, task.round)
     data = _data(config, site)
     scores = evaluate_locally(replace(task, config=config), data)
     return pack_scores(scores, len(data.held_out))
@@ -109,15 +112,25 @@ def _reason(error: Exception, site: Site) -> str:
             "out of memory; lower training.micro_batch_size or training.max_length, or set "
             "training.gradient_checkpointing=true"
         )
-    if not site.is_simulated:
-        if isinstance(error, FedLLMError) and not isinstance(error, DataError):
-            return str(error)
+    if site.is_simulated:
+        return str(error) if isinstance(error, FedLLMError) else f"{kind}: {error}"
+    text, paths = str(error), _own_paths(site)
+    if not isinstance(error, FedLLMError) or isinstance(error, DataError):
         return f"{kind}; the site's log says more"
-    return str(error) if isinstance(error, FedLLMError) else f"{kind}: {error}"
+    return text if not any(path in text for path in paths) else f"{kind}; the site's log says more"
 
 
-def _own(config: Config, site: Site) -> Config:
+def _own_paths(site: Site) -> list[str]:
+    """What the site's operator has named on its disk."""
+    keys = [key for key in site.node_config if key.endswith(("-path", "-dir"))]
+    return [str(site.node_config[key]) for key in keys]
+
+
+def _own(config: Config, site: Site, server_round: int = 0) -> Config:
     """The server's configuration with what only this site decides: its paths and its device.
+
+    Args:
+        server_round: that is asked for, 0 before the first.
 
     Raises:
         ConfigError: the site has no data, or the server names a model by a local path, asks for
@@ -137,7 +150,7 @@ def _own(config: Config, site: Site) -> Config:
             '--node-config \'client-name="..." data-path="..."\''
         )
     if "policy-path" in own:
-        read_policy(Path(str(own["policy-path"]))).check(config, 0)
+        read_policy(Path(str(own["policy-path"]))).check(config, server_round)
     data = replace(
         config.data,
         path=str(own["data-path"]),
@@ -176,9 +189,11 @@ def _data(config: Config, site: Site) -> "ClientData":
     return site_client(config, tokenizer, site.name)
 
 
-def _state_dir(site: Site, name: str) -> Path:
-    """Where this client keeps its state of the run."""
+def _state_dir(site: Site, name: str, run: str) -> Path:
+    """Where this client keeps its state of the run; a simulation's own directory is of one run."""
     from fedllm_flwr.data.client import cache_dir
 
+    if "state-dir" in site.node_config:
+        return Path(str(site.node_config["state-dir"])).expanduser() / quote(run, safe="") / name
     default = os.environ.get("FEDLLM_STATE_DIR", cache_dir() / "state" / str(site.run_id))
-    return Path(str(site.node_config.get("state-dir", default))).expanduser() / name
+    return Path(default).expanduser() / name

@@ -1,4 +1,4 @@
-"""Tensors that are kept by round: one file for each, the last two of them.
+"""Tensors that are kept by round: one file for each, the last few of them.
 
 A task of round r starts from the newest version older than r, so that a round that is repeated
 after a crash starts from the same tensors and ends in the same bits.
@@ -9,16 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedllm_flwr.checkpoint import load_params, save_params
+from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Params, check_like
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 2
+
+def versions_to_keep(config: Config) -> int:
+    """So many that one is there for each of the server's last two checkpoints."""
+    return 2 * config.checkpoint.every
 
 
-def store_version(directory: Path, kind: str, server_round: int, params: Params) -> None:
-    """Write the tensors of a round; it and the one before are kept.
+def store_version(
+    directory: Path, kind: str, server_round: int, params: Params, keep: int = 2
+) -> None:
+    """Write the tensors of a round; it and those before are kept, `keep` in all.
 
     Versions of later rounds are removed: the server has taken those rounds back.
 
@@ -29,7 +35,7 @@ def store_version(directory: Path, kind: str, server_round: int, params: Params)
     save_params(newest, {kind: params}, {"round": str(server_round)})
     versions = _versions(directory, kind)
     place = versions.index(newest)
-    for path in versions[: max(0, place + 1 - _KEPT)] + versions[place + 1 :]:
+    for path in versions[: max(0, place + 1 - keep)] + versions[place + 1 :]:
         path.unlink(missing_ok=True)
 
 

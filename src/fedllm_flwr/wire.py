@@ -34,7 +34,6 @@ _SERVER_ONLY = (
     "dpo.reference_adapter",
     "tracking",
     "compare",
-    "checkpoint",
     "federation.ray_address",
 )
 _KINDS: dict[type, str] = {
@@ -116,6 +115,7 @@ def pack_task(task: Task) -> RecordDict:
             "control_variates": task.correction.control_variates,
             "post_step": task.correction.post_step,
             "alone": task.alone,
+            "run": task.run,
             "config": _config_text(task.config),
         }
     )
@@ -154,6 +154,7 @@ def unpack_task(content: RecordDict) -> Task:
         correction=correction,
         control=None if control is None else unpack_params(control, dtype),
         alone=_field(settings, "alone", bool),
+        run=_field(settings, "run", str),
         reference=None if reference is None else unpack_params(reference, dtype),
     )
 

@@ -112,6 +112,7 @@ class FederatedStrategy(Strategy):
             correction=self.local_correction(),
             control=self.state.control,
             reference=self.state.reference,
+            run=self.state.run,
             alone=self.clients_alone,
         )
         self._report = RoundReport(
@@ -213,10 +214,7 @@ class FederatedStrategy(Strategy):
         return result
 
     def _prepared(self, state: ServerState) -> ServerState:
-        """Give SCAFFOLD its zero control variate at the start of a run.
-
-        float64, so that c stays the mean of the c_i over any number of rounds.
-        """
+        """Give SCAFFOLD its zero control variate at the start: float64, c stays the c_i's mean."""
         if self.local_correction().control_variates and state.control is None:
             return replace(state, control=full_like(state.params, 0.0))
         return state
@@ -236,9 +234,9 @@ class FederatedStrategy(Strategy):
 
     def _bytes(self, down: bool = False) -> int:
         """Bytes of tensors from one client in a round, or `down` to it."""
-        copies = 1 + (self.state.control is not None)
-        copies += down and self.state.reference is not None
-        return copies * wire_bytes(self.state.params, self.config.communication.dtype)
+        state = self.state
+        copies = 1 + (state.control is not None) + (down and state.reference is not None)
+        return copies * wire_bytes(state.params, self.config.communication.dtype)
 
     def _weight(self, name: str, update: Update) -> float:
         if self.weighting == "uniform":

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedllm_flwr.messages import Task
 from fedllm_flwr.params import Params, add, subtract
-from fedllm_flwr.versions import newest_version, store_version
+from fedllm_flwr.versions import newest_version, store_version, versions_to_keep
 from fedllm_flwr.wire import round_trip
 
 logger = logging.getLogger(__name__)
@@ -60,5 +60,6 @@ class ClientControl:
         else:
             new = mean_gradient
         change = round_trip(subtract(new, self.own), config.communication.dtype)
-        store_version(self.directory, "control", self.task.round, add(self.own, change))
+        keep, new = versions_to_keep(config), add(self.own, change)
+        store_version(self.directory, "control", self.task.round, new, keep)
         return change

@@ -25,7 +25,7 @@ from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.reference import ReferenceCache
 from fedllm_flwr.training.sft import train_sft
 from fedllm_flwr.training.trainer import Trained
-from fedllm_flwr.versions import newest_version, store_version
+from fedllm_flwr.versions import newest_version, store_version, versions_to_keep
 
 Drawn = NDArray[np.int64]
 
@@ -68,7 +68,7 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     )
     trained = model.params()
     if task.alone:
-        store_version(state_dir, "adapter", task.round, trained)
+        store_version(state_dir, "adapter", task.round, trained, versions_to_keep(config))
     delta = subtract(trained, task.params)
     control_delta = control.finish(delta, drift.mean_gradient(), result.steps)
     return Update(
@@ -142,7 +142,8 @@ def _dpo(
 
     config, pairs = task.config, data.train
     assert isinstance(pairs, EncodedPairs)
-    cache = ReferenceCache(state_dir, task.round, config.evaluation.batch_tokens)
+    keep = versions_to_keep(config)
+    cache = ReferenceCache(state_dir, task.round, config.evaluation.batch_tokens, keep)
     reference = cache.of(model, task.reference, pairs, drawn)
     return partial(train_dpo, model, pairs, reference, dpo=config.dpo)
 

@@ -51,6 +51,7 @@ class ReferenceCache:
     directory: Path
     server_round: int
     batch_tokens: int
+    keep: int = 2
 
     def of(
         self,
@@ -73,7 +74,7 @@ class ReferenceCache:
             )
             known[missing] = True
             stored = {"values": values, "known": known.astype(np.float32), "identity": identity}
-            store_version(self.directory, _KIND, self.server_round, stored)
+            store_version(self.directory, _KIND, self.server_round, stored, self.keep)
         return values
 
     def _load(
