@@ -51,6 +51,16 @@ MISTAKES = [
     Mistake("missing file", f"{DATA}note.jsonl", "Did you mean 'notes.jsonl'"),
     Mistake("empty file", f"{DATA}empty.jsonl", "empty.jsonl"),
     Mistake("line that is no JSON", f"{DATA}broken.jsonl", "broken.jsonl, line 3"),
+    Mistake(
+        "records that are all too long",
+        "training.max_length=16",
+        "training.max_length=16 with data.truncation=right leaves no example of any client",
+    ),
+    Mistake(
+        "labels of other records",
+        f"{DATA}notes.jsonl data.labels=[good,bad]",
+        "data.labels=[good,bad]: no held-out record has one of them as its answer",
+    ),
     Mistake("missing column", f"{DATA}notes.jsonl data.columns.output=reply", "columns: input"),
     Mistake(
         "missing column to divide by",
@@ -63,6 +73,12 @@ MISTAKES = [
     Mistake("tokenizer without end token", "model=custom model.path=./no_eos", "eos_token"),
     Mistake("no layer of that name", "lora.target_modules=[c_attn]", "c_attn matches no layer"),
     Mistake("no such device", "training.device=cuda", "training.device=cuda"),
+    Mistake("share of a GPU without one", "federation.client_gpus=0.5", "federation.client_gpus=0"),
+    Mistake(
+        "Ray cluster that is not there",
+        "federation.engine=ray federation.ray_address=127.0.0.1:1",
+        "federation.ray_address=127.0.0.1:1: no Ray cluster answers there",
+    ),
     Mistake("adapter of another shape", "init_adapter=finished/adapter lora.r=4", "lora.r"),
     Mistake("init_adapter that is none", "init_adapter=folder", "adapter_config.json"),
     Mistake("directory of another run", "output_dir=finished", "resume=finished"),
