@@ -48,11 +48,10 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
             failures.append(error)
             raise
 
+    backend = _backend_config(config)
     with _interrupts(stop), _flower_silent():
         try:
-            run_simulation(
-                server_app, client_app, num_clients, backend_config=_backend_config(config)
-            )
+            run_simulation(server_app, client_app, num_clients, backend_config=backend)
         except (Exception, SystemExit) as error:
             if not failures:
                 raise FederationError(
