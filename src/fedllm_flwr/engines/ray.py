@@ -74,9 +74,9 @@ def _backend_config(config: Config) -> Any:
 
 
 def _init_args(config: Config) -> dict[str, Any]:
-    quiet: dict[str, Any] = {"logging_level": "critical", "log_to_driver": False}
-    address = config.federation.ray_address
-    return quiet if address is None else {**quiet, "address": address}
+    # "local", because without an address Ray joins any cluster that runs on this machine.
+    address = config.federation.ray_address or "local"
+    return {"address": address, "logging_level": "critical", "log_to_driver": False}
 
 
 @contextlib.contextmanager
