@@ -61,7 +61,8 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client's refusal, in wording that quotes no data."""
+    """A client's refusal, in wording that quotes no data; ``client`` is its name, if it has one."""
 
     kind: str
     reason: str
+    client: str = ""

@@ -64,7 +64,8 @@ def answer(kind: str, content: RecordDict, site: Site) -> RecordDict:
         return _ANSWERS[kind](content, site)
     except Exception as error:  # the server gets a reason and not a hang
         logger.exception("%s failed", kind)
-        return pack_failure(Failure(type(error).__name__, _reason(error, site)))
+        name = str(site.node_config.get("client-name", ""))
+        return pack_failure(Failure(type(error).__name__, _reason(error, site), name))
 
 
 def _train(content: RecordDict, site: Site) -> RecordDict:

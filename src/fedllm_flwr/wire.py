@@ -224,7 +224,7 @@ def unpack_info(content: RecordDict) -> ClientInfo:
 
 def pack_failure(failure: Failure) -> RecordDict:
     """A `Failure` as records."""
-    return RecordDict({"failure": ConfigRecord({"kind": failure.kind, "reason": failure.reason})})
+    return RecordDict({"failure": ConfigRecord(cast(Mapping[str, Any], asdict(failure)))})  # type: ignore[arg-type]
 
 
 @_reading()
@@ -233,7 +233,11 @@ def unpack_failure(content: RecordDict) -> Failure | None:
     if "failure" not in content:
         return None
     record = _settings(content, "failure")
-    return Failure(kind=_field(record, "kind", str), reason=_field(record, "reason", str))
+    return Failure(
+        kind=_field(record, "kind", str),
+        reason=_field(record, "reason", str),
+        client=_field(record, "client", str),
+    )
 
 
 def pack_scores(scores: Mapping[str, float], num_examples: int) -> RecordDict:

@@ -44,8 +44,8 @@ REFUSED = {
     "long name": (saying("b" * 1000), "a client calls itself 'bbb"),
     "control characters": (saying("bob\x1b[2J"), "a client calls itself 'bob\\x1b[2J'"),
     "refuses": (
-        sending(pack_failure(Failure("data", "no data file"))),
-        "refused to take part: no data file (node 2)",
+        sending(pack_failure(Failure("data", "no data file", "ward"))),
+        "ward refused to take part: no data file (node 2)",
     ),
     "crashes": (
         lambda message: Message(Error(2, "boom"), reply_to=message),

@@ -106,7 +106,7 @@ FIELDS = {
     "update": ["dtype", "num_examples"],
     "query": ["config"],
     "info": ["name", "num_examples", "version"],
-    "failure": ["kind", "reason"],
+    "failure": ["kind", "reason", "client"],
 }
 MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
     "task": (task_content, unpack_task),
@@ -114,7 +114,7 @@ MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]
     "query": (lambda: pack_query(CONFIG), unpack_query),
     "info": (lambda: pack_info(ClientInfo("ann", 3, "0.1")), unpack_info),
     "failure": (
-        lambda: RecordDict({"failure": ConfigRecord({"kind": "x", "reason": "y"})}),
+        lambda: RecordDict({"failure": ConfigRecord({"kind": "x", "reason": "y", "client": "z"})}),
         unpack_failure,
     ),
 }

@@ -47,7 +47,7 @@ def answer_by_resident(kind: str, content: RecordDict, site: Site) -> RecordDict
         logger.warning("no resident trainer (%s); this process trains itself", error)
         return answer(kind, content, site)
     reason = f"its trainer died {_ATTEMPTS} times over a {kind} message, out of memory perhaps"
-    return pack_failure(Failure("TrainerDied", f"{reason}; the site's log says more"))
+    return pack_failure(Failure("TrainerDied", f"{reason}; the site's log says more", site.name))
 
 
 def _ask(path: Path, kind: str, content: RecordDict, site: Site) -> RecordDict:

@@ -182,7 +182,7 @@ def check_roster(roster: Roster, federation: FederationConfig) -> None:
 
 def _introduced(node_id: int, reply: Message) -> Client:
     if reason := failure_reason(reply):
-        raise FederationError(f"a client refused to take part: {reason} (node {node_id})")
+        raise FederationError(f"{_called(reply)} refused to take part: {reason} (node {node_id})")
     try:
         return Client(node_id, unpack_info(reply.content))
     except FederationError as error:
@@ -190,6 +190,15 @@ def _introduced(node_id: int, reply: Message) -> Client:
             f"node {node_id} does not say who it is ({error}); does it run fedllm-flwr "
             f"{__version__}?"
         ) from error
+
+
+def _called(reply: Message) -> str:
+    """What a client that failed calls itself, as far as it says so."""
+    try:
+        failure = unpack_failure(reply.content) if reply.has_content() else None
+    except FederationError:
+        failure = None
+    return printable(failure.client) if failure and failure.client else "a client"
 
 
 def _admit(roster: Roster, client: Client) -> None:
