@@ -54,12 +54,16 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
             run_simulation(server_app, client_app, num_clients, backend_config=backend)
         except (Exception, SystemExit) as error:
             if not failures:
-                raise FederationError(
-                    f"the Ray engine failed ({_first_line(error)}); run `fedllm doctor`, or use "
-                    "federation.engine=inprocess."
-                ) from error
+                raise _engine_failed(error) from error
     if failures:
         raise failures[0]
+
+
+def _engine_failed(error: BaseException) -> FederationError:
+    return FederationError(
+        f"the Ray engine failed ({_first_line(error)}); run `fedllm doctor`, or use "
+        "federation.engine=inprocess."
+    )
 
 
 def _backend_config(config: Config) -> Any:
