@@ -97,7 +97,7 @@ def test_report_counts_what_was_left_out(tmp_path: Path) -> None:
     assert (report.read, report.usable, report.empty, report.bad) == (6, 3, 1, 2)
     assert data.report.lines() == [
         f"data.path={path}: 6 records, 3 usable, 3 used, 1 empty, 2 bad "
-        "(d.jsonl, line 6, record 4, record 5)"
+        "(empty or bad: d.jsonl, line 6, record 4, record 5)"
     ]
     with pytest.raises(DataError, match=r"data\.path: d\.jsonl, line 6: not valid JSON"):
         load(path=str(path))
@@ -112,7 +112,7 @@ def test_report_names_the_first_bad_lines_and_counts_what_is_held_out(tmp_path: 
     lines = ", ".join(f"d.jsonl, line {number}" for number in range(1, 6))
     assert data.report.lines() == [
         f"data.path={path}: 27 records, 20 usable, 18 used, 2 held out for evaluation, 7 bad "
-        f"({lines}, ...)"
+        f"(empty or bad: {lines}, ...)"
     ]
 
 

@@ -181,5 +181,5 @@ def _describe(report: SourceReport, used: int, held_out: int = 0) -> str:
     text = f"{report.source}: {report.read} records, {', '.join(parts)}"
     if report.left_out:
         more = ", ..." if report.empty + report.bad > len(report.left_out) else ""
-        text += f" ({', '.join(report.left_out)}{more})"
+        text += f" (empty or bad: {', '.join(report.left_out)}{more})"
     return text + unused if report.unused_columns else text
