@@ -261,8 +261,8 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path: Path) -> N
 
     assert data.train["chosen"][:] == ["a0", "a1", "a2"]
     assert data.report.lines() == [
-        f"data.path={path}: 6 records, 3 usable, 3 used, 1 empty, 2 equal (empty or bad: record 5); "
-        "columns not used: score"
+        f"data.path={path}: 6 records, 3 usable, 3 used, 1 empty, 2 equal "
+        "(empty or bad: record 5); columns not used: score"
     ]
     with pytest.raises(DataError, match=r"1 of 3 records cannot be used \(record 2: column 'cho"):
         load(path, [same, {"prompt": "q", "chosen": 1, "rejected": "b"}, *good(1)])
