@@ -49,7 +49,8 @@ OPTIONS = {
     "fedprox": ("algorithm.mu=1",),  # enough to be seen, and to learn
     "centralized": ("federation.num_clients=1", "federation.sample_clients=1"),
 }
-SLOWLY = ("fedavgm", "fedadagrad", "fedyogi")  # together; their kind of state: fedadam
+# Together; what is special of theirs is in fedavg, fedadam and scaffold.
+SLOWLY = ("fedprox", "fedavgm", "fedadagrad", "fedyogi", "centralized")
 SCORES = {
     *("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
     *("chosen_log_prob", "rejected_log_prob", "likelihood_accuracy", "answer_tokens"),

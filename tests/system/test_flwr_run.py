@@ -57,8 +57,13 @@ def _run(flwr: Flwr, *overrides: str, federation: str = "") -> str:
     """What ``flwr run`` shows; it exits with 0 whatever becomes of the run."""
     text = " ".join(overrides)
     options = ["--federation-config", federation] if federation else []
-    done = flwr("run", ".", "--stream", *options, "--run-config", f'overrides="{text}"')
-    return done.stdout + done.stderr
+    shown = ""
+    for _ in range(2):  # Ray gives its own processes 30 s to start, which a busy machine may exceed
+        done = flwr("run", ".", "--stream", *options, "--run-config", f'overrides="{text}"')
+        shown = done.stdout + done.stderr
+        if "Timed out waiting for file /tmp/ray/" not in shown:
+            break
+    return shown
 
 
 def _statuses(flwr: Flwr) -> list[str]:
