@@ -160,7 +160,7 @@ def _plot_losses(axis: Any, records: Sequence[Record]) -> None:
                 *zip(*series, strict=True), style, color=color, label=name, **_marks(len(series))
             )
     axis.set_title("Loss", loc="left")
-    axis.set_ylabel("loss (nats/token)")
+    axis.set_ylabel("loss" if _series(records, "eval", "margin") else "loss (nats/token)")
     if axis.has_data():
         axis.legend(fontsize=9)
 
