@@ -15,6 +15,7 @@ from fedllm_flwr.engines.inprocess import InProcessGrid
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.run import run_on_grid, run_simulation
 from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.wire import unpack_task
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam")
 
@@ -76,6 +77,21 @@ class WrappedApp(ClientApp):
             self._before(message, context)
         reply = app(message, context)
         return self._after(message, context, reply) if self._after else reply
+
+
+def interrupting(at_round: int, after: int) -> WrappedApp:
+    """A client app under which the user presses Ctrl-C once `after` clients of a round are done."""
+    seen: list[str] = []
+
+    def before(message: Message, context: Context) -> None:
+        if message.metadata.message_type != "train":
+            return
+        if unpack_task(message.content).round == at_round:
+            seen.append(message.metadata.message_id)
+            if len(seen) > after:
+                raise KeyboardInterrupt
+
+    return WrappedApp(before)
 
 
 ADAPTER = "adapter/adapter_model.safetensors"

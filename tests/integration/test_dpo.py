@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,12 +20,11 @@ from fedllm_flwr.evaluation.answers import as_text, greedy_answers
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.model import load_model
 from fedllm_flwr.training.tokenizer import load_tokenizer, model_source
-from fedllm_flwr.wire import unpack_task
 from tiny_runs import (
     ADAPTER,
     ALGORITHMS,
     NUM_CLIENTS,
-    WrappedApp,
+    interrupting,
     outcome,
     records,
     resume,
@@ -136,20 +134,6 @@ def test_proximal_term_acts(whole_run: WholeRun) -> None:
     assert np.linalg.norm(proximal - start) < 0.5 * np.linalg.norm(plain - start)
 
 
-def _interrupting(at_round: int, after: int) -> WrappedApp:
-    seen: list[str] = []
-
-    def before(message: Message, context: Context) -> None:
-        if message.metadata.message_type != "train":
-            return
-        if unpack_task(message.content).round == at_round:
-            seen.append(message.metadata.message_id)
-            if len(seen) > after:
-                raise KeyboardInterrupt
-
-    return WrappedApp(before)
-
-
 @pytest.mark.parametrize(
     "algorithm",
     [
@@ -164,7 +148,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
     chosen = (*DPO, f"algorithm={algorithm}", *OPTIONS.get(algorithm, ()))
     whole = whole_run(*chosen)
     with pytest.raises(RunInterrupted):
-        run_intercepted(tmp_path / "stopped", _interrupting(2, after=1), *chosen)
+        run_intercepted(tmp_path / "stopped", interrupting(2, after=1), *chosen)
     assert newest_round(tmp_path / "stopped" / "checkpoints") == 1
     expected, found = outcome(whole), outcome(resume(tmp_path / "stopped"))
     assert sorted(found) == sorted(expected)

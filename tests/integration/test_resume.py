@@ -17,11 +17,11 @@ from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.run import run_simulation
-from fedllm_flwr.wire import unpack_task
 from tiny_runs import (
     ALGORITHMS,
     TINY,
     WrappedApp,
+    interrupting,
     outcome,
     records,
     resume,
@@ -38,21 +38,6 @@ SOME_SLOWLY = [
 ]
 
 
-def _interrupting(at_round: int, after: int) -> WrappedApp:
-    """A client app under which the user presses Ctrl-C once `after` clients of a round are done."""
-    seen: list[str] = []
-
-    def before(message: Message, context: Context) -> None:
-        if message.metadata.message_type != "train":
-            return
-        if unpack_task(message.content).round == at_round:
-            seen.append(message.metadata.message_id)
-            if len(seen) > after:
-                raise KeyboardInterrupt
-
-    return WrappedApp(before)
-
-
 @pytest.mark.parametrize("algorithm", SOME_SLOWLY)
 def test_interrupted_run_ends_as_the_uninterrupted_one(
     algorithm: str, whole_run: WholeRun, tmp_path: Path
@@ -61,7 +46,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
     whole = whole_run(chosen)
     with pytest.raises(RunInterrupted) as caught:
         # In the middle of round 2: one client has trained and stored its state, one has not.
-        run_intercepted(tmp_path / "stopped", _interrupting(2, after=1), chosen)
+        run_intercepted(tmp_path / "stopped", interrupting(2, after=1), chosen)
     assert str(caught.value) == (
         f"interrupted; round 1 is saved; go on with: fedllm run resume={tmp_path / 'stopped'}"
     )
@@ -77,13 +62,13 @@ def test_openfedllm_scaffold_goes_on_too(whole_run: WholeRun, tmp_path: Path) ->
     chosen = ("algorithm=scaffold", "algorithm.variant=openfedllm")
     whole = whole_run(*chosen)
     with pytest.raises(RunInterrupted):
-        run_intercepted(tmp_path / "stopped", _interrupting(2, after=1), *chosen)
+        run_intercepted(tmp_path / "stopped", interrupting(2, after=1), *chosen)
     assert outcome(resume(tmp_path / "stopped")) == outcome(whole)
 
 
 def test_interrupt_in_the_first_round_keeps_the_start(whole_run: WholeRun, tmp_path: Path) -> None:
     with pytest.raises(RunInterrupted, match="the start is saved; go on with: fedllm run resume="):
-        run_intercepted(tmp_path / "stopped", _interrupting(1, after=0))
+        run_intercepted(tmp_path / "stopped", interrupting(1, after=0))
     assert outcome(resume(tmp_path / "stopped")) == outcome(whole_run("algorithm=fedavg"))
 
 
@@ -101,7 +86,7 @@ def test_truncated_checkpoint_falls_back_with_a_warning(
 ) -> None:
     whole = whole_run("algorithm=fedadam")
     with pytest.raises(RunInterrupted):
-        run_intercepted(tmp_path / "stopped", _interrupting(2, 0), "algorithm=fedadam")
+        run_intercepted(tmp_path / "stopped", interrupting(2, 0), "algorithm=fedadam")
     newest = tmp_path / "stopped/checkpoints/round-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     state, warnings = load_state(newest.parent)
@@ -188,7 +173,7 @@ def _seconds_of(record: dict[str, Any]) -> float:
 def test_seconds_cover_all_starts(tmp_path: Path) -> None:
     """A run that is killed, goes on, and is extended: its phases add up over the three starts."""
     with pytest.raises(RunInterrupted):
-        run_intercepted(tmp_path / "run", _interrupting(2, after=0))
+        run_intercepted(tmp_path / "run", interrupting(2, after=0))
     metrics, summary = tmp_path / "run/metrics.jsonl", tmp_path / "run/summary.json"
     killed = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [record["round"] for record in killed] == [0, 1]

@@ -38,8 +38,8 @@ def train() -> list[Row]:
     return rows("train")
 
 
-@pytest.fixture(scope="module")
-def test() -> list[Row]:
+@pytest.fixture(scope="module", name="test")
+def held_out() -> list[Row]:
     return rows("test")
 
 

@@ -351,6 +351,9 @@ def test_a_closed_stream_is_no_error() -> None:
     console = Console(stream)
     stream.close()
     drive(console)
+    console.error("one more line")  # goes elsewhere, and the run goes on
+    assert stream.closed
+    assert console.width == 140
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
