@@ -1,0 +1,136 @@
+"""Federations as their operators start them: server and sites as real processes on loopback."""
+
+import json
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedllm_flwr.data.sources import DEMO
+from fedllm_flwr.deployment.server import init_server
+from fedllm_flwr.deployment.site import SiteOptions, init_site
+from processes import BIN, environment, nothing_left, relatives, started, wait_for
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A running server and what its sites need to reach it."""
+
+    folder: Path  # of the server
+    ports: dict[str, int]
+    run: Command  # a command of this federation, at the server
+
+    def nodes(self) -> list[str]:
+        """States of all SuperNodes that the server knows."""
+        listed = self.run("flwr", "supernode", "list", "federation", "--format", "json").stdout
+        return [node["status"] for node in json.loads(listed[listed.index("{") :])["nodes"]]
+
+    def superlink(self) -> psutil.Process:
+        """The server's SuperLink."""
+        [found] = [p for p in relatives(self.folder.parent) if "flower-superlink" in command_of(p)]
+        return found
+
+    def statuses(self) -> list[str]:
+        """Of all runs, the newest first."""
+        listed = self.run("flwr", "list", "federation", "--format", "json").stdout
+        return [run["status"] for run in json.loads(listed[listed.index("{") :])["runs"]]
+
+    def submit(self, overrides: Sequence[str], *options: str) -> "subprocess.CompletedProcess[str]":
+        """``flwr run`` with these overrides."""
+        app, text = str(self.folder / "app"), " ".join(overrides)
+        config = f'overrides="{text}"'
+        return self.run("flwr", "run", app, "federation", "--run-config", config, *options)
+
+
+def command_of(process: psutil.Process) -> str:
+    """Command line of a process."""
+    return " ".join(process.cmdline())
+
+
+def three_free_ports() -> int:
+    """The first of three in a row."""
+    for base in range(20_000, 60_000, 7):
+        with ExitStack() as stack:
+            try:
+                for port in range(base, base + 3):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return base
+    raise AssertionError("no three free ports in a row")
+
+
+def every_other_record(name: str) -> list[str]:
+    """Lines of the demo for a site: those of even or of odd number, by the name's length."""
+    lines = (DEMO / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    return lines[len(name) % 2 :: 2][:40]
+
+
+def make_site(
+    folder: Path, name: str, port: int, ca: Path | None, lines: Sequence[str] | None = None
+) -> Path:
+    """Its directory, and a data file of `lines` beside it; None: every other record of the demo."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(every_other_record(name) if lines is None else lines), "utf-8")
+    options = SiteOptions(
+        name,
+        str(data),
+        f"localhost:{port}",
+        None if ca is None else str(ca),
+        device="cpu",
+        insecure=ca is None,
+    )
+    init_site(folder / name, options)
+    return folder / name
+
+
+@contextmanager
+def running_federation(
+    root: Path, sites: Mapping[str, Sequence[str] | None]
+) -> Iterator[Federation]:
+    """Server and registered sites with their records, started with their directories' scripts."""
+    server, base = root / "server", three_free_ports()
+    init_server(server, ["localhost"], base)
+
+    def run(*command: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [str(BIN / command[0]), *command[1:]],
+            env=environment(root, FLWR_HOME=str(server / "flwr"), FLWR_TELEMETRY_ENABLED="0"),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+
+    ports = {"appio": base, "fleet": base + 1, "control": base + 2}
+    with ExitStack() as stack:
+        stack.enter_context(started([str(server / "start.sh")], root))
+        assert wait_for(lambda: listens(ports["fleet"]), 60)
+        for name, lines in sites.items():
+            site = make_site(root, name, ports["fleet"], server / "ca.crt", lines)
+            done = run("fedllm", "server", "register", str(server), str(site / f"{name}.pub"))
+            assert f"Registered {name}" in done.stdout, done.stderr
+            stack.enter_context(started([str(site / "start-supernode.sh")], root))
+        yield Federation(server, ports, run)
+        stack.close()
+        assert nothing_left(root) == []
+
+
+def listens(port: int) -> bool:
+    """Whether something answers on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def rounds_of(output: Path) -> list[dict[str, Any]]:
+    """What a run has recorded so far, from round 0."""
+    file = output / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
