@@ -57,5 +57,10 @@ class AloneAdapters:
         """A client's name as that of a folder."""
         return quote(name, safe=" ").replace(".", "%2E")
 
+    @staticmethod
+    def name_of(folder: str) -> str:
+        """The client whose name as that of a folder this is."""
+        return unquote(folder)
+
     def _folder(self, name: str) -> Path:
         return self._directory / self.folder_name(name)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from fedllm_flwr import __version__
+from fedllm_flwr.benchmark.arguments import add_evaluation
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import FedLLMError
 
@@ -108,6 +109,12 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.benchmark.arguments import evaluate_arguments
+
+    return evaluate_arguments(arguments)
+
+
 def _server_init(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.server import init_server
 
@@ -176,6 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     merge = _add(commands, "merge", _merge, "write the model with the adapter merged into it")
     merge.add_argument("run", help="directory of a run")
     merge.add_argument("output", help="directory to write")
+    evaluate = _add(commands, "evaluate", _evaluate, "benchmark suites on base and adapters")
+    add_evaluation(evaluate)
     _add_server(commands)
     _add_site(commands)
     return parser

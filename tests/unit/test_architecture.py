@@ -29,6 +29,7 @@ LAYERS = (
     ("strategies",),
     ("training",),
     ("evaluation",),
+    ("suites",),
     ("reporting",),
     (
         "adapters",
@@ -45,7 +46,9 @@ LAYERS = (
     ("site",),
     ("resident",),
     ("client_app", "server_app", "engines", "run"),
-    ("checks", "doctor", "multirun", "comparison", "cli"),
+    ("checks", "doctor", "multirun", "comparison"),
+    ("benchmark",),
+    ("cli",),
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
@@ -60,12 +63,13 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "hydra": (("config", "cli"), ()),
     "omegaconf": (("config", "cli"), ()),
-    "torch": (("training", "evaluation", "generation"), ("data", "reporting", "checks")),
-    "transformers": (("training", "evaluation", "generation"), ("data",)),
+    "torch": (("training", "evaluation", "suites", "generation"), ("data", "reporting", "checks")),
+    "transformers": (("training", "evaluation", "suites", "generation"), ("data",)),
     "peft": (("training", "evaluation"), ()),
     "trl": (("training", "evaluation"), ()),
     "bitsandbytes": (("training",), ("checks",)),
-    "datasets": ((), ("data",)),
+    "datasets": ((), ("data", "suites")),
+    "lm_eval": ((), ("suites",)),
     "matplotlib": ((), ("reporting",)),
     "ray": (("engines",), ("checks", "cli")),
 }

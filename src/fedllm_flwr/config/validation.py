@@ -20,12 +20,14 @@ ALGORITHMS = (
     "centralized",
 )
 
+TEMPLATES = ("alpaca", "vicuna", "chat")
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "quantization.name": ("none", "int8", "nf4"),
     "quantization.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "data.preprocessing": ("none", "alpaca", "fingpt", "medalpaca", "mathinstruct", "hh_rlhf"),
-    "data.template": ("alpaca", "vicuna", "chat"),
+    "data.template": TEMPLATES,
     "data.truncation": ("right", "left", "drop"),
     "data.on_bad_record": ("error", "skip"),
     "task.name": ("sft", "dpo"),

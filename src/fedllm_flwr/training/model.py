@@ -53,6 +53,11 @@ class AdaptedModel:
         return "logits_to_keep" in inspect.signature(self.peft.get_base_model().forward).parameters
 
     @cached_property
+    def takes_positions(self) -> bool:
+        """Whether the model can be told the positions of tokens."""
+        return "position_ids" in inspect.signature(self.peft.get_base_model().forward).parameters
+
+    @cached_property
     def cache_name(self) -> str:
         """What the model calls its keys and values: a new name since transformers 5.24."""
         parameters = inspect.signature(self.peft.get_base_model().forward).parameters

@@ -1,0 +1,71 @@
+"""The options of ``fedllm evaluate``. Nothing heavy is imported before they are read."""
+
+import argparse
+from pathlib import Path
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a parser."""
+    what = parser.add_argument_group("what is evaluated (the base model always is)")
+    what.add_argument("--run", nargs="+", default=[], metavar="DIR", help="runs of fedllm run")
+    what.add_argument("--adapter", nargs="+", default=[], metavar="DIR", help="adapters of PEFT")
+    what.add_argument("--compare", metavar="DIR", help="all runs of a fedllm compare")
+    what.add_argument("--base", metavar="MODEL", help="base model: hub id, directory, or embedded")
+    on = parser.add_argument_group("on what")
+    on.add_argument("--suite", action="append", default=[], help="suites: finance,medical,...")
+    on.add_argument("--task", action="append", default=[], help="single tasks, by name")
+    on.add_argument("--limit", type=int, metavar="N", help="first N examples of each part")
+    on.add_argument("--shots", type=int, metavar="N", help="solved examples in a prompt")
+    on.add_argument("--data-root", metavar="DIR", help="local data files; default: the hub")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--prompt",
+        default="trained",
+        choices=("trained", "raw", "chat"),
+        help="in the template of training (default), bare, or by the tokenizer's chat template",
+    )
+    how.add_argument("--template", help="template of training, where no run says: alpaca, vicuna")
+    how.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a forward pass")
+    how.add_argument("--output", metavar="DIR", help="default: outputs/<time>-evaluate")
+    how.add_argument("--cache", metavar="DIR", help="of scored examples; default: ~/.cache")
+    how.add_argument("--no-cache", action="store_true", help="score everything anew")
+    parser.add_argument("--list", action="store_true", help="list suites, tasks and metrics")
+
+
+def evaluate_arguments(arguments: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit status."""
+    if arguments.list:
+        from fedllm_flwr.benchmark.listing import list_suites
+
+        print(list_suites())
+        return 0
+    from fedllm_flwr.benchmark.command import Request, evaluate
+    from fedllm_flwr.suites.results import RunOptions
+
+    root = arguments.data_root
+    options = RunOptions(
+        limit=arguments.limit,
+        shots=arguments.shots,
+        data_root=None if root is None else Path(root).expanduser(),
+        batch_tokens=arguments.batch_tokens,
+    )
+    return evaluate(
+        Request(
+            runs=arguments.run,
+            adapters=arguments.adapter,
+            compare=arguments.compare,
+            base=arguments.base,
+            suites=_names(arguments.suite),
+            tasks=_names(arguments.task),
+            prompt=arguments.prompt,
+            template=arguments.template,
+            output=arguments.output,
+            cache=arguments.cache,
+            no_cache=arguments.no_cache,
+            options=options,
+        )
+    )
+
+
+def _names(values: list[str]) -> list[str]:
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]

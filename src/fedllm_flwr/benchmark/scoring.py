@@ -1,0 +1,114 @@
+"""Scoring candidates on tasks: the base model loaded once, adapters swapped, nothing done twice."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedllm_flwr.adapters import load_adapter
+from fedllm_flwr.benchmark.candidates import Candidate
+from fedllm_flwr.benchmark.runners import runner_of
+from fedllm_flwr.suites.cache import SamplesCache, files_identity, key_of, task_identity
+from fedllm_flwr.suites.catalogue import SuiteTask
+from fedllm_flwr.suites.harness import harness_version
+from fedllm_flwr.suites.model import TextModel
+from fedllm_flwr.suites.results import RunOptions, Samples
+from fedllm_flwr.training.device import cpu_count, torch_threads
+from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.tokenizer import model_source
+
+# candidate name -> task name -> scored examples
+Scored = dict[str, dict[str, Samples]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How candidates are scored.
+
+    Args:
+        prompt: trained, raw or chat.
+        report: called with candidate, task and "cached", "running" or a number of seconds.
+    """
+
+    options: RunOptions
+    prompt: str
+    cache: SamplesCache
+    report: Callable[[Candidate, SuiteTask, str], None]
+
+    def score(self, candidates: Sequence[Candidate], tasks: Sequence[SuiteTask]) -> Scored:
+        """Every candidate on every task."""
+        scored: Scored = {}
+        for candidate in candidates:
+            scored[candidate.name] = self._candidate(candidate, tasks)
+        return scored
+
+    def _candidate(self, candidate: Candidate, tasks: Sequence[SuiteTask]) -> dict[str, Samples]:
+        keys = {task.name: self._key(candidate, task) for task in tasks}
+        found = {name: self.cache.get(key) for name, key in keys.items()}
+        missing = [task for task in tasks if found[task.name] is None]
+        for task in tasks:
+            if found[task.name] is not None:
+                self.report(candidate, task, "cached")
+        if missing:
+            with loaded(candidate) as adapted, torch_threads(cpu_count()):
+                model = self._text_model(candidate, adapted)
+                for task in missing:
+                    self.report(candidate, task, "running")
+                    samples = runner_of(task)(task, model, self.options)
+                    self.cache.put(keys[task.name], samples)
+                    found[task.name] = samples
+                    self.report(candidate, task, f"{samples.seconds:.0f} s")
+        return {name: samples for name, samples in found.items() if samples is not None}
+
+    def _text_model(self, candidate: Candidate, adapted: AdaptedModel) -> TextModel:
+        return TextModel(
+            adapted,
+            prompt=self.prompt,
+            template=candidate.config.data.template,
+            batch_tokens=self.options.batch_tokens,
+            seed=self.options.seed,
+        )
+
+    def _key(self, candidate: Candidate, task: SuiteTask) -> str:
+        config = candidate.config
+        harness = harness_version() if task.runner == "harness" else None
+        return key_of(
+            base=base_identity(config.model.path, model_source(config.model)),
+            revision=config.model.revision,
+            quantization=config.quantization,
+            dtype=config.training.dtype,
+            adapter=adapter_identity(candidate.adapter),
+            prompt=self.prompt,
+            template=config.data.template,
+            task=task_identity(task, self.options),
+            harness=harness,
+        )
+
+
+@contextlib.contextmanager
+def loaded(candidate: Candidate) -> Iterator[AdaptedModel]:
+    """The candidate's model, ready to answer; the base model stays from one to the next."""
+    config = replace(candidate.config, seed=0)  # the same fresh adapter, to be replaced
+    model = load_model(config)
+    if candidate.adapter is None:
+        with model.peft.disable_adapter():
+            yield model
+    else:
+        model.load(load_adapter(candidate.adapter, model))
+        yield model
+
+
+def base_identity(typed: str, source: str) -> str:
+    """Which weights a base model has: those of its files, or its name on the hub."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return typed
+    names = ("*.safetensors", "*.json", "*.jinja")
+    return files_identity(sorted(path for name in names for path in folder.glob(name)))
+
+
+def adapter_identity(adapter: Path | None) -> str:
+    """Which weights and settings an adapter has."""
+    if adapter is None:
+        return "base"
+    return files_identity([adapter / "adapter_model.safetensors", adapter / "adapter_config.json"])

@@ -1,0 +1,144 @@
+"""Scores with their uncertainty: bootstrap over examples, all resamples at once.
+
+A resample draws as many examples as there are, with replacement (Efron 1979); it is a row of
+counts, one per example. Every score is a function of the counts, so that thousands of resamples are
+a matrix product. The counts depend on the seed and the number of examples alone: two models scored
+on the same examples see the same resamples, and the difference of their scores is a paired one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.params import derive_seed
+
+RESAMPLES = 1000
+LEVEL = 0.95
+_BLOCK = 4_000_000  # counts held at a time
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score and what it is on each resample, (resamples,); averages and differences follow."""
+
+    value: float
+    resamples: Floats
+    num_examples: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Percentile interval at `LEVEL`."""
+        tail = (1 - LEVEL) / 2
+        low, high = np.quantile(self.resamples, [tail, 1 - tail])
+        return float(low), float(high)
+
+    def minus(self, other: "Estimate") -> "Estimate":
+        """The difference to a score on the same examples."""
+        return Estimate(
+            self.value - other.value, self.resamples - other.resamples, self.num_examples
+        )
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of scores, such as those of several tasks or of several seeds."""
+    return Estimate(
+        float(np.mean([item.value for item in estimates])),
+        np.mean([item.resamples for item in estimates], axis=0),
+        sum(item.num_examples for item in estimates),
+    )
+
+
+def estimate(kind: str, values: Sequence[Any], purpose: str) -> Estimate:
+    """A score of the examples' `values`.
+
+    Args:
+        kind: ``mean`` of numbers; ``accuracy``, ``macro_f1``, ``micro_f1`` or ``weighted_f1`` of
+            [target, prediction] pairs. A prediction that is None, an answer that could not be
+            parsed, is wrong, and belongs to no class.
+        purpose: decides on the resamples, together with the number of examples.
+    """
+    columns, score = _prepared(kind, values)
+    ones = np.ones((1, len(columns)))
+    value = float(score(ones @ columns)[0])
+    return Estimate(value, _resampled(columns, score, purpose), len(columns))
+
+
+def _resampled(columns: Floats, score: Callable[[Floats], Floats], purpose: str) -> Floats:
+    count = len(columns)
+    rng = np.random.default_rng(derive_seed(0, "bootstrap", purpose, count))
+    block = max(1, _BLOCK // count)
+    parts = []
+    for start in range(0, RESAMPLES, block):
+        rows = min(block, RESAMPLES - start)
+        drawn = rng.integers(0, count, (rows, count), dtype=np.int64)
+        drawn += np.arange(rows)[:, None] * count
+        counts = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+        parts.append(score(counts.astype(np.float64) @ columns))
+    return np.concatenate(parts)
+
+
+def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Floats], Floats]]:
+    """Columns whose weighted sums a score is made of, (examples, columns), and the score."""
+    if kind == "mean":
+        numbers = np.array([float(value) for value in values])
+        return np.stack([numbers, np.ones(len(numbers))], 1), lambda sums: sums[:, 0] / sums[:, 1]
+    targets, predictions = zip(*values, strict=True)
+    names = sorted({str(name) for name in [*targets, *predictions] if name is not None})
+    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    size = len(names) + 1  # the last one stands for no class
+    places = [index[str(t)] * size for t in targets]
+    places = [
+        place + (size - 1 if p is None else index[str(p)])
+        for place, p in zip(places, predictions, strict=True)
+    ]
+    columns = np.zeros((len(values), size * size))
+    columns[np.arange(len(values)), places] = 1
+    return columns, lambda sums: _CLASS_SCORES[kind](sums.reshape(-1, size, size))
+
+
+def _accuracy(confusion: Floats) -> Floats:
+    return np.einsum("rii->r", confusion) / confusion.sum((1, 2))
+
+
+def _f1_by_class(confusion: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """F1 of each class, its number of targets, and whether it occurs at all: (resamples, classes).
+
+    As scikit-learn has it: the classes are those among targets and predictions, and a class without
+    a true positive scores zero.
+    """
+    true = np.einsum("rii->ri", confusion)
+    support, predicted = confusion.sum(2), confusion.sum(1)
+    total = support + predicted
+    f1 = np.divide(2 * true, total, out=np.zeros_like(true), where=total > 0)
+    return f1[:, :-1], support[:, :-1], total[:, :-1] > 0
+
+
+def _macro_f1(confusion: Floats) -> Floats:
+    f1, _, occurs = _f1_by_class(confusion)
+    return (f1 * occurs).sum(1) / np.maximum(1, occurs.sum(1))
+
+
+def _weighted_f1(confusion: Floats) -> Floats:
+    f1, support, _ = _f1_by_class(confusion)
+    return (f1 * support).sum(1) / support.sum(1)
+
+
+def _micro_f1(confusion: Floats) -> Floats:
+    """2 TP / (2 TP + FP + FN); an answer of no class is a false negative and no false positive."""
+    true = np.einsum("rii->r", confusion)
+    targets = confusion.sum((1, 2))
+    predicted = targets - confusion[:, :, -1].sum(1)
+    return 2 * true / (targets + predicted)
+
+
+_CLASS_SCORES: dict[str, Callable[[Floats], Floats]] = {
+    "accuracy": _accuracy,
+    "macro_f1": _macro_f1,
+    "micro_f1": _micro_f1,
+    "weighted_f1": _weighted_f1,
+}
