@@ -18,6 +18,7 @@ NAME = PACKAGE.name
 # From the bottom up: a module imports from its own layer and from those above it in this list.
 LAYERS = (
     ("errors", "environment"),
+    ("sandbox",),
     ("params",),
     ("config",),
     ("encoding", "messages"),

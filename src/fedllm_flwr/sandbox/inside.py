@@ -1,0 +1,72 @@
+"""What the interpreter in the room runs: the program, then its tests. Imports nothing of ours.
+
+Frames (eight bytes of length, then that much) come in on descriptor 3 and go out on descriptor 4.
+First comes a token with the program; the tests, with a second token, come only after the program's
+own code has ended, in exchange for the first. The second tells that the tests ran to their end. All
+that is used after the program began is held in local variables: what it replaces does not count.
+"""
+
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+TOKEN_BYTES = 32
+LONGEST_MESSAGE = 500  # characters
+
+
+def main(
+    read: Callable[[int, int], bytes] = os.read,
+    write: Callable[[int, Any], int] = os.write,
+    leave: Callable[[int], Any] = os._exit,
+    run: Callable[[Any, dict[str, Any]], None] = exec,
+    translate: Callable[..., Any] = compile,
+    say: Callable[..., str] = json.dumps,
+    out_of_memory: type[BaseException] = MemoryError,
+) -> None:
+    """Never returns: threads and exit handlers of the program have no say in the end."""
+
+    def receive() -> tuple[bytes, bytes]:
+        frame, size = b"", 8
+        while len(frame) < size:
+            frame += read(3, size - len(frame))
+            if len(frame) == 8 == size:
+                size += int.from_bytes(frame, "big")
+        return frame[8 : 8 + TOKEN_BYTES], frame[8 + TOKEN_BYTES :]
+
+    def send(content: bytes) -> None:
+        write(4, len(content).to_bytes(8, "big") + content)
+
+    sys.path += sys.argv[1:]
+    sys.argv = ["program"]
+    module = types.ModuleType("program")
+    sys.modules["program"] = sys.modules["__main__"] = module
+    try:
+        token, source = receive()
+        run(translate(source, "program", "exec", dont_inherit=True), module.__dict__)
+        send(token)
+        token, source = receive()
+        run(translate(source, "tests", "exec", dont_inherit=True), module.__dict__)
+        send(token)
+    except out_of_memory:
+        send(b'{"status": "memory", "message": "MemoryError"}')
+    except BaseException as error:
+        send(say({"status": "failed", "message": describe(error)}).encode())
+    leave(0)
+
+
+def describe(error: BaseException) -> str:
+    """Type, text and the place in the program or its tests, in one line."""
+    place, trace = "", error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename in ("program", "tests"):
+            place = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    text = " ".join(str(error).split())[:LONGEST_MESSAGE]
+    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
+
+
+if __name__ == "__main__":
+    main()

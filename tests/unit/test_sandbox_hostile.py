@@ -1,0 +1,256 @@
+"""Programs that try to harm, to escape or to cheat; each really runs."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedllm_flwr.sandbox.client import Limits, Outcome, Program, Watcher
+from fedllm_flwr.sandbox.programs import containment
+
+LIMITS = Limits(wall_s=20, cpu_s=1, memory_bytes=300 * 2**20)
+SHORT = replace(LIMITS, wall_s=0.7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program, the outcome it must have, and part of the message."""
+
+    source: str
+    status: str
+    message: str = ""
+    tests: str = "assert True"
+    limits: Limits = LIMITS
+
+
+# Contained by limits alone, with and without namespaces.
+ALWAYS = {
+    "endless loop": Case("while True: pass", "timeout", "processor time"),
+    "endless loop that ignores signals": Case(
+        "import signal\nfor s in (1, 2, 15, 24): signal.signal(s, signal.SIG_IGN)\n"
+        "while True: pass",
+        "timeout",
+    ),
+    "sleep that catches everything": Case(
+        "import time\nwhile True:\n  try: time.sleep(99)\n  except BaseException: pass",
+        "timeout",
+        "0.7 s",
+        limits=SHORT,
+    ),
+    "fork bomb": Case("import os\nwhile True: os.fork()", "failed", "BlockingIOError"),
+    "fork bomb that goes on": Case(
+        "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "timeout", limits=SHORT
+    ),
+    "thread bomb": Case(
+        "import threading, time\n"
+        "while True: threading.Thread(target=time.sleep, args=(9,)).start()",
+        "failed",
+        "can't start new thread",
+    ),
+    "memory at once": Case("x = bytearray(2**40)", "memory", "MemoryError"),
+    "memory bit by bit": Case("x = []\nwhile True: x.append(bytearray(2**20))", "memory"),
+    "memory by many": Case(
+        "import os, time\nfor _ in range(3): os.fork()\nx = b'1' * 2**27\ntime.sleep(60)",
+        "memory",
+        "all its processes together",
+    ),
+    "output flood": Case("while True: print('x' * 10000)", "failed", "printed more than"),
+    "output flood of children": Case(
+        "import os\nfor _ in range(3): os.fork()\nwhile True: os.write(2, b'x' * 10000)",
+        "failed",
+        "printed more than",
+    ),
+    "big file": Case(
+        "f = open('big', 'wb')\nwhile True: f.write(b'x' * 2**20)", "failed", "OSError"
+    ),
+    "many open files": Case("f = [open('/dev/null') for _ in range(1000)]", "failed", "Too many"),
+    "deep recursion": Case(
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return sorted([1, 2], key=f)\nf(1)",
+        "failed",
+        "SIGSEGV",
+    ),
+    "sleeping child": Case("import os, time\nif not os.fork(): time.sleep(99)", "passed"),
+    "daemon": Case(
+        "import os, time\nif not os.fork():\n  os.setsid()\n  if not os.fork(): time.sleep(99)\n"
+        "  os._exit(0)",
+        "passed",
+    ),
+    "leaves before its tests": Case("import os; os._exit(0)", "failed", "exited with 0 before"),
+    "leaves within its tests": Case(
+        "import os\ndef f(): os._exit(0)", "failed", "exited with 0 before", tests="f()"
+    ),
+    "leaves by sys.exit": Case("import sys; sys.exit(0)", "failed", "SystemExit"),
+    "leaves in an exit handler": Case(
+        "import atexit, os\natexit.register(os._exit, 0)",
+        "failed",
+        "AssertionError",
+        "assert False",
+    ),
+    "replaces what runs the tests": Case(
+        "import builtins, json, os, sys\nnothing = lambda *a, **k: None\n"
+        "builtins.exec = builtins.compile = json.dumps = os.read = nothing\n"
+        "sys.excepthook = nothing",
+        "failed",
+        "AssertionError",
+        "assert 1 + 1 == 3",
+    ),
+    "claims to have passed": Case(
+        "import os\nfor d in range(3, 64):\n"
+        "  try: os.write(d, b'\\0' * 7 + b' ' + b'passed'.ljust(32))\n  except OSError: pass\n"
+        "os._exit(0)",
+        "failed",
+        "wrote to the channel",
+    ),
+    "waits for its tests": Case(
+        "import os\nwhile os.read(3, 1): pass", "timeout", "0.7 s", limits=SHORT
+    ),
+    "looks for the answers": Case(
+        "import gc, os, sys\nseen = [sys.argv, dict(os.environ), os.listdir('.')]\n"
+        "frame = sys._getframe()\n"
+        "while frame: seen.append((frame.f_locals, frame.f_globals)); frame = frame.f_back\n"
+        "assert '-'.join(['forty', 'two']) not in repr((seen, gc.get_objects()))",
+        "passed",
+        tests="answer = 'forty-two'",
+    ),
+    "message without end": Case("raise ValueError('x' * 10**7)", "failed", "ValueError: xxx"),
+    "exception that cannot be told": Case(
+        "class E(Exception):\n  def __str__(self): raise RuntimeError\nraise E", "failed", "exited"
+    ),
+    "not text": Case("x = '\udcff'", "failed", "SyntaxError"),
+    "null": Case("x = 1\0", "failed", "null"),
+}
+
+# Need namespaces.
+NAMESPACES = {
+    "kills its watcher": Case(
+        "import os\nfor p in (1, os.getppid(), -1):\n  try: os.kill(p, 9)\n  except OSError: pass",
+        "passed",
+    ),
+    "sees other processes": Case(
+        "import os\nassert os.getpid() < 4 and not os.path.exists('/proc')", "passed"
+    ),
+    "writes to the kernel": Case(
+        "open('/proc/sys/kernel/hostname', 'w').write('x')", "failed", "FileNotFoundError"
+    ),
+    "writes to the system": Case("open('/usr/x', 'w')", "failed", "Read-only file system"),
+    "writes to the packages": Case(
+        "import os\nopen(os.__file__, 'a')", "failed", "PermissionError"
+    ),
+    "removes the system": Case(
+        "import json, os, shutil\n"
+        "shutil.rmtree(os.path.dirname(json.__file__), ignore_errors=True)\n"
+        "assert os.path.exists(json.__file__)",
+        "passed",
+    ),
+    "fills the disk": Case(
+        "for i in range(99): open(f'f{i}', 'wb').write(b'x' * 2**20)", "failed", "No space left"
+    ),
+    "makes devices": Case("import os\nos.mknod('d', 0o60666, 0x801)", "failed", "PermissionError"),
+    "makes namespaces": Case(
+        "import ctypes\nlibc = ctypes.CDLL(None)\n"
+        "assert libc.unshare(0x10000000) == libc.unshare(0x20000) == -1\n"
+        "assert libc.mount(b'/', b'/tmp', None, 4096, None) == -1",
+        "passed",
+    ),
+    "becomes root": Case("import os\nos.setuid(0)", "failed", "PermissionError"),
+    "asks the network": Case(
+        "import socket\nsocket.create_connection(('1.1.1.1', 53))",
+        "failed",
+        "Network is unreachable",
+    ),
+}
+LONG = {"endless loop that ignores signals", "deep recursion", "waits for its tests"}
+ALL = [
+    pytest.param(case, id=name, marks=pytest.mark.slow if name in LONG else ())
+    for name, case in (ALWAYS | NAMESPACES).items()
+]
+needs_namespaces = pytest.mark.skipif(
+    containment().kind != "namespaces", reason=f"no namespaces: {containment().detail}"
+)
+
+
+@pytest.fixture(scope="module")
+def watcher() -> Iterator[Watcher]:
+    with closing(Watcher()) as watcher:
+        yield watcher
+
+
+def run(watcher: Watcher, case: Case, kind: str) -> Outcome:
+    """The outcome, after a look at what is left of the program."""
+    outcome = watcher.run(Program(case.source, case.tests), case.limits, kind)  # type: ignore[arg-type]
+    assert watcher.pid is not None
+    assert psutil.Process(watcher.pid).children(recursive=True) == []
+    return outcome
+
+
+@needs_namespaces
+@pytest.mark.parametrize("case", ALL)
+def test_in_namespaces(watcher: Watcher, case: Case) -> None:
+    outcome = run(watcher, case, "namespaces")
+
+    assert (outcome.status, outcome.containment) == (case.status, "namespaces"), outcome.message
+    assert case.message in outcome.message
+    assert len(outcome.message) < 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(containment().kind == "none", reason=containment().detail)
+@pytest.mark.parametrize("case", ALWAYS.values(), ids=ALWAYS)
+def test_with_limits_alone(watcher: Watcher, case: Case) -> None:
+    outcome = run(watcher, case, "limits")
+    if outcome.status == "refused":
+        pytest.skip(outcome.message)
+
+    assert (outcome.status, outcome.containment) == (case.status, "limits"), outcome.message
+    assert case.message in outcome.message
+
+
+@needs_namespaces
+def test_files_outside_stay(watcher: Watcher, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for path in (tmp_path.parent, tmp_path):
+        path.chmod(0o777)
+    victim.chmod(0o666)
+    source = (
+        f"import os, shutil\nassert not os.path.exists({str(victim)!r})\n"
+        f"os.makedirs({str(tmp_path)!r}); open({str(victim)!r}, 'w').write('gone')\n"
+        f"shutil.rmtree('/tmp', ignore_errors=True)"
+    )
+    outcome = watcher.run(Program(source), LIMITS, "namespaces")
+
+    assert outcome.status == "passed", outcome.message
+    assert victim.read_text() == "precious"
+
+
+@needs_namespaces
+def test_no_way_to_a_server_on_this_machine(watcher: Watcher) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        source = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=5)"
+        outcome = watcher.run(Program(source), LIMITS, "namespaces")
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+    assert outcome.status == "failed"
+    assert "Network is unreachable" in outcome.message or "refused" in outcome.message
+
+
+@needs_namespaces
+def test_nothing_is_left_when_the_caller_ends(tmp_path: Path) -> None:
+    """A watcher that is killed takes a running program with it."""
+    own = Watcher()
+    own.send(Program("import time; time.sleep(99)"), LIMITS, "namespaces", str(tmp_path))
+    family: list[psutil.Process] = []
+    while len(family) < 4:  # the program's watcher, the way into the room, its first process, it
+        assert own.pid
+        family = psutil.Process(own.pid).children(recursive=True)
+    own.close()
+
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
