@@ -156,7 +156,7 @@ NAMESPACES = {
         "assert libc.mount(b'/', b'/tmp', None, 4096, None) == -1",
         "passed",
     ),
-    "becomes root": Case("import os\nos.setuid(0)", "failed", "PermissionError"),
+    "becomes root": Case("import os\nos.setuid(0)", "failed", "[Errno"),
     "asks the network": Case(
         "import socket\nsocket.create_connection(('1.1.1.1', 53))",
         "failed",
