@@ -31,6 +31,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("suites",),
+    ("coding",),
     ("reporting",),
     (
         "adapters",
@@ -69,7 +70,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "peft": (("training", "evaluation"), ()),
     "trl": (("training", "evaluation"), ()),
     "bitsandbytes": (("training",), ("checks",)),
-    "datasets": ((), ("data", "suites")),
+    "datasets": ((), ("data", "suites", "coding")),
     "lm_eval": ((), ("suites",)),
     "matplotlib": ((), ("reporting",)),
     "ray": (("engines",), ("checks", "cli")),

@@ -26,8 +26,8 @@ _GRACE_S = 20.0  # for start and end of a program, on a busy machine
 class Limits:
     """What one program may use, with all processes that it starts."""
 
-    wall_s: float = 15.0
-    cpu_s: float = 5.0  # each process; in whole seconds
+    wall_s: float = 60.0
+    cpu_s: float = 10.0  # each process; in whole seconds
     memory_bytes: int = 2**30  # address space of each process, resident memory of all
     processes: int = 32  # and threads
     file_bytes: int = 2**24  # each file; in namespaces all files together

@@ -1,0 +1,1 @@
+"""Benchmarks of generated code: problems, answers, and how many of them pass their tests."""

@@ -1,0 +1,56 @@
+"""From what a model wrote to Python source."""
+
+import re
+from textwrap import dedent, indent
+
+_BLOCK = re.compile(r"```[ \t]*[\w+-]*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+_MARKS = ("[BEGIN]", "<code>", "[PYTHON]")
+_ENDS = ("[DONE]", "</code>", "[/PYTHON]")
+
+
+def code_of(answer: str, function: str = "") -> str:
+    """The code in an answer: the first fenced block that defines `function`, else the first block.
+
+    An answer without a block is code as a whole; an unclosed block goes to the end.
+    """
+    blocks: list[str] = _BLOCK.findall(answer)
+    if not blocks:
+        return _between_marks(answer)
+    return next((block for block in blocks if function and defines(block, function)), blocks[0])
+
+
+def _between_marks(answer: str) -> str:
+    for mark, end in zip(_MARKS, _ENDS, strict=True):
+        if mark in answer:
+            answer = answer.partition(mark)[2]
+        answer = answer.partition(end)[0]
+    return answer
+
+
+def defines(code: str, function: str) -> bool:
+    """Whether code holds the head of a function, at any indentation."""
+    return (
+        re.search(rf"^[ \t]*(async[ \t]+)?def[ \t]+{re.escape(function)}\b", code, re.M) is not None
+    )
+
+
+def complete_source(answer: str, start: str, preamble: str, function: str) -> str:
+    """A whole program of an answer to "complete this function".
+
+    Args:
+        start: what the model was given: the function up to where its body begins.
+        preamble: imports and helpers that stand before the function.
+        function: its name.
+
+    A whole function follows the preamble; a body alone follows the start.
+    """
+    code = code_of(answer, function)
+    if defines(code, function):
+        return f"{preamble}\n{dedent(code)}"
+    return start + as_body(code)
+
+
+def as_body(code: str) -> str:
+    """Code moved to the right by four columns, unless its first line is indented already."""
+    lines = code.strip("\r\n")
+    return lines if lines[:1].isspace() else indent(lines, "    ")
