@@ -119,7 +119,11 @@ def _server_init(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.server import init_server
 
     lines = init_server(
-        arguments.directory, arguments.host, arguments.port_base, arguments.insecure
+        arguments.directory,
+        arguments.host,
+        arguments.port_base,
+        arguments.insecure,
+        arguments.private_host,
     )
     print("\n".join(lines))
     return 0
@@ -130,6 +134,12 @@ def _server_register(arguments: argparse.Namespace) -> int:
 
     print("\n".join(register_site(arguments.directory, arguments.key)))
     return 0
+
+
+def _server_run(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.submission import run_on_server
+
+    return run_on_server(arguments.directory, arguments.overrides)
 
 
 def _site_init(arguments: argparse.Namespace) -> int:
@@ -191,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "set up the server of a real federation: server init, server register"
+    text = "set up the server of a real federation: server init, register, run"
     server = commands.add_parser("server", help=text, description=text)
     steps = server.add_subparsers(required=True, metavar="step")
 
@@ -209,11 +219,21 @@ def _add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=9091,
         help="first of three ports: app (loopback), sites, commands (loopback); default 9091",
     )
+    init.add_argument(
+        "--private-host",
+        default="127.0.0.1",
+        help="where the server's own app and commands find it; who reaches it starts runs; "
+        "default 127.0.0.1",
+    )
     _add_insecure(init)
 
     register = _add(steps, "register", _server_register, "admit a site by its public key")
     register.add_argument("directory", help="directory of server init; the server must be running")
     register.add_argument("key", help="public key of the site: its *.pub")
+
+    run = _add(steps, "run", _server_run, "run on the sites: server run <dir> [key=value] ...")
+    run.add_argument("directory", help="directory of server init; the server must be running")
+    run.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
 
 
 def _add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

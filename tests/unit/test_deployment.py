@@ -25,6 +25,7 @@ from fedllm_flwr import cli
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.deployment import directory as directories
 from fedllm_flwr.deployment.certificates import issue_ca
+from fedllm_flwr.deployment.flower import flwr_environment
 from fedllm_flwr.deployment.keys import check_public_key, make_key_pair
 from fedllm_flwr.deployment.node import site_columns, to_toml
 from fedllm_flwr.deployment.registration import register_site
@@ -108,6 +109,27 @@ def test_openssl_verifies_certificate_and_makes_a_new_one_as_the_readme_says(ser
         assert set(after.extensions.get_extension_for_class(names).value) == set(
             before.extensions.get_extension_for_class(names).value
         )
+
+
+def test_private_host_is_where_app_and_commands_find_the_server(tmp_path: Path) -> None:
+    """Containers: the SuperLink's two private ports are on a network of their own."""
+    init_server(tmp_path / "server", ["fl.example.org"], 9191, private_host="control")
+    folder = tmp_path / "server"
+
+    names = certificate(folder / "server.crt").extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert "control" in names.value.get_values_for_type(x509.DNSName)
+    superlink = (folder / "start-superlink.sh").read_text()
+    assert "--serverappio-api-address control:9191" in superlink
+    assert "--control-api-address control:9193" in superlink
+    assert "--fleet-api-address 0.0.0.0:9192" in superlink
+    superexec = (folder / "start-superexec.sh").read_text()
+    assert "--appio-api-address control:9191" in superexec
+    assert 'no_proxy="control,localhost,127.0.0.1' in superexec
+    connection = tomllib.loads((folder / "flwr" / "config.toml").read_text())["superlink"]
+    assert connection["federation"]["address"] == "control:9193"
+    assert flwr_environment(folder)["no_proxy"].split(",")[0] == "control"
 
 
 def test_validity_is_as_stated(tmp_path: Path) -> None:

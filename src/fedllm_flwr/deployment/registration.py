@@ -1,14 +1,18 @@
 """Admit a site: hand its public key to the running SuperLink, and keep a copy."""
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-from fedllm_flwr.deployment.directory import FLWR_HOME, absolute, check_name
+from fedllm_flwr.deployment.directory import absolute, check_name
+from fedllm_flwr.deployment.flower import (
+    CONNECTION,
+    flwr_command,
+    flwr_environment,
+    last_json,
+    server_folder,
+)
 from fedllm_flwr.deployment.keys import check_public_key
-from fedllm_flwr.deployment.server import CONNECTION, SITE_KEYS
+from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.errors import ConfigError, FederationError
 
 _LIMIT_S = 60.0  # for flwr supernode register
@@ -24,9 +28,7 @@ def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
         ConfigError: no server's directory, no public key, or another key under the same name.
         FederationError: the SuperLink is not there, or refuses the key.
     """
-    folder, key = absolute(directory), absolute(key_file)
-    if not (folder / FLWR_HOME / "config.toml").is_file():
-        raise ConfigError(f"{folder}: no directory that `fedllm server init` has made")
+    folder, key = server_folder(directory), absolute(key_file)
     try:
         content = key.read_bytes()
     except OSError as error:
@@ -47,18 +49,11 @@ def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
 
 def _register(folder: Path, key: Path) -> str:
     """Id of the new node."""
-    command = [str(Path(sys.executable).parent / "flwr"), "supernode", "register", str(key)]
-    environment = {
-        **os.environ,
-        "FLWR_HOME": str(folder / FLWR_HOME),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "no_proxy": ",".join(filter(None, ["127.0.0.1", os.environ.get("no_proxy")])),
-    }
+    command = [*flwr_command("supernode", "register", str(key)), "--format", "json"]
     try:
         done = subprocess.run(
-            [*command, CONNECTION, "--format", "json"],
-            env=environment,
+            command,
+            env=flwr_environment(folder),
             capture_output=True,
             text=True,
             timeout=_LIMIT_S,
@@ -66,22 +61,10 @@ def _register(folder: Path, key: Path) -> str:
         )
     except subprocess.TimeoutExpired:
         raise FederationError("the SuperLink does not answer; look at its log") from None
-    answer = _last_json(done.stdout)
+    answer = last_json(done.stdout)
     if done.returncode == 0 and answer.get("success"):
         return str(answer["node-id"])
     raise FederationError(_reason(folder, key, answer, done.stderr))
-
-
-def _last_json(text: str) -> dict[str, object]:
-    """The JSON object that a command of Flower prints last, whatever stands before it."""
-    start = text.find("{")
-    if start < 0:
-        return {}
-    try:
-        answer = json.loads(text[start:])
-    except json.JSONDecodeError:
-        return {}
-    return answer if isinstance(answer, dict) else {}
 
 
 def _reason(folder: Path, key: Path, answer: dict[str, object], stderr: str) -> str:

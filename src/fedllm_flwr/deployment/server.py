@@ -28,10 +28,10 @@ from fedllm_flwr.deployment.directory import (
     systemd_quoted,
     write_new,
 )
+from fedllm_flwr.deployment.flower import CONNECTION
 from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import ConfigError
 
-CONNECTION = "federation"  # name of the SuperLink connection in Flower's configuration
 SITE_KEYS = "site-keys"
 _MAX_PORT_BASE = 65_533
 _TLS_OPTIONS = """\
@@ -43,9 +43,9 @@ _TLS_OPTIONS = """\
 class Ports:
     """The SuperLink's three; only `fleet` is open to other machines."""
 
-    appio: int  # ServerAppIo: the server's own app, loopback
+    appio: int  # ServerAppIo: the server's own app, private
     fleet: int  # the sites' SuperNodes
-    control: int  # flwr run, flwr supernode: loopback
+    control: int  # flwr run, flwr supernode: private
 
     @classmethod
     def from_base(cls, base: int) -> "Ports":
@@ -62,13 +62,19 @@ class Ports:
 
 
 def init_server(
-    directory: str | Path, hosts: Sequence[str], port_base: int = 9091, insecure: bool = False
+    directory: str | Path,
+    hosts: Sequence[str],
+    port_base: int = 9091,
+    insecure: bool = False,
+    private_host: str = LOOPBACK[1],
 ) -> list[str]:
     """Make a server's directory.
 
     Args:
         hosts: names and addresses by which the sites reach this server.
         insecure: no TLS, no authentication.
+        private_host: where the server's own app and commands find the SuperLink; whoever reaches
+            it starts runs.
 
     Returns:
         Lines for the operator.
@@ -78,18 +84,21 @@ def init_server(
     """
     folder, ports = absolute(directory), Ports.from_base(port_base)
     check_new(folder)
-    subject_alternative_names(hosts)  # checks them
-    files = _certificates(hosts) if not insecure else {}
+    names = [*hosts, private_host]
+    subject_alternative_names(names)  # checks them
+    files = _certificates(names) if not insecure else {}
     files |= {
         # Without it any user of this machine could take the run's app over.
         "superexec.secret": NewFile(secrets.token_hex(32), SECRET),
         f"{SITE_KEYS}/README": NewFile(filled("site-keys.txt")),
-        f"{FLWR_HOME}/config.toml": NewFile(_connection(folder, ports, insecure)),
+        f"{FLWR_HOME}/config.toml": NewFile(
+            _connection(folder, dial_address(private_host, ports.control), insecure)
+        ),
         "app/pyproject.toml": NewFile(filled("app.toml", version=__version__)),
     }
-    files |= _scripts(folder, hosts, ports, insecure)
+    files |= _scripts(folder, hosts, private_host, ports, insecure)
     write_new(folder, files)
-    return _report(folder, hosts, ports, insecure)
+    return _report(folder, names, ports, insecure)
 
 
 def _certificates(hosts: Sequence[str]) -> dict[str, NewFile]:
@@ -103,21 +112,22 @@ def _certificates(hosts: Sequence[str]) -> dict[str, NewFile]:
     }
 
 
-def _connection(folder: Path, ports: Ports, insecure: bool) -> str:
+def _connection(folder: Path, control: str, insecure: bool) -> str:
     """Flower's config.toml; it takes root-certificates only from the root."""
-    address = to_toml({"address": f"127.0.0.1:{ports.control}"})
+    address = to_toml({"address": control})
     trust = "insecure = true\n" if insecure else to_toml({"root-certificates": folder / "ca.crt"})
     return f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{address}{trust}'
 
 
 def _scripts(
-    folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool
+    folder: Path, hosts: Sequence[str], private_host: str, ports: Ports, insecure: bool
 ) -> dict[str, NewFile]:
     values = {
         "bin": program_folder(),
-        "appio": f"127.0.0.1:{ports.appio}",
+        "appio": dial_address(private_host, ports.appio),
         "fleet": f"{_bind_address(hosts)}:{ports.fleet}",
-        "control": f"127.0.0.1:{ports.control}",
+        "control": dial_address(private_host, ports.control),
+        "unproxied": ",".join(dict.fromkeys([private_host, *LOOPBACK])),
         "security": "--insecure" if insecure else _TLS_OPTIONS,
     }
     files = {
@@ -134,7 +144,7 @@ def _scripts(
                 restart_s="5",
             )
         )
-    files["README.md"] = NewFile(_readme(folder, hosts, ports, insecure))
+    files["README.md"] = NewFile(_readme(folder, hosts, private_host, ports, insecure))
     return files
 
 
@@ -143,8 +153,10 @@ def _bind_address(hosts: Sequence[str]) -> str:
     return "[::]" if any(":" in host for host in hosts) else "0.0.0.0"
 
 
-def _readme(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) -> str:
-    names = [*dict.fromkeys([*hosts, *LOOPBACK])]
+def _readme(
+    folder: Path, hosts: Sequence[str], private_host: str, ports: Ports, insecure: bool
+) -> str:
+    names = [*dict.fromkeys([*hosts, private_host, *LOOPBACK])]
     return filled(
         "server-insecure.md" if insecure else "server.md",
         folder=shlex.quote(str(folder)),
@@ -153,6 +165,7 @@ def _readme(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) ->
         appio=str(ports.appio),
         fleet=str(ports.fleet),
         control=str(ports.control),
+        private=private_host,
         connection=CONNECTION,
         ca_days=str(CA_DAYS),
         server_days=str(SERVER_DAYS),

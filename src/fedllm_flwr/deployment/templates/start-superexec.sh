@@ -7,7 +7,8 @@ cd "$(dirname "$0")"
 export PATH=@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 # gRPC would ask a proxy even for this machine's own address.
-export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
+export no_proxy="@{unproxied}${no_proxy:+,$no_proxy}"
 exec flower-superexec --plugin-type serverapp --insecure \
   --superexec-auth-secret-file superexec.secret \
-  --appio-api-address @{appio}
+  --appio-api-address @{appio} \
+  "$@@"

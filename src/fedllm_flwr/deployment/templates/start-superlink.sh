@@ -11,4 +11,5 @@ exec flower-superlink \
   --serverappio-api-address @{appio} \
   --control-api-address @{control} \
   --fleet-api-address @{fleet} \
-  @{security}
+  @{security} \
+  "$@@"

@@ -13,4 +13,5 @@ exec flower-supernode \
   @{security} \
   --node-config node.toml \
   --clientappio-api-address 127.0.0.1:0 \
-  --max-retries "${MAX_RETRIES:-30}"
+  --max-retries "${MAX_RETRIES:-30}" \
+  "$@@"
