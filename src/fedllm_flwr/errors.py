@@ -21,6 +21,10 @@ class ModelError(FedLLMError):
     """A base model, tokenizer or adapter that cannot be used."""
 
 
+class JudgeError(FedLLMError):
+    """A judge of answers that cannot be asked."""
+
+
 class FederationError(FedLLMError):
     """A federated run that cannot start or go on."""
 

@@ -32,6 +32,7 @@ LAYERS = (
     ("evaluation",),
     ("suites",),
     ("coding",),
+    ("judging",),
     ("reporting",),
     (
         "adapters",
@@ -74,6 +75,8 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lm_eval": ((), ("suites",)),
     "matplotlib": ((), ("reporting",)),
     "ray": (("engines",), ("checks", "cli")),
+    "openai": ((), ("judging",)),
+    "vllm": ((), ("judging",)),
 }
 LONGEST_FILE = 300
 LONGEST_FUNCTION = 40
@@ -239,6 +242,8 @@ LIGHT = [
     ("config.compose", {"torch", "transformers", "datasets", "ray", "flwr", "numpy"}),
     ("config.typed", {"torch", "transformers", "datasets", "ray", "flwr", "numpy", "hydra"}),
     ("cli", {"torch", "transformers", "datasets", "ray"}),
+    ("judging.benchmarks", {"torch", "transformers", "datasets", "ray", "openai"}),
+    ("judging.endpoint", {"torch", "transformers", "datasets", "ray", "openai"}),
 ]
 
 

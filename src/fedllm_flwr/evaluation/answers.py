@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from fedllm_flwr.data.tokens import TokenArray
 from fedllm_flwr.training.model import AdaptedModel
@@ -12,9 +13,16 @@ from fedllm_flwr.training.model import AdaptedModel
 
 @torch.inference_mode()
 def greedy_answers(
-    model: AdaptedModel, prompts: Sequence[TokenArray], max_new_tokens: int
+    model: AdaptedModel,
+    prompts: Sequence[TokenArray],
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> list[TokenArray]:
-    """The most likely continuation of each prompt, token by token, up to and with its EOS."""
+    """The most likely continuation of each prompt, token by token, up to and with its EOS.
+
+    Args:
+        processors: what changes the scores of the next token first; `SeededSampling` draws it.
+    """
     model.peft.eval()
     longest = max(len(prompt) for prompt in prompts)
     tokens = np.full((len(prompts), longest), model.pad_id, np.int64)
@@ -27,6 +35,7 @@ def greedy_answers(
         attention_mask=torch.from_numpy(mask).to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        logits_processor=LogitsProcessorList(processors),
         use_cache=True,
         pad_token_id=model.pad_id,
         eos_token_id=model.tokenizer.eos_token_id,

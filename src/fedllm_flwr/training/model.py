@@ -163,6 +163,18 @@ def load_model(config: Config) -> AdaptedModel:
     return model
 
 
+def load_beside(config: Config) -> AdaptedModel:
+    """Another model, beside the one that this process keeps; its caller keeps it.
+
+    Raises:
+        ModelError, ConfigError: it cannot be loaded or adapted as asked.
+    """
+    device = resolve_device(config.training.device)
+    dtype = resolve_dtype(config.training.dtype, device)
+    attention = resolve_attention(config.model.attention, device)
+    return _adapt(load_base(config, device, dtype, attention), config, device, dtype, attention)
+
+
 def forget_model() -> None:
     """Keep the model no longer: its owner takes it apart, and the next call loads another."""
     global _held

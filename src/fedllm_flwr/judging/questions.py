@@ -1,0 +1,137 @@
+"""The open-ended sets as questions, read from local copies of their published files."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.errors import DataError
+
+# FastChat's temperatures of MT-Bench by category; 0.7 for any other, as for all of Vicuna bench.
+_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+_OTHER_TEMPERATURE = 0.7
+_NEEDS_REFERENCE = ("math", "reasoning", "coding")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked, turn by turn."""
+
+    id: str  # within its set
+    category: str
+    turns: tuple[str, ...]
+    temperature: float
+    reference: tuple[str, ...] = ()  # a right answer per turn, for the judge
+    baseline: str | None = None  # the answer to be better than
+
+
+def mt_bench(folder: Path) -> list[Question]:
+    """MT-Bench with GPT-4's answers as references where its protocol uses them.
+
+    Raises:
+        DataError: a file is missing or broken, or a reference is not there.
+    """
+    references = {
+        row["question_id"]: tuple(row["choices"][0]["turns"])
+        for row in _rows(folder / "mtbench_reference_answer/gpt-4.jsonl", "question_id", "choices")
+    }
+    file = folder / "mtbench_question.jsonl"
+    found = []
+    for row in _rows(file, "question_id", "category", "turns"):
+        needed = row["category"] in _NEEDS_REFERENCE
+        if needed and row["question_id"] not in references:
+            raise DataError(
+                f"{file}: question {row['question_id']} ({row['category']}) has no reference "
+                "answer in mtbench_reference_answer/gpt-4.jsonl; copy both files of one version."
+            )
+        temperature = _TEMPERATURES.get(row["category"], _OTHER_TEMPERATURE)
+        reference = references[row["question_id"]] if needed else ()
+        found.append(
+            Question(
+                str(row["question_id"]),
+                row["category"],
+                tuple(row["turns"]),
+                temperature,
+                reference,
+            )
+        )
+    return found
+
+
+def vicuna_bench(folder: Path) -> list[Question]:
+    """Vicuna bench."""
+    return [
+        Question(
+            str(row["question_id"]), row["category"], tuple(row["turns"][:1]), _OTHER_TEMPERATURE
+        )
+        for row in _rows(folder / "vicuna_question.jsonl", "question_id", "category", "turns")
+    ]
+
+
+def advbench(folder: Path) -> list[Question]:
+    """AdvBench's harmful requests, without an attack."""
+    file = folder / "advbench.csv"
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            goals = [row.get("goal") for row in csv.DictReader(lines)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(file, error) from error
+    if not goals or not all(goals):
+        raise DataError(f"{file}: no column goal, or an empty one; copy AdvBench's CSV again.")
+    return [Question(str(i), "harmful", (str(goal),), 0.0) for i, goal in enumerate(goals)]
+
+
+def alpaca_eval(file: Path) -> list[Question]:
+    """The instructions of a file of reference answers, with these as the answers to be better than.
+
+    The file is a JSON list, or JSON lines, with instruction and output, as AlpacaEval's are.
+    """
+    return [
+        Question(
+            str(i),
+            str(row.get("dataset", "")),
+            (_instruction(row),),
+            _OTHER_TEMPERATURE,
+            baseline=str(row["output"]),
+        )
+        for i, row in enumerate(_rows(file, "instruction", "output"))
+    ]
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    more = row.get("input")
+    return f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])
+
+
+def _rows(file: Path, *keys: str) -> Sequence[dict[str, Any]]:
+    """Objects of a JSON list or of JSON lines, each with all `keys`."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in lines]
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+    if not rows:
+        raise DataError(f"{file}: the file is empty.")
+    for number, row in enumerate(rows, start=1):
+        missing = [key for key in keys if not isinstance(row, dict) or row.get(key) is None]
+        if missing:
+            raise DataError(f"{file}, record {number}: no {missing[0]}; copy the file again.")
+    return rows
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{file}: no such file; give the folder of the data with --data-root.")
+    return DataError(f"{file}: cannot be read ({error}); copy the file again.")

@@ -1,0 +1,259 @@
+"""The judge behind an endpoint, against a real server on the loopback that misbehaves."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm_flwr.errors import ConfigError, FedLLMError, JudgeError
+from fedllm_flwr.judging import retries
+from fedllm_flwr.judging.endpoint import EndpointJudge
+from fedllm_flwr.judging.judge import DECLINED, Ask, Reply
+from fedllm_flwr.judging.panel import Case, Usage, Verdict, judge_all
+from fedllm_flwr.judging.verdicts import Scale
+from judge_server import JudgeServer, judge_server, verdict
+
+pytest.importorskip("openai")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    with judge_server(hang_s=1.0) as running:
+        monkeypatch.setenv("OPENAI_BASE_URL", running.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        yield running
+
+
+def conversation(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Rate answer {number}"}]
+
+
+def cases(count: int) -> list[Case]:
+    return [Case(Scale.RATING, conversation(number)) for number in range(count)]
+
+
+def expected(number: int) -> float:
+    return float(verdict(conversation(number)).partition("[[")[2].removesuffix("]]"))
+
+
+def judge(**options: Any) -> EndpointJudge:
+    return EndpointJudge("judge-1", **{"timeout_s": 5.0, **options})
+
+
+def ask_one(asked: EndpointJudge) -> Reply:
+    replies: list[Reply] = []
+    asked.ask([Ask("key", conversation(1))], lambda _, reply: replies.append(reply))
+    [reply] = replies
+    return reply
+
+
+FAULTS: list[Any] = [
+    *(429, 500, 502, 503, 408, (429, {"Retry-After": "0"}), (429, {"retry-after-ms": "20"})),
+    *("reset", "truncated", "garbage", "empty"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_passing_fault_is_tried_again(stream: bool, server: JudgeServer) -> None:
+    """All of them in one queue of cases, one request at a time."""
+    server.faults = [item for fault in FAULTS for item in (fault, None)]
+    asked = judge(concurrency=1, stream=stream)
+    replies: list[Reply] = []
+    asks = [Ask(str(i), conversation(i)) for i in range(len(FAULTS))]
+    asked.ask(asks, lambda _, reply: replies.append(reply))
+    assert [reply.text for reply in replies] == [verdict(conversation(i)) for i in range(len(asks))]
+    assert all(reply.finish_reason == "stop" and reply.prompt_tokens for reply in replies)
+    assert len(server.requests) == 2 * len(FAULTS)
+    assert asked.retries == len(FAULTS)
+    assert set(server.completed.values()) == {1}
+
+
+def test_a_silent_server_is_asked_again(server: JudgeServer) -> None:
+    server.faults = ["timeout"]
+    assert ask_one(judge(timeout_s=0.5)).text == verdict(conversation(1))
+    assert 0.4 <= server.times[1] - server.times[0] < 5
+
+
+def test_retry_after_holds_back_every_request(server: JudgeServer) -> None:
+    server.faults = [(429, {"Retry-After": "0.9"})]
+    asked = judge(concurrency=4)
+    asked.ask([Ask(str(i), conversation(i)) for i in range(12)], lambda *_: None)
+    since = [when - server.times[0] for when in server.times]
+    assert not [wait for wait in since if 0.4 < wait < 0.85]  # but for those under way
+    assert max(since) >= 0.9
+    assert len(server.requests) == 13
+
+
+def test_retry_after_as_a_date() -> None:
+    httpx = pytest.importorskip("httpx")
+    headers = {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}
+    request = httpx.Request("POST", "http://127.0.0.1")
+    response = httpx.Response(429, headers=headers, request=request)
+    error = httpx.HTTPStatusError("", request=request, response=response)
+    assert retries.retry_after_s(error) == pytest.approx(2139722880 - time.time(), abs=5)
+
+
+@pytest.mark.slow
+def test_waits_double(monkeypatch: pytest.MonkeyPatch, server: JudgeServer) -> None:
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.1)
+    server.faults = [500, 500, 500]
+    ask_one(judge())
+    waits = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
+    for wait, least in zip(waits, (0.1, 0.2, 0.4), strict=True):
+        assert least <= wait < least + 0.3  # and a random part of up to 0.1 s
+
+
+FATAL = [
+    ((400, {}), "HTTP 400, fault 400; check --judge-model"),
+    ((429, {"code": "insufficient_quota"}), "HTTP 429"),
+    ((429, {"Retry-After": "4000"}), "HTTP 429"),
+    ((403, {}), "check OPENAI_API_KEY"),
+    ((404, {}), "check --judge-model and OPENAI_BASE_URL"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FATAL)
+def test_what_will_not_pass_ends_at_once(fault: Any, message: str, server: JudgeServer) -> None:
+    server.faults = [fault]
+    with pytest.raises(JudgeError, match=message) as raised:
+        ask_one(judge())
+    assert len(server.requests) == 1
+    assert "\n" not in str(raised.value)
+
+
+def test_gives_up_in_the_end(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "LONGEST_BACKOFF_S", 0.02)
+    server.faults = [500] * 20
+    with pytest.raises(JudgeError, match="HTTP 500, fault 500; run the same command again"):
+        ask_one(judge())
+    assert len(server.requests) == retries.TRIES
+
+
+def test_wrong_key_and_unknown_model_are_seen_before_any_question(
+    server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge().check()
+    with pytest.raises(ConfigError, match=r"--judge-model judge-2: .* Did you mean 'judge-1'"):
+        EndpointJudge("judge-2").check()
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with pytest.raises(JudgeError, match=r"HTTP 401, Incorrect API key.*check OPENAI_API_KEY"):
+        judge().check()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    with pytest.raises(ConfigError, match="set OPENAI_API_KEY, or OPENAI_BASE_URL"):
+        judge().check()
+    assert server.requests == []
+
+
+def test_an_endpoint_without_a_list_of_models(server: JudgeServer) -> None:
+    server.models = None
+    judge().check()
+
+
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:password@127.0.0.1:9/v1")
+    with pytest.raises(
+        JudgeError, match=r"judge judge-1 at http://127.0.0.1:9/v1: Connection"
+    ) as e:
+        judge().check()
+    assert "password" not in str(e.value)
+
+
+def test_newer_models_are_asked_in_their_own_words(server: JudgeServer) -> None:
+    server.faults = [
+        (400, {"code": "unsupported_parameter", "param": "max_tokens"}),
+        (400, {"code": "unsupported_value", "param": "temperature"}),
+    ]
+    asked = judge()
+    assert ask_one(asked).finish_reason == "stop"
+    first, _, last = server.requests
+    assert {"max_tokens", "temperature"} <= set(first)
+    assert not {"max_tokens", "temperature"} & set(last)
+    assert last["max_completion_tokens"] == first["max_tokens"]
+    ask_one(asked)
+    assert len(server.requests) == 4  # it remembers
+
+
+def test_a_question_that_the_judge_declines(server: JudgeServer, tmp_path: Path) -> None:
+    server.faults = [None, (400, {"code": "content_filter"})]
+    verdicts, usage = judge_all(cases(3), judge(concurrency=1), tmp_path / "v.jsonl", attempts=3)
+    assert verdicts == [Verdict(expected(0), 1), Verdict(None, 1), Verdict(expected(2), 1)]
+    assert (usage.declined, usage.replies) == (1, 3)
+
+
+def test_verdicts_are_asked_for_again_a_few_times(server: JudgeServer, tmp_path: Path) -> None:
+    server.faults = ["malformed", None, "malformed", "malformed"]
+    path = tmp_path / "v.jsonl"
+    verdicts, usage = judge_all(cases(2), judge(concurrency=1), path, attempts=2)
+    # case 0: malformed, malformed; case 1: fine
+    assert verdicts == [Verdict(None, 2), Verdict(expected(1), 1)]
+    assert [request["temperature"] for request in server.requests] == [0.0, 0.0, 0.7]
+    assert usage.replies == 3
+    # Three attempts now: one more, and the last reply has no verdict either.
+    verdicts, usage = judge_all(cases(2), judge(concurrency=1), path, attempts=3)
+    assert verdicts == [Verdict(None, 3), Verdict(expected(1), 1)]
+    assert len(server.requests) == usage.replies == 4
+    judge_all(cases(2), judge(), path, attempts=3)
+    assert len(server.requests) == 4
+
+
+def test_the_same_question_is_asked_once(server: JudgeServer, tmp_path: Path) -> None:
+    verdicts, _ = judge_all(cases(2) * 3, judge(), tmp_path / "v.jsonl", attempts=1)
+    assert [v.value for v in verdicts] == [expected(0), expected(1)] * 3
+    assert len(server.requests) == 2
+    judge_all(cases(2), EndpointJudge("judge-1"), tmp_path / "v.jsonl", attempts=1)
+    assert len(server.requests) == 2
+    server.models = ("judge-1", "judge-2")
+    judge_all(cases(2), EndpointJudge("judge-2"), tmp_path / "v.jsonl", attempts=1)
+    assert len(server.requests) == 4  # another judge's verdicts are its own
+
+
+def test_tokens_and_cost(server: JudgeServer, tmp_path: Path) -> None:
+    server.faults = ["usage"]
+    _, usage = judge_all(cases(4), judge(concurrency=1), tmp_path / "v.jsonl", attempts=1)
+    prompts = sum(len(conversation(i)[0]["content"]) for i in (1, 2, 3))
+    replies = sum(len(verdict(conversation(i))) for i in (1, 2, 3))
+    assert usage == Usage(4, prompts, replies, uncounted=1)
+    assert usage.cost((2.0, 8.0)) == pytest.approx((2 * prompts + 8 * replies) / 1e6)
+
+
+def test_no_more_at_once_than_allowed(server: JudgeServer, tmp_path: Path) -> None:
+    server.delay_s = 0.05
+    judge_all(cases(12), judge(concurrency=3, timeout_s=5), tmp_path / "v.jsonl", attempts=1)
+    assert server.busiest == 3
+
+
+def test_what_is_under_way_at_a_fatal_error_is_kept(server: JudgeServer, tmp_path: Path) -> None:
+    """The second request fails for good while the first and third are being answered."""
+    server.faults = [None, (403, {})]
+    server.delay_s = 0.1
+    path = tmp_path / "v.jsonl"
+    asked = judge(concurrency=3, timeout_s=5)
+    with pytest.raises(FedLLMError, match="HTTP 403"):
+        judge_all(cases(9), asked, path, attempts=1)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(kept) == sum(server.completed.values()) >= 1
+    assert len(server.requests) <= 4
+    verdicts, _ = judge_all(cases(9), asked, path, attempts=1)
+    assert [v.value for v in verdicts] == [expected(i) for i in range(9)]
+    assert set(server.completed.values()) == {1}
+
+
+def test_declined_is_no_verdict_even_if_it_looks_like_one(
+    server: JudgeServer, tmp_path: Path
+) -> None:
+    class Strict(EndpointJudge):
+        def ask(self, asks: Any, record: Any) -> None:
+            for ask in asks:
+                record(ask, Reply("too long: [[9]]", DECLINED))
+
+    verdicts, _ = judge_all(cases(1), Strict("judge-1"), tmp_path / "v.jsonl", attempts=3)
+    assert verdicts == [Verdict(None, 1)]
