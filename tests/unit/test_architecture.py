@@ -242,7 +242,7 @@ LIGHT = [
     ("config.compose", {"torch", "transformers", "datasets", "ray", "flwr", "numpy"}),
     ("config.typed", {"torch", "transformers", "datasets", "ray", "flwr", "numpy", "hydra"}),
     ("cli", {"torch", "transformers", "datasets", "ray"}),
-    ("judging.benchmarks", {"torch", "transformers", "datasets", "ray", "openai"}),
+    ("judging.runner", {"torch", "transformers", "datasets", "ray", "openai"}),
     ("judging.endpoint", {"torch", "transformers", "datasets", "ray", "openai"}),
 ]
 

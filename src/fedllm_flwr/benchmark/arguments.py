@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from fedllm_flwr.judging.arguments import add_judging, judging_extra
+
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Add the options to a parser."""
@@ -29,6 +31,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--output", metavar="DIR", help="default: outputs/<time>-evaluate")
     how.add_argument("--cache", metavar="DIR", help="of scored examples; default: ~/.cache")
     how.add_argument("--no-cache", action="store_true", help="score everything anew")
+    add_judging(parser)
     parser.add_argument("--list", action="store_true", help="list suites, tasks and metrics")
 
 
@@ -48,6 +51,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
         shots=arguments.shots,
         data_root=None if root is None else Path(root).expanduser(),
         batch_tokens=arguments.batch_tokens,
+        extra=judging_extra(arguments),
     )
     return evaluate(
         Request(

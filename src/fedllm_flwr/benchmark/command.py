@@ -11,6 +11,7 @@ from typing import Any
 
 from fedllm_flwr.benchmark.candidates import Candidate, collect
 from fedllm_flwr.benchmark.results import Comparison, compare_scores
+from fedllm_flwr.benchmark.runners import check_runners, closing_lines, why_not
 from fedllm_flwr.benchmark.scoring import Scored, Scorer
 from fedllm_flwr.benchmark.tables import as_csv, as_markdown, as_records, as_text
 from fedllm_flwr.checkpoint import write_atomically
@@ -69,6 +70,7 @@ def evaluate(request: Request) -> int:
     suites = [all_suites()[name] for name in dict.fromkeys(task.suite for task in tasks)]
     if any(task.runner == "harness" for task in tasks):
         harness_version()
+    check_runners(tasks, request.options)
     candidates = collect(
         request.runs, request.adapters, request.compare, request.base, request.template
     )
@@ -78,7 +80,8 @@ def evaluate(request: Request) -> int:
         print(f"  {line}")
     place = Path(request.cache).expanduser() if request.cache else default_cache()
     cache = SamplesCache(None if request.no_cache else place)
-    scorer = Scorer(request.options, request.prompt, cache, _report)
+    work = (output if request.no_cache else place) / "work"
+    scorer = Scorer(request.options, request.prompt, cache, work, _report)
     scored = scorer.score(candidates, tasks)
     comparison = compare_scores(candidates, scored, tasks, suites)
     notes = [NOTE, *_notes(candidates, scored, tasks, request), *skipped]
@@ -124,12 +127,13 @@ def _tasks(request: Request) -> tuple[list[SuiteTask], list[str]]:
     of_suites = [task for suite in chosen_suites(request.suites) for task in suite.tasks]
     for task in of_suites:
         missing = missing_files(task, root) if root is not None else []
-        if missing:
-            skipped.append(f"left out: {task.name}, for {missing[0]} is missing")
+        reason = f"for {missing[0]} is missing" if missing else why_not(task, request.options)
+        if reason:
+            skipped.append(f"left out: {task.name}, {reason}")
         elif task not in found:
             found.append(task)
     if not found:
-        raise DataError(f"--data-root {root}: no task has its files there; {skipped[0]}.")
+        raise DataError(f"no task can be done; {skipped[0]}.")
     return found, skipped
 
 
@@ -151,7 +155,7 @@ def _notes(
         for key, text in _SHORTENED.items():
             if notes.get(key):
                 lines.append(f"{task.name}: {notes[key]} {text}, for the model's context is short")
-    return lines
+    return lines + closing_lines([samples for some in scored.values() for samples in some.values()])
 
 
 def _output(request: Request) -> Path:

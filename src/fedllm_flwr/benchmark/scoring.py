@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.adapters import load_adapter
 from fedllm_flwr.benchmark.candidates import Candidate
@@ -27,12 +28,14 @@ class Scorer:
 
     Args:
         prompt: trained, raw or chat.
+        work_dir: for what lets a stopped evaluation go on, a folder for each model.
         report: called with candidate, task and "cached", "running" or a number of seconds.
     """
 
     options: RunOptions
     prompt: str
     cache: SamplesCache
+    work_dir: Path
     report: Callable[[Candidate, SuiteTask, str], None]
 
     def score(self, candidates: Sequence[Candidate], tasks: Sequence[SuiteTask]) -> Scored:
@@ -52,9 +55,11 @@ class Scorer:
         if missing:
             with loaded(candidate) as adapted, torch_threads(cpu_count()):
                 model = self._text_model(candidate, adapted)
+                folder = self.work_dir / key_of(**self._identity(candidate))[:16]
+                options = replace(self.options, work_dir=folder)
                 for task in missing:
                     self.report(candidate, task, "running")
-                    samples = runner_of(task)(task, model, self.options)
+                    samples = runner_of(task)(task, model, options)
                     self.cache.put(keys[task.name], samples)
                     found[task.name] = samples
                     self.report(candidate, task, f"{samples.seconds:.0f} s")
@@ -67,22 +72,27 @@ class Scorer:
             template=candidate.config.data.template,
             batch_tokens=self.options.batch_tokens,
             seed=self.options.seed,
+            source=model_source(candidate.config.model),
+            adapter=candidate.adapter,
         )
 
     def _key(self, candidate: Candidate, task: SuiteTask) -> str:
-        config = candidate.config
         harness = harness_version() if task.runner == "harness" else None
-        return key_of(
-            base=base_identity(config.model.path, model_source(config.model)),
-            revision=config.model.revision,
-            quantization=config.quantization,
-            dtype=config.training.dtype,
-            adapter=adapter_identity(candidate.adapter),
-            prompt=self.prompt,
-            template=config.data.template,
-            task=task_identity(task, self.options),
-            harness=harness,
-        )
+        identity = self._identity(candidate)
+        return key_of(**identity, task=task_identity(task, self.options), harness=harness)
+
+    def _identity(self, candidate: Candidate) -> dict[str, Any]:
+        """All that decides on a model's answers to a question."""
+        config = candidate.config
+        return {
+            "base": base_identity(config.model.path, model_source(config.model)),
+            "revision": config.model.revision,
+            "quantization": config.quantization,
+            "dtype": config.training.dtype,
+            "adapter": adapter_identity(candidate.adapter),
+            "prompt": self.prompt,
+            "template": config.data.template,
+        }
 
 
 @contextlib.contextmanager

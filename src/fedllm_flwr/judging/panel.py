@@ -80,29 +80,41 @@ def judge_all(
     by_key = dict(zip(keys, cases, strict=True))
     with RecordFile(path) as file:
         replies = _by_key(file.records, by_key)
-        settled = sum(_settled(found, attempts) for found in replies.values())
-
-        def record(ask: Ask, reply: Reply) -> None:
-            nonlocal settled
-            entry = _entry(ask, reply, judge.name, by_key[ask.key].scale)
-            file.append([entry])
-            replies[ask.key].append(entry)
-            settled += _settled(replies[ask.key], attempts)
-            progress(settled, len(by_key))
-
-        for _ in range(attempts):
-            asks = [
-                Ask(key, by_key[key].messages, attempt=len(found))
-                for key, found in replies.items()
-                if not _settled(found, attempts)
-            ]
-            if asks:
-                judge.ask(asks, record)
+        _ask_missing(by_key, replies, judge, file, attempts, progress)
     usage = Usage()
     for found in replies.values():
         for entry in found:
             usage.add(entry)
     return [_verdict(replies[key]) for key in keys], usage
+
+
+def _ask_missing(
+    cases: Mapping[str, Case],
+    replies: dict[str, list[Record]],
+    judge: Judge,
+    file: RecordFile,
+    attempts: int,
+    progress: Progress,
+) -> None:
+    """Ask until each case is settled; `replies` and the file grow."""
+    settled = sum(_settled(found, attempts) for found in replies.values())
+
+    def record(ask: Ask, reply: Reply) -> None:
+        nonlocal settled
+        entry = _entry(ask, reply, judge.name, cases[ask.key].scale)
+        file.append([entry])
+        replies[ask.key].append(entry)
+        settled += _settled(replies[ask.key], attempts)
+        progress(settled, len(cases))
+
+    for _ in range(attempts):
+        asks = [
+            Ask(key, cases[key].messages, attempt=len(found))
+            for key, found in replies.items()
+            if not _settled(found, attempts)
+        ]
+        if asks:
+            judge.ask(asks, record)
 
 
 def _by_key(records: Sequence[Record], cases: Iterable[str]) -> dict[str, list[Record]]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.data.encode import cut_start
@@ -27,6 +28,8 @@ class TextModel:
             ``chat``: the tokenizer's own chat template, solved examples as earlier turns.
         template: of training: alpaca, vicuna or chat.
         batch_tokens: of one forward pass, padding included.
+        source, adapter: directory or hub id of the base model, and directory of the adapter that is
+            in it, for other programs that run the same model.
     """
 
     adapted: AdaptedModel
@@ -34,6 +37,8 @@ class TextModel:
     template: str = "alpaca"
     batch_tokens: int = 4096
     seed: int = 0
+    source: str = ""
+    adapter: Path | None = None
     cut: int = field(default=0, init=False)  # prompts that lost tokens at their start
 
     @cached_property

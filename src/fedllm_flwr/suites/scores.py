@@ -14,7 +14,7 @@ def task_estimates(task: SuiteTask, samples: Sequence[Sample]) -> Estimates:
     found = {}
     for metric in task.metrics:
         values = _values(metric, samples)
-        if values:
+        if any(value is not None for value in values):
             purpose = " ".join([task.name, *metric.parts])
             found[metric.name] = estimate(metric.kind, values, purpose)
     return found

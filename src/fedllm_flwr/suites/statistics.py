@@ -34,7 +34,7 @@ class Estimate:
     def interval(self) -> tuple[float, float]:
         """Percentile interval at `LEVEL`."""
         tail = (1 - LEVEL) / 2
-        low, high = np.quantile(self.resamples, [tail, 1 - tail])
+        low, high = np.nanquantile(self.resamples, [tail, 1 - tail])
         return float(low), float(high)
 
     def minus(self, other: "Estimate") -> "Estimate":
@@ -57,9 +57,9 @@ def estimate(kind: str, values: Sequence[Any], purpose: str) -> Estimate:
     """A score of the examples' `values`.
 
     Args:
-        kind: ``mean`` of numbers; ``accuracy``, ``macro_f1``, ``micro_f1`` or ``weighted_f1`` of
-            [target, prediction] pairs. A prediction that is None, an answer that could not be
-            parsed, is wrong, and belongs to no class.
+        kind: ``mean`` of numbers, None where there is none; ``accuracy``, ``macro_f1``,
+            ``micro_f1`` or ``weighted_f1`` of [target, prediction] pairs. A prediction that is
+            None, an answer that could not be parsed, is wrong, and belongs to no class.
         purpose: decides on the resamples, together with the number of examples.
     """
     columns, score = _prepared(kind, values)
@@ -85,8 +85,9 @@ def _resampled(columns: Floats, score: Callable[[Floats], Floats], purpose: str)
 def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Floats], Floats]]:
     """Columns whose weighted sums a score is made of, (examples, columns), and the score."""
     if kind == "mean":
-        numbers = np.array([float(value) for value in values])
-        return np.stack([numbers, np.ones(len(numbers))], 1), lambda sums: sums[:, 0] / sums[:, 1]
+        numbers = np.array([0.0 if value is None else float(value) for value in values])
+        known = np.array([value is not None for value in values], np.float64)
+        return np.stack([numbers, known], 1), _mean
     targets, predictions = zip(*values, strict=True)
     names = sorted({str(name) for name in [*targets, *predictions] if name is not None})
     index: dict[Any, int] = {name: i for i, name in enumerate(names)}
@@ -99,6 +100,12 @@ def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Float
     columns = np.zeros((len(values), size * size))
     columns[np.arange(len(values)), places] = 1
     return columns, lambda sums: _CLASS_SCORES[kind](sums.reshape(-1, size, size))
+
+
+def _mean(sums: Floats) -> Floats:
+    """Mean of the numbers that there are; NaN for a resample that has none."""
+    unknown = np.full(len(sums), np.nan)
+    return np.divide(sums[:, 0], sums[:, 1], out=unknown, where=sums[:, 1] > 0)
 
 
 def _accuracy(confusion: Floats) -> Floats:
