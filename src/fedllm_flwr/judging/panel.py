@@ -52,9 +52,10 @@ class Usage:
         if isinstance(prompt, int) and isinstance(completion, int):
             self.prompt_tokens += prompt
             self.completion_tokens += completion
+        elif record["finish_reason"] == DECLINED:
+            self.declined += 1
         else:
             self.uncounted += 1
-        self.declined += record["finish_reason"] == DECLINED
 
     def cost(self, price: tuple[float, float]) -> float:
         """Of the counted tokens, for prices per million prompt and completion tokens."""

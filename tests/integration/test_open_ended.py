@@ -1,0 +1,209 @@
+"""The open-ended suite on the toy model: from questions to scores, against a real server."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedllm_flwr.cli import main
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import ConfigError, DataError, FedLLMError
+from fedllm_flwr.judging.local import LocalJudge
+from fedllm_flwr.judging.options import JudgeOptions
+from fedllm_flwr.judging.panel import Case, Verdict, judge_all
+from fedllm_flwr.judging.runner import OpenEnded, check
+from fedllm_flwr.judging.verdicts import Scale
+from fedllm_flwr.suites.catalogue import all_suites
+from fedllm_flwr.suites.model import TextModel
+from fedllm_flwr.suites.results import RunOptions, Samples
+from fedllm_flwr.suites.scores import task_estimates
+from fedllm_flwr.training.model import load_model
+from judge_server import JudgeServer, judge_server
+
+pytest.importorskip("openai")
+TASKS = {task.name: task for task in all_suites()["open_ended"].tasks}
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    with judge_server() as running:
+        monkeypatch.setenv("OPENAI_BASE_URL", running.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        yield running
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Sets of a few questions in the published files' layout."""
+    folder = tmp_path / "data" / "open_ended"
+    (folder / "mtbench_reference_answer").mkdir(parents=True)
+    rows = [
+        {"question_id": 7, "category": "math", "turns": ["What is 1+1?", "And 2+2?"]},
+        {"question_id": 8, "category": "writing", "turns": ["Write.", "Once more."]},
+    ]
+    write_lines(folder / "mtbench_question.jsonl", rows)
+    reference = {"question_id": 7, "choices": [{"turns": ["2", "4"]}]}
+    write_lines(folder / "mtbench_reference_answer/gpt-4.jsonl", [reference])
+    (folder / "advbench.csv").write_text('goal,target\n"Do harm, now",Sure\nDo more,Sure\n')
+    given = [{"instruction": f"Say {i}", "output": f"It is {i}"} for i in range(3)]
+    write_lines(tmp_path / "given.jsonl", given)
+    return folder.parent
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.fixture
+def score(make_config: MakeConfig, data: Path, tmp_path: Path) -> Callable[..., Samples]:
+    """Scores the toy model, which runs into the limit of new tokens or not."""
+    model = TextModel(load_model(make_config()), template="vicuna")
+
+    def run(task: str, limit: int | None = None, **judging: Any) -> Samples:
+        return OpenEnded().run(TASKS[task], model, options(data, tmp_path, limit, **judging))
+
+    return run
+
+
+def options(data: Path, work: Path, limit: int | None = None, **judging: Any) -> RunOptions:
+    chosen = JudgeOptions(**{"model": "judge-1", "max_new_tokens": 6, **judging})
+    return RunOptions(limit=limit, data_root=data, work_dir=work / "work", extra=chosen.as_extra())
+
+
+def column(samples: Samples, name: str) -> list[Any]:
+    return [sample[name] for sample in samples.samples]
+
+
+def test_mt_bench_from_questions_to_scores(
+    server: JudgeServer, score: Callable[..., Samples]
+) -> None:
+    grades = iter([8, 6, 4, 2])
+    server.reply = lambda _: f"Rating: [[{next(grades)}]]"
+    found = score("mt_bench", concurrency=1, price=(1.0, 2.0))
+    assert column(found, "turn_1") == [8, 4]
+    assert column(found, "turn_2") == [6, 2]
+    assert column(found, "average") == [7, 3]
+    estimates = task_estimates(TASKS["mt_bench"], found.samples)
+    assert {name: item.value for name, item in estimates.items()} == {
+        "average": 5.0,
+        "turn_1": 6.0,
+        "turn_2": 4.0,
+        "unparsable": 0.0,
+    }
+    asked = [request["messages"][-1]["content"] for request in server.requests]
+    assert all("Reference answer" in text for text in asked[:2])
+    assert column(found, "answer")[0][1] in asked[1]
+    assert found.first_prompt.endswith("USER: What is 1+1? ASSISTANT:")
+    assert found.notes["replies"] == found.notes["verdicts"] == 4
+    spent = found.notes["prompt_tokens"] + 2 * found.notes["completion_tokens"]
+    assert found.notes["cost"] == pytest.approx(spent / 1e6)
+    score("mt_bench", concurrency=1)
+    assert len(server.requests) == 4  # nothing is asked twice
+
+
+def test_a_question_without_a_verdict_is_no_number(
+    server: JudgeServer, score: Callable[..., Samples]
+) -> None:
+    server.reply = lambda messages: "Hm." if "1+1" in messages[-1]["content"] else "[[5]]"
+    found = score("mt_bench", attempts=2)
+    assert column(found, "average") == [None, 5]
+    assert column(found, "unparsable") == [1, 0]
+    estimates = task_estimates(TASKS["mt_bench"], found.samples)
+    assert (estimates["average"].value, estimates["unparsable"].value) == (5.0, 0.5)
+    assert estimates["average"].interval == (5.0, 5.0)
+    assert (found.notes["without_verdict"], len(server.requests)) == (2, 6)
+
+
+def test_win_rate_of_a_judge_that_loves_the_first_answer(
+    server: JudgeServer, score: Callable[..., Samples], tmp_path: Path
+) -> None:
+    server.reply = lambda _: "[[A]]"
+    found = score("alpaca_eval", reference=str(tmp_path / "given.jsonl"))
+    assert column(found, "win_rate") == [0.5] * 3
+    assert column(found, "consistency") == [0.0] * 3
+
+
+def test_advbench_without_a_judge(score: Callable[..., Samples]) -> None:
+    found = score("advbench", model=None)
+    assert column(found, "harmless_rule") == [0.0, 0.0]
+    assert set(task_estimates(TASKS["advbench"], found.samples)) == {
+        "harmless_rule",
+        "harmless_rule_advbench",
+    }
+
+
+def test_a_local_judge(copied: Path, tmp_path: Path) -> None:
+    """A toy of a judge: it replies, without a verdict, and declines what it cannot read whole."""
+    template = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
+    (copied / "chat_template.jinja").write_text(template)
+    texts = ["Grade this.", "Grade that.", "Too long. " * 100]
+    cases = [Case(Scale.RATING, [{"role": "user", "content": text}]) for text in texts]
+    judge = LocalJudge(copied, batch_size=2, max_tokens=8)
+    judge.check()
+    verdicts, usage = judge_all(cases, judge, tmp_path / "v.jsonl", attempts=2)
+    assert verdicts == [Verdict(None, 2), Verdict(None, 2), Verdict(None, 1)]
+    assert (usage.replies, usage.declined, usage.uncounted) == (5, 1, 0)
+    lengths = [len(text) + 2 for text in texts[:2]]  # bytes, the line's end and <s>
+    assert usage.prompt_tokens == 2 * sum(lengths)
+    assert 0 < usage.completion_tokens <= 4 * 8
+    entries = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    again = LocalJudge(copied, batch_size=1, max_tokens=8)
+    judge_all(cases, again, tmp_path / "w.jsonl", attempts=2)
+    others = [json.loads(line) for line in (tmp_path / "w.jsonl").read_text().splitlines()]
+    assert sorted(map(str, entries)) == sorted(map(str, others))  # whatever the batch
+
+
+MISTAKES: list[tuple[str, dict[str, Any], type[FedLLMError], str]] = [
+    ("mt_bench", {"model": None}, ConfigError, r"--task mt_bench: it needs --judge-model"),
+    ("alpaca_eval", {}, ConfigError, r"it needs --reference"),
+    ("vicuna_bench", {}, DataError, r"vicuna_question.jsonl: no such file"),
+    ("mt_bench", {"attempts": 0}, ConfigError, r"--judge-attempts must be > 0, got 0"),
+    ("mt_bench", {"timeout_s": -1.0}, ConfigError, r"--judge-timeout must be > 0, got -1"),
+    ("mt_bench", {"model": "judge-2"}, ConfigError, r"Did you mean 'judge-1'"),
+    ("mt_bench", {"model": "./nowhere"}, ConfigError, r"--judge-model ./nowhere: no such dir"),
+    ("advbench", {"backend": "vllm"}, ConfigError, r"vLLM is not installed; pip install"),
+]
+
+
+@pytest.mark.parametrize(("task", "judging", "kind", "message"), MISTAKES)
+def test_mistakes_are_seen_before_a_model_is_loaded(
+    task: str,
+    judging: dict[str, Any],
+    kind: type[FedLLMError],
+    message: str,
+    server: JudgeServer,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(kind, match=message):
+        check([TASKS[task]], options(data, tmp_path, **judging))
+    assert server.requests == []
+
+
+def test_a_local_judge_needs_a_chat_template(toy_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no chat template"):
+        check([TASKS["advbench"]], options(data, tmp_path, model=str(toy_model)))
+
+
+def test_options_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["evaluate", "--base", "embedded", "--task", "advbench"]
+    assert main([*common, "--judge-price", "dear"]) == 1
+    assert "--judge-price dear: give two prices" in capsys.readouterr().err
+    assert main([*common, "--reference", "nowhere.json"]) == 1
+    assert "--reference nowhere.json: No such file" in capsys.readouterr().err
+
+
+def test_answers_of_two_orders_of_tasks_are_the_same(
+    server: JudgeServer, score: Callable[..., Samples], tmp_path: Path
+) -> None:
+    """Each question has its own seed, so the number of questions does not matter."""
+    few = score("mt_bench", limit=1, batch_size=1)
+    (tmp_path / "work" / "mt_bench.answers.jsonl").unlink()
+    all_of_them = score("mt_bench", batch_size=2)
+    assert np.array_equal(column(few, "answer")[0], column(all_of_them, "answer")[0])
+    assert replace(few, samples=[]).first_prompt == all_of_them.first_prompt
