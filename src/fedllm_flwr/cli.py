@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fedllm_flwr import __version__
 from fedllm_flwr.benchmark.arguments import add_evaluation
+from fedllm_flwr.deployment.commands import add_server, add_site
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import FedLLMError
 
@@ -115,50 +116,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return evaluate_arguments(arguments)
 
 
-def _server_init(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.deployment.server import init_server
-
-    lines = init_server(
-        arguments.directory,
-        arguments.host,
-        arguments.port_base,
-        arguments.insecure,
-        arguments.private_host,
-    )
-    print("\n".join(lines))
-    return 0
-
-
-def _server_register(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.deployment.registration import register_site
-
-    print("\n".join(register_site(arguments.directory, arguments.key)))
-    return 0
-
-
-def _server_run(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.deployment.submission import run_on_server
-
-    return run_on_server(arguments.directory, arguments.overrides)
-
-
-def _site_init(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.deployment.site import SiteOptions, init_site
-
-    options = SiteOptions(
-        name=arguments.name,
-        data=arguments.data,
-        server=arguments.server,
-        ca=arguments.ca,
-        columns=arguments.column,
-        model_path=arguments.model_path,
-        device=arguments.device,
-        insecure=arguments.insecure,
-    )
-    print("\n".join(init_site(arguments.directory, options)))
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedllm", description="Federated fine-tuning of large language models with Flower."
@@ -195,74 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("output", help="directory to write")
     evaluate = _add(commands, "evaluate", _evaluate, "benchmark suites on base and adapters")
     add_evaluation(evaluate)
-    _add_server(commands)
-    _add_site(commands)
+    add_server(commands, _add)
+    add_site(commands, _add)
     return parser
-
-
-def _add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "set up the server of a real federation: server init, register, run"
-    server = commands.add_parser("server", help=text, description=text)
-    steps = server.add_subparsers(required=True, metavar="step")
-
-    init = _add(steps, "init", _server_init, "make certificates, start scripts and a connection")
-    init.add_argument("directory", help="new directory")
-    init.add_argument(
-        "--host",
-        action="append",
-        required=True,
-        help="name or address by which the sites reach the server; give it once for each",
-    )
-    init.add_argument(
-        "--port-base",
-        type=int,
-        default=9091,
-        help="first of three ports: app (loopback), sites, commands (loopback); default 9091",
-    )
-    init.add_argument(
-        "--private-host",
-        default="127.0.0.1",
-        help="where the server's own app and commands find it; who reaches it starts runs; "
-        "default 127.0.0.1",
-    )
-    _add_insecure(init)
-
-    register = _add(steps, "register", _server_register, "admit a site by its public key")
-    register.add_argument("directory", help="directory of server init; the server must be running")
-    register.add_argument("key", help="public key of the site: its *.pub")
-
-    run = _add(steps, "run", _server_run, "run on the sites: server run <dir> [key=value] ...")
-    run.add_argument("directory", help="directory of server init; the server must be running")
-    run.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
-
-
-def _add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "set up a site of a real federation: site init"
-    site = commands.add_parser("site", help=text, description=text)
-    steps = site.add_subparsers(required=True, metavar="step")
-
-    init = _add(steps, "init", _site_init, "check the data; make keys, limits and a start script")
-    init.add_argument("directory", help="new directory")
-    init.add_argument("--name", required=True, help="how tables and logs call this site")
-    init.add_argument("--data", required=True, help="file or directory of this site's records")
-    init.add_argument("--server", required=True, help="host:port of the server")
-    init.add_argument("--ca", help="ca.crt from the server's operator")
-    init.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="ROLE=COLUMN",
-        help="which column of the data plays a role, as instruction=question",
-    )
-    init.add_argument("--model-path", help="this site's own copy of the base model")
-    init.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
-    _add_insecure(init)
-
-
-def _add_insecure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--insecure", action="store_true", help="no encryption and no authentication"
-    )
 
 
 def _add(

@@ -1,11 +1,15 @@
 """The Flower ClientApp: a message comes in, its answer goes out. Importing it imports no torch."""
 
+import logging
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.resident.client import answer_by_resident
-from fedllm_flwr.site import Site, answer
+from fedllm_flwr.site import Site, answer, failed
+
+logger = logging.getLogger(__name__)
 
 prepare_environment()
 app = ClientApp()
@@ -32,5 +36,11 @@ def query(message: Message, context: Context) -> Message:
 def _reply(kind: str, message: Message, context: Context) -> Message:
     """Simulated clients share the process that keeps the model; a site's is started afresh."""
     site = Site(dict(context.node_config), context.run_id, context.node_id)
-    ask = answer if site.is_simulated else answer_by_resident
-    return Message(ask(kind, message.content, site), reply_to=message)
+    if site.is_simulated:
+        return Message(answer(kind, message.content, site), reply_to=message)
+    try:
+        content = answer_by_resident(kind, message.content, site, message.metadata.ttl)
+    except Exception as error:  # Flower would send its text to the server
+        logger.exception("%s failed", kind)
+        content = failed(error, site)
+    return Message(content, reply_to=message)

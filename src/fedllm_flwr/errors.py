@@ -14,7 +14,16 @@ class ConfigError(FedLLMError):
 
 
 class DataError(FedLLMError):
-    """A data file or a record that cannot be used."""
+    """A data file or a record that cannot be used.
+
+    Args:
+        message: for the data's owner; may quote them.
+        shareable: the same for others, in words that quote nothing and name no path.
+    """
+
+    def __init__(self, message: str, shareable: str = "its data cannot be used") -> None:
+        super().__init__(message)
+        self.shareable = shareable
 
 
 class ModelError(FedLLMError):

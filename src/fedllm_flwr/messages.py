@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
+from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Params
 
 
@@ -66,3 +68,16 @@ class Failure:
     kind: str
     reason: str
     client: str = ""
+
+
+def require_version(theirs: str) -> None:
+    """Refuse a server of another version, whose settings may mean something else.
+
+    Raises:
+        FederationError: names both versions.
+    """
+    if theirs != __version__:
+        raise FederationError(
+            f"this site runs fedllm-flwr {__version__}, the server {theirs}; install one version "
+            f"on both: pip install fedllm-flwr=={theirs}"
+        )

@@ -1,12 +1,15 @@
 """The record of a run while it goes on: evaluation, metrics log, checkpoints and the console."""
 
+import contextlib
 import time
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from fedllm_flwr.alone import AloneAdapters
 from fedllm_flwr.checkpoint import ServerState, save_state
 from fedllm_flwr.config import Config
+from fedllm_flwr.errors import FederationError
 from fedllm_flwr.evaluation.central import Scores, evaluate
 from fedllm_flwr.params import Params
 from fedllm_flwr.preparation import Prepared, evaluation_threads
@@ -26,6 +29,7 @@ class Progress:
 
     Args:
         first_round: the first round to be run, above 1 when a stopped run goes on.
+        refused: clients that cannot take part, and why; in the first record of this start.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Progress:
         console: Console,
         timings: Timings,
         first_round: int,
+        refused: Mapping[str, str],
     ) -> None:
         self._config = config
         self._directory = directory
@@ -48,6 +53,7 @@ class Progress:
         self._tracker: Tracker = open_trackers(config, directory.path)
         self._started = time.monotonic()
         self._first_round = first_round
+        self._refused = dict(refused)
         self._counted = timings.earlier  # seconds by phase that records account for
         keep = versions_to_keep(config)
         self.alone = AloneAdapters(directory.alone, prepared.initial, keep)
@@ -60,6 +66,7 @@ class Progress:
             on_reply=self._console.reply,
             on_update=self.alone.store,
             on_round=self.finish_round,
+            on_failed_round=self.note_failed_round,
         )
 
     def start(self, state: ServerState) -> None:
@@ -88,6 +95,12 @@ class Progress:
             with self._timings.phase("checkpoints"):
                 save_state(self._directory.checkpoints, state, config.checkpoint.keep)
 
+    def note_failed_round(self, report: RoundReport) -> None:
+        """Write down who failed and why, where the run cannot go on; it resumes at this round."""
+        record = _record(report, self._config) | {"failed": True}
+        with contextlib.suppress(FederationError):  # on a full disk the run's own error says it
+            self._log.append(record)
+
     def close(self, succeeded: bool) -> None:
         """End the trackers."""
         self._tracker.close(succeeded)
@@ -97,6 +110,8 @@ class Progress:
         spent = {name: now[name] - self._counted.get(name, 0.0) for name in now}
         record["phases"] = {name: seconds for name, seconds in spent.items() if seconds > 0}
         self._counted = now
+        if self._refused:
+            record["refused"], self._refused = self._refused, {}
         self.records.append(record)
         self._log.append(record)
         self._tracker.log(record)
@@ -162,6 +177,10 @@ def _record(report: RoundReport, config: Config) -> Record:
         "bytes_up": report.bytes_up,
         "bytes_down": report.bytes_down,
     }
+    if report.ignored:
+        record["ignored"] = report.ignored
+    if report.score_failures:
+        record["evaluation_failures"] = dict(sorted(report.score_failures.items()))
     if report.score is not None:
         record["client_eval"] = {"loss": report.score, "clients": report.scores}
     return record

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -100,7 +101,7 @@ def _carry_out(
     directory = reopen(config) if config.resume else create(config)
     os.environ["FEDLLM_STATE_DIR"] = str(directory.client_states.resolve())
     timings = Timings(_earlier(directory) if config.resume else None)
-    with _saying_how_to_go_on(directory):
+    with _saying_how_to_go_on(directory, config):
         from fedllm_flwr.server import serve
 
         timings.seconds["start-up"] += time.monotonic() - started
@@ -165,12 +166,14 @@ def _rows_alone(records: list[Record]) -> list[tuple[str, Scores]]:
 
 
 @contextlib.contextmanager
-def _saying_how_to_go_on(directory: RunDirectory) -> Iterator[None]:
+def _saying_how_to_go_on(directory: RunDirectory, config: Config) -> Iterator[None]:
     """Add to a failure or an interrupt what is kept of the run, and the command to go on."""
     try:
         yield
     except (FedLLMError, KeyboardInterrupt) as error:
-        kept = how_to_go_on(directory)
+        is_deployment = config.federation.engine == "deployment"
+        command = f"fedllm server run {shlex.quote(str(Path.cwd()))}" if is_deployment else None
+        kept = how_to_go_on(directory, command or "fedllm run")
         if kept is None:
             discard(directory)
         if isinstance(error, KeyboardInterrupt):

@@ -19,6 +19,7 @@ from fedllm_flwr.errors import ConfigError, FederationError
 _FREE_TO_CHANGE = {
     "federation.num_rounds",
     "federation.engine",
+    "federation.min_clients",
     "federation.min_replies",
     "federation.round_timeout_s",
     "federation.start_timeout_s",
@@ -164,13 +165,13 @@ def already_finished(directory: RunDirectory, num_rounds: int) -> str:
     )
 
 
-def how_to_go_on(directory: RunDirectory) -> str | None:
+def how_to_go_on(directory: RunDirectory, command: str = "fedllm run") -> str | None:
     """What a stopped run has kept and the command that continues it; None if it cannot go on."""
     last = newest_readable(directory.checkpoints)
     if last is None:
         return None
     kept = f"round {last} is saved" if last else "the start is saved"
-    return f"{kept}; go on with: fedllm run {shlex.quote(f'resume={directory.path}')}"
+    return f"{kept}; go on with: {command} {shlex.quote(f'resume={directory.path}')}"
 
 
 def discard(directory: RunDirectory) -> None:

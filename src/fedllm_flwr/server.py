@@ -18,7 +18,8 @@ from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import summarise
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.strategies import STRATEGIES
-from fedllm_flwr.strategies.exchange import Roster, check_roster, discover
+from fedllm_flwr.strategies.census import discover
+from fedllm_flwr.strategies.exchange import Roster, check_roster
 from fedllm_flwr.timings import Timings
 
 
@@ -39,14 +40,20 @@ def serve(
         state, warnings = _initial_state(config, directory, prepared)
         is_deployment = config.federation.engine == "deployment"
         console.status("waiting for the sites" if is_deployment else "starting the clients")
-        roster = discover(grid, config, prepared.num_clients)
+        census = discover(grid, config, prepared.num_clients, console.status)
+        roster = dict(sorted(census.clients.items()))
         check_roster(roster, config.federation)
         sizes = {name: client.info.num_examples for name, client in roster.items()}
         table = clients_table(prepared.clients) if prepared.clients else sizes_table(sizes)
         write_atomically(directory.clients, table.encode())
     warnings += prepared.warnings
+    warnings += [f"{name} cannot take part: {why}" for name, why in sorted(census.refused.items())]
+    if len(roster) < prepared.num_clients:
+        warnings.append(f"starting with {len(roster)} of {prepared.num_clients} clients")
     console.plan(make_plan(config, prepared, roster, directory, state.round + 1, warnings))
-    progress = Progress(config, directory, prepared, console, timings, state.round + 1)
+    progress = Progress(
+        config, directory, prepared, console, timings, state.round + 1, census.refused
+    )
     try:
         final = _run_rounds(grid, config, roster, state, progress)
     except BaseException:

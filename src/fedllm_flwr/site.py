@@ -3,6 +3,7 @@
 Importing this does not import torch.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from urllib.parse import quote
 from flwr.app import RecordDict
 
 from fedllm_flwr import __version__
+from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.node import site_columns
 from fedllm_flwr.deployment.policy import read_policy
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from fedllm_flwr.data.client import ClientData
 
 logger = logging.getLogger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 NodeConfig = Mapping[str, str | int | float | bool]
 
@@ -64,8 +68,13 @@ def answer(kind: str, content: RecordDict, site: Site) -> RecordDict:
         return _ANSWERS[kind](content, site)
     except Exception as error:  # the server gets a reason and not a hang
         logger.exception("%s failed", kind)
-        name = str(site.node_config.get("client-name", ""))
-        return pack_failure(Failure(type(error).__name__, _reason(error, site), name))
+        return failed(error, site)
+
+
+def failed(error: Exception, site: Site) -> RecordDict:
+    """The answer of a node whose task has failed."""
+    name = str(site.node_config.get("client-name", ""))
+    return pack_failure(Failure(type(error).__name__, _reason(error, site), name))
 
 
 def _train(content: RecordDict, site: Site) -> RecordDict:
@@ -75,9 +84,10 @@ def _train(content: RecordDict, site: Site) -> RecordDict:
     task = unpack_task(content)
     config = _own(task.config, site, task.round)
     data = _data(config, site)
-    update = train_locally(
-        replace(task, config=config), data, _state_dir(site, data.name, task.run)
-    )
+    state_dir = _state_dir(site, data.name, task.run)
+    if not site.is_simulated:
+        _check_unchanged(config, state_dir)
+    update = train_locally(replace(task, config=config), data, state_dir)
     return pack_update(update, config.communication.dtype)
 
 
@@ -105,20 +115,50 @@ _ANSWERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
 }
 
 
+def _check_unchanged(config: Config, state_dir: Path) -> None:
+    """A run's data stay the same: its control variates, and the sizes announced, are of them.
+
+    Raises:
+        DataError: the site's file is another one than in an earlier round of the run.
+        FederationError: the state directory cannot be written.
+    """
+    from fedllm_flwr.data.client import data_identity
+
+    noted, identity = state_dir / "data.sha256", data_identity(config)
+    try:
+        known = noted.read_text("utf-8").strip()
+    except OSError:
+        write_atomically(noted, f"{identity}\n".encode())
+        return
+    if known != identity:
+        raise DataError(
+            f"{config.data.path} has changed since this run began; put the old content back, or "
+            f"start a new run (to let this one go on with the new content, remove {noted})",
+            "its data file has changed since the run began",
+        )
+
+
 def _reason(error: Exception, site: Site) -> str:
     """What the server learns of an error: nothing that may quote a site's data."""
     kind = type(error).__name__
-    if kind == "OutOfMemoryError":
+    if kind in ("OutOfMemoryError", "MemoryError"):
         return (
             "out of memory; lower training.micro_batch_size or training.max_length, or set "
             "training.gradient_checkpointing=true"
         )
     if site.is_simulated:
         return str(error) if isinstance(error, FedLLMError) else f"{kind}: {error}"
-    text, paths = str(error), _own_paths(site)
-    if not isinstance(error, FedLLMError) or isinstance(error, DataError):
-        return f"{kind}; the site's log says more"
-    return text if not any(path in text for path in paths) else f"{kind}; the site's log says more"
+    text, more = str(error), "the site's log says more"
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+        return f"its disk is full ({os.strerror(cause.errno or 0)}); make room there"
+    if isinstance(error, DataError):
+        return f"{error.shareable}; {more}"
+    if isinstance(cause, OSError) and cause.errno:
+        return f"it cannot use a file of its own ({os.strerror(cause.errno)}); {more}"
+    if not isinstance(error, FedLLMError) or any(path in text for path in _own_paths(site)):
+        return f"{kind}; {more}"
+    return text
 
 
 def _own_paths(site: Site) -> list[str]:

@@ -18,11 +18,19 @@ import numpy as np
 from flwr.app import Array as WireArray
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.typed import from_dict
 from fedllm_flwr.encoding import STORED, decode, encode
 from fedllm_flwr.errors import ConfigError, FederationError
-from fedllm_flwr.messages import ClientInfo, Failure, LocalCorrection, Task, Update
+from fedllm_flwr.messages import (
+    ClientInfo,
+    Failure,
+    LocalCorrection,
+    Task,
+    Update,
+    require_version,
+)
 from fedllm_flwr.params import Params
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,12 +44,7 @@ _SERVER_ONLY = (
     "compare",
     "federation.ray_address",
 )
-_KINDS: dict[type, str] = {
-    int: "whole number",
-    float: "number",
-    bool: "truth value",
-    str: "text",
-}
+_KINDS: dict[type, str] = {int: "whole number", float: "number", bool: "truth value", str: "text"}
 _LONGEST_SHOWN = 100  # characters of a peer's wording
 
 _Value = TypeVar("_Value", int, float, bool, str)
@@ -197,13 +200,16 @@ def unpack_update(content: RecordDict) -> Update:
 
 def pack_query(config: Config) -> RecordDict:
     """The question every node is asked once: who are you, and how much data do you hold."""
-    return RecordDict({"query": ConfigRecord({"config": _config_text(config)})})
+    question = ConfigRecord({"version": __version__, "config": _config_text(config)})
+    return RecordDict({"query": question})
 
 
 @_reading()
 def unpack_query(content: RecordDict) -> Config:
-    """The configuration in a query."""
-    return _config(_settings(content, "query"))
+    """The configuration in a query of a server of this version."""
+    question = _settings(content, "query")
+    require_version(_shown(_field(question, "version", str)))
+    return _config(question)
 
 
 def pack_info(info: ClientInfo) -> RecordDict:

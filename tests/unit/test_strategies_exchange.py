@@ -8,7 +8,8 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo, Failure
-from fedllm_flwr.strategies.exchange import discover, exchange
+from fedllm_flwr.strategies.census import discover
+from fedllm_flwr.strategies.exchange import exchange
 from fedllm_flwr.wire import pack_failure, pack_info, unpack_query
 from memory_grid import MemoryGrid
 
@@ -28,8 +29,9 @@ def sending(content):
 
 
 def test_clients_are_known_by_name_in_name_order():
-    roster = discover(MemoryGrid({7: saying("zoe"), 8: saying("amy", 5)}), CONFIG, wanted=2)
-    assert [(n, c.node_id, c.info.num_examples) for n, c in roster.items()] == [
+    census = discover(MemoryGrid({7: saying("zoe"), 8: saying("amy", 5)}), CONFIG, wanted=2)
+    clients = sorted(census.clients.items())
+    assert [(n, c.node_id, c.info.num_examples) for n, c in clients] == [
         ("amy", 8, 5),
         ("zoe", 7, 10),
     ]
@@ -37,28 +39,31 @@ def test_clients_are_known_by_name_in_name_order():
 
 REFUSED = {
     "twice": (saying("amy"), "two clients are called 'amy'"),
-    "old": (saying("bob", version="0.0.1"), "bob runs fedllm-flwr 0.0.1, the server"),
-    "empty data": (saying("bob", 0), "bob announces 0 examples"),
-    "absurd data": (saying("bob", 10**12), "bob announces 1000000000000 examples"),
-    "no name": (saying(""), "a client calls itself ''"),
-    "long name": (saying("b" * 1000), "a client calls itself 'bbb"),
-    "control characters": (saying("bob\x1b[2J"), "a client calls itself 'bob\\x1b[2J'"),
+    "old": (
+        saying("bob", version="0.0.1"),
+        "bob cannot take part: it runs fedllm-flwr 0.0.1, the server",
+    ),
+    "empty data": (saying("bob", 0), "bob cannot take part: it announces 0 examples"),
+    "absurd data": (saying("bob", 10**12), "it announces 1000000000000 examples"),
+    "no name": (saying(""), "it calls itself ''"),
+    "long name": (saying("b" * 1000), "it calls itself 'bbb"),
+    "control characters": (saying("bob\x1b[2J"), "it calls itself 'bob\\x1b[2J'"),
     "refuses": (
         sending(pack_failure(Failure("data", "no data file", "ward"))),
-        "ward refused to take part: no data file (node 2)",
+        "ward cannot take part: no data file",
     ),
     "crashes": (
         lambda message: Message(Error(2, "boom"), reply_to=message),
-        "refused to take part: error 2: boom (node 2)",
+        "node 2 cannot take part: error 2: boom",
     ),
-    "foreign app": (sending(RecordDict()), "node 2 does not say who it is"),
+    "foreign app": (sending(RecordDict()), "node 2 cannot take part: it does not say who it is"),
     "wrong type": (
         sending(
             RecordDict(
                 {"info": ConfigRecord({"name": "b", "num_examples": "many", "version": "1"})}
             )
         ),
-        "node 2 does not say who it is",
+        "node 2 cannot take part: it does not say who it is",
     ),
     "silent": (lambda message: None, "1 of 2 clients answered within 0 s"),
 }

@@ -137,7 +137,9 @@ def test_error_of_the_superlink_is_the_clients():
         return superlink_error(message.metadata.message_id, 5, "Node Unavailable")
 
     _, (report,) = run(config_of(), MemoryGrid(nodes_of(lost)))
-    assert report.failures == {"bee": "error 5: Node Unavailable"}
+    assert report.failures == {
+        "bee": "its SuperNode gave no sign of life for a minute; start it, or look at the network"
+    }
     assert report.ignored == []
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import FederationError
@@ -104,7 +105,7 @@ def test_float16_refuses_what_it_cannot_hold_and_passes_nan_and_inf() -> None:
 FIELDS = {
     "task": ["round", "learning_rate", "dtype", "mu", "control_variates", "post_step", "config"],
     "update": ["dtype", "num_examples"],
-    "query": ["config"],
+    "query": ["config", "version"],
     "info": ["name", "num_examples", "version"],
     "failure": ["kind", "reason", "client"],
 }
@@ -222,7 +223,7 @@ def test_absurd_value_is_refused(record: str, field: str, value: Any, expected: 
     ],
 )
 def test_broken_or_foreign_configuration_is_refused(text: str) -> None:
-    query = RecordDict({"query": ConfigRecord({"config": text})})
+    query = RecordDict({"query": ConfigRecord({"version": __version__, "config": text})})
     task = task_content()
     task.config_records["task"]["config"] = text
 
@@ -234,7 +235,8 @@ def test_broken_or_foreign_configuration_is_refused(text: str) -> None:
 
 def test_option_of_a_newer_server_is_named() -> None:
     newer = {**asdict(CONFIG), "privacy": {"epsilon": 3.0}}
-    content = RecordDict({"query": ConfigRecord({"config": json.dumps(newer)})})
+    question = ConfigRecord({"version": __version__, "config": json.dumps(newer)})
+    content = RecordDict({"query": question})
 
     with pytest.raises(FederationError, match=r"unknown key 'privacy'.*the same fedllm-flwr"):
         unpack_query(content)
@@ -264,9 +266,8 @@ def test_what_concerns_the_server_alone_does_not_travel() -> None:
         (pack_task(Task(1, PARAMS, 1e-3, config)), "task"),
     ):
         assert "secret" not in str(content.config_records[record])
-        received = unpack_query(
-            RecordDict({"query": ConfigRecord({"config": content[record]["config"]})})
-        )
+        question = ConfigRecord({"version": __version__, "config": content[record]["config"]})
+        received = unpack_query(RecordDict({"query": question}))
         assert received == CONFIG
 
 

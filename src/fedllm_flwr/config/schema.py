@@ -155,6 +155,7 @@ class FederationConfig:
     sample_clients: int | None = None  # clients per round; null: sample_fraction of them
     sample_fraction: float = 0.4  # clients per round, as a share of all
     num_rounds: int = 12  # rounds
+    min_clients: int | None = None  # clients that must be there at the start; null: all of them
     min_replies: int = 1  # usable replies that a round needs
     round_timeout_s: float = 3600.0  # seconds until a round closes with the replies that came
     start_timeout_s: float = 120.0  # how long to wait for the clients to be there

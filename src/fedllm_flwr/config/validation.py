@@ -92,6 +92,7 @@ _RANGES: dict[str, _Rule] = {
     "federation.sample_clients": (_positive, "> 0"),
     "federation.sample_fraction": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "federation.num_rounds": (_positive, "> 0"),
+    "federation.min_clients": (_positive, "> 0"),
     "federation.min_replies": (_positive, "> 0"),
     "federation.round_timeout_s": (_positive, "> 0"),
     "federation.start_timeout_s": (_positive, "> 0"),
@@ -179,6 +180,11 @@ def _check_clients(config: Config) -> None:
         raise ConfigError(
             f"federation.sample_clients={sampled} exceeds federation.num_clients={clients}; "
             "sample at most all of them."
+        )
+    if federation.min_clients is not None and federation.min_clients > clients:
+        raise ConfigError(
+            f"federation.min_clients={federation.min_clients} exceeds federation.num_clients="
+            f"{clients}; lower it."
         )
     per_round = sampled or max(1, round(federation.sample_fraction * clients))
     if federation.min_replies > per_round:

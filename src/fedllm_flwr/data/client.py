@@ -1,5 +1,6 @@
 """One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
 
+import hashlib
 import logging
 import os
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ def require_examples(config: Config, whose: str, count: int) -> None:
         raise DataError(
             f"training.max_length={config.training.max_length} with data.truncation="
             f"{config.data.truncation} leaves no example of {whose}; raise the length, or cut "
-            "elsewhere (right: the answer's end, left: the prompt's start)"
+            "elsewhere (right: the answer's end, left: the prompt's start)",
+            f"training.max_length={config.training.max_length} leaves none of its examples",
         )
 
 
@@ -157,13 +159,30 @@ def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> Client
 
 def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
     """The examples of a site, whose own file is ``config.data.path``."""
-    encoded = _site(_Keyed.of(config, tokenizer))
+    encoded = _site(_Keyed.of(config, tokenizer), data_identity(config))
     require_examples(config, name, len(encoded))
     return _with_held_out(name, encoded, np.arange(len(encoded)), config)
 
 
+def data_identity(config: Config) -> str:
+    """Digest of a site's own file, or of the files in its directory; "" where there is none."""
+    path = Path(str(config.data.path)).expanduser()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digests = []
+    for file in files:
+        status = file.stat()
+        digests.append(f"{file.name} {_digest(file, status.st_size, status.st_mtime_ns)}")
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else ""
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, size: int, modified_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @lru_cache(maxsize=1)
-def _site(keyed: _Keyed) -> Examples:
+def _site(keyed: _Keyed, identity: str) -> Examples:
     assert keyed.tokenizer is not None
     records = load_site_data(keyed.config)
     encoded = encode_records(keyed.config, keyed.tokenizer, records)

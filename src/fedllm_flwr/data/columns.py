@@ -68,7 +68,8 @@ def missing_column(source: str, key: str, name: str, present: Iterable[str]) -> 
     hint = f"did you mean {key}={close[0]}?" if close else f"set {key} to one of them"
     return DataError(
         f"{source}: {key}={name}, but there is no such column; {hint} "
-        f"(columns: {', '.join(columns)})"
+        f"(columns: {', '.join(columns)})",
+        f"its data file lacks the column for {key}",
     )
 
 
@@ -76,5 +77,6 @@ def wrong_kind(source: str, found: str, wanted: str, task: str, present: set[str
     """The error for a source whose columns are those of another task."""
     return DataError(
         f"{source}: holds {found}, not {wanted}; use task={task}, or give a file of {wanted} "
-        f"(columns: {', '.join(sorted(present))})"
+        f"(columns: {', '.join(sorted(present))})",
+        f"its data file holds {found}, not {wanted}",
     )

@@ -61,7 +61,8 @@ def refuse_faults(
     more = f"; and {len(found) - NAMED_IN_ERRORS} more" if len(found) > NAMED_IN_ERRORS else ""
     raise DataError(
         f"{source}: {len(found)} of {num_records} records cannot be used ({named}{more}). "
-        f"Fix them, or leave them out with data.on_bad_record=skip"
+        f"Fix them, or leave them out with data.on_bad_record=skip",
+        f"{len(found)} of its records cannot be used",
     )
 
 

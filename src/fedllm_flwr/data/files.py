@@ -23,6 +23,7 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _UNREAD = (".tsv", ".ndjson", ".arrow", ".feather", ".xls", ".xlsx", ".zip", ".zst", ".bz2", ".xz")
 _NO_RECORDS = ("dataset_infos.json",)  # of older data sets of the hub
 _NAMED = 10  # files in a message
+_EMPTY = "its data file is empty"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FileRecords:
 
 def refuse(message: str) -> None:
     """The default answer to a bad line: raise it."""
-    raise DataError(message)
+    raise DataError(message, "a line of its data file is broken")
 
 
 def read_records(
@@ -56,14 +57,17 @@ def read_parts(
     file, place and remedy for anything that cannot be read.
     """
     if not path.exists():
-        raise DataError(f"{path}: no such file or directory (working directory {Path.cwd()})")
+        raise DataError(
+            f"{path}: no such file or directory (working directory {Path.cwd()})",
+            "its data file is missing",
+        )
     parts = (
         _read_directory(path, split, on_bad_line)
         if path.is_dir()
         else [FileRecords("", _read_file(path, on_bad_line))]
     )
     if not any(part.records for part in parts):
-        raise DataError(f"{path}: holds no records; give a file with at least one")
+        raise DataError(f"{path}: holds no records; give a file with at least one", _EMPTY)
     return parts
 
 
@@ -76,7 +80,7 @@ def _read_file(path: Path, on_bad_line: BadLine) -> list[Record]:
         return _read_parquet(path)
     text = _read_text(path)
     if not text.strip():
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: the file is empty", _EMPTY)
     if extension == ".csv":
         return _parse_csv(path, text)
     if extension == ".jsonl":
@@ -105,7 +109,9 @@ def _read_text(path: Path) -> str:
             f"'iconv -f latin1 -t utf-8'"
         ) from None
     except (EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        raise DataError(
+            f"{path}: cannot be read ({error})", "its data file cannot be read"
+        ) from None
 
 
 def _parse_json(path: Path, text: str, on_bad_line: BadLine) -> list[Record]:
@@ -117,7 +123,8 @@ def _parse_json(path: Path, text: str, on_bad_line: BadLine) -> list[Record]:
             return list(_parse_lines(path, text, on_bad_line))
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). "
-            f"Fix the file; records one per line belong in a .jsonl file"
+            f"Fix the file; records one per line belong in a .jsonl file",
+            "its data file is no valid JSON",
         ) from None
     if not isinstance(content, list):
         raise DataError(

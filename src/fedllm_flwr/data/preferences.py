@@ -71,7 +71,10 @@ def _require_columns(rows: Preprocessed, mapping: Mapping, present: set[str]) ->
     if prompt != ColumnsConfig.prompt or all(isinstance(answer, str) for answer in answers):
         error = missing_column(mapping.source, f"{key}.prompt", prompt, present)
         if answers and is_transcript(answers[0]):
-            raise DataError(f"{error}; for dialogues as in HH-RLHF: data.preprocessing=hh_rlhf")
+            raise DataError(
+                f"{error}; for dialogues as in HH-RLHF: data.preprocessing=hh_rlhf",
+                error.shareable,
+            )
         raise error
 
 

@@ -79,7 +79,9 @@ def _missing_role(mapping: Mapping, key: str, name: str, present: set[str]) -> D
     error = missing_column(mapping.source, key, name, present)
     chat = [column for column in CHAT_COLUMNS if column in present]
     if chat and columns.messages is None:
-        return DataError(f"{error} (for chats: {mapping.columns_key}.messages={chat[0]})")
+        return DataError(
+            f"{error} (for chats: {mapping.columns_key}.messages={chat[0]})", error.shareable
+        )
     return error
 
 

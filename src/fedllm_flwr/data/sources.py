@@ -118,7 +118,8 @@ def _none_usable(mapping: Mapping, num_records: int, faults: Faults) -> DataErro
     found = sorted(faults.empty + faults.equal + faults.bad)
     first = f" (record {found[0][0]}: {found[0][1]})" if found else ""
     return DataError(
-        f"{mapping.source}: none of its {num_records} records is usable{first}; check {key}"
+        f"{mapping.source}: none of its {num_records} records is usable{first}; check {key}",
+        "none of its records is usable",
     )
 
 
@@ -141,7 +142,7 @@ def _read(data: DataConfig, evaluation: bool) -> tuple[list[FileRecords], str, l
         else:
             parts = read_parts(file, split)
     except DataError as error:
-        raise DataError(f"{key}: {error}") from None
+        raise DataError(f"{key}: {error}", error.shareable) from None
     return parts, f"{key}={path}", [message.partition(":")[0] for message in broken]
 
 

@@ -95,6 +95,12 @@ def issue_server(ca: Issued, hosts: Sequence[str]) -> Issued:
     return Issued(certificate, key)
 
 
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses that a server certificate is for."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
 ) -> x509.CertificateBuilder:

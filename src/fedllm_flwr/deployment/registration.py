@@ -1,8 +1,10 @@
-"""Admit a site: hand its public key to the running SuperLink, and keep a copy."""
+"""Admit a site to the running SuperLink by its public key, and let it go again."""
 
+import shlex
 import subprocess
 from pathlib import Path
 
+from fedllm_flwr.config.names import shown
 from fedllm_flwr.deployment.directory import absolute, check_name
 from fedllm_flwr.deployment.flower import (
     CONNECTION,
@@ -15,7 +17,8 @@ from fedllm_flwr.deployment.keys import check_public_key
 from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.errors import ConfigError, FederationError
 
-_LIMIT_S = 60.0  # for flwr supernode register
+_LIMIT_S = 60.0  # for one command of Flower
+_NOT_THERE = "the SuperLink of {folder} does not answer; start {folder}/start.sh first"
 
 
 def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
@@ -38,18 +41,72 @@ def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
     kept = folder / SITE_KEYS / f"{key.stem}.pub"
     if kept.exists() and kept.read_bytes() != content:
         raise ConfigError(
-            f"{kept} holds another key of this name; remove it and unregister its site with "
-            "`flwr supernode unregister`, or rename the new key's file"
+            f"{kept} holds another key of this name; let its site go first (fedllm server "
+            f"unregister {shlex.quote(str(folder))} {key.stem}), or rename the new key's file"
         )
     node_id = _register(folder, key)
     if not kept.exists():
         kept.write_bytes(content)
+    _node_file(kept).write_text(f"{node_id}\n")
     return [f"Registered {key.stem} as node {node_id}; its key is kept in {kept}."]
+
+
+def unregister_site(directory: str | Path, name: str) -> list[str]:
+    """Unregister a site by its name; its key cannot be registered again (flwr 1.31).
+
+    Returns:
+        Lines for the operator.
+
+    Raises:
+        ConfigError: no server's directory, or no site of this name.
+        FederationError: the SuperLink is not there, or refuses.
+    """
+    folder = server_folder(directory)
+    check_name(name, "the site's name")
+    kept = folder / SITE_KEYS / f"{name}.pub"
+    if not kept.is_file():
+        names = sorted(file.stem for file in (folder / SITE_KEYS).glob("*.pub"))
+        known = f"registered are {', '.join(names)}" if names else "none is registered"
+        raise ConfigError(f"{shown(name)}: no site of this name; {known}")
+    node = _node_file(kept)
+    try:
+        node_id = node.read_text("utf-8").strip()
+    except OSError:
+        raise ConfigError(
+            f"{node} is missing, so the id of {name} is not known: find it with `flwr supernode "
+            f"list {CONNECTION}`, then `flwr supernode unregister <id> {CONNECTION}`"
+        ) from None
+    answer, said = _flwr(folder, "unregister", node_id)
+    if not answer.get("success"):
+        said = str(answer.get("error-message") or said).strip()
+        if "unavailable" in said.lower():
+            raise FederationError(_NOT_THERE.format(folder=folder))
+        raise FederationError(f"flwr supernode unregister: {said or 'no answer'}")
+    kept.unlink()
+    node.unlink()
+    return [
+        f"Unregistered {name} (node {node_id}): the server refuses it from now on, and a run goes "
+        "on without it.",
+        "  to return  it needs a new key: fedllm site init in a new directory, then register",
+    ]
+
+
+def _node_file(key: Path) -> Path:
+    """Where the id of a registered site's node is kept; Flower tells it only once."""
+    return key.with_suffix(".node")
 
 
 def _register(folder: Path, key: Path) -> str:
     """Id of the new node."""
-    command = [*flwr_command("supernode", "register", str(key)), "--format", "json"]
+    answer, said = _flwr(folder, "register", str(key))
+    if answer.get("success"):
+        return str(answer["node-id"])
+    raise FederationError(_reason(folder, key, answer, said))
+
+
+def _flwr(folder: Path, verb: str, what: str) -> tuple[dict[str, object], str]:
+    """What ``flwr supernode <verb> <what>`` answers in JSON, and says on standard error."""
+    command = [*flwr_command("supernode", verb, what), "--format", "json"]
     try:
         done = subprocess.run(
             command,
@@ -61,16 +118,13 @@ def _register(folder: Path, key: Path) -> str:
         )
     except subprocess.TimeoutExpired:
         raise FederationError("the SuperLink does not answer; look at its log") from None
-    answer = last_json(done.stdout)
-    if done.returncode == 0 and answer.get("success"):
-        return str(answer["node-id"])
-    raise FederationError(_reason(folder, key, answer, done.stderr))
+    return last_json(done.stdout), done.stderr
 
 
 def _reason(folder: Path, key: Path, answer: dict[str, object], stderr: str) -> str:
     said = str(answer.get("error-message") or stderr).strip()
     if "unavailable" in said.lower():
-        return f"the SuperLink of {folder} does not answer; start {folder}/start.sh first"
+        return _NOT_THERE.format(folder=folder)
     if "already in use" in said:
         return (
             f"{key}: the SuperLink knows this key already; see `flwr supernode list {CONNECTION} "

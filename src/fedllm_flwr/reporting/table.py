@@ -81,12 +81,12 @@ class RoundTable:
         return f"{record['round']:>6}  {self._clients(record):<{self._clients_width}}{cells}"
 
     def failures(self, record: Record) -> list[str]:
-        """Why each client of this round that gave no usable reply did not."""
+        """Why each client of this round that gave no usable reply did not, and what else was."""
         failures: Mapping[str, str] = record.get("failures") or {}
-        return [
-            f"{' ' * _INDENT}{one_line(name)}: {one_line(reason)}"
-            for name, reason in sorted(failures.items())
-        ]
+        lines = [f"{name}: {reason}" for name, reason in sorted(failures.items())]
+        unscored: Mapping[str, str] = record.get("evaluation_failures") or {}
+        lines += [f"{name}: no scores, {reason}" for name, reason in sorted(unscored.items())]
+        return [f"{' ' * _INDENT}{one_line(line)}" for line in lines + record.get("ignored", [])]
 
     def _clients(self, record: Record) -> str:
         """3/4 (desk-7: refused), 2/4 (2 failed), or a dash before the first round."""

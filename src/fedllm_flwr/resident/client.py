@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import logging
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import Failure
 from fedllm_flwr.resident.protocol import receive_frame, send_frame
 from fedllm_flwr.site import Site, answer
-from fedllm_flwr.wire import pack_failure
+from fedllm_flwr.wire import pack_failure, unpack_failure
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,17 @@ _START_TIMEOUT_S = 30.0
 _ATTEMPTS = 2  # a trainer that dies over a message is started once more
 
 
-def answer_by_resident(kind: str, content: RecordDict, site: Site) -> RecordDict:
+def answer_by_resident(
+    kind: str, content: RecordDict, site: Site, timeout_s: float | None = None
+) -> RecordDict:
     """The resident trainer's answer; without one this process answers itself, with a warning.
 
     The site's node config may set ``resident=false``, or ``idle-timeout-s``: seconds without a
     message after which the trainer ends.
+
+    Args:
+        timeout_s: after which nobody waits for the answer any more. A trainer that is still at it
+            then is ended, so that it does not stand in the way of the next message.
     """
     if not site.node_config.get("resident", True):
         return answer(kind, content, site)
@@ -40,17 +48,30 @@ def answer_by_resident(kind: str, content: RecordDict, site: Site) -> RecordDict
         path = _socket_path(site)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return _ask(path, kind, content, site)
+                return _logged(_ask(path, kind, content, site, timeout_s), kind, site)
             except EOFError:
                 logger.warning("the resident trainer died over a message (attempt %d)", attempt)
+    except TimeoutError:
+        reason = f"its trainer did not answer a {kind} message within {timeout_s:g} s and was ended"
+        return _logged(pack_failure(Failure("TrainerHung", reason, site.name)), kind, site)
     except (OSError, FederationError) as error:
         logger.warning("no resident trainer (%s); this process trains itself", error)
         return answer(kind, content, site)
     reason = f"its trainer died {_ATTEMPTS} times over a {kind} message, out of memory perhaps"
-    return pack_failure(Failure("TrainerDied", f"{reason}; the site's log says more", site.name))
+    failure = Failure("TrainerDied", f"{reason}; the site's log says more", site.name)
+    return _logged(pack_failure(failure), kind, site)
 
 
-def _ask(path: Path, kind: str, content: RecordDict, site: Site) -> RecordDict:
+def _logged(content: RecordDict, kind: str, site: Site) -> RecordDict:
+    """The answer; if it is a failure, the SuperNode's own output names it and the log."""
+    if failure := unpack_failure(content):
+        logger.error("%s failed: %s (log: %s)", kind, failure.reason, _log_path(site))
+    return content
+
+
+def _ask(
+    path: Path, kind: str, content: RecordDict, site: Site, timeout_s: float | None
+) -> RecordDict:
     with _connected(path, site) as connection:
         fields = {
             "kind": kind,
@@ -58,11 +79,26 @@ def _ask(path: Path, kind: str, content: RecordDict, site: Site) -> RecordDict:
             "run_id": site.run_id,
             "node_id": site.node_id,
         }
+        connection.settimeout(timeout_s)
         try:
             send_frame(connection, fields, content)
             return receive_frame(connection)[1]
         except (ConnectionResetError, BrokenPipeError) as error:
             raise EOFError(str(error)) from error
+        except TimeoutError:
+            _end_peer(connection)
+            raise
+
+
+def _end_peer(connection: socket.socket) -> None:
+    """Kill the trainer at the other end; the kernel says who it is, where it can."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return
+    credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
+    pid, _, _ = struct.unpack("3i", credentials)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -72,7 +108,7 @@ def _connected(path: Path, site: Site) -> Iterator[socket.socket]:
         with _only_one(path):
             if not _connect(connection, path):
                 _start(path, site)
-                _wait(connection, path)
+                _wait(connection, path, _log_path(site))
         yield connection
 
 
@@ -89,7 +125,7 @@ def _start(path: Path, site: Site) -> None:
     path.unlink(missing_ok=True)
     idle = float(site.node_config.get("idle-timeout-s", DEFAULT_IDLE_TIMEOUT_S))
     arguments = [str(path), str(os.getppid()), str(idle)]
-    with path.with_suffix(".log").open("ab") as log:
+    with _log_path(site).open("ab") as log:
         subprocess.Popen(
             [sys.executable, "-m", "fedllm_flwr.resident", *arguments],
             stdin=subprocess.DEVNULL,
@@ -99,13 +135,20 @@ def _start(path: Path, site: Site) -> None:
         )
 
 
-def _wait(connection: socket.socket, path: Path) -> None:
+def _log_path(site: Site) -> Path:
+    """Beside the site's state, where its operator finds it; else beside the socket."""
+    if "state-dir" in site.node_config:
+        folder = Path(str(site.node_config["state-dir"])).expanduser()
+        if folder.is_dir():
+            return folder / "trainer.log"
+    return _socket_path(site).with_suffix(".log")
+
+
+def _wait(connection: socket.socket, path: Path, log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not _connect(connection, path):
         if time.monotonic() > deadline:
-            raise FederationError(
-                f"it did not start within {_START_TIMEOUT_S:g} s, see {path.with_suffix('.log')}"
-            )
+            raise FederationError(f"it did not start within {_START_TIMEOUT_S:g} s, see {log}")
         time.sleep(0.05)
 
 

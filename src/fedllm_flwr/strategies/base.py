@@ -20,6 +20,7 @@ from fedllm_flwr.messages import LocalCorrection, Task, Update
 from fedllm_flwr.params import Params, check_like, derive_seed, full_like
 from fedllm_flwr.schedule import cosine_learning_rate, num_sampled
 from fedllm_flwr.strategies.aggregation import Aggregator
+from fedllm_flwr.strategies.census import Census
 from fedllm_flwr.strategies.exchange import Roster, check_roster, receive, send, time_to_live
 from fedllm_flwr.strategies.moments import Moments
 from fedllm_flwr.strategies.replies import Asked, read_scores, read_update
@@ -31,7 +32,6 @@ class FederatedStrategy(Strategy):
     """A Flower strategy whose subclasses state a server step and a local correction.
 
     Args:
-        config: the run's configuration.
         roster: the clients that take part, by name.
         state: where to go on from; ``state.round`` rounds are done already.
         hooks: called at the start of a round, after each reply and at the end of a round.
@@ -57,8 +57,6 @@ class FederatedStrategy(Strategy):
         self._report = RoundReport(state.round, [])
         check_roster(roster, config.federation)
 
-    # What an algorithm states.
-
     @abstractmethod
     def server_step(
         self, params: Params, delta: Params, moments: Moments
@@ -72,8 +70,6 @@ class FederatedStrategy(Strategy):
     def control_step(self, control: Params, change: Params) -> Params:
         """New control variate from `change` = sum_i(dc_i) / N (float64), where there is one."""
         raise NotImplementedError(f"{type(self).__name__} has no control variate")
-
-    # What all algorithms share.
 
     @property
     def algorithm(self) -> AlgorithmConfig:
@@ -138,7 +134,7 @@ class FederatedStrategy(Strategy):
         for reply in replies:
             self._take(reply, aggregator)
         self._note_missing(self._report.sampled, self._report.metrics, self._report.failures)
-        self._report.require(self.config.federation.min_replies)
+        self._report.require(self.config.federation.min_replies, self.hooks.on_failed_round)
         self.state = self._next_state(server_round, aggregator)
         loss = self._report.loss
         arrays, _ = pack_params(self.state.params, "float32")
@@ -190,26 +186,26 @@ class FederatedStrategy(Strategy):
             num_rounds: last round of the run.
             timeout: seconds to wait for replies; None: ``federation.round_timeout_s``.
             train_config, evaluate_config: unused; tasks carry the configuration.
-            evaluate_fn: called after each round; the server evaluates in ``on_round`` instead.
+            evaluate_fn: called after each round; here ``on_round`` evaluates.
         """
-        result, empty = Result(), ConfigRecord()
+        result, census = Result(arrays=initial_arrays), Census(grid, self.config, self.roster, True)
         timeout_s = self.config.federation.round_timeout_s if timeout is None else timeout
-        arrays = result.arrays = initial_arrays
         for current in range(self.state.round + 1, num_rounds + 1):
             started = time.monotonic()
-            messages = self.configure_train(current, arrays, empty, grid)
+            self.roster = census.settled()
+            messages = self.configure_train(current, result.arrays, ConfigRecord(), grid)
             self.hooks.on_start_round(current, self._report.sampled)
             replies = self._exchange(grid, messages, timeout_s)
-            new_arrays, metrics = self.aggregate_train(current, replies)
-            arrays = result.arrays = new_arrays or arrays
+            new, metrics = self.aggregate_train(current, replies)
+            result.arrays = new or result.arrays
+            self._report.ignored += census.take_notes()
             result.train_metrics_clientapp[current] = metrics or MetricRecord()
             self._report.seconds = time.monotonic() - started
-            if questions := list(self.configure_evaluate(current, arrays, empty, grid)):
-                answers = self._exchange(grid, questions, timeout_s)
-                local = self.aggregate_evaluate(current, answers)
+            if asked := list(self.configure_evaluate(current, result.arrays, ConfigRecord(), grid)):
+                local = self.aggregate_evaluate(current, self._exchange(grid, asked, timeout_s))
                 result.evaluate_metrics_clientapp[current] = local or MetricRecord()
             self.hooks.on_round(self.state, self._report)
-            if evaluate_fn and (scores := evaluate_fn(current, arrays)):
+            if evaluate_fn and (scores := evaluate_fn(current, result.arrays)):
                 result.evaluate_metrics_serverapp[current] = scores
         return result
 

@@ -4,17 +4,15 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedllm_flwr import __version__
-from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo
 from fedllm_flwr.params import LARGEST_WEIGHT
 from fedllm_flwr.schedule import num_sampled
-from fedllm_flwr.wire import pack_query, unpack_failure, unpack_info
+from fedllm_flwr.wire import unpack_failure
 
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
@@ -22,7 +20,16 @@ _BUFFER_BYTES = 64 * 2**20  # of replies fetched together
 _MOST_AT_ONCE = 64
 _TTL_SLACK_S = 30.0  # so that the server's clock closes a round, not the SuperLink's
 _LONGEST_TEXT = 500  # characters of a client's wording that are shown
-_LONGEST_NAME = 100
+
+# What Flower says of a node in its own codes (flwr.common.constant.ErrorCode), in an operator's
+# terms. Codes 1 and 2 come with the node's own wording.
+_GONE = 5
+_FLOWER_ERRORS = {
+    3: "the task expired before the site fetched it; is its SuperNode running?",
+    4: "its reply expired before it was complete; raise federation.round_timeout_s",
+    _GONE: "its SuperNode gave no sign of life for a minute; start it, or look at the network",
+    8: "its ClientApp was killed or crashed, out of memory perhaps; the site's log says more",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,9 @@ def exchange(
 def failure_reason(reply: Message) -> str | None:
     """Why a reply cannot be used at all, in one line, or None."""
     if reply.has_error():
-        return f"error {reply.error.code}: {printable(reply.error.reason or 'unknown')}"
+        code = reply.error.code
+        said = f"error {code}: {printable(reply.error.reason or 'unknown')}"
+        return _FLOWER_ERRORS.get(code, said)
     if not reply.has_content():
         return "an empty reply"
     try:
@@ -109,55 +118,15 @@ def failure_reason(reply: Message) -> str | None:
     return printable(failure.reason) if failure else None
 
 
+def is_gone(reply: Message) -> bool:
+    """Whether the SuperLink answers for a node that it has lost."""
+    return reply.has_error() and reply.error.code == _GONE
+
+
 def printable(text: str) -> str:
     """The first line of a client's wording, bounded, without control characters."""
     first = next(iter(text.strip().splitlines()), "unknown")
     return "".join(char for char in first[:_LONGEST_TEXT] if char.isprintable())
-
-
-def wait_for_nodes(grid: Grid, wanted: int, timeout_s: float) -> list[int]:
-    """Ids of the connected nodes, once `wanted` of them are there.
-
-    Raises:
-        FederationError: they did not come in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while len(node_ids := list(grid.get_node_ids())) < wanted:
-        if time.monotonic() >= deadline:
-            raise FederationError(
-                f"{len(node_ids)} of {wanted} clients connected within {timeout_s:.0f} s; start "
-                f"the missing ones (in simulation: --federation-config 'num-supernodes={wanted}'), "
-                "or lower federation.num_clients or raise federation.start_timeout_s."
-            )
-        time.sleep(0.2)
-    return node_ids
-
-
-def discover(grid: Grid, config: Config, wanted: int) -> Roster:
-    """Ask every connected node for its name, number of examples and package version.
-
-    Raises:
-        FederationError: too few nodes, a node that fails to answer, two nodes of one name, or a
-            node with another version of this package.
-    """
-    timeout_s = config.federation.start_timeout_s
-    node_ids = wait_for_nodes(grid, wanted, timeout_s)
-    content, ttl = pack_query(config), time_to_live(timeout_s)
-    messages = [
-        Message(content=content, dst_node_id=node_id, message_type=MessageType.QUERY, ttl=ttl)
-        for node_id in node_ids
-    ]
-    asked = send(grid, messages)
-    roster: Roster = {}
-    for reply in receive(grid, asked, timeout_s):
-        if node_id := asked.pop(reply.metadata.reply_to_message_id, None):
-            _admit(roster, _introduced(node_id, reply))
-    if len(roster) < wanted:
-        raise FederationError(
-            f"{len(roster)} of {wanted} clients answered within {timeout_s:.0f} s; look at the "
-            "logs of the others, or raise federation.start_timeout_s."
-        )
-    return dict(sorted(roster.items()))
 
 
 def check_roster(roster: Roster, federation: FederationConfig) -> None:
@@ -178,45 +147,3 @@ def check_roster(roster: Roster, federation: FederationConfig) -> None:
             f"the clients announce {examples} examples, more than {LARGEST_WEIGHT:.0f}; look at "
             "their data files."
         )
-
-
-def _introduced(node_id: int, reply: Message) -> Client:
-    if reason := failure_reason(reply):
-        raise FederationError(f"{_called(reply)} refused to take part: {reason} (node {node_id})")
-    try:
-        return Client(node_id, unpack_info(reply.content))
-    except FederationError as error:
-        raise FederationError(
-            f"node {node_id} does not say who it is ({error}); does it run fedllm-flwr "
-            f"{__version__}?"
-        ) from error
-
-
-def _called(reply: Message) -> str:
-    """What a client that failed calls itself, as far as it says so."""
-    try:
-        failure = unpack_failure(reply.content) if reply.has_content() else None
-    except FederationError:
-        failure = None
-    return printable(failure.client) if failure and failure.client else "a client"
-
-
-def _admit(roster: Roster, client: Client) -> None:
-    name, size, version = client.info.name, client.info.num_examples, client.info.version
-    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
-        raise FederationError(
-            f"a client calls itself {name[:_LONGEST_NAME]!r}; give it a client-name of 1 to "
-            f"{_LONGEST_NAME} printable characters in its node config."
-        )
-    if name in roster:
-        raise FederationError(
-            f"two clients are called {name!r}; give each its own client-name in its node config."
-        )
-    if version != __version__:
-        raise FederationError(
-            f"{name} runs fedllm-flwr {printable(version)}, the server {__version__}; install "
-            "one version."
-        )
-    if not 1 <= size <= LARGEST_WEIGHT:
-        raise FederationError(f"{name} announces {size} examples; look at its data file.")
-    roster[name] = client

@@ -14,7 +14,7 @@ class RoundReport:
 
     ``metrics``, ``num_examples`` and ``failures`` are those of training; ``scores`` and
     ``score_failures`` those of the clients' evaluation of the new adapter, if there was one.
-    ``ignored`` are replies that count for no client, such as a second one.
+    ``ignored`` are replies and nodes that count for no client, such as a second one.
     """
 
     round: int
@@ -40,14 +40,15 @@ class RoundReport:
         """Mean loss of the new adapter on the clients' own records; None if not evaluated."""
         return _mean_loss(self.scores, self.num_scored)
 
-    def require(self, min_replies: int) -> None:
-        """Refuse to go on with fewer usable replies.
+    def require(self, min_replies: int, tell: Callable[["RoundReport"], None]) -> None:
+        """Refuse to go on with fewer usable replies, once `tell` has heard of this round.
 
         Raises:
             FederationError: names every client that failed, and why.
         """
         if len(self.metrics) >= min_replies:
             return
+        tell(self)
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.failures.items()))
         raise FederationError(
             f"round {self.round}: {len(self.metrics)} of {len(self.sampled)} replies could be "
@@ -61,13 +62,15 @@ class Hooks:
 
     ``on_start_round(round, names)`` before the messages are sent, ``on_reply(round, name, loss)``
     after each reply (loss None: it could not be used), ``on_update(round, name, delta)`` for each
-    update that was accepted where clients train alone, ``on_round(state, report)`` at the end.
+    update that was accepted where clients train alone, ``on_round(state, report)`` at the end,
+    ``on_failed_round(report)`` instead where too few replies could be used.
     """
 
     on_start_round: Callable[[int, list[str]], None] = lambda *_: None
     on_reply: Callable[[int, str, float | None], None] = lambda *_: None
     on_update: Callable[[int, str, Params], None] = lambda *_: None
     on_round: Callable[[ServerState, RoundReport], None] = lambda *_: None
+    on_failed_round: Callable[[RoundReport], None] = lambda *_: None
 
 
 def _mean_loss(

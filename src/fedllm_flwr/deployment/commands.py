@@ -1,0 +1,150 @@
+"""The commands of operators: ``fedllm server ...`` and ``fedllm site ...``."""
+
+import argparse
+from collections.abc import Callable
+
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
+    """``fedllm server <step>``; `add` makes a parser for one step."""
+    text = "the server of a real federation: init, register, run, unregister, renew"
+    server = commands.add_parser("server", help=text, description=text)
+    steps = server.add_subparsers(required=True, metavar="step")
+
+    _add_server_init(steps, add)
+    _add_membership(steps, add)
+
+    run = add(steps, "run", _server_run, "run on the sites: server run <dir> [key=value] ...")
+    run.add_argument("directory", help="directory of server init; the server must be running")
+    run.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
+
+    renew = add(steps, "renew", _server_renew, "new server certificate of the same authority")
+    renew.add_argument("directory", help="directory of server init")
+    renew.add_argument(
+        "--host", action="append", default=[], help="a further name or address of this server"
+    )
+
+
+def _add_server_init(
+    steps: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add
+) -> None:
+    init = add(steps, "init", _server_init, "make certificates, start scripts and a connection")
+    init.add_argument("directory", help="new directory")
+    init.add_argument(
+        "--host",
+        action="append",
+        required=True,
+        help="name or address by which the sites reach the server; give it once for each",
+    )
+    init.add_argument(
+        "--port-base",
+        type=int,
+        default=9091,
+        help="first of three ports: app (loopback), sites, commands (loopback); default 9091",
+    )
+    init.add_argument(
+        "--private-host",
+        default="127.0.0.1",
+        help="where the server's own app and commands find it; who reaches it starts runs; "
+        "default 127.0.0.1",
+    )
+    _add_insecure(init)
+
+
+def _add_membership(steps: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
+    register = add(steps, "register", _server_register, "admit a site by its public key")
+    register.add_argument("directory", help="directory of server init; the server must be running")
+    register.add_argument("key", help="public key of the site: its *.pub")
+
+    unregister = add(steps, "unregister", _server_unregister, "let a site go, by its name")
+    unregister.add_argument("directory", help="directory of server init; the server must run")
+    unregister.add_argument("name", help="name of the site, as its *.pub was called")
+
+
+def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
+    """``fedllm site <step>``; `add` makes a parser for one step."""
+    text = "set up a site of a real federation: site init"
+    site = commands.add_parser("site", help=text, description=text)
+    steps = site.add_subparsers(required=True, metavar="step")
+
+    init = add(steps, "init", _site_init, "check the data; make keys, limits and a start script")
+    init.add_argument("directory", help="new directory")
+    init.add_argument("--name", required=True, help="how tables and logs call this site")
+    init.add_argument("--data", required=True, help="file or directory of this site's records")
+    init.add_argument("--server", required=True, help="host:port of the server")
+    init.add_argument("--ca", help="ca.crt from the server's operator")
+    init.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=COLUMN",
+        help="which column of the data plays a role, as instruction=question",
+    )
+    init.add_argument("--model-path", help="this site's own copy of the base model")
+    init.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
+    _add_insecure(init)
+
+
+def _add_insecure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--insecure", action="store_true", help="no encryption and no authentication"
+    )
+
+
+def _server_init(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.server import init_server
+
+    lines = init_server(
+        arguments.directory,
+        arguments.host,
+        arguments.port_base,
+        arguments.insecure,
+        arguments.private_host,
+    )
+    print("\n".join(lines))
+    return 0
+
+
+def _server_register(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.registration import register_site
+
+    print("\n".join(register_site(arguments.directory, arguments.key)))
+    return 0
+
+
+def _server_run(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.submission import run_on_server
+
+    return run_on_server(arguments.directory, arguments.overrides)
+
+
+def _server_unregister(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.registration import unregister_site
+
+    print("\n".join(unregister_site(arguments.directory, arguments.name)))
+    return 0
+
+
+def _server_renew(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.renewal import renew_certificate
+
+    print("\n".join(renew_certificate(arguments.directory, arguments.host)))
+    return 0
+
+
+def _site_init(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.site import SiteOptions, init_site
+
+    options = SiteOptions(
+        name=arguments.name,
+        data=arguments.data,
+        server=arguments.server,
+        ca=arguments.ca,
+        columns=arguments.column,
+        model_path=arguments.model_path,
+        device=arguments.device,
+        insecure=arguments.insecure,
+    )
+    print("\n".join(init_site(arguments.directory, options)))
+    return 0
