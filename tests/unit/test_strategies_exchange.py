@@ -8,10 +8,10 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo, Failure
-from fedllm_flwr.strategies.census import discover
+from fedllm_flwr.strategies.census import Census, discover
 from fedllm_flwr.strategies.exchange import exchange
 from fedllm_flwr.wire import pack_failure, pack_info, unpack_query
-from memory_grid import MemoryGrid
+from memory_grid import MemoryGrid, superlink_error
 
 CONFIG = Config(federation=FederationConfig(start_timeout_s=0.3))
 
@@ -75,6 +75,82 @@ def test_clients_that_cannot_take_part(case):
     with pytest.raises(FederationError) as error:
         discover(MemoryGrid({1: saying("amy"), 2: handler}), CONFIG, wanted=2)
     assert expected in str(error.value)
+
+
+def deployment(**federation):
+    known = {"engine": "deployment", "start_timeout_s": 0.3, "num_clients": 2}
+    return Config(federation=FederationConfig(**{**known, **federation}))
+
+
+def refusing(why="no data file", name="ward"):
+    return sending(pack_failure(Failure("data", why, name)))
+
+
+def test_start_without_those_that_refuse_where_it_may():
+    told = []
+    config = deployment(min_clients=1)
+    census = discover(MemoryGrid({1: saying("amy"), 2: refusing()}), config, 2, told.append)
+    assert list(census.clients) == ["amy"]
+    assert census.refused == {"ward": "no data file"}
+    assert told[-1].startswith("1 of 2 clients are there (amy), waiting ")
+    assert told[-1].endswith(" s more; ward: no data file")
+
+
+def test_start_that_needs_all_names_the_one_that_refuses():
+    with pytest.raises(FederationError) as error:
+        discover(MemoryGrid({1: saying("amy"), 2: refusing()}), deployment(), 2)
+    assert str(error.value) == (
+        "1 of 2 clients can take part (all are needed). ward cannot take part: no data file"
+    )
+
+
+def test_start_with_more_than_wanted_does_not_depend_on_one_that_refuses():
+    nodes = {1: saying("amy"), 2: refusing(), 3: saying("zoe")}
+    census = discover(MemoryGrid(nodes), deployment(), wanted=2)
+    assert sorted(census.clients) == ["amy", "zoe"]
+
+
+def test_node_that_the_superlink_has_lost_is_asked_again():
+    """It still counted as online; the SuperLink answers for it, and then it is back."""
+    answers = []
+
+    def back(message):
+        answers.append(message)
+        if len(answers) == 1:
+            return superlink_error(message.metadata.message_id, 5, "Node Unavailable")
+        return saying("amy")(message)
+
+    census = discover(MemoryGrid({1: back}), deployment(num_clients=1), wanted=1)
+    assert (list(census.clients), census.refused) == (["amy"], {})
+
+
+def test_client_that_comes_back_as_another_node_keeps_its_name():
+    grid = MemoryGrid({1: saying("amy"), 2: saying("bob")})
+    start = discover(grid, deployment(), wanted=2)
+    census = Census(grid, deployment(), start.clients, closed=True)
+
+    grid.nodes[7] = saying("bob")  # while the old one still counts as online
+    assert census.settled()["bob"].node_id == 2
+    assert census.take_notes() == ["a second node is called bob; it waits until the first is gone"]
+    del grid.nodes[2]
+    roster = census.settled()
+    assert {name: client.node_id for name, client in roster.items()} == {"amy": 1, "bob": 7}
+    assert start.clients["bob"].node_id == 2  # not the caller's
+
+
+def test_client_that_comes_after_the_start_is_noted():
+    grid = MemoryGrid({1: saying("amy")})
+    start = discover(grid, deployment(), wanted=1)
+    census = Census(grid, deployment(), start.clients, closed=True)
+    grid.nodes[5] = saying("zoe")
+
+    assert list(census.settled()) == ["amy"]
+    assert census.take_notes() == [
+        "zoe came after the start; it takes part once the run is resumed"
+    ]
+    asked = len(grid.sent)
+    census.settled()
+    assert len(grid.sent) == asked  # each node is asked once
 
 
 def test_clients_that_do_not_come():

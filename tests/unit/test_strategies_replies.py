@@ -210,8 +210,10 @@ def test_reply_in_another_clients_name_is_ignored():
 
 def test_too_few_replies_end_the_run_and_name_clients_and_reasons():
     grid = MemoryGrid(nodes_of(replying(BAD["nan"][0]), names={"bee": 20, "cat": 40}))
+    failed = []
     with pytest.raises(FederationError) as error:
-        run(config_of(min_replies=2), grid)
+        run(config_of(min_replies=2), grid, hooks=Hooks(on_failed_round=failed.append))
+    assert [sorted(report.failures) for report in failed] == [["ant", "bee"]]
     assert str(error.value) == (
         "round 1: 1 of 3 replies could be used, federation.min_replies=2. "
         "ant: not connected; bee: 'a' holds NaN"
