@@ -27,7 +27,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 def ends_with(site: Path, cwd: Path) -> tuple[int, str]:
     """Exit status and words of a SuperNode that may try twice."""
-    with started([str(site / "start-supernode.sh")], cwd, MAX_RETRIES="1", RESTARTS="0") as supernode:
+    with started(
+        [str(site / "start-supernode.sh")], cwd, MAX_RETRIES="1", RESTARTS="0"
+    ) as supernode:
         # Flower's own child ends when it sees this process gone, so first it has to be reaped.
         supernode.wait(timeout=60)
         _, said = supernode.communicate(timeout=30)
