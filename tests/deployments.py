@@ -54,17 +54,17 @@ def command_of(process: psutil.Process) -> str:
     return " ".join(process.cmdline())
 
 
-def three_free_ports() -> int:
-    """The first of three in a row."""
+def five_free_ports() -> int:
+    """The first of five in a row."""
     for base in range(20_000, 60_000, 7):
         with ExitStack() as stack:
             try:
-                for port in range(base, base + 3):
+                for port in range(base, base + 5):
                     stack.enter_context(socket.create_server(("127.0.0.1", port)))
             except OSError:
                 continue
             return base
-    raise AssertionError("no three free ports in a row")
+    raise AssertionError("no five free ports in a row")
 
 
 def every_other_record(name: str) -> list[str]:
@@ -96,7 +96,7 @@ def running_federation(
     root: Path, sites: Mapping[str, Sequence[str] | None]
 ) -> Iterator[Federation]:
     """Server and registered sites with their records, started with their directories' scripts."""
-    server, base = root / "server", three_free_ports()
+    server, base = root / "server", five_free_ports()
     init_server(server, ["localhost"], base)
 
     def run(*command: str) -> "subprocess.CompletedProcess[str]":
@@ -109,7 +109,8 @@ def running_federation(
             check=False,
         )
 
-    ports = {"appio": base, "fleet": base + 1, "control": base + 2}
+    names = ("appio", "fleet", "control", "superlink_health", "superexec_health")
+    ports = {name: base + i for i, name in enumerate(names)}
     with ExitStack() as stack:
         stack.enter_context(started([str(server / "start.sh")], root))
         assert wait_for(lambda: listens(ports["fleet"]), 60)

@@ -10,6 +10,7 @@ from fedllm_flwr.benchmark.arguments import add_evaluation
 from fedllm_flwr.deployment.commands import add_server, add_site
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import FedLLMError
+from fedllm_flwr.status.arguments import add_status, status_arguments
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("output", help="directory to write")
     evaluate = _add(commands, "evaluate", _evaluate, "benchmark suites on base and adapters")
     add_evaluation(evaluate)
+    add_status(_add(commands, "status", status_arguments, "how a run, a server or a site stands"))
     add_server(commands, _add)
     add_site(commands, _add)
     return parser

@@ -11,6 +11,7 @@ from fedllm_flwr.checkpoint import ServerState, save_state
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.evaluation.central import Scores, evaluate
+from fedllm_flwr.liveness import RoundBoard
 from fedllm_flwr.params import Params
 from fedllm_flwr.preparation import Prepared, evaluation_threads
 from fedllm_flwr.reporting.console import Console
@@ -46,6 +47,7 @@ class Progress:
         self._directory = directory
         self._prepared = prepared
         self._console = console
+        self._board = RoundBoard(directory)
         self._timings = timings
         resumed = first_round - 1 if first_round > 1 else None
         self._log = MetricsLog(directory.metrics, resumed)
@@ -62,12 +64,20 @@ class Progress:
     def hooks(self) -> Hooks:
         """What the strategy calls."""
         return Hooks(
-            on_start_round=self._console.start_round,
-            on_reply=self._console.reply,
+            on_start_round=self._start_round,
+            on_reply=self._reply,
             on_update=self.alone.store,
             on_round=self.finish_round,
             on_failed_round=self.note_failed_round,
         )
+
+    def _start_round(self, round: int, names: list[str]) -> None:
+        self._board.start_round(round, names)
+        self._console.start_round(round, names)
+
+    def _reply(self, round: int, name: str, loss: float | None) -> None:
+        self._board.reply(round, name, loss)
+        self._console.reply(round, name, loss)
 
     def start(self, state: ServerState) -> None:
         """Score the adapter that training starts from, and save it as round 0."""

@@ -17,6 +17,7 @@ from fedllm_flwr.data.client import cache_dir, divided_data
 from fedllm_flwr.engines import find_engine
 from fedllm_flwr.engines.resources import check_machine
 from fedllm_flwr.errors import FedLLMError, RunInterrupted
+from fedllm_flwr.liveness import held
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import (
     Record,
@@ -101,12 +102,13 @@ def _carry_out(
     directory = reopen(config) if config.resume else create(config)
     os.environ["FEDLLM_STATE_DIR"] = str(directory.client_states.resolve())
     timings = Timings(_earlier(directory) if config.resume else None)
-    with _saying_how_to_go_on(directory, config):
-        from fedllm_flwr.server import serve
+    with held(directory):
+        with _saying_how_to_go_on(directory, config):
+            from fedllm_flwr.server import serve
 
-        timings.seconds["start-up"] += time.monotonic() - started
-        engine(lambda grid: serve(grid, config, directory, console, timings))
-    _close(config, directory, console, timings, time.monotonic() - started)
+            timings.seconds["start-up"] += time.monotonic() - started
+            engine(lambda grid: serve(grid, config, directory, console, timings))
+        _close(config, directory, console, timings, time.monotonic() - started)
     return directory
 
 

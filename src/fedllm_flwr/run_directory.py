@@ -89,6 +89,16 @@ class RunDirectory:
         return self.path / "curves.png"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process of the run; not there once it has ended well."""
+        return self.path / "run.lock"
+
+    @property
+    def current_round(self) -> Path:
+        """Who has answered in the round that is on."""
+        return self.path / "round.json"
+
+    @property
     def clients(self) -> Path:
         """Table of the clients' sizes and labels."""
         return self.path / "clients.csv"
@@ -178,7 +188,8 @@ def discard(directory: RunDirectory) -> None:
     """Remove what a run has left that stopped before its first checkpoint; no other run."""
     if newest_round(directory.checkpoints) is not None:
         return
-    for path in (directory.config, directory.clients, directory.metrics):
+    leftovers = (directory.config, directory.clients, directory.metrics, directory.lock)
+    for path in leftovers:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something else is in it
         directory.path.rmdir()

@@ -235,6 +235,8 @@ def _state_dir(site: Site, name: str, run: str) -> Path:
     from fedllm_flwr.data.client import cache_dir
 
     if "state-dir" in site.node_config:
-        return Path(str(site.node_config["state-dir"])).expanduser() / quote(run, safe="") / name
+        # The server names the run: quoted, and without the dots that would lead out of the folder.
+        folder = quote(run, safe="").replace(".", "%2E") or "run"
+        return Path(str(site.node_config["state-dir"])).expanduser() / folder / name
     default = os.environ.get("FEDLLM_STATE_DIR", cache_dir() / "state" / str(site.run_id))
     return Path(default).expanduser() / name

@@ -48,7 +48,7 @@ def test_other_machines_reach_the_fleet_api_only(federation: Federation) -> None
         if connection.status == psutil.CONN_LISTEN
     }
 
-    assert len(listening) == 3 + len(SITES)
+    assert len(listening) == 4 + 2 * len(SITES)  # health checks included
     open_to_all = {port for port, address in listening.items() if address != "127.0.0.1"}
     assert open_to_all == {federation.ports["fleet"]}
 

@@ -37,6 +37,7 @@ LAYERS = (
     (
         "adapters",
         "run_directory",
+        "liveness",
         "preparation",
         "alone",
         "progress",
@@ -49,7 +50,8 @@ LAYERS = (
     ("site",),
     ("resident",),
     ("client_app", "server_app", "engines", "run"),
-    ("checks", "doctor", "multirun", "comparison"),
+    ("guard",),
+    ("checks", "doctor", "multirun", "comparison", "status"),
     ("benchmark",),
     ("cli",),
 )
@@ -60,7 +62,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "flwr": (
         (
             *("wire", "strategies", "server", "site", "resident"),
-            *("client_app", "server_app", "engines", "run"),
+            *("client_app", "server_app", "engines", "run", "guard"),
         ),
         ("cli",),
     ),

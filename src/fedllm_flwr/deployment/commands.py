@@ -41,7 +41,8 @@ def _add_server_init(
         "--port-base",
         type=int,
         default=9091,
-        help="first of three ports: app (loopback), sites, commands (loopback); default 9091",
+        help="first of five ports: app, sites, commands, health of SuperLink and SuperExec; all "
+        "but that of the sites are private; default 9091",
     )
     init.add_argument(
         "--private-host",
@@ -83,6 +84,11 @@ def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", ad
     )
     init.add_argument("--model-path", help="this site's own copy of the base model")
     init.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
+    init.add_argument(
+        "--health-port",
+        type=int,
+        help="port of the health server, on loopback; default: one that follows from the name",
+    )
     _add_insecure(init)
 
 
@@ -145,6 +151,7 @@ def _site_init(arguments: argparse.Namespace) -> int:
         model_path=arguments.model_path,
         device=arguments.device,
         insecure=arguments.insecure,
+        health_port=arguments.health_port,
     )
     print("\n".join(init_site(arguments.directory, options)))
     return 0

@@ -2,15 +2,22 @@
 
 import json
 import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm_flwr.deployment.directory import FLWR_HOME, absolute
-from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.errors import ConfigError, FederationError
 
 CONNECTION = "federation"  # name of the SuperLink connection in Flower's configuration
+_LIMIT_S = 60.0  # for an answer
+
+
+def is_server(folder: Path) -> bool:
+    """Whether `fedllm server init` has made this directory."""
+    return (folder / FLWR_HOME / "config.toml").is_file()
 
 
 def server_folder(directory: str | Path) -> Path:
@@ -20,7 +27,7 @@ def server_folder(directory: str | Path) -> Path:
         ConfigError: no directory that `fedllm server init` has made.
     """
     folder = absolute(directory)
-    if not (folder / FLWR_HOME / "config.toml").is_file():
+    if not is_server(folder):
         raise ConfigError(f"{folder}: no directory that `fedllm server init` has made")
     return folder
 
@@ -43,6 +50,26 @@ def flwr_environment(folder: Path) -> Mapping[str, str]:
         "PYTHONUNBUFFERED": "1",
         "no_proxy": ",".join(filter(None, [host, unproxied])),
     }
+
+
+def ask_flower(folder: Path, *command: str) -> tuple[dict[str, object], str]:
+    """The JSON object that ``flwr <command>`` answers at the server of `folder`, and its words.
+
+    Raises:
+        FederationError: no answer in time.
+    """
+    try:
+        done = subprocess.run(
+            [*flwr_command(*command), "--format", "json"],
+            env=flwr_environment(folder),
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise FederationError("the SuperLink does not answer; look at its log") from None
+    return last_json(done.stdout), done.stderr
 
 
 def last_json(text: str) -> dict[str, object]:

@@ -33,7 +33,7 @@ from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import ConfigError
 
 SITE_KEYS = "site-keys"
-_MAX_PORT_BASE = 65_533
+_MAX_PORT_BASE = 65_531
 _TLS_OPTIONS = """\
 --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key \\
   --enable-supernode-auth"""
@@ -41,24 +41,26 @@ _TLS_OPTIONS = """\
 
 @dataclass(frozen=True)
 class Ports:
-    """The SuperLink's three; only `fleet` is open to other machines."""
+    """The server's five; only `fleet` is open to other machines."""
 
     appio: int  # ServerAppIo: the server's own app, private
     fleet: int  # the sites' SuperNodes
     control: int  # flwr run, flwr supernode: private
+    superlink_health: int  # gRPC health checks: loopback
+    superexec_health: int  # the same
 
     @classmethod
     def from_base(cls, base: int) -> "Ports":
-        """Three in a row.
+        """Five in a row.
 
         Raises:
             ConfigError: out of range.
         """
         if not 1 <= base <= _MAX_PORT_BASE:
             raise ConfigError(
-                f"--port-base {base}: give 1 to {_MAX_PORT_BASE}, for three ports in a row"
+                f"--port-base {base}: give 1 to {_MAX_PORT_BASE}, for five ports in a row"
             )
-        return cls(base, base + 1, base + 2)
+        return cls(*range(base, base + 5))
 
 
 def init_server(
@@ -128,6 +130,8 @@ def _scripts(
         "fleet": f"{_bind_address(hosts)}:{ports.fleet}",
         "control": dial_address(private_host, ports.control),
         "unproxied": ",".join(dict.fromkeys([private_host, *LOOPBACK])),
+        "superlink_health": f"127.0.0.1:{ports.superlink_health}",
+        "superexec_health": f"127.0.0.1:{ports.superexec_health}",
         "security": "--insecure" if insecure else _TLS_OPTIONS,
     }
     files = {
@@ -166,6 +170,8 @@ def _readme(
         fleet=str(ports.fleet),
         control=str(ports.control),
         private=private_host,
+        superlink_health=str(ports.superlink_health),
+        superexec_health=str(ports.superexec_health),
         connection=CONNECTION,
         ca_days=str(CA_DAYS),
         server_days=str(SERVER_DAYS),
@@ -203,6 +209,7 @@ def _report(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) ->
         f"Made {folder}: certificate for {', '.join(dict.fromkeys([*hosts, *LOOPBACK]))}, valid "
         f"{SERVER_DAYS} days (its authority {CA_DAYS} days).",
         f"  start      {folder / 'start.sh'}",
+        f"  look       fedllm status {shlex.quote(str(folder))}",
         f"  each site  send it {folder / 'ca.crt'}; there: fedllm site init <dir> --name <site> "
         f"--data <file> --server {dial} --ca ca.crt",
         f"  register   fedllm server register {shlex.quote(str(folder))} <site>.pub",

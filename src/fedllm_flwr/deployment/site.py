@@ -3,6 +3,8 @@
 import ipaddress
 import re
 import shlex
+import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from fedllm_flwr.errors import ConfigError, DataError
 
 _NODE_COMMENT = "# Only this machine reads this file; none of it can be changed by a server.\n"
 _COLUMNS_COMMENT = '\n# Which column of the data plays which role; "" for none.\n'
+_HEALTH_PORTS = range(9200, 9900)
 _RESTART_S = 20  # seconds; a site counts as online for up to 60 s after its SuperNode has died
 
 
@@ -43,6 +46,15 @@ class SiteOptions:
     model_path: str | None = None  # this site's own copy of the base model
     device: str = "auto"
     insecure: bool = False
+    health_port: int | None = None  # None: one that follows from the name
+
+    @property
+    def health_address(self) -> str:
+        """Where the SuperNode answers health checks; several sites of a machine need not clash."""
+        port = self.health_port
+        if port is None:
+            port = _HEALTH_PORTS[zlib.crc32(self.name.encode()) % len(_HEALTH_PORTS)]
+        return f"127.0.0.1:{port}"
 
 
 def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
@@ -59,6 +71,8 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
     check_new(folder)
     check_name(options.name, "--name")
     _check_address(options.server)
+    if options.health_port is not None and not 1 <= options.health_port < 65_536:
+        raise ConfigError(f"--health-port {options.health_port}: give 1 to 65535")
     authority = _read_authority(options)
     columns = parse_columns(options.columns)
     usable = count_usable(absolute(options.data), columns)
@@ -67,6 +81,9 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
         "policy.yaml": NewFile(filled("policy.yaml", tasks=f"[{', '.join(usable)}]")),
         "state/README": NewFile("Training state of this site between rounds, one folder a run.\n"),
         "start-supernode.sh": NewFile(_start_script(options), PROGRAM),
+        "bin/flwr-clientapp": NewFile(
+            filled("flwr-clientapp.sh", python=shlex.quote(sys.executable)), PROGRAM
+        ),
         "systemd/fedllm-supernode.service": NewFile(_unit(folder, options.name)),
         "README.md": NewFile(_readme(folder, options)),
     }
@@ -190,6 +207,7 @@ def _start_script(options: SiteOptions) -> str:
         bin=program_folder(),
         superlink=shlex.quote(options.server),
         security=_security(options),
+        health=options.health_address,
     )
 
 
@@ -207,6 +225,7 @@ def _readme(folder: Path, options: SiteOptions) -> str:
     name = options.name
     supernode = (
         f"```sh\ncd {shlex.quote(str(folder))}\n"
+        'export PATH="$PWD/bin:$PATH"\n'
         f"flower-supernode --superlink {options.server} \\\n  {_security(options)} \\\n"
         "  --node-config node.toml --clientappio-api-address 127.0.0.1:0 --max-retries 30\n```"
     )
@@ -231,6 +250,7 @@ def _readme(folder: Path, options: SiteOptions) -> str:
         name=name,
         folder=shlex.quote(str(folder)),
         superlink=options.server,
+        health=options.health_address,
         security_rows=security_rows,
         before_start=before_start,
         by_hand=by_hand,
@@ -254,4 +274,5 @@ def _report(folder: Path, options: SiteOptions, usable: Mapping[str, tuple[int, 
         *lines,
         f"  limits     {folder / 'policy.yaml'} says what a server may ask; look it over",
         f"  start      {folder / 'start-supernode.sh'}",
+        f"  look       fedllm status {shlex.quote(str(folder))}",
     ]

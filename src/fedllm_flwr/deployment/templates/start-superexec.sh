@@ -10,5 +10,6 @@ export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 export no_proxy="@{unproxied}${no_proxy:+,$no_proxy}"
 exec flower-superexec --plugin-type serverapp --insecure \
   --superexec-auth-secret-file superexec.secret \
+  --health-server-address @{superexec_health} \
   --appio-api-address @{appio} \
   "$@@"

@@ -11,5 +11,6 @@ exec flower-superlink \
   --serverappio-api-address @{appio} \
   --control-api-address @{control} \
   --fleet-api-address @{fleet} \
+  --health-server-address @{superlink_health} \
   @{security} \
   "$@@"

@@ -6,7 +6,8 @@
 set -u
 umask 077
 cd "$(dirname "$0")" || exit 1
-export PATH=@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
+# bin/ first: its flwr-clientapp runs the installed package, never code that a server has sent.
+export PATH="$PWD/bin":@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 # gRPC would ask a proxy even for this machine's own address.
 export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
@@ -23,6 +24,7 @@ while :; do
     @{security} \
     --node-config node.toml \
     --clientappio-api-address 127.0.0.1:0 \
+    --health-server-address @{health} \
     --max-retries "${MAX_RETRIES:-30}" \
     "$@@" &
   supernode=$!

@@ -1,0 +1,1 @@
+"""How a run or a federation stands, from its directory: ``fedllm status``."""

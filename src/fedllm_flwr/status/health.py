@@ -1,0 +1,65 @@
+"""gRPC health checks of Flower's processes, as grpc_health_probe makes them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm_flwr.errors import ConfigError
+
+_TIMEOUT_S = 5.0
+_OPTION = "--health-server-address"
+
+
+@dataclass(frozen=True)
+class Health:
+    """The answer of one process; `problem` is empty if it serves."""
+
+    part: str  # superlink, superexec, supernode; or what was asked for
+    address: str  # host:port
+    problem: str
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        state = "serving" if not self.problem else f"NOT serving: {self.problem}"
+        return f"  {self.part:<12}{state} ({self.address})"
+
+
+def check_health(part: str, address: str, timeout_s: float = _TIMEOUT_S) -> Health:
+    """Ask the health server at ``host:port``; an answer within `timeout_s` or a problem.
+
+    Raises:
+        ConfigError: no host:port.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ConfigError(f"--health {address}: give host:port, as 127.0.0.1:9094")
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            return Health(part, address, _problem(error.code().name, timeout_s))
+    serving = answer.status == health_pb2.HealthCheckResponse.SERVING
+    return Health(part, address, "" if serving else "it says that it does not serve")
+
+
+def addresses(folder: Path) -> dict[str, str]:
+    """Health server addresses by process, as the start scripts of a directory name them."""
+    found = {}
+    for script in sorted(folder.glob("start-*.sh")):
+        words = script.read_text("utf-8").split()
+        if _OPTION in words[:-1]:
+            part = script.stem.removeprefix("start-")
+            found[part] = words[words.index(_OPTION) + 1]
+    return found
+
+
+def _problem(code: str, timeout_s: float) -> str:
+    return {
+        "UNAVAILABLE": "nothing answers there",
+        "DEADLINE_EXCEEDED": f"no answer within {timeout_s:g} s",
+        "UNIMPLEMENTED": "what answers there has no health service",
+    }.get(code, code)
