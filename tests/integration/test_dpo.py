@@ -127,6 +127,7 @@ def test_local_answers_are_those_of_the_best_client(whole_run: WholeRun) -> None
         assert f"**with the adapter of {best}, the best client**\n\n> {answer}" in section
 
 
+@pytest.mark.slow
 def test_proximal_term_acts(whole_run: WholeRun) -> None:
     plain = flat(load_file(whole_run(*DPO, "algorithm=fedavg") / ADAPTER))
     proximal = flat(load_file(whole_run(*DPO, "algorithm=fedprox", *OPTIONS["fedprox"]) / ADAPTER))

@@ -55,7 +55,15 @@ def test_training_starts_from_an_adapter(whole_run: WholeRun, tmp_path: Path) ->
     assert records(second)[0]["eval"] == records(first)[2]["eval"]
 
 
-@pytest.mark.parametrize("partition", ["natural", "dirichlet", "pathological", "size"])
+@pytest.mark.parametrize(
+    "partition",
+    [
+        "natural",
+        "dirichlet",
+        pytest.param("pathological", marks=pytest.mark.slow),
+        pytest.param("size", marks=pytest.mark.slow),
+    ],
+)
 def test_partitions(partition: str, whole_run: WholeRun) -> None:
     column = {
         "natural": ["partition.column=desk", "federation.num_clients=null"],

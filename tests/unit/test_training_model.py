@@ -276,8 +276,11 @@ def test_params_are_a_copy(make_config: MakeConfig) -> None:
         pytest.param({"training": {"dtype": "float16"}}, marks=pytest.mark.slow),
         {"model": {"attention": "eager"}},
         {"training": {"gradient_checkpointing": True}},
-        {"lora": {"dora": True}},
-        {"training": {"dtype": "bfloat16"}, "quantization": {"name": "nf4"}},
+        pytest.param({"lora": {"dora": True}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"training": {"dtype": "bfloat16"}, "quantization": {"name": "nf4"}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["nf4", "int8", "bfloat16", "float16", "eager", "checkpointing", "dora", "nf4-bfloat16"],
 )
@@ -330,6 +333,7 @@ def test_evaluation_leaves_quantized_weights_as_they_are(
     assert same_bits(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", REAL)
 def test_real_models_learn(path: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     from fedllm_flwr.data.encode import encode
