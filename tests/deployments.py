@@ -1,6 +1,7 @@
 """Federations as their operators start them: server and sites as real processes on loopback."""
 
 import json
+import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,8 +56,8 @@ def command_of(process: psutil.Process) -> str:
 
 
 def five_free_ports() -> int:
-    """The first of five in a row."""
-    for base in range(20_000, 60_000, 7):
+    """The first of five in a row; test runs side by side begin to look at different ones."""
+    for base in range(20_000 + os.getpid() % 1_000 * 30, 60_000, 7):
         with ExitStack() as stack:
             try:
                 for port in range(base, base + 5):

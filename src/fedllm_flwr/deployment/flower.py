@@ -12,7 +12,7 @@ from fedllm_flwr.deployment.directory import FLWR_HOME, absolute
 from fedllm_flwr.errors import ConfigError, FederationError
 
 CONNECTION = "federation"  # name of the SuperLink connection in Flower's configuration
-_LIMIT_S = 60.0  # for an answer
+_LIMIT_S = 180.0  # for an answer
 
 
 def is_server(folder: Path) -> bool:

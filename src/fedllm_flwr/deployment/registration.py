@@ -17,7 +17,7 @@ from fedllm_flwr.deployment.keys import check_public_key
 from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.errors import ConfigError, FederationError
 
-_LIMIT_S = 60.0  # for one command of Flower
+_LIMIT_S = 180.0  # for one command of Flower
 _NOT_THERE = "the SuperLink of {folder} does not answer; start {folder}/start.sh first"
 
 

@@ -17,7 +17,7 @@ from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import FederationError
 
 _ENGINE = "federation.engine=deployment"
-_COMMAND_LIMIT_S = 60.0
+_COMMAND_LIMIT_S = 180.0
 _PAUSE_S = 3.0  # between two looks at a SuperLink that does not answer
 _PATIENCE_S = 600.0  # for a SuperLink that is being started again
 
