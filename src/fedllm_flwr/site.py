@@ -84,7 +84,7 @@ def _train(content: RecordDict, site: Site) -> RecordDict:
     task = unpack_task(content)
     config = _own(task.config, site, task.round)
     data = _data(config, site)
-    state_dir = _state_dir(site, data.name, task.run)
+    state_dir = state_folder(site, data.name, task.run)
     if not site.is_simulated:
         _check_unchanged(config, state_dir)
     update = train_locally(replace(task, config=config), data, state_dir)
@@ -212,6 +212,7 @@ def _model_path(config: Config, own: NodeConfig) -> str:
     """The site's own copy of the model, or what the server names, if that is no local path."""
     path = config.model.path
     is_hub_id = path.count("/") == 1 and not path.startswith((".", "~", "/"))
+    is_hub_id = is_hub_id and not Path(path).exists()  # below the folder that the site runs in
     if "model-path" not in own and path != "embedded" and not is_hub_id:
         raise ConfigError(
             f"model.path={path} is no hub id; name this site's own copy with model-path in its "
@@ -230,7 +231,7 @@ def _data(config: Config, site: Site) -> "ClientData":
     return site_client(config, tokenizer, site.name)
 
 
-def _state_dir(site: Site, name: str, run: str) -> Path:
+def state_folder(site: Site, name: str, run: str) -> Path:
     """Where this client keeps its state of the run; a simulation's own directory is of one run."""
     from fedllm_flwr.data.client import cache_dir
 

@@ -308,7 +308,7 @@ def test_a_slow_round_shows_a_sign_of_life_in_a_log() -> None:
     console.reply(2, "b", 1.0)
     console.reply(2, "c", 1.0)
 
-    assert out.getvalue() == "        round 2, 2/3 clients, loss 1.500\n"
+    assert out.getvalue() == "        round 2, 2/3 clients, loss 1.500, waiting for c\n"
 
 
 def test_quiet_prints_errors_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from fedllm_flwr.reporting.text import one_line
 
 LOG_WIDTH = 140  # columns, where there is no terminal
 HEARTBEAT_S = 30.0  # a log shows a sign of life at most this often within a round
+_MOST_NAMED = 5  # clients that a log names as those it waits for
 
 
 class Console:
@@ -65,6 +66,7 @@ class Console:
         self._table: RoundTable | None = None
         self._plan: Plan | None = None
         self._names: set[str] = set()
+        self._waiting: list[str] = []  # clients of this round that have not answered
         self._last_output_s = clock()
 
     def __enter__(self) -> "Console":
@@ -119,6 +121,7 @@ class Console:
     def start_round(self, round: int, names: Sequence[str]) -> None:
         """A round begins with these clients."""
         self._names |= set(names)
+        self._waiting = list(names)
         total = self._plan.num_rounds if self._plan else None
         self._progress.start_round(round, total, len(names))
         self._animate()
@@ -126,8 +129,11 @@ class Console:
     def reply(self, round: int, name: str, loss: float | None) -> None:
         """A client has answered; loss None: without a usable update."""
         self._progress.reply(loss)
+        self._waiting = [other for other in self._waiting if other != name]
         if not self._interactive and self._clock() - self._last_output_s >= HEARTBEAT_S:
-            self._print(f"        {self._progress.line()}")
+            few = 0 < len(self._waiting) <= _MOST_NAMED
+            rest = f", waiting for {one_line(', '.join(self._waiting))}" if few else ""
+            self._print(f"        {self._progress.line()}{rest}")
 
     def round(self, record: Record, eta_s: float | None = None) -> None:
         """A row of the table; `eta_s` is the estimated time until the run ends, in seconds."""
