@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -102,16 +104,27 @@ def _overrides(output: Path, num_rounds: int) -> list[str]:
     ]
 
 
+def _server_run(
+    federation: Federation, output: Path, num_rounds: int
+) -> "subprocess.CompletedProcess[str]":
+    """Submitted and followed to its end by `fedllm server run`."""
+    overrides = " ".join(_overrides(output, num_rounds)).split()
+    return federation.run("fedllm", "server", "run", str(federation.folder), *overrides)
+
+
 def test_run_goes_on_when_the_superlink_is_killed(federation: Federation, tmp_path: Path) -> None:
     """It is started again, finds its state on disk, and every process finds it."""
     output = tmp_path / "run"
-    submitted = federation.submit(_overrides(output, num_rounds=3))
-    assert submitted.returncode == 0, submitted.stderr
-
-    assert wait_for(lambda: len(rounds_of(output)) > 1, 200)
-    killed = federation.superlink()
-    os.kill(killed.pid, signal.SIGKILL)
-    assert wait_for(lambda: (output / "summary.json").exists(), 300), rounds_of(output)
+    with ThreadPoolExecutor(1) as pool:
+        submitted = pool.submit(_server_run, federation, output, 3)
+        assert wait_for(lambda: len(rounds_of(output)) > 1, 200)
+        killed = federation.superlink()
+        os.kill(killed.pid, signal.SIGKILL)
+        assert wait_for(lambda: (output / "summary.json").exists(), 300), rounds_of(output)
+    followed = submitted.result()
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    for line in ("Submitted as run", "rounds      3 x 2 of 2 clients", "Finished in"):
+        assert followed.stdout.count(line) == 1, followed.stdout
     assert [record["round"] for record in rounds_of(output)] == [0, 1, 2, 3]
     for record in rounds_of(output)[1:]:
         assert (sorted(record["clients"]), record["failures"]) == (list(SITES), {})
@@ -128,11 +141,12 @@ def test_site_refuses_what_its_policy_forbids(federation: Federation, tmp_path: 
     before = policy.read_text()
     policy.write_text(before.replace("max_lora_rank: 128", "max_lora_rank: 4"))
     try:
-        done = federation.submit(_overrides(tmp_path / "run", num_rounds=1), "--stream")
+        done = _server_run(federation, tmp_path / "run", num_rounds=1)
     finally:
         policy.write_text(before)
 
     said = " ".join(done.stdout.split())
+    assert done.returncode == 1
     assert "refuses lora.r=8: it is above its max_lora_rank (4)" in said, done.stdout + done.stderr
     assert str(policy.parent) not in said
     assert not (tmp_path / "run" / "adapter").exists()

@@ -143,7 +143,7 @@ def test_image_is_of_this_version_and_runs_without_root() -> None:
     [user] = [arguments for name, arguments in instructions if name == "USER"]
     assert user == "${UID}"
     assert ("ARG", "UID=10001") in instructions
-    assert [name for name, _ in instructions].count("FROM") == 2
+    assert [name for name, _ in instructions].count("FROM") == 3
 
 
 def test_versions_are_those_of_the_project() -> None:
