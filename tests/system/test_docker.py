@@ -145,7 +145,7 @@ def test_sites_reach_one_port_of_the_server(project: Project) -> None:
     project.run("up", "-d", "--wait", "superlink", "site-a")
     probe = (
         "import socket\n"
-        "for port in (9091, 9092, 9093, 9096):\n"
+        "for port in (9091, 9092, 9093, 9094):\n"
         "    with socket.socket() as s:\n"
         "        print(port, s.connect_ex(('superlink', port)))"
     )

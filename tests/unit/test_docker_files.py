@@ -14,12 +14,18 @@ import yaml
 
 from fedllm_flwr import __version__
 from fedllm_flwr.data.sources import DEMO
+from fedllm_flwr.deployment.server import init_server
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 OVERLAYS = ("compose.tls.yaml", "compose.gpu.yaml")
 HADOLINT = Path(sys.executable).parent / "hadolint"
 SERVERS = ("superlink", "superexec")
+HEALTH = {
+    "superlink": "127.0.0.1:9094",
+    "superexec": "127.0.0.1:9095",
+    **dict.fromkeys(("site-a", "site-b", "site-c"), "127.0.0.1:9096"),
+}
 SITES = ("site-a", "site-b", "site-c")
 
 if not DOCKER.is_dir():
@@ -65,10 +71,19 @@ def test_part_comes_back_and_says_how_it_is(name: str) -> None:
     keys = services("compose.yaml")[name]
 
     assert keys["restart"] == "unless-stopped"
-    probe, address = keys["healthcheck"]["test"][1:]
-    assert probe == "fedllm-health"
-    assert keys["command"][1:] == ["--health-server-address", address]
+    assert keys["healthcheck"]["test"] == ["CMD", "fedllm", "status", "--health", HEALTH[name]]
     assert "mem_limit" in keys
+
+
+def test_health_is_asked_where_it_is_answered(tmp_path: Path) -> None:
+    init_server(tmp_path / "server", ["superlink"], insecure=True, private_host="control")
+
+    for name in SERVERS:
+        script = (tmp_path / "server" / f"start-{name}.sh").read_text()
+        assert f"--health-server-address {HEALTH[name]} " in script
+    for name in SITES:
+        port = HEALTH[name].rpartition(":")[2]
+        assert f"--health-port {port} " in (DOCKER / "setup.sh").read_text()
 
 
 @pytest.mark.parametrize("name", ["setup", "setup-a", "setup-b", "setup-c", "admit", "train"])
@@ -160,7 +175,7 @@ def test_versions_are_those_of_the_project() -> None:
 def test_no_secret_is_in_an_image_or_a_compose_file() -> None:
     texts = [path.read_text() for path in DOCKER.iterdir() if path.is_file()]
 
-    assert len(texts) >= 6
+    assert len(texts) >= 5
     for text in texts:
         assert not re.search(r"PRIVATE KEY|(?i:password|token|api_key)\s*[:=]", text)
     assert not [a for n, a in dockerfile() if n in ("ARG", "ENV") and "SECRET" in a.upper()]
