@@ -192,8 +192,10 @@ def test_image_takes_the_named_files_only() -> None:
         for source in arguments.split()[:-1]
     }
 
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     assert rules[0] == "*"
     assert copied == allowed
+    assert copied >= {"src", *build["targets"]["wheel"]["force-include"]}
     assert [source for source in copied if not (ROOT / source).exists()] == []
 
 
