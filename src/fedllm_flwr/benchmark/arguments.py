@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.judging.arguments import add_judging, judging_extra
 
@@ -32,7 +33,27 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--cache", metavar="DIR", help="of scored examples; default: ~/.cache")
     how.add_argument("--no-cache", action="store_true", help="score everything anew")
     add_judging(parser)
+    _add_code(parser)
     parser.add_argument("--list", action="store_true", help="list suites, tasks and metrics")
+
+
+def _add_code(parser: argparse.ArgumentParser) -> None:
+    code = parser.add_argument_group("generated code (suite code)")
+    code.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run generated programs, contained as far as this machine allows",
+    )
+    code.add_argument("--samples", type=int, metavar="N", help="answers to a problem (default 1)")
+    code.add_argument("--temperature", type=float, metavar="T", help="default: 0, or 0.8 for N > 1")
+
+
+def _code_extra(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "allow": arguments.allow_code_execution,
+        "samples": arguments.samples,
+        "temperature": arguments.temperature,
+    }
 
 
 def evaluate_arguments(arguments: argparse.Namespace) -> int:
@@ -51,7 +72,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
         shots=arguments.shots,
         data_root=None if root is None else Path(root).expanduser(),
         batch_tokens=arguments.batch_tokens,
-        extra=judging_extra(arguments),
+        extra={**judging_extra(arguments), "code": _code_extra(arguments)},
     )
     return evaluate(
         Request(

@@ -150,11 +150,15 @@ def _notes(
     if request.options.limit is not None:
         lines.append(f"limit: the first {request.options.limit} examples of each part of a task")
     first = candidates[0].name
+    remarks: dict[str, list[str]] = {}
     for task in tasks:
         notes = scored[first][task.name].notes
+        if notes.get("remark"):
+            remarks.setdefault(notes["remark"], []).append(task.name)
         for key, text in _SHORTENED.items():
             if notes.get(key):
                 lines.append(f"{task.name}: {notes[key]} {text}, for the model's context is short")
+    lines += [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
     return lines + closing_lines([samples for some in scored.values() for samples in some.values()])
 
 

@@ -25,8 +25,18 @@ def _open_ended() -> Runner:
     return OpenEnded().run
 
 
+def _code() -> Runner:
+    from fedllm_flwr.coding.runner import run_code_task
+
+    return run_code_task
+
+
 # Functions that import what they need when they are called.
-RUNNERS: dict[str, Callable[[], Runner]] = {"harness": _harness, "open_ended": _open_ended}
+RUNNERS: dict[str, Callable[[], Runner]] = {
+    "harness": _harness,
+    "open_ended": _open_ended,
+    "code": _code,
+}
 
 
 def runner_of(task: SuiteTask) -> Runner:

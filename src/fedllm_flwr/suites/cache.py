@@ -79,8 +79,15 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
         "limit": options.limit,
         "shots": options.shots,
         "seed": options.seed,
-        "extra": dict(options.extra),
+        "extra": _extra(task, options),
     }
+
+
+def _extra(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
+    """The options of single runners that this task's runner may look at."""
+    if task.runner in ("harness", "code"):
+        return dict(options.extra.get(task.runner, {}))
+    return {name: value for name, value in options.extra.items() if name != "code"}
 
 
 def files_identity(paths: Iterable[Path]) -> str:

@@ -106,16 +106,17 @@ class TextModel:
             questions.append(Question(prompt, [answer for _, answer in split]))
         return score_questions(self.adapted, questions, self.batch_tokens)
 
-    def generate(self, prompts: Sequence[str], decoding: Decoding) -> list[str]:
+    def generate(self, prompts: Sequence[str], decoding: Decoding, strip: bool = True) -> list[str]:
         """One answer to each prompt (as `render` made it), without white space around it.
 
-        A prompt that leaves no room for the answer loses tokens at its start.
+        Code keeps its indentation with `strip` False. A prompt that leaves no room for the answer
+        loses tokens at its start.
         """
         rows = [[Segment(prompt, False)] for prompt in prompts]
         room = max(1, self.max_length - decoding.max_new_tokens)
         tokens = [self._fitting(row, room) for row, _ in tokenise(rows, self.adapted.tokenizer)]
         answers = write_answers(self.adapted, tokens, decoding, self.batch_tokens, self.seed)
-        return [answer.strip() for answer in answers]
+        return [answer.strip() for answer in answers] if strip else answers
 
     @property
     def _template(self) -> str:

@@ -46,7 +46,7 @@ class RunOptions:
         work_dir: where a runner may keep what lets a stopped evaluation go on.
         batch_tokens: prompt tokens of one forward pass.
         seed: of everything drawn at random.
-        extra: options of single runners.
+        extra: options of single runners; those of the runner ``code`` under that name.
     """
 
     limit: int | None = None
