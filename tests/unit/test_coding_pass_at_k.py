@@ -4,12 +4,13 @@ from fractions import Fraction
 from math import comb
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm_flwr.coding.pass_at_k import pass_at_k
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_equals_the_closed_formula(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 300))

@@ -17,7 +17,7 @@ import yaml
 from fedllm_flwr.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
-KINDS = ("mean", "accuracy", "macro_f1", "micro_f1", "weighted_f1")
+KINDS = ("mean", "accuracy", "macro_f1", "micro_f1", "weighted_f1", "bleu", "smoothed_bleu")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.params import derive_seed
+from fedllm_flwr.suites.bleu import bleu
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -88,6 +89,8 @@ def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Float
         numbers = np.array([0.0 if value is None else float(value) for value in values])
         known = np.array([value is not None for value in values], np.float64)
         return np.stack([numbers, known], 1), _mean
+    if kind in ("bleu", "smoothed_bleu"):
+        return np.array(values, np.float64), lambda sums: bleu(sums, kind == "smoothed_bleu")
     targets, predictions = zip(*values, strict=True)
     names = sorted({str(name) for name in [*targets, *predictions] if name is not None})
     index: dict[Any, int] = {name: i for i, name in enumerate(names)}
