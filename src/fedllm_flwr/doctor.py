@@ -13,6 +13,7 @@ from fedllm_flwr.checks.system import (
     check_local_superlink,
     check_loopback,
     check_ray,
+    check_sandbox,
 )
 from fedllm_flwr.reporting.text import one_line
 
@@ -38,6 +39,7 @@ def run_checks(
         check_local_superlink,
         lambda: check_disk(output_dir),
         check_assets,
+        check_sandbox,
     ]
     if not quick:
         groups.append(check_ray)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -28,8 +29,10 @@ from fedllm_flwr.checks.system import (
     check_local_superlink,
     check_loopback,
     check_ray,
+    check_sandbox,
 )
 from fedllm_flwr.doctor import exit_status, main_text, run_checks
+from fedllm_flwr.sandbox.programs import Containment, containment
 
 OK, WARN, FAIL = (
     Check(status, status, "detail\nof it", "do this") for status in ("ok", "warn", "fail")
@@ -238,3 +241,21 @@ def test_quick_leaves_out_ray_and_the_hub(tmp_path: Path) -> None:
         names
     )
     assert not {"ray", "hub"} & set(names)
+
+
+def test_sandbox_says_what_contains_generated_code() -> None:
+    found = containment()
+    (check,) = check_sandbox()
+
+    assert check.name == "sandbox"
+    assert check.status == ("ok" if found.kind == "namespaces" else "warn")
+    assert found.detail in check.detail
+
+
+@pytest.mark.parametrize(("kind", "words"), [("limits", "limits alone"), ("none", "cannot be run")])
+def test_a_weak_sandbox_is_warned_of(kind: Literal["limits", "none"], words: str) -> None:
+    (check,) = check_sandbox(Containment(kind, "unshare: Operation not permitted"))
+
+    assert check.status == "warn"
+    assert words in check.detail
+    assert "user namespaces" in check.remedy

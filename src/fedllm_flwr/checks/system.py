@@ -16,6 +16,7 @@ import psutil
 
 from fedllm_flwr.checks import Check
 from fedllm_flwr.reporting.text import format_bytes
+from fedllm_flwr.sandbox.programs import Containment, containment
 
 ASSETS = Path(__file__).parents[1] / "assets"
 RAY_LIMIT_S = 90.0
@@ -138,6 +139,16 @@ def check_assets(assets: Path = ASSETS) -> list[Check]:
         return [Check("demo", "fail", f"missing in {assets}: {', '.join(missing)}", remedy)]
     size = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file())
     return [Check("demo", "ok", f"embedded model and data present ({format_bytes(size)})")]
+
+
+def check_sandbox(found: Containment | None = None) -> list[Check]:
+    """What would contain the programs that ``fedllm evaluate --allow-code-execution`` runs."""
+    found = found or containment()
+    if found.kind == "namespaces":
+        return [Check("sandbox", "ok", f"generated code runs with its {found.detail}")]
+    remedy = "allow user namespaces (user.max_user_namespaces, settings of the container)"
+    how = "cannot be run" if found.kind == "none" else "would be held by limits alone"
+    return [Check("sandbox", "warn", f"generated code {how}: {found.detail}", remedy)]
 
 
 def check_ray(limit_s: float = RAY_LIMIT_S) -> list[Check]:
