@@ -21,6 +21,7 @@ NOT_RUN = (
     "answers are written and saved but not run; --allow-code-execution runs them, contained, on "
     "this machine"
 )
+HELD_BY_LIMITS = "namespaces are not allowed here: programs were held by limits alone"
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Sam
     repeated = [prompt for prompt in prompts for _ in range(chosen.samples)]
     written = model.generate(repeated, decoding, strip=False)
     rows = [written[i : i + chosen.samples] for i in range(0, len(written), chosen.samples)]
-    notes = {"cut": model.cut - cut_before, "examples_left_out": dropped, "new_tokens": new_tokens}
-    if left_out:
-        notes["remark"] = left_out
+    notes: dict[str, Any] = {"cut": model.cut - cut_before, "examples_left_out": dropped}
     if chosen.allow:
         samples, contained = score(problems, rows, bare, _limits(task), chosen.jobs)
+        remarks = [left_out, HELD_BY_LIMITS if contained == "limits" else ""]
         notes["containment"] = contained
     else:
-        samples, notes["remark"] = unscored(problems, rows), NOT_RUN
+        samples, remarks = unscored(problems, rows), [left_out, NOT_RUN]
+    notes["remark"] = "; ".join(filter(None, remarks))
     return Samples(samples, prompts[0], notes, time.monotonic() - started)
 
 
