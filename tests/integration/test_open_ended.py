@@ -198,6 +198,7 @@ def test_options_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None
     assert "--reference nowhere.json: No such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_answers_of_two_orders_of_tasks_are_the_same(
     server: JudgeServer, score: Callable[..., Samples], tmp_path: Path
 ) -> None:
