@@ -154,10 +154,17 @@ def _read(file: Path) -> Suite:
 
 
 def _task(suite: str, runner: str, item: dict[str, Any]) -> SuiteTask:
-    metrics = tuple(_typed(Metric, metric) for metric in item["metrics"])
-    task: SuiteTask = _typed(
-        SuiteTask, {"runner": runner, **item, "suite": suite, "metrics": metrics}
-    )
+    """A task with its metrics: those that are listed, and with ``by_part`` one for each part."""
+    listed = [_typed(Metric, metric) for metric in item["metrics"]]
+    union = [part for metric in listed for part in metric.parts]
+    parts = item.get("harness") or list(dict.fromkeys(union))
+    if each := item.get("by_part"):
+        prefix = item.get("settings", {}).get("prefix", "")
+        names = {part: part.removeprefix(prefix).replace("_", " ") for part in parts}
+        listed += [Metric(name=names[part], parts=(part,), **each) for part in parts]
+    rest = {key: value for key, value in item.items() if key != "by_part"}
+    own = {"suite": suite, "harness": parts, "metrics": listed}
+    task: SuiteTask = _typed(SuiteTask, {"runner": runner, **rest, **own})
     return task
 
 

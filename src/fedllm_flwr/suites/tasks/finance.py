@@ -11,13 +11,13 @@ _ASKED = (
 )
 # NWGI's five degrees, as FinGPT's benchmark folds them
 _DEGREES = {
-    "severely negative": "negative",
+    "strong negative": "negative",
     "moderately negative": "negative",
     "mildly negative": "neutral",
     "neutral": "neutral",
     "mildly positive": "neutral",
     "moderately positive": "positive",
-    "severely positive": "positive",
+    "strong positive": "positive",
 }
 _WORD = re.compile(r"[a-z]+")
 

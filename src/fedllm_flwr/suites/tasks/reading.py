@@ -1,0 +1,84 @@
+"""Questions on texts: PubMedQA, DROP, CRASS."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+_DECISIONS = ("yes", "no", "maybe")
+
+
+def pubmedqa(dataset: Any) -> Any:
+    """The hub's rows as {context, question, answer}; local rows are in shape already."""
+    if "answer" in dataset.column_names:
+        return dataset
+
+    def shaped(row: dict[str, Any]) -> dict[str, str]:
+        data = row["data"]
+        context = "\n".join(data["Context"])
+        answer = data["Final Decision"].strip().lower()
+        return {"context": context, "question": data["Question"], "answer": answer}
+
+    return dataset.map(shaped, remove_columns=dataset.column_names)
+
+
+def pubmedqa_results(row: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+    """The most likely decision, beside the right one."""
+    best = max(range(len(_DECISIONS)), key=lambda i: results[i][0])
+    return {"prediction": [row["answer"], _DECISIONS[best]]}
+
+
+def drop(dataset: Any) -> Any:
+    """The hub's rows as {passage, question, answers}: lists of spans, each list a right answer."""
+    if "answers" in dataset.column_names:
+        return dataset
+
+    def shaped(row: dict[str, Any]) -> dict[str, Any]:
+        spans, kinds = row["answers_spans"]["spans"], row["answers_spans"]["types"]
+        alone = all(kind != "span" for kind in kinds)  # numbers and dates: alternatives
+        return {
+            "passage": row["passage"],
+            "question": row["question"],
+            "answers": [[span] for span in spans] if alone else [spans],
+        }
+
+    return dataset.map(shaped, remove_columns=dataset.column_names)
+
+
+def drop_results(row: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Exact match and F1 over bags of words, the best over all right answers."""
+    from lm_eval.tasks.drop.utils import get_metrics
+
+    scores = [get_metrics(results[0], tuple(answer)) for answer in row["answers"]]
+    return {"em": max(float(em) for em, _ in scores), "f1": max(float(f1) for _, f1 in scores)}
+
+
+def crass(dataset: Any) -> Any:
+    """Rows as {premise, question, options, gold}, the options in a fixed random order."""
+    if "gold" in dataset.column_names:
+        return dataset
+
+    def shaped(row: dict[str, Any], index: int) -> dict[str, Any]:
+        wrong = [row["Answer1"], row["Answer2"], row.get("PossibleAnswer3")]
+        options = [row["CorrectAnswer"], *(text for text in wrong if text and text.strip())]
+        asked = f"{row['Premise']} {row['QCC']}"
+        return {"question": asked, **shuffled_options(options, 0, index)}
+
+    return dataset.map(shaped, with_indices=True, remove_columns=dataset.column_names)
+
+
+def shuffled_options(options: Sequence[str], right: int, seed: int) -> dict[str, Any]:
+    """Options in an order drawn from `seed`, and where the right one is: {options, gold}."""
+    order = list(range(len(options)))
+    random.Random(seed).shuffle(order)
+    return {"options": [options[i] for i in order], "gold": order.index(right)}
+
+
+def crass_question(row: dict[str, Any]) -> str:
+    """The question and its options, a letter before each."""
+    lines = [f"{letter}. {text}" for letter, text in zip("ABCD", row["options"], strict=False)]
+    return "\n".join([f"Question: {row['question']}", *lines, "Answer:"])
+
+
+def crass_letters(row: dict[str, Any]) -> list[str]:
+    """The letters to choose among."""
+    return list("ABCD"[: len(row["options"])])
