@@ -18,9 +18,11 @@ from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.labels import require_scored, unseen_labels
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.data.partition import ClientStats, describe
+from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.evaluation.central import HeldOut, make_evaluation_set
 from fedllm_flwr.evaluation.preferences import make_preference_set
 from fedllm_flwr.params import Params
+from fedllm_flwr.suites.central import CentralSuites, central_suites
 from fedllm_flwr.training.device import cpu_count
 from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.tokenizer import load_tokenizer
@@ -38,6 +40,7 @@ class Prepared:
     evaluation: HeldOut | None
     initial: Params
     reference: Params | None  # adapter of DPO's reference model, where it is not the base model
+    suites: CentralSuites | None = None  # benchmark suites to score with the held-out records
 
 
 def prepare(config: Config) -> Prepared:
@@ -47,6 +50,7 @@ def prepare(config: Config) -> Prepared:
         FedLLMError: names the key, the value and the remedy.
     """
     load_tokenizer(config.model)  # a wrong path shows before the data are read
+    suites = central_suites(config)
     if config.federation.engine == "deployment":
         records = load_evaluation_data(config)
         clients: list[ClientStats] = []
@@ -64,7 +68,12 @@ def prepare(config: Config) -> Prepared:
         reference = round_trip(reference, config.communication.dtype)
     evaluation = _held_out(config, records, model, reference)
     num_clients = len(clients) or config.federation.num_clients or 1
-    return Prepared(num_clients, clients, warnings, model, evaluation, initial, reference)
+    if suites is not None and evaluation is None:
+        raise ConfigError(
+            "evaluation.suites are scored with the held-out records, and there are none; give "
+            "data.eval_path and evaluation.central=true, or use fedllm evaluate afterwards."
+        )
+    return Prepared(num_clients, clients, warnings, model, evaluation, initial, reference, suites)
 
 
 def _adapter(path: str | None, model: AdaptedModel) -> Params | None:

@@ -21,7 +21,7 @@ from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.report import Hooks, RoundReport
 from fedllm_flwr.timings import Timings
-from fedllm_flwr.training.device import cpu_count
+from fedllm_flwr.training.device import cpu_count, torch_threads
 from fedllm_flwr.versions import versions_to_keep
 
 
@@ -141,14 +141,19 @@ class Progress:
     def _evaluate(self, params: Params) -> Scores:
         assert self._prepared.evaluation is not None
         self._console.status("evaluating")
+        threads = evaluation_threads(self._config)
         with self._timings.phase("evaluation"):
-            return evaluate(
+            scores = evaluate(
                 self._prepared.model,
                 params,
                 self._prepared.evaluation,
                 self._config.evaluation.batch_tokens,
-                threads=evaluation_threads(self._config),
+                threads,
             )
+            if self._prepared.suites is not None:  # with the adapter that was just loaded
+                with torch_threads(threads):
+                    scores |= self._prepared.suites.score(self._prepared.model)
+        return scores
 
     def _count_seconds(self, report: RoundReport) -> None:
         """Divide a round's time: what its clients computed, side by side, and the rest."""

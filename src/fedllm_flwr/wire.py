@@ -43,6 +43,8 @@ _SERVER_ONLY = (
     "tracking",
     "compare",
     "federation.ray_address",
+    "evaluation.suites",
+    "evaluation.data_root",
 )
 _KINDS: dict[type, str] = {int: "whole number", float: "number", bool: "truth value", str: "text"}
 _LONGEST_SHOWN = 100  # characters of a peer's wording

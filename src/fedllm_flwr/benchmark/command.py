@@ -137,6 +137,24 @@ def _tasks(request: Request) -> tuple[list[SuiteTask], list[str]]:
     return found, skipped
 
 
+def _draw(output: Path, comparison: Comparison) -> None:
+    """A figure for each suite: its tasks' first metrics, and its averages."""
+    from fedllm_flwr.reporting.bars import plot_bars
+
+    for suite in dict.fromkeys(column.suite for column in comparison.columns):
+        columns = [c for c in comparison.columns if c.suite == suite and c.headline]
+        bars = {
+            row.name: [
+                (row.scores[c].value, *row.scores[c].interval) if c in row.scores else None
+                for c in columns
+            ]
+            for row in comparison.rows
+        }
+        names = [column.task for column in columns]
+        chances = [column.chance for column in columns]
+        plot_bars(names, bars, chances, output / f"{suite}.png", all_suites()[suite].title)
+
+
 def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
     if state != "running":
         print(f"  {candidate.name:<32} {task.name:<22} {state}", flush=True)
@@ -180,6 +198,7 @@ def _write(
     """Tables, numbers, figures, and every example with its answer."""
     write_atomically(output / "results.md", as_markdown(comparison, notes).encode())
     write_atomically(output / "results.csv", as_csv(comparison).encode())
+    _draw(output, comparison)
     prompts: dict[str, Any] = {}
     for model, by_task in scored.items():
         for name, samples in by_task.items():

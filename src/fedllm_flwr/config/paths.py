@@ -24,6 +24,8 @@ def validate_paths(config: Config) -> None:
             _check_exists(key, path)
     if config.model.path.startswith(("/", "./", "../", "~")):
         _check_exists("model.path", config.model.path)
+    if config.evaluation.data_root and config.evaluation.suites:
+        _check_exists("evaluation.data_root", config.evaluation.data_root)
     if config.resume:
         _check_exists("resume", config.resume)
     adapters = {

@@ -189,6 +189,9 @@ class EvaluationConfig:
     clients: bool = False  # ask the clients to score it on their own records
     answers: int = 8  # dpo: held-out prompts answered, for their length and side by side
     max_new_tokens: int = 64  # dpo: tokens of such an answer at most
+    suites: list[str] = field(default_factory=list)  # benchmark suites scored at the same times
+    suite_limit: int | None = 50  # examples of each part of a suite's task; null: all
+    data_root: str | None = None  # folder of the suites' local data; null: the hub
 
 
 @dataclass

@@ -104,6 +104,7 @@ _RANGES: dict[str, _Rule] = {
     "evaluation.batch_tokens": (_positive, "> 0"),
     "evaluation.answers": (_non_negative, ">= 0"),
     "evaluation.max_new_tokens": (_positive, "> 0"),
+    "evaluation.suite_limit": (_positive, "> 0"),
     "compare.seeds": (_positive, "> 0"),
     "compare.jobs": (_positive, "> 0"),
     "seed": (_non_negative, ">= 0"),

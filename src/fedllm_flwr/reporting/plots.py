@@ -63,7 +63,7 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
         FederationError: the file cannot be written.
     """
     panels = [panel for panel in _SCORE_PANELS if _series(records, "eval", panel.keys[0])]
-    with _figure(path, (6.5 + 4.0 * len(panels), 4.0)) as figure:
+    with figure_file(path, (6.5 + 4.0 * len(panels), 4.0)) as figure:
         figure.suptitle(shorten(one_line(title), 100), fontsize=12)
         axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
         _plot_losses(axes[0], records)
@@ -82,7 +82,7 @@ def plot_comparison(
         FederationError: the file cannot be written.
     """
     styles = ("-", "--", ":", "-.")
-    with _figure(path, (7.5, 4.5)) as figure:
+    with figure_file(path, (7.5, 4.5)) as figure:
         axis = figure.subplots()
         for i, (name, curve) in enumerate(curves.items()):
             rounds, mean, low, high = np.array(curve, dtype=float).reshape(-1, 4).T
@@ -102,7 +102,7 @@ def plot_clients(stats: "Sequence[ClientStats]", path: Path) -> None:
         FederationError: the file cannot be written.
     """
     height = min(max(3.0, 1.5 + 0.24 * len(stats)), 14.0)
-    with _figure(path, (11.0, height)) as figure:
+    with figure_file(path, (11.0, height)) as figure:
         sizes, lengths = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         _plot_sizes(sizes, stats)
         _plot_lengths(lengths, stats)
@@ -111,7 +111,7 @@ def plot_clients(stats: "Sequence[ClientStats]", path: Path) -> None:
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     """A figure that is drawn without a display and written to `path` when the block ends."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # font cache, missing home directory
     import matplotlib

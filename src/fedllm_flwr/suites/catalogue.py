@@ -115,13 +115,13 @@ def all_suites() -> dict[str, Suite]:
     return {file.parent.name: _read(file) for file in files}
 
 
-def chosen_suites(names: Sequence[str]) -> list[Suite]:
-    """The suites of these names.
+def chosen_suites(names: Sequence[str], typed: str = "--suite ") -> list[Suite]:
+    """The suites of these names; messages begin with what was `typed` before the name.
 
     Raises:
         ConfigError: there is none of a name.
     """
-    return [_named(all_suites(), name, "suite") for name in dict.fromkeys(names)]
+    return [_named(all_suites(), name, "suite", typed) for name in dict.fromkeys(names)]
 
 
 def chosen_tasks(names: Sequence[str]) -> list[SuiteTask]:
@@ -131,16 +131,16 @@ def chosen_tasks(names: Sequence[str]) -> list[SuiteTask]:
         ConfigError: there is none of a name.
     """
     known = {task.name: task for suite in all_suites().values() for task in suite.tasks}
-    return [_named(known, name, "task") for name in dict.fromkeys(names)]
+    return [_named(known, name, "task", "--task ") for name in dict.fromkeys(names)]
 
 
-def _named(known: dict[str, Any], name: str, kind: str) -> Any:
+def _named(known: dict[str, Any], name: str, kind: str, typed: str) -> Any:
     if name in known:
         return known[name]
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"--{kind} {name}: no such {kind}.{hint} (fedllm evaluate --list lists every one)"
+        f"{typed}{name}: no such {kind}.{hint} (fedllm evaluate --list lists every one)"
     )
 
 

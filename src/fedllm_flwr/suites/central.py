@@ -1,0 +1,74 @@
+"""Suites at the central evaluations of a run, on a few examples."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.suites.catalogue import SuiteTask, chosen_suites
+from fedllm_flwr.suites.harness import HarnessTasks, harness_version
+from fedllm_flwr.suites.local_data import missing_files
+from fedllm_flwr.suites.model import TextModel
+from fedllm_flwr.suites.results import RunOptions
+from fedllm_flwr.suites.scores import task_estimates
+from fedllm_flwr.training.model import AdaptedModel
+
+
+@dataclass(frozen=True)
+class CentralSuites:
+    """Tasks to score at every central evaluation; their data are read once."""
+
+    tasks: list[SuiteTask]
+    template: str
+    options: RunOptions
+    harness: HarnessTasks = field(default_factory=HarnessTasks)
+
+    def score(self, adapted: AdaptedModel) -> dict[str, float]:
+        """Scores of the adapter in the model, by ``<suite>/<task>/<metric>``."""
+        model = TextModel(adapted, template=self.template, batch_tokens=self.options.batch_tokens)
+        scores = {}
+        for task in self.tasks:
+            found = task_estimates(task, self.harness.run(task, model, self.options).samples)
+            for name, estimate in found.items():
+                key = f"{task.suite}/{task.name}/{name.replace(' ', '_').lower()}"
+                scores[key] = estimate.value
+        return scores
+
+
+def central_suites(config: Config) -> CentralSuites | None:
+    """What ``evaluation.suites`` asks for; None if it asks for nothing.
+
+    Tasks of a suite whose local files are not there are left out.
+
+    Raises:
+        ConfigError: an unknown suite, or one that is not scored by the harness.
+        ModelError: the harness is not installed.
+    """
+    names = config.evaluation.suites
+    if not names:
+        return None
+    harness_version()
+    suites = chosen_suites(names, "evaluation.suites=")
+    tasks = [task for suite in suites for task in suite.tasks]
+    for task in tasks:
+        if task.runner != "harness":
+            raise ConfigError(
+                f"evaluation.suites: {task.suite} runs code or asks a judge, which training does "
+                "not wait for; use fedllm evaluate on the finished run."
+            )
+    root = config.evaluation.data_root
+    folder = None if root is None else Path(root).expanduser()
+    if folder is not None:
+        tasks = [task for task in tasks if not missing_files(task, folder)]
+    if not tasks:
+        raise ConfigError(
+            f"evaluation.data_root={root}: holds the files of no task of {', '.join(names)}; "
+            "fedllm evaluate --list names them."
+        )
+    options = RunOptions(
+        limit=config.evaluation.suite_limit,
+        data_root=folder,
+        batch_tokens=config.evaluation.batch_tokens,
+        seed=config.seed,
+    )
+    return CentralSuites(tasks, config.data.template, options)

@@ -1,0 +1,121 @@
+"""Scores against scikit-learn, intervals against a loop, differences by hand."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from fedllm_flwr.suites.catalogue import Average, Metric, SuiteTask
+from fedllm_flwr.suites.scores import average_estimate, task_estimates
+from fedllm_flwr.suites.statistics import RESAMPLES, estimate, mean_of
+
+LABELS = ["negative", "neutral", "positive"]
+
+
+def random_pairs(count: int, unparsable: float, seed: int = 0) -> list[list[str | None]]:
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        target = str(rng.choice(LABELS, p=[0.2, 0.5, 0.3]))
+        guess = target if rng.random() < 0.5 else str(rng.choice(LABELS))
+        pairs.append([target, None if rng.random() < unparsable else guess])
+    return pairs
+
+
+@pytest.mark.parametrize("unparsable", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["accuracy", "macro_f1", "micro_f1", "weighted_f1"])
+def test_scores_equal_those_of_scikit_learn(kind: str, unparsable: float) -> None:
+    pairs = random_pairs(400, unparsable)
+    targets = [target for target, _ in pairs]
+    guesses = [guess or "none of them" for _, guess in pairs]
+    if kind == "accuracy":
+        expected = accuracy_score(targets, guesses)
+    else:
+        average = kind.removesuffix("_f1")
+        expected = f1_score(targets, guesses, labels=LABELS, average=average, zero_division=0)
+
+    assert estimate(kind, pairs, "x").value == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "macro_f1", "weighted_f1"])
+def test_resamples_are_scores_of_drawn_examples(kind: str) -> None:
+    """Their mean and spread are those of a loop that draws examples and scores them anew."""
+    pairs = random_pairs(120, 0.1)
+    rng = np.random.default_rng(5)
+    drawn = [
+        estimate_value(kind, [pairs[i] for i in rng.integers(0, len(pairs), len(pairs))])
+        for _ in range(400)
+    ]
+    found = estimate(kind, pairs, "x")
+
+    assert len(found.resamples) == RESAMPLES
+    assert found.resamples.mean() == pytest.approx(np.mean(drawn), abs=0.01)
+    assert found.resamples.std() == pytest.approx(np.std(drawn), rel=0.15)
+    low, high = found.interval
+    assert low < found.value < high
+
+
+def estimate_value(kind: str, pairs: list[list[str | None]]) -> float:
+    targets = [target for target, _ in pairs]
+    guesses = [guess or "none of them" for _, guess in pairs]
+    if kind == "accuracy":
+        return float(accuracy_score(targets, guesses))
+    average = kind.removesuffix("_f1")
+    return float(f1_score(targets, guesses, labels=LABELS, average=average, zero_division=0))
+
+
+def test_interval_of_a_mean_is_the_normal_one() -> None:
+    values = np.random.default_rng(0).random(5000) < 0.3
+    low, high = estimate("mean", values.tolist(), "x").interval
+
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 5000)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_difference_of_two_models_is_paired() -> None:
+    """One is right wherever the other is, and on ten examples more: 0.1 for certain."""
+    worse = [1.0] * 50 + [0.0] * 50
+    better = [1.0] * 60 + [0.0] * 40
+    difference = estimate("mean", better, "x").minus(estimate("mean", worse, "x"))
+
+    assert difference.value == pytest.approx(0.1)
+    low, _ = difference.interval
+    assert low == pytest.approx(0.1 - 1.96 * np.sqrt(0.1 * 0.9 / 100), abs=0.02)
+    assert low > 0
+    unpaired = estimate("mean", better, "x").minus(estimate("mean", worse, "another"))
+    assert unpaired.interval[0] < low  # other resamples: the examples' own spread stays in
+
+
+def test_equal_predictions_differ_by_nothing() -> None:
+    pairs = random_pairs(80, 0.1)
+    difference = estimate("macro_f1", pairs, "x").minus(estimate("macro_f1", pairs, "x"))
+
+    assert difference.value == 0
+    assert difference.interval == (0, 0)
+
+
+def test_mean_over_tasks() -> None:
+    one, other = estimate("mean", [1, 1, 0, 0], "a"), estimate("mean", [1, 0, 0, 0], "b")
+    both = mean_of([one, other])
+
+    assert both.value == pytest.approx(0.375)
+    np.testing.assert_allclose(both.resamples, (one.resamples + other.resamples) / 2)
+
+
+def make_task(*metrics: Metric) -> SuiteTask:
+    return SuiteTask("t", "s", "", "", "", "", "", metrics)
+
+
+def test_metrics_of_parts_and_averages() -> None:
+    samples = [
+        {"id": f"{part}/{i}", "part": part, "acc": float(i < right)}
+        for part, right in (("one", 3), ("other", 1))
+        for i in range(4)
+    ]
+    task = make_task(Metric("all", column="acc"), Metric("one", column="acc", parts=("one",)))
+    found = task_estimates(task, samples)
+
+    assert {name: item.value for name, item in found.items()} == {"all": 0.5, "one": 0.75}
+    assert average_estimate(Average("a", ("t", "u"), "all"), {"t": found}) is None
+    mean = average_estimate(Average("a", ("t",), "one"), {"t": found})
+    assert mean is not None
+    assert mean.value == 0.75

@@ -1,0 +1,129 @@
+"""How answers are read, and local files."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.suites.catalogue import all_suites, chosen_suites, chosen_tasks
+from fedllm_flwr.suites.local_data import READERS, local_settings, missing_files, read_rows
+from fedllm_flwr.suites.tasks.finance import by_generation, parse_label
+from fedllm_flwr.suites.tasks.numbers import chosen_letter, last_number
+from fedllm_flwr.suites.tasks.reading import shuffled_options
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("positive", "positive"),
+        (" Neutral.", "neutral"),
+        ("The sentiment is negative", "negative"),
+        ("positive or negative", None),
+        ("positively", None),
+        ("", None),
+        ("good\npositive", None),
+    ],
+)
+def test_labels_in_answers(answer: str, label: str | None) -> None:
+    assert parse_label(answer) == label
+    scored = by_generation({"answer": "positive"}, [answer])
+    assert scored == {"prediction": ["positive", label], "unparsable": float(label is None)}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("so 1,234 apples", 1234), ("3 + 4 = 7.50.", 7.5), ("-2", -2), ("none", None)],
+)
+def test_last_number(text: str, number: float | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is (b).", "B"),
+        ("C", "C"),
+        ("A or B", None),
+        ("Answer is: A. Not B, the answer is D", "D"),
+        ("no", None),
+    ],
+)
+def test_letters(text: str, letter: str | None) -> None:
+    assert chosen_letter(text) == letter
+
+
+def test_every_suite_is_complete() -> None:
+    """Names are unique, every local reader exists, averages name metrics that there are."""
+    tasks = [task for suite in all_suites().values() for task in suite.tasks]
+    assert len({task.name for task in tasks}) == len(tasks)
+    for task in tasks:
+        assert task.source
+        assert task.licence
+        assert task.metrics
+        if task.runner == "harness":
+            assert task.harness
+            assert task.reader in READERS
+            assert task.files
+    for suite in all_suites().values():
+        metrics = {task.name: {metric.name for metric in task.metrics} for task in suite.tasks}
+        for average in suite.averages:
+            assert all(average.metric in metrics[name] for name in average.tasks)
+    assert sum(len(task.metrics) for task in tasks) > 100
+    assert len(chosen_tasks(["mmlu"])[0].harness) == 57
+
+
+def test_unknown_names_come_with_the_closest() -> None:
+    with pytest.raises(ConfigError, match=r"--suite finence: no such suite. Did you mean 'fin"):
+        chosen_suites(["finence"])
+    with pytest.raises(ConfigError, match=r"--task fbp: no such task. Did you mean 'fpb'"):
+        chosen_tasks(["fbp"])
+    with pytest.raises(ConfigError, match=r"^evaluation.suites=maths: .*'math'"):
+        chosen_suites(["maths"], "evaluation.suites=")
+
+
+def test_local_files_become_rows(tmp_path: Path) -> None:
+    prompt = "Instruction: What?\nInput: up 3 %\nAnswer: "
+    (tmp_path / "fpb_test.jsonl").write_text(
+        json.dumps({"context": prompt, "target": "positive"}) + "\n"
+    )
+    task = chosen_tasks(["fpb"])[0]
+    settings = local_settings(task, "finance_fpb", tmp_path)
+    rows = settings["custom_dataset"]()["test"].to_list()
+
+    assert rows == [{"instruction": "What?", "input": "up 3 %", "answer": "positive"}]
+    assert settings["test_split"] == "test"
+
+
+def test_mmlu_files_have_test_and_dev(tmp_path: Path) -> None:
+    for split in ("test", "dev"):
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+        line = f'"{split}, what?",a,b,c,d,C\n'
+        (tmp_path / "mmlu" / split / f"anatomy_{split}.csv").write_text(line)
+    task = replace(chosen_tasks(["mmlu_medical"])[0], harness=("mmlu_anatomy",))
+    settings = local_settings(task, "mmlu_anatomy", tmp_path)
+
+    assert settings["fewshot_split"] == "dev"
+    assert settings["custom_dataset"]()["test"].to_list() == [
+        {"question": "test, what?", "choices": ["a", "b", "c", "d"], "answer": 2}
+    ]
+
+
+def test_what_is_wrong_with_local_files(tmp_path: Path) -> None:
+    task = chosen_tasks(["gsm8k"])[0]
+    assert missing_files(task, tmp_path) == [tmp_path / "gsm8k_test.jsonl"]
+    with pytest.raises(DataError, match=r"gsm8k_test.jsonl is missing; it holds openai/gsm8k"):
+        local_settings(task, "gsm8k_cot", tmp_path)
+    broken = tmp_path / "x.jsonl.gz"
+    broken.write_bytes(gzip.compress(b'{"a": 1}\n{"a":'))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_rows(broken)
+
+
+def test_shuffled_options_keep_the_right_one() -> None:
+    for seed in range(20):
+        found = shuffled_options(["yes", "no", "maybe"], 0, seed)
+        assert found["options"][found["gold"]] == "yes"
+    assert len({shuffled_options(["yes", "no"], 0, seed)["gold"] for seed in range(20)}) == 2
