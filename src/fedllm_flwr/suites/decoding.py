@@ -88,7 +88,7 @@ def _cut(text: str, stop: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-class _StopTexts(StoppingCriteria):  # type: ignore[misc]
+class _StopTexts(StoppingCriteria):
     """Ends a row when its answer holds one of some texts."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:

@@ -135,7 +135,7 @@ class TextModel:
     @cached_property
     def _overhead(self) -> int:
         """Tokens of a prompt besides its messages."""
-        return self._num_tokens(self.render([{"role": "user", "content": "x"}]))
+        return int(self._num_tokens(self.render([{"role": "user", "content": "x"}])))
 
     @cached_property
     def _num_tokens(self) -> Any:

@@ -112,7 +112,8 @@ def _mean(sums: Floats) -> Floats:
 
 
 def _accuracy(confusion: Floats) -> Floats:
-    return np.einsum("rii->r", confusion) / confusion.sum((1, 2))
+    share: Floats = np.einsum("rii->r", confusion) / confusion.sum((1, 2))
+    return share
 
 
 def _f1_by_class(confusion: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
@@ -130,12 +131,14 @@ def _f1_by_class(confusion: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
 
 def _macro_f1(confusion: Floats) -> Floats:
     f1, _, occurs = _f1_by_class(confusion)
-    return (f1 * occurs).sum(1) / np.maximum(1, occurs.sum(1))
+    mean: Floats = (f1 * occurs).sum(1) / np.maximum(1, occurs.sum(1))
+    return mean
 
 
 def _weighted_f1(confusion: Floats) -> Floats:
     f1, support, _ = _f1_by_class(confusion)
-    return (f1 * support).sum(1) / support.sum(1)
+    mean: Floats = (f1 * support).sum(1) / support.sum(1)
+    return mean
 
 
 def _micro_f1(confusion: Floats) -> Floats:
@@ -143,7 +146,8 @@ def _micro_f1(confusion: Floats) -> Floats:
     true = np.einsum("rii->r", confusion)
     targets = confusion.sum((1, 2))
     predicted = targets - confusion[:, :, -1].sum(1)
-    return 2 * true / (targets + predicted)
+    f1: Floats = 2 * true / (targets + predicted)
+    return f1
 
 
 _CLASS_SCORES: dict[str, Callable[[Floats], Floats]] = {

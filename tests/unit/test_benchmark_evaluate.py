@@ -1,0 +1,180 @@
+"""The command on a small model and files made here, through the real harness."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from fedllm_flwr.benchmark.arguments import evaluate_arguments
+from fedllm_flwr.benchmark.candidates import collect
+from fedllm_flwr.cli import _parsed, main
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import ConfigError, DataError, ModelError
+from fedllm_flwr.training.model import load_model
+
+LABELS = ("negative", "neutral", "positive")
+ASKED = "Instruction: What is the sentiment of this news?\nInput: Profit of {}.\nAnswer: "
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    rows = [{"context": ASKED.format(i), "target": LABELS[i % 3]} for i in range(9)]
+    (root / "fpb_test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return root
+
+
+def run(*arguments: str) -> int:
+    return evaluate_arguments(_parsed(["evaluate", *arguments]))
+
+
+@pytest.fixture
+def two_adapters(make_config: object, tmp_path: Path) -> list[Path]:
+    """The same shape twice, one as it starts and one that answers otherwise."""
+    import numpy as np
+
+    model = load_model(make_config())  # type: ignore[operator]
+    paths = []
+    for name, scale in (("same", 0.0), ("other", 0.5)):
+        rng = np.random.default_rng(2)
+        changed = {
+            key: value + scale * rng.normal(size=value.shape).astype("float32")
+            for key, value in model.initial.items()
+        }
+        model.load(changed)
+        model.peft.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
+        paths.append(tmp_path / name)
+    return paths
+
+
+def test_base_and_adapters_side_by_side_and_cached(
+    two_adapters: list[Path], data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = [
+        *("--adapter", *map(str, two_adapters)),
+        *("--suite", "finance", "--data-root", str(data_root)),
+        *("--output", str(output), "--cache", str(tmp_path / "cache")),
+    ]
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "left out: tfns" in shown
+    assert "finance, difference to base" in shown
+
+    numbers = {
+        (row["model"], row["task"], row["metric"]): row
+        for row in csv.DictReader((output / "results.csv").open())
+    }
+    for model in ("base", "same", "other"):
+        for task in ("fpb", "fpb_generation"):
+            lines = (output / "predictions" / model / f"{task}.jsonl").read_text().splitlines()
+            pairs = [json.loads(line)["prediction"] for line in lines]
+            targets = [target for target, _ in pairs]
+            guesses = [guess or "none" for _, guess in pairs]
+            macro = f1_score(targets, guesses, labels=LABELS, average="macro", zero_division=0)
+            found = float(numbers[model, task, "accuracy"]["value"])
+            assert found == pytest.approx(accuracy_score(targets, guesses))
+            assert float(numbers[model, task, "macro F1"]["value"]) == pytest.approx(macro)
+        unparsable = float(numbers[model, "fpb_generation", "unparsable"]["value"])
+        assert unparsable == sum(guess == "none" for guess in guesses) / len(guesses)
+    assert unparsable > 0
+    assert float(numbers["same", "fpb", "accuracy"]["vs_base"]) == 0
+    about = json.loads((output / "results.json").read_text())
+    first = about["first_prompts"]["fpb"]
+    asked = "### Instruction:\nWhat is the sentiment of this news? Profit of 0. \n\n### Response:"
+    assert first.endswith(asked)
+    assert (output / "finance.png").stat().st_size > 5000
+
+    before = (output / "results.csv").read_text()
+    passes = []
+    handle = register_module_forward_pre_hook(lambda module, _: passes.append(type(module)))
+    try:
+        assert run(*arguments) == 0
+    finally:
+        handle.remove()
+    assert passes == []
+    assert (output / "results.csv").read_text() == before
+
+
+def test_what_cannot_be_evaluated(
+    data_root: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ["--base", str(toy_model)]
+    local = ["--data-root", str(data_root)]
+    with pytest.raises(ConfigError, match="give what to evaluate: --run, --adapter"):
+        run("--suite", "finance", *local)
+    with pytest.raises(ConfigError, match=r"give --suite \(of "):
+        run(*base)
+    with pytest.raises(ConfigError, match="Did you mean 'medical'"):
+        run(*base, "--suite", "medicla")
+    with pytest.raises(DataError, match=r"gsm8k_test.jsonl is missing"):
+        run(*base, "--task", "gsm8k", *local)
+    with pytest.raises(DataError, match=r"no task has its files there"):
+        run(*base, "--suite", "math", *local)
+    with pytest.raises(ConfigError, match="--limit must be > 0, got 0"):
+        run(*base, "--task", "fpb", *local, "--limit", "0")
+    with pytest.raises(ConfigError, match=r"no readable adapter_config.json"):
+        run("--adapter", str(tmp_path), "--task", "fpb", *local)
+    with pytest.raises(ConfigError, match=r"no compare.json"):
+        run("--compare", str(tmp_path), "--task", "fpb", *local)
+
+    from importlib.metadata import PackageNotFoundError
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    with pytest.raises(ModelError, match=r"pip install 'fedllm-flwr\[eval\]'"):
+        run(*base, "--task", "fpb", *local)
+
+
+def test_adapters_of_two_bases_are_refused(two_adapters: list[Path], tmp_path: Path) -> None:
+    file = two_adapters[1] / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    from fedllm_flwr.training.tokenizer import EMBEDDED
+
+    file.write_text(json.dumps({**saved, "base_model_name_or_path": str(EMBEDDED)}))
+    with pytest.raises(ConfigError, match="has another base model"):
+        collect([], [str(path) for path in two_adapters], None, None, None)
+
+
+def test_adapter_of_another_base_is_refused(
+    two_adapters: list[Path], data_root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="does not fit the base model"):
+        run(
+            *("--adapter", str(two_adapters[0]), "--base", "embedded", "--task", "fpb"),
+            *("--data-root", str(data_root), "--no-cache", "--output", str(tmp_path / "out")),
+        )
+
+
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--base", "embedded", "--suite", "finence"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --suite finence: no such suite. Did you mean 'finance'?")
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_list_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--list"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("fpb_generation", "unparsable", "high school physics", "licence: MIT"):
+        assert text in shown
+
+
+def test_central_evaluation_scores_suites(make_config: object, data_root: Path) -> None:
+    from fedllm_flwr.suites.central import central_suites
+
+    config: Config = make_config(  # type: ignore[operator]
+        evaluation={"suites": ["finance"], "suite_limit": 4, "data_root": str(data_root)}
+    )
+    suites = central_suites(config)
+    assert suites is not None
+    scores = suites.score(load_model(config))
+
+    assert set(scores) >= {"finance/fpb/accuracy", "finance/fpb_generation/unparsable"}
+    assert scores["finance/fpb/accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+    assert central_suites(make_config()) is None  # type: ignore[operator]
