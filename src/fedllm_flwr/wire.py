@@ -36,15 +36,8 @@ from fedllm_flwr.params import Params
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Keys that name something on the server's disk or network; a client never learns them.
 _SERVER_ONLY = (
-    "output_dir",
-    "resume",
-    "init_adapter",
-    "dpo.reference_adapter",
-    "tracking",
-    "compare",
-    "federation.ray_address",
-    "evaluation.suites",
-    "evaluation.data_root",
+    *("output_dir", "resume", "init_adapter", "dpo.reference_adapter", "tracking", "compare"),
+    *("federation.ray_address", "evaluation.suites", "evaluation.data_root"),
 )
 _KINDS: dict[type, str] = {int: "whole number", float: "number", bool: "truth value", str: "text"}
 _LONGEST_SHOWN = 100  # characters of a peer's wording
