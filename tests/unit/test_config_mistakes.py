@@ -122,6 +122,7 @@ VALUES: list[tuple[list[str], list[str]]] = [
     ),
     (["partition=iid", "federation.sample_clients=11"], ["sample_clients=11", "num_clients=10"]),
     (["partition=iid", "federation.min_replies=5"], ["min_replies=5", "4 clients", "lower it"]),
+    (["federation.num_clients=4", "federation.min_clients=5"], ["min_clients=5", "num_clients=4"]),
     (["data=fingpt", "partition=natural"], ["partition=natural", "partition.column=<column>"]),
     (["data=alpaca", "partition=dirichlet"], ["partition=dirichlet", "data.columns.label"]),
     (["data=jsonl"], ["data=jsonl", "data.path=<file or directory>"]),

@@ -1,5 +1,6 @@
 """Who takes part, and how replies are fetched."""
 
+import grpc
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
@@ -186,3 +187,35 @@ def test_nothing_to_send():
     grid = MemoryGrid({})
     assert list(exchange(grid, [], timeout_s=5)) == []
     assert grid.pulls == 0
+
+
+class Busy(grpc.RpcError):
+    """As the gRPC grid passes on what the SuperLink answers."""
+
+    def __init__(self, details):
+        self._details = details
+
+    def details(self):
+        return self._details
+
+
+def test_busy_database_of_the_superlink_is_asked_again():
+    class BusyGrid(MemoryGrid):
+        def pull_messages(self, message_ids):
+            self.pulls += 1
+            if self.pulls == 1:
+                raise Busy("Exception calling application: database is locked")
+            return super().pull_messages(message_ids)
+
+    grid = BusyGrid({1: sending(RecordDict())})
+    [reply] = exchange(grid, [Message(RecordDict(), 1, "train")], timeout_s=5)
+    assert not reply.has_error()
+
+
+def test_other_errors_of_the_superlink_end_the_exchange():
+    class FullGrid(MemoryGrid):
+        def push_messages(self, messages):
+            raise Busy("Exception calling application: database or disk is full")
+
+    with pytest.raises(grpc.RpcError):
+        list(exchange(FullGrid({1: sending(RecordDict())}), [Message(RecordDict(), 1, "train")], 5))

@@ -16,6 +16,7 @@ from fedllm_flwr.strategies.exchange import (
     Roster,
     failure_reason,
     is_gone,
+    patiently,
     printable,
     receive,
     send,
@@ -66,7 +67,7 @@ class Census:
             FederationError: two nodes of one name, before the names are settled.
         """
         timeout_s = self.config.federation.start_timeout_s
-        self._online = set(self.grid.get_node_ids())
+        self._online = patiently(lambda: set(self.grid.get_node_ids()))
         new = self._online - self._answered - set(self._asked.values())
         content, ttl = pack_query(self.config), time_to_live(timeout_s)
         self._asked |= send(
@@ -141,12 +142,13 @@ def discover(
     """Wait until `wanted` clients are there, and know each by its name.
 
     Args:
-        tell: hears how the waiting goes.
+        tell: hears how the waiting for sites goes; simulated clients are there at once.
 
     Raises:
         FederationError: too few can take part; names those that refused, and why.
     """
     federation, census = config.federation, Census(grid, config)
+    is_deployment = federation.engine == "deployment"
     started = last_news = last_told = time.monotonic()
     told, pause_s = -1, _POLL_FIRST_S
     while not _is_complete(census, wanted, time.monotonic() - last_news):
@@ -158,12 +160,11 @@ def discover(
         else:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _POLL_LAST_S)
-        if 0 < len(census.clients) != told or now - last_told >= _REMIND_S:
+        if is_deployment and (0 < len(census.clients) != told or now - last_told >= _REMIND_S):
             told, last_told = len(census.clients), now
             tell(_progress(census, wanted, federation.start_timeout_s - (now - started)))
     required = wanted if federation.min_clients is None else min(federation.min_clients, wanted)
-    is_simulation = federation.engine != "deployment"
-    if len(census.clients) < required or (is_simulation and census.refused):
+    if len(census.clients) < required or (census.refused and not is_deployment):
         raise FederationError(_too_few(census, wanted, required))
     return census
 
@@ -198,7 +199,8 @@ def _too_few(census: Census, wanted: int, required: int) -> str:
         )
         needs = f"federation.min_clients={required}" if required < wanted else "all are needed"
         return f"{there} of {wanted} clients can take part ({needs}). {reasons}"
-    names = f" ({', '.join(sorted(census.clients))})" if census.clients else ""
+    is_deployment = federation.engine == "deployment"
+    names = f" ({', '.join(sorted(census.clients))})" if census.clients and is_deployment else ""
     if census.num_silent:
         return (
             f"{there} of {wanted} clients answered within {timeout}{names}; look at the logs of "

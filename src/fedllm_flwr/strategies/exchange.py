@@ -1,9 +1,12 @@
 """Exchanges with the clients: send, then yield each reply as it arrives."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
+import grpc
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -14,6 +17,9 @@ from fedllm_flwr.params import LARGEST_WEIGHT
 from fedllm_flwr.schedule import num_sampled
 from fedllm_flwr.wire import unpack_failure
 
+Answer = TypeVar("Answer")
+
+_BUSY, _BUSY_S = "database is locked", 120.0
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
 _BUFFER_BYTES = 64 * 2**20  # of replies fetched together
@@ -56,7 +62,7 @@ def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
     its place, or no ids at all if the batch was too large; the in-memory grid leaves it out.
     """
     batch = list(messages)  # the gRPC grid reads them twice, and refuses none
-    message_ids = list(grid.push_messages(batch)) if batch else []
+    message_ids = patiently(lambda: list(grid.push_messages(batch))) if batch else []
     if len(message_ids) != len(batch):
         accepted = set(message_ids)
         own_ids = [message.metadata.message_id for message in batch]
@@ -80,7 +86,7 @@ def receive(
     while pending:
         arrived: set[str] = set()
         for start in range(0, len(pending), at_once):
-            replies = list(grid.pull_messages(pending[start : start + at_once]))
+            replies = patiently(partial(_pull, grid, pending[start : start + at_once]))
             while replies:
                 reply = replies.pop(0)
                 arrived.add(reply.metadata.reply_to_message_id)
@@ -94,6 +100,30 @@ def receive(
         if pending:
             pause_s = min(max(_POLL_FIRST_S, _POLL_SHARE * waited_s), _POLL_LAST_S)
             time.sleep(min(pause_s, timeout_s - waited_s))
+
+
+def patiently(call: Callable[[], Answer]) -> Answer:
+    """The answer of the SuperLink, which is asked again while its database is busy.
+
+    On a machine with too much to do a query of it can wait for more than the 5 s that Flower
+    allows; the SuperLink then answers with an error and has done nothing.
+
+    Raises:
+        grpc.RpcError: any other error, or one that lasts.
+    """
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            details = getattr(error, "details", lambda: None)() or ""
+            if _BUSY not in details or time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_LAST_S)
+
+
+def _pull(grid: Grid, message_ids: list[str]) -> list[Message]:
+    return list(grid.pull_messages(message_ids))
 
 
 def exchange(
