@@ -1,0 +1,168 @@
+"""What happens to a site while a run goes on: the round closes without it, and it comes back.
+
+One run of SCAFFOLD, whose sites keep state, goes on through all of it.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from breakable import Deployment, Run, deployed, fill, send
+from processes import nothing_left, wait_for
+
+pytestmark = pytest.mark.slow
+
+SITES = ("amber", "cedar")
+TIMEOUT_S = 60  # of a round; a task's time to live is 30 s more
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    root = tmp_path_factory.mktemp("faults")
+    with deployed(root, SITES) as deployment:
+        yield deployment
+    assert nothing_left(root) == []
+
+
+@pytest.fixture(scope="module")
+def run(federation: Deployment) -> Run:
+    """It would go on for 1000 rounds, and is ended with the federation."""
+    first = federation.submit(federation.root / "first", "federation.num_rounds=1")
+    assert first.reaches(1, 400), first.said()  # every site has a trainer now
+    run = federation.submit(
+        federation.root / "run",
+        "algorithm=scaffold",
+        "federation.num_rounds=1000",
+        f"federation.round_timeout_s={TIMEOUT_S}",
+    )
+    assert run.reaches(1, 400), run.said()
+    return run
+
+
+def fails(run: Run, name: str, after: int, why: str, within_s: float = 240) -> bool:
+    """Whether the site is soon named with this reason, and the round used the others' replies."""
+
+    def named() -> list[dict[str, Any]]:
+        recorded = [record for record in run.records() if record["round"] > after]
+        return [record for record in recorded if why in record["failures"].get(name, "")]
+
+    if not wait_for(lambda: bool(named()), within_s):
+        return False
+    return bool(named()[0]["clients"]) and named()[0]["loss"] is not None
+
+
+def recovers(run: Run, name: str, within_s: float = 400) -> bool:
+    """Whether the site soon replies again."""
+    now = run.last_round()
+    return wait_for(lambda: run.takes_part(name, now), within_s)
+
+
+def test_trainer_killed_over_a_task_is_started_again(federation: Deployment, run: Run) -> None:
+    """As the kernel does when memory is short: the task is done by a new trainer, unnoticed."""
+    [trainer] = federation.processes("fedllm_flwr.resident", "amber")
+    send(trainer, signal.SIGSTOP)  # so that a task is waiting when it dies
+    now = run.last_round()
+    assert wait_for(lambda: bool(federation.processes("flwr-clientapp", "amber")), 120)
+    send(trainer, signal.SIGKILL)
+
+    assert recovers(run, "amber"), run.records()[-1]
+    assert run.failures("amber", now) == []
+    assert "the resident trainer died over a message" in federation.sites["amber"].said()
+    assert [p.pid for p in federation.processes("fedllm_flwr.resident", "amber")] != [trainer.pid]
+
+
+def test_trainer_killed_again_and_again_fails_by_name(federation: Deployment, run: Run) -> None:
+    now = run.last_round()
+
+    def killed_until_named() -> bool:
+        federation.kill("fedllm_flwr.resident", "amber")
+        return bool(run.failures("amber", now))
+
+    assert wait_for(killed_until_named, 240), run.records()[-1]
+    assert fails(run, "amber", now, "its trainer died 2 times over a train message, out of memory")
+    assert recovers(run, "amber")
+
+
+def test_killed_client_app_is_named(federation: Deployment, run: Run) -> None:
+    now = run.last_round()
+    [trainer] = federation.processes("fedllm_flwr.resident", "amber")
+    send(trainer, signal.SIGSTOP)
+    assert wait_for(lambda: federation.kill("flwr-clientapp", "amber") > 0, 120)
+    send(trainer, signal.SIGCONT)
+
+    assert fails(run, "amber", now, f"no reply within {TIMEOUT_S} s"), run.records()[-1]
+    assert recovers(run, "amber")
+
+
+def test_hung_trainer_is_ended_by_the_site_itself(federation: Deployment, run: Run) -> None:
+    now = run.last_round()
+    [trainer] = federation.processes("fedllm_flwr.resident", "amber")
+    send(trainer, signal.SIGSTOP)
+
+    assert fails(run, "amber", now, f"no reply within {TIMEOUT_S} s"), run.records()[-1]
+    assert recovers(run, "amber"), run.records()[-1]
+    said = federation.sites["amber"].said()
+    assert f"did not answer a train message within {TIMEOUT_S + 30} s and was ended" in said
+    assert trainer.pid not in [p.pid for p in federation.processes("fedllm_flwr.resident", "amber")]
+
+
+def test_data_that_change_during_a_run_are_refused(federation: Deployment, run: Run) -> None:
+    data, now = federation.root / "cedar.jsonl", run.last_round()
+    before = data.read_text()
+    data.write_text(before + '{"instruction": "SECRET", "output": "SECRET"}\n')
+
+    why = "its data file has changed since the run began; the site's log says more"
+    assert fails(run, "cedar", now, why), run.records()[-1]
+    data.write_text(before)
+    assert recovers(run, "cedar")
+    assert "SECRET" not in run.said()
+    assert str(data) in (federation.root / "cedar/state/trainer.log").read_text()
+
+
+def test_full_disk_of_a_site_is_named(federation: Deployment, run: Run) -> None:
+    """Its state directory becomes a small file system, with what was in it, and fills up."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    state, now = federation.root / "cedar" / "state", run.last_round()
+    disk = federation.root / "disk"
+    disk.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        kept = shutil.move(state, federation.root / "kept")
+        shutil.copytree(kept, disk, dirs_exist_ok=True)
+        state.symlink_to(disk)
+        fill(disk / "filler")
+        full = "its disk is full (No space left on device)"
+        assert fails(run, "cedar", now, full), run.records()[-1]
+        (disk / "filler").unlink()
+        assert recovers(run, "cedar")
+    finally:
+        state.unlink()
+        shutil.copytree(disk, state)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_site_that_loses_power_comes_back(federation: Deployment, run: Run) -> None:
+    """Flower refuses it while it counts as online; its start script tries until it may."""
+    now = run.last_round()
+    federation.kill_site("cedar")
+    federation.start_site("cedar")
+
+    assert wait_for(lambda: bool(run.failures("cedar", now)), 240), run.records()[-1]
+    assert fails(run, "cedar", now, run.failures("cedar", now)[0])
+    failed = run.last_round()
+    assert wait_for(lambda: run.takes_part("cedar", failed), 300), run.failures("cedar", failed)
+
+
+def test_every_round_was_written_down(run: Run) -> None:
+    recorded = run.records()
+    assert [record["round"] for record in recorded] == list(range(len(recorded)))
+    for record in recorded[1:]:
+        assert set(record["clients"]) | set(record["failures"]) == set(SITES)
