@@ -28,7 +28,7 @@ def long_run(federation: Deployment, name: str) -> Run:
     run = federation.submit(
         federation.root / name,
         "algorithm=scaffold",
-        "federation.num_rounds=1000",
+        "federation.num_rounds=500",
         f"federation.round_timeout_s={TIMEOUT_S}",
     )
     assert run.reaches(1, 400), run.said()
