@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import pytest
 
 from breakable import Deployment, Run, deployed, fill, send
@@ -56,6 +58,16 @@ def fails(run: Run, name: str, after: int, why: str, within_s: float = 240) -> b
     return bool(named()[0]["clients"]) and named()[0]["loss"] is not None
 
 
+def waiting(federation: Deployment, name: str) -> list[psutil.Process]:
+    """ClientApps of a site that have handed a task to its trainer: they hold a Unix socket."""
+    found = []
+    for process in federation.processes("flwr-clientapp", name):
+        with suppress(psutil.Error):
+            if process.net_connections("unix"):
+                found.append(process)
+    return found
+
+
 def recovers(run: Run, name: str, within_s: float = 400) -> bool:
     """Whether the site soon replies again."""
     now = run.last_round()
@@ -67,7 +79,7 @@ def test_trainer_killed_over_a_task_is_started_again(federation: Deployment, run
     [trainer] = federation.processes("fedllm_flwr.resident", "amber")
     send(trainer, signal.SIGSTOP)  # so that a task is waiting when it dies
     now = run.last_round()
-    assert wait_for(lambda: bool(federation.processes("flwr-clientapp", "amber")), 120)
+    assert wait_for(lambda: bool(waiting(federation, "amber")), 120)
     send(trainer, signal.SIGKILL)
 
     assert recovers(run, "amber"), run.records()[-1]
@@ -92,7 +104,9 @@ def test_killed_client_app_is_named(federation: Deployment, run: Run) -> None:
     now = run.last_round()
     [trainer] = federation.processes("fedllm_flwr.resident", "amber")
     send(trainer, signal.SIGSTOP)
-    assert wait_for(lambda: federation.kill("flwr-clientapp", "amber") > 0, 120)
+    assert wait_for(lambda: bool(waiting(federation, "amber")), 120)
+    for client_app in waiting(federation, "amber"):
+        send(client_app, signal.SIGKILL)
     send(trainer, signal.SIGCONT)
 
     assert fails(run, "amber", now, f"no reply within {TIMEOUT_S} s"), run.records()[-1]

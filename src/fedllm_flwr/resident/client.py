@@ -26,7 +26,7 @@ from fedllm_flwr.wire import pack_failure, unpack_failure
 logger = logging.getLogger(__name__)
 
 DEFAULT_IDLE_TIMEOUT_S = 600.0
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 120.0
 _ATTEMPTS = 2  # a trainer that dies over a message is started once more
 
 
@@ -107,8 +107,7 @@ def _connected(path: Path, site: Site) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as connection:
         with _only_one(path):
             if not _connect(connection, path):
-                _start(path, site)
-                _wait(connection, path, _log_path(site))
+                _wait(connection, path, _start(path, site), _log_path(site))
         yield connection
 
 
@@ -120,13 +119,13 @@ def _connect(connection: socket.socket, path: Path) -> bool:
     return True
 
 
-def _start(path: Path, site: Site) -> None:
+def _start(path: Path, site: Site) -> "subprocess.Popen[bytes]":
     """Start the trainer in a session of its own, with the SuperNode as the parent to watch."""
     path.unlink(missing_ok=True)
     idle = float(site.node_config.get("idle-timeout-s", DEFAULT_IDLE_TIMEOUT_S))
     arguments = [str(path), str(os.getppid()), str(idle)]
     with _log_path(site).open("ab") as log:
-        subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "fedllm_flwr.resident", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -144,9 +143,13 @@ def _log_path(site: Site) -> Path:
     return _socket_path(site).with_suffix(".log")
 
 
-def _wait(connection: socket.socket, path: Path, log: Path) -> None:
+def _wait(
+    connection: socket.socket, path: Path, trainer: "subprocess.Popen[bytes]", log: Path
+) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not _connect(connection, path):
+        if trainer.poll() is not None:
+            raise FederationError(f"it ended with status {trainer.returncode}, see {log}")
         if time.monotonic() > deadline:
             raise FederationError(f"it did not start within {_START_TIMEOUT_S:g} s, see {log}")
         time.sleep(0.05)
