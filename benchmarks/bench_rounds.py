@@ -1,7 +1,7 @@
 """Seconds of a round of a real federation, with a fresh process per message and with a resident
 trainer.
 
-    python benchmarks/bench_rounds.py WORKLOAD [--rounds 4] [--repeats 2]
+    python benchmarks/bench_rounds.py WORKLOAD [--rounds 4] [--repeats 2] [--work NAME ...]
 
 Two federations on loopback, each a server and one site that are started with the scripts of
 `fedllm server init` and `fedllm site init`; they differ in the site's `resident` alone. Runs of the
@@ -33,6 +33,7 @@ from typing import Any
 from fedllm_flwr.data.sources import DEMO
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.status.health import addresses, check_health
 
 LIMIT_S = 1800.0  # of a run
 MODES = {"process per message": False, "resident trainer": True}
@@ -120,11 +121,20 @@ def federation(
                 )
             )
     try:
+        _wait_until_it_serves(addresses(root / "server")["superlink"])
         yield Federation(root / "server", environment)
     finally:
         for process in reversed(started):
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=60)
+
+
+def _wait_until_it_serves(address: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while (health := check_health("superlink", address)).problem:
+        if time.monotonic() > deadline:
+            raise SystemExit(health.line)
+        time.sleep(0.5)
 
 
 def work(root: Path, workload: Path) -> dict[str, tuple[Path, Path | None, list[str]]]:
@@ -175,13 +185,15 @@ def main() -> None:
     parser.add_argument("workload", type=Path)
     parser.add_argument("--rounds", type=int, default=4, help="of a run; the first is left out")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind")
+    parser.add_argument("--work", nargs="+", default=["empty", "embedded", "workload"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         print("| work | process per message, s | resident, s | ratio | training in it, s |")
         print("|---|---|---|---|---|", flush=True)
-        for name, job in work(root, arguments.workload).items():
-            both = measure(root, name, job, arguments.rounds, arguments.repeats)
+        jobs = work(root, arguments.workload)
+        for name in arguments.work:
+            both = measure(root, name, jobs[name], arguments.rounds, arguments.repeats)
             (fresh, training), (resident, kept) = both.values()
             ratio = f"{fresh / resident:.1f}"
             times = f"{training:.1f}, {kept:.1f}"
