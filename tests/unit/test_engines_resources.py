@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.engines import resources
 from fedllm_flwr.engines.resources import check_machine, join_cluster
 from fedllm_flwr.errors import ConfigError, FederationError
 
@@ -56,3 +57,14 @@ def test_address_where_nothing_answers(scheme: str, make_config: MakeConfig) -> 
         join_cluster(address, {"address": address}, make_config().federation)
     assert f"federation.ray_address={address}: " in str(caught.value)
     assert time.monotonic() - started < 20  # seconds, the import of Ray included
+
+
+def test_address_of_something_else(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the connection and says nothing; Ray itself would try again for minutes."""
+    monkeypatch.setattr(resources, "_ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(FederationError, match=r"no answer of a Ray cluster within 0\.5 s"):
+            join_cluster(address, {"address": address}, make_config().federation)

@@ -15,7 +15,7 @@ from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.training.device import cpu_count, gpu_count
 
-_CONNECT_S = 5.0  # seconds
+_CONNECT_S, _ANSWER_S = 5.0, 15.0  # seconds
 
 
 def check_machine(config: Config) -> None:
@@ -79,6 +79,22 @@ def _check_answers(address: str) -> None:
         socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, error) from error
+    _check_speaks_grpc(address, match[1], match[2])
+
+
+def _check_speaks_grpc(address: str, host: str, port: str) -> None:
+    """A server of another kind, or a hung one, takes the connection and says nothing."""
+    import grpc
+
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # certificates are Ray's business
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
+        except grpc.FutureTimeoutError as error:
+            reason = f"what listens there gave no answer of a Ray cluster within {_ANSWER_S:g} s"
+            raise _no_cluster(address, TimeoutError(reason)) from error
 
 
 def _no_cluster(address: str, error: Exception) -> FederationError:
