@@ -61,7 +61,7 @@ def fails(run: Run, name: str, after: int, why: str, within_s: float = 240) -> b
 def waiting(federation: Deployment, name: str) -> list[psutil.Process]:
     """ClientApps of a site that have handed a task to its trainer: they hold a Unix socket."""
     found = []
-    for process in federation.processes("flwr-clientapp", name):
+    for process in federation.processes("--token", name):
         with suppress(psutil.Error):
             if process.net_connections("unix"):
                 found.append(process)
