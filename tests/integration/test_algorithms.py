@@ -138,7 +138,15 @@ def flat(params: dict[str, Vector]) -> Vector:
     return np.concatenate([params[name].ravel() for name in sorted(params)])
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "scaffold", "fedavgm"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "fedavg",
+        "scaffold",
+        pytest.param("fedprox", marks=pytest.mark.slow),
+        pytest.param("fedavgm", marks=pytest.mark.slow),
+    ],
+)
 def test_held_out_loss_falls(algorithm: str, whole_run: Callable[..., Path]) -> None:
     import json
 

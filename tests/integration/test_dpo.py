@@ -47,8 +47,8 @@ OPTIONS = {
     "fedprox": ("algorithm.mu=1",),  # enough to be seen, and to learn
     "centralized": ("federation.num_clients=1", "federation.sample_clients=1"),
 }
-# Together; what is special of theirs is in fedavg, fedadam and scaffold.
-SLOWLY = ("fedprox", "fedavgm", "fedadagrad", "fedyogi", "centralized")
+# Together; what is special of theirs is in fedavg, local and scaffold.
+SLOWLY = ("fedprox", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "centralized")
 SCORES = {
     *("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
     *("chosen_log_prob", "rejected_log_prob", "likelihood_accuracy", "answer_tokens"),
@@ -239,6 +239,7 @@ def test_the_base_stays_the_reference_of_a_tuned_start(instructed: Path, tmp_pat
     assert start["chosen_reward"] > 0.05  # tuned on such answers
 
 
+@pytest.mark.slow
 def test_clients_evaluate_on_their_own_pairs(whole_run: WholeRun) -> None:
     path = whole_run(
         *DPO, "evaluation.clients=true", "data.validation_fraction=0.2", "federation.num_rounds=1"

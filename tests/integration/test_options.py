@@ -84,6 +84,7 @@ def test_partitions(partition: str, whole_run: WholeRun) -> None:
         assert all(sum(row[name] != "0" for name in labels) == 2 for row in rows)
 
 
+@pytest.mark.slow
 def test_multirun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,6 +170,7 @@ def _seconds_of(record: dict[str, Any]) -> float:
     return sum(phases.values())
 
 
+@pytest.mark.slow
 def test_seconds_cover_all_starts(tmp_path: Path) -> None:
     """A run that is killed, goes on, and is extended: its phases add up over the three starts."""
     with pytest.raises(RunInterrupted):

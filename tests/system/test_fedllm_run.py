@@ -23,6 +23,7 @@ PATIENCE_S = 240.0  # on a busy machine
 ENDLESS = ("federation.num_rounds=500", "evaluation.every=0", "training.max_steps=4")
 
 
+@pytest.mark.slow
 def test_ray_run(tmp_path: Path) -> None:
     """The default engine: status 0, silent stderr, no process left, the bits of in-process."""
     with started(["fedllm", "run", *tiny("output_dir=run")], tmp_path) as process:

@@ -78,7 +78,7 @@ def transcripts() -> list[tuple[str, str]]:
 
 
 @needs_sets
-@pytest.mark.parametrize("name", ["base7m", "stories260k"])
+@pytest.mark.parametrize("name", ["base7m", pytest.param("stories260k", marks=pytest.mark.slow)])
 def test_dialogues_decode_to_their_transcripts(name: str) -> None:
     """The prompt is the transcript through its last "Assistant:", the answer is the rest."""
     tokenizer = TOKENIZERS[name]()
