@@ -169,7 +169,8 @@ class OpenEnded:
         )
         columns = [verdicts[i :: len(names)] for i in range(len(names))]
         values = {name: _values(some) for name, some in zip(names, columns, strict=True)}
-        missing = np.isnan(np.stack(list(values.values()))).any(0).astype(np.float64)
+        unclear = np.isnan(np.stack(list(values.values()))).any(0)
+        missing: Values = np.asarray(unclear, np.float64)
         scores = benchmark.scores(values) | {UNPARSABLE: missing}
         return scores, _judge_notes(self._judge, prompts, usage, verdicts, chosen)
 

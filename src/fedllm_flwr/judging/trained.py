@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedllm_flwr.data.encode import Segment, tokenise
 from fedllm_flwr.data.records import Messages
-from fedllm_flwr.data.templates import render_prompt
-from fedllm_flwr.data.tokens import TokenArray
+from fedllm_flwr.data.templates import Segment, render_prompt
+from fedllm_flwr.data.tokens import TokenArray, tokenise
 from fedllm_flwr.judging.writing import ModelWriter, VllmWriter, Writer
 
 if TYPE_CHECKING:

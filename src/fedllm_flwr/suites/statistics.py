@@ -107,8 +107,9 @@ def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Float
 
 def _mean(sums: Floats) -> Floats:
     """Mean of the numbers that there are; NaN for a resample that has none."""
-    unknown = np.full(len(sums), np.nan)
-    return np.divide(sums[:, 0], sums[:, 1], out=unknown, where=sums[:, 1] > 0)
+    means: Floats = np.full(len(sums), np.nan)
+    np.divide(sums[:, 0], sums[:, 1], out=means, where=sums[:, 1] > 0)
+    return means
 
 
 def _accuracy(confusion: Floats) -> Floats:
