@@ -1,7 +1,7 @@
 """The room of a contained program: namespaces of its own, and a file system with little in it.
 
 The program sees: the system's libraries, the Python installation and its packages (read-only), a
-few harmless devices, and an empty /tmp in memory. It sees no other file, no other process, no
+few harmless devices, and a /tmp of its own in memory. It sees no other file, no other process, no
 network (not even loopback) and no /proc, has no capability and can make no further namespace.
 """
 
@@ -59,15 +59,15 @@ def build_room(mount_point: str, readable: list[str], tmp_bytes: int) -> None:
     linux.mount("", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("tmpfs", mount_point, "tmpfs", options="mode=755,size=1m")
     root = Path(mount_point)
+    (root / "tmp").mkdir()  # before what is shown, which may lie in a /tmp itself
+    options = f"mode=1777,size={tmp_bytes},nr_inodes=4096"
+    linux.mount("tmpfs", str(root / "tmp"), "tmpfs", _HARMLESS, options)
     for path in _outermost([*_SYSTEM, *readable]):
         _show(Path(path), root)
     for name in _DEVICES:
         if Path("/dev", name).exists():
             _bind(Path("/dev", name), root)
     (root / "dev/shm").symlink_to("/tmp")
-    (root / "tmp").mkdir(exist_ok=True)
-    options = f"mode=1777,size={tmp_bytes},nr_inodes=4096"
-    linux.mount("tmpfs", str(root / "tmp"), "tmpfs", _HARMLESS, options)
     linux.mount("", mount_point, "", linux.MS_REMOUNT | linux.MS_RDONLY | _HARMLESS)
     linux.enter_root(mount_point)
 
