@@ -380,6 +380,7 @@ def test_private_or_foreign_keys_are_not_registered(tmp_path: Path, server: Path
             check_public_key(content, "a")
 
 
+@pytest.mark.slow
 def test_registration_without_a_superlink_keeps_no_key(tmp_path: Path, server: Path) -> None:
     (tmp_path / "a.pub").write_bytes(make_key_pair("a")[1])
 
