@@ -1,23 +1,19 @@
 """Admit a site to the running SuperLink by its public key, and let it go again."""
 
 import shlex
-import subprocess
 from pathlib import Path
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.deployment.directory import absolute, check_name
 from fedllm_flwr.deployment.flower import (
     CONNECTION,
-    flwr_command,
-    flwr_environment,
-    last_json,
+    ask_flower,
     server_folder,
 )
 from fedllm_flwr.deployment.keys import check_public_key
 from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.errors import ConfigError, FederationError
 
-_LIMIT_S = 180.0  # for one command of Flower
 _NOT_THERE = "the SuperLink of {folder} does not answer; start {folder}/start.sh first"
 
 
@@ -76,7 +72,7 @@ def unregister_site(directory: str | Path, name: str) -> list[str]:
             f"{node} is missing, so the id of {name} is not known: find it with `flwr supernode "
             f"list {CONNECTION}`, then `flwr supernode unregister <id> {CONNECTION}`"
         ) from None
-    answer, said = _flwr(folder, "unregister", node_id)
+    answer, said = ask_flower(folder, "supernode", "unregister", node_id)
     if not answer.get("success"):
         said = str(answer.get("error-message") or said).strip()
         if "unavailable" in said.lower():
@@ -98,27 +94,10 @@ def _node_file(key: Path) -> Path:
 
 def _register(folder: Path, key: Path) -> str:
     """Id of the new node."""
-    answer, said = _flwr(folder, "register", str(key))
+    answer, said = ask_flower(folder, "supernode", "register", str(key))
     if answer.get("success"):
         return str(answer["node-id"])
     raise FederationError(_reason(folder, key, answer, said))
-
-
-def _flwr(folder: Path, verb: str, what: str) -> tuple[dict[str, object], str]:
-    """What ``flwr supernode <verb> <what>`` answers in JSON, and says on standard error."""
-    command = [*flwr_command("supernode", verb, what), "--format", "json"]
-    try:
-        done = subprocess.run(
-            command,
-            env=flwr_environment(folder),
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise FederationError("the SuperLink does not answer; look at its log") from None
-    return last_json(done.stdout), done.stderr
 
 
 def _reason(folder: Path, key: Path, answer: dict[str, object], stderr: str) -> str:
