@@ -29,7 +29,8 @@ TINY = [
     "training.max_steps=2",
     "training.batch_size=4",
     "data.max_samples=100",
-    "data.eval_max_samples=20",
+    "data.eval_max_samples=10",
+    "tracking.figures=false",
 ]
 
 Intercept = Callable[[Message, Context], None]

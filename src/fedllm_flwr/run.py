@@ -190,8 +190,8 @@ def _paths(directory: RunDirectory) -> dict[str, Path]:
         trained = {"adapter": directory.adapter}
     else:
         trained = {"adapters": directory.adapters}
-    paths = {**trained, "curves": directory.curves, "log": directory.metrics}
-    return paths | ({"answers": directory.answers} if directory.answers.is_file() else {})
+    also = {"curves": directory.curves, "log": directory.metrics, "answers": directory.answers}
+    return trained | {label: path for label, path in also.items() if path.is_file()}
 
 
 def _next_commands(directory: RunDirectory, config: Config) -> list[str]:

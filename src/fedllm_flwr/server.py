@@ -90,13 +90,14 @@ def _finish(
     progress: Progress,
     timings: Timings,
 ) -> None:
-    """Draw the figures and export what was trained."""
+    """Draw the figures, where wanted, and export what was trained."""
     from fedllm_flwr.reporting.plots import plot_clients, plot_curves
 
     with timings.phase("results"):
-        plot_curves(progress.records, directory.curves, _title(config))
-        if prepared.clients:
-            plot_clients(prepared.clients, directory.path / "clients.png")
+        if config.tracking.figures:
+            plot_curves(progress.records, directory.curves, _title(config))
+            if prepared.clients:
+                plot_clients(prepared.clients, directory.path / "clients.png")
         summary = summarise(progress.records, timings.seconds)
         adapters = {directory.adapter: final.params}
         if config.algorithm.name == "local":

@@ -26,7 +26,7 @@ PROMPT = (
 
 @pytest.fixture(scope="module")
 def run(whole_run: Callable[..., Path]) -> Path:
-    return whole_run("algorithm=fedavg")
+    return whole_run("algorithm=fedavg", "tracking.figures=true")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,10 @@ from fedllm_flwr.benchmark.candidates import collect
 from fedllm_flwr.cli import _parsed, main
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
+from fedllm_flwr.suites.catalogue import chosen_tasks
+from fedllm_flwr.suites.harness import HarnessTasks
+from fedllm_flwr.suites.model import TextModel
+from fedllm_flwr.suites.results import RunOptions
 from fedllm_flwr.training.model import load_model
 
 LABELS = ("negative", "neutral", "positive")
@@ -163,6 +167,20 @@ def test_list_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for text in ("fpb_generation", "unparsable", "high school physics", "licence: MIT"):
         assert text in shown
+
+
+def test_solved_examples_make_room_for_the_answer(make_config: object, tmp_path: Path) -> None:
+    question = {"question": "How many? " * 4, "answer": "Some. #### 4"}
+    (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(question) + "\n")
+    model = TextModel(load_model(make_config()), prompt="raw")  # type: ignore[operator]
+    [task] = chosen_tasks(["gsm8k"])
+
+    found = HarnessTasks().run(task, model, RunOptions(data_root=tmp_path))
+
+    num_tokens = len(model.adapted.tokenizer(found.first_prompt)["input_ids"])
+    assert model.max_length // 4 < num_tokens <= model.max_length // 2
+    assert found.notes["examples_left_out"] > 0
+    assert found.notes["cut"] == 0
 
 
 def test_central_evaluation_scores_suites(make_config: object, data_root: Path) -> None:

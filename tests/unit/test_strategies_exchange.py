@@ -212,6 +212,27 @@ def test_busy_database_of_the_superlink_is_asked_again():
     assert not reply.has_error()
 
 
+def test_messages_that_a_dying_superlink_had_stored_go_once_more():
+    class RestartedGrid(MemoryGrid):
+        """Stores the first message of the first batch, dies, and is asked again."""
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            ids = {message.object_id for message in messages}
+            if not pushed:
+                pushed.append(ids)
+                raise Busy("(sqlite3.IntegrityError) UNIQUE constraint failed: message_ins.message")
+            assert not ids & pushed[0]
+            return super().push_messages(messages)
+
+    pushed: list[set[str]] = []
+    grid = RestartedGrid({1: sending(RecordDict()), 2: sending(RecordDict())})
+    messages = [Message(RecordDict(), node_id, "train", ttl=9) for node_id in (1, 2)]
+    replies = list(exchange(grid, messages, timeout_s=5))
+    assert sorted(reply.metadata.src_node_id for reply in replies) == [1, 2]
+    assert [message.metadata.ttl for message in grid.sent] == [9, 9]
+
+
 def test_other_errors_of_the_superlink_end_the_exchange():
     class FullGrid(MemoryGrid):
         def push_messages(self, messages):

@@ -196,8 +196,9 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """Experiment trackers besides the files that every run writes."""
+    """Figures, and experiment trackers besides the files that every run writes."""
 
+    figures: bool = True  # draw curves.png and clients.png at the end of a run
     tensorboard: bool = False  # write TensorBoard files
     wandb: bool = False  # log to Weights & Biases
     mlflow: bool = False  # log to MLflow

@@ -20,6 +20,7 @@ from fedllm_flwr.wire import unpack_failure
 Answer = TypeVar("Answer")
 
 _BUSY, _BUSY_S = "database is locked", 120.0
+_TAKEN = "UNIQUE constraint failed"
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
 _BUFFER_BYTES = 64 * 2**20  # of replies fetched together
@@ -61,14 +62,42 @@ def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
     Flower refuses a message to a node that has left. The gRPC grid then returns an empty id in
     its place, or no ids at all if the batch was too large; the in-memory grid leaves it out.
     """
-    batch = list(messages)  # the gRPC grid reads them twice, and refuses none
-    message_ids = patiently(lambda: list(grid.push_messages(batch))) if batch else []
+    batch, message_ids = _push(grid, list(messages))
     if len(message_ids) != len(batch):
         accepted = set(message_ids)
         own_ids = [message.metadata.message_id for message in batch]
         message_ids = [own_id if own_id in accepted else "" for own_id in own_ids]
     pairs = zip(message_ids, batch, strict=True)
     return {message_id: message.metadata.dst_node_id for message_id, message in pairs if message_id}
+
+
+def _push(grid: Grid, batch: list[Message]) -> tuple[list[Message], list[str]]:
+    """Push `batch`, which the gRPC grid reads twice; what was pushed, and Flower's ids.
+
+    Where a SuperLink dies between storing a message and saying so, or is too busy for a part of
+    the batch, the next try finds ids that are taken. Then all go once more under ids of their own:
+    what a client does for the first ones is lost, the round is not.
+    """
+    while batch:
+        try:
+            return batch, list(patiently(partial(grid.push_messages, batch)))
+        except grpc.RpcError as error:
+            if _TAKEN not in _details(error):
+                raise
+        batch = [_anew(message) for message in batch]
+    return batch, []
+
+
+def _anew(message: Message) -> Message:
+    """The same message with a time of creation, and thus an id, of its own."""
+    about = message.metadata
+    return Message(
+        message.content,
+        about.dst_node_id,
+        about.message_type,
+        ttl=about.ttl,
+        group_id=about.group_id,
+    )
 
 
 def receive(
@@ -116,10 +145,14 @@ def patiently(call: Callable[[], Answer]) -> Answer:
         try:
             return call()
         except grpc.RpcError as error:
-            details = getattr(error, "details", lambda: None)() or ""
-            if _BUSY not in details or time.monotonic() >= deadline:
+            if _BUSY not in _details(error) or time.monotonic() >= deadline:
                 raise
         time.sleep(_POLL_LAST_S)
+
+
+def _details(error: grpc.RpcError) -> str:
+    """What the SuperLink said of its error."""
+    return getattr(error, "details", lambda: None)() or ""
 
 
 def _pull(grid: Grid, message_ids: list[str]) -> list[Message]:

@@ -58,7 +58,7 @@ class HarnessTasks:
 
             started = time.monotonic()
             loaded = self._load(task, options, model.prompt)
-            asked = _HarnessModel(model)
+            asked = _HarnessModel(model, max(map(_answer_tokens, loaded.values())))
             found = evaluate(
                 asked,
                 {"tasks": loaded},
@@ -113,14 +113,25 @@ def _load(task: SuiteTask, options: RunOptions, overrides: dict[str, Any]) -> di
     return dict(loaded)
 
 
+def _answer_tokens(task: Any) -> int:
+    """Tokens that an answer to a harness task may take."""
+    if task.config.output_type != "generate_until":
+        return _ROOM
+    return _decoding(task.config.generation_kwargs or {}).max_new_tokens
+
+
 class _HarnessModel:
-    """What the harness asks of a model (its class LM), answered by a `TextModel`."""
+    """What the harness asks of a model (its class LM), answered by a `TextModel`.
+
+    Args:
+        room: tokens of the context that are kept free for an answer.
+    """
 
     rank, world_size = 0, 1
     tokenizer_name = "fedllm"
 
-    def __init__(self, model: TextModel) -> None:
-        self._model = model
+    def __init__(self, model: TextModel, room: int) -> None:
+        self._model, self._room = model, model.answer_room(room)
         self._cut_before = model.cut
         self.prompts = self.left_out = 0
 
@@ -133,7 +144,7 @@ class _HarnessModel:
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The prompt that the model sees; the harness' name for it."""
-        text, left_out = self._model.render_fitting(messages, _ROOM)
+        text, left_out = self._model.render_fitting(messages, self._room)
         self.left_out += left_out
         self.prompts += 1
         return text

@@ -1,7 +1,7 @@
 """A model under evaluation: prompts as it was tuned with, likelihoods, answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class TextModel:
         config: Any = self.adapted.peft.get_base_model().config
         longest = getattr(config, "max_position_embeddings", None)
         return int(longest or self.adapted.tokenizer.model_max_length)
+
+    def answer_room(self, wanted: int) -> int:
+        """Tokens of an answer that wants so many: half of what the model takes, at most."""
+        return min(wanted, self.max_length // 2)
 
     def render(self, messages: Messages) -> str:
         """A conversation that ends with the user, as the text that the model is given.
@@ -113,7 +117,8 @@ class TextModel:
         loses tokens at its start.
         """
         rows = [[Segment(prompt, False)] for prompt in prompts]
-        room = max(1, self.max_length - decoding.max_new_tokens)
+        decoding = replace(decoding, max_new_tokens=self.answer_room(decoding.max_new_tokens))
+        room = self.max_length - decoding.max_new_tokens
         tokens = [self._fitting(row, room) for row, _ in tokenise(rows, self.adapted.tokenizer)]
         answers = write_answers(self.adapted, tokens, decoding, self.batch_tokens, self.seed)
         return [answer.strip() for answer in answers] if strip else answers

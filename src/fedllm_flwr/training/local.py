@@ -21,7 +21,7 @@ from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.control import ClientControl
 from fedllm_flwr.training.device import micro_batch_size, torch_threads
 from fedllm_flwr.training.drift import DriftCorrection
-from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.model import AdaptedModel, hide_libraries, load_model
 from fedllm_flwr.training.reference import ReferenceCache
 from fedllm_flwr.training.sft import train_sft
 from fedllm_flwr.training.trainer import Trained
@@ -50,6 +50,7 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     if not len(data.train):
         raise DataError(f"{data.name} has no usable training example")
     model = load_model(config)
+    hide_libraries()
     _check_fit(data, model, config)
     own = newest_version(state_dir, "adapter", task.round, task.params) if task.alone else None
     drawn = _draw(task, data)

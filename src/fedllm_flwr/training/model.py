@@ -3,7 +3,7 @@
 import gc
 import inspect
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -124,6 +124,7 @@ class _Held:
     base_key: str
     adapter_key: str
     model: AdaptedModel
+    hidden: bool = False  # from the garbage collector
 
 
 _held: _Held | None = None
@@ -144,23 +145,36 @@ def load_model(config: Config) -> AdaptedModel:
     base_key = repr((config.model, config.quantization, device, dtype, attention))
     adapter_key = repr((config.lora, config.seed))
     base: Any = None
+    hidden = False
     if _held is not None:
         if (_held.base_key, _held.adapter_key) == (base_key, adapter_key):
             return _held.model
         if _held.base_key == base_key:
             base = _held.model.peft.unload()
-        _held = None
+        hidden, _held = _held.hidden, None
         if base is None:  # make room for the next one
-            gc.unfreeze()
+            if hidden:
+                gc.unfreeze()
+            hidden = False
             gc.collect()
     if base is None:
-        base = load_base(config, device, dtype, attention)
-        # Each Trainer starts with a full collection: half a second if it has to walk through all
-        # that the libraries made at import, a few milliseconds if that is out of its sight.
         gc.freeze()
+        base = load_base(config, device, dtype, attention)
     model = _adapt(base, config, device, dtype, attention)
-    _held = _Held(base_key, adapter_key, model)
+    _held = _Held(base_key, adapter_key, model, hidden)
     return model
+
+
+@cache
+def hide_libraries() -> None:
+    """Take all that the libraries made at import out of the garbage collector's sight, once.
+
+    Each Trainer starts with a full collection: up to half a second if it walks through all that,
+    less than a millisecond if not. For a process that trains, with all imported.
+    """
+    gc.freeze()
+    if _held is not None:
+        _held.hidden = True
 
 
 def load_beside(config: Config) -> AdaptedModel:
