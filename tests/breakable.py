@@ -17,23 +17,10 @@ import psutil
 from fedllm_flwr.data.sources import DEMO
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
-from processes import BIN, environment, relatives, wait_for
+from processes import BIN, environment, free_ports, relatives, wait_for
 
 SITE = "FEDLLM_TEST_SITE"  # every process of a site carries its name
 QUICK = ("training.max_steps=1", "training.batch_size=2", "evaluation.central=false")
-
-
-def three_free_ports() -> int:
-    """The first of three in a row."""
-    for base in range(20_000 + os.getpid() % 1000 * 7, 60_000, 7):
-        with ExitStack() as stack:
-            try:
-                for port in range(base, base + 3):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            except OSError:
-                continue
-            return base
-    raise AssertionError("no three free ports in a row")
 
 
 def listens(port: int) -> bool:
@@ -118,7 +105,7 @@ class Deployment:
     server: Started | None = None
 
     def __post_init__(self) -> None:
-        self.base = three_free_ports()
+        self.base = free_ports(5)
         self.folder = self.root / "server"
         init_server(self.folder, [self.host], self.base, self.insecure)
         self._stack = ExitStack()

@@ -1,7 +1,6 @@
 """Federations as their operators start them: server and sites as real processes on loopback."""
 
 import json
-import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import psutil
 from fedllm_flwr.data.sources import DEMO
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
-from processes import BIN, environment, nothing_left, relatives, started, wait_for
+from processes import BIN, environment, free_ports, nothing_left, relatives, started, wait_for
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -55,19 +54,6 @@ def command_of(process: psutil.Process) -> str:
     return " ".join(process.cmdline())
 
 
-def five_free_ports() -> int:
-    """The first of five in a row; test runs side by side begin to look at different ones."""
-    for base in range(20_000 + os.getpid() % 1_000 * 30, 60_000, 7):
-        with ExitStack() as stack:
-            try:
-                for port in range(base, base + 5):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            except OSError:
-                continue
-            return base
-    raise AssertionError("no five free ports in a row")
-
-
 def every_other_record(name: str) -> list[str]:
     """Lines of the demo for a site: those of even or of odd number, by the name's length."""
     lines = (DEMO / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
@@ -97,7 +83,7 @@ def running_federation(
     root: Path, sites: Mapping[str, Sequence[str] | None]
 ) -> Iterator[Federation]:
     """Server and registered sites with their records, started with their directories' scripts."""
-    server, base = root / "server", five_free_ports()
+    server, base = root / "server", free_ports(5)
     init_server(server, ["localhost"], base)
 
     def run(*command: str) -> "subprocess.CompletedProcess[str]":

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,19 @@ def environment(cwd: Path, **more: str) -> dict[str, str]:
         MARK: str(cwd),
         **more,
     }
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` free ports in a row; test runs side by side look at different ones."""
+    for base in range(20_000 + os.getpid() % 1_000 * 30, 60_000, 7):
+        with ExitStack() as stack:
+            try:
+                for port in range(base, base + count):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return base
+    raise AssertionError(f"no {count} free ports in a row")
 
 
 @contextmanager

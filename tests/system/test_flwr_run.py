@@ -1,6 +1,7 @@
 """``flwr run`` from the checkout: the same bits as ``fedllm run``, and failures that say why."""
 
 import json
+import shutil
 import socket
 import subprocess
 import zipfile
@@ -121,8 +122,17 @@ def test_failed_run_says_why(
 
 def test_bundle_is_small_and_holds_no_data(tmp_path: Path) -> None:
     """Flower refuses bundles above 10 MB; a site's data beside the code must not travel."""
+    app = tmp_path / "app"
+    app.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(CHECKOUT / name, app)
+    for name in ("src", "conf", "evaluation", "tests", "docs"):
+        shutil.copytree(CHECKOUT / name, app / name)
+    for name in ("outputs/run/log.txt", ".venv/lib/a.py", "multirun/a.yaml", "mine.jsonl"):
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        (app / name).touch()
     done = subprocess.run(
-        [str(BIN / "flwr"), "build", "--app", str(CHECKOUT)],
+        [str(BIN / "flwr"), "build", "--app", str(app)],
         cwd=tmp_path,
         env=environment(tmp_path, FLWR_HOME=str(tmp_path)),
         capture_output=True,
