@@ -66,6 +66,8 @@ def test_base_and_adapters_side_by_side_and_cached(
     assert run(*arguments) == 0
     shown = capsys.readouterr().out
     assert "left out: tfns" in shown
+    for name in ("headline", "ner", "finred"):
+        assert f"{name}_test.jsonl" in shown
     assert "finance, difference to base" in shown
 
     numbers = {
@@ -101,6 +103,52 @@ def test_base_and_adapters_side_by_side_and_cached(
         handle.remove()
     assert passes == []
     assert (output / "results.csv").read_text() == before
+
+
+ROWS = {  # (instruction, input, output); of finred, one asks for something else
+    "headline": [
+        (f"Does it {('talk about price', 'compare gold')[i % 2]}?", f"gold up {i}", answer)
+        for i, answer in enumerate(["Yes", "No", "No", "Yes", "Yes", "No"])
+    ],
+    "ner": [
+        ("Extract.", "Bank lends to Ann .", "Bank is an organization, Ann is a person."),
+        ("Extract.", "Ann signs .", "Ann is a person."),
+    ],
+    "finred": [
+        ("Choose.", "Acme makes nails.", "industry"),
+        ("Extract.", "Acme makes nails.", "brand: nails, Acme"),
+    ],
+}
+
+
+def test_headlines_entities_and_relations(toy_model: Path, tmp_path: Path) -> None:
+    for name, rows in ROWS.items():
+        records = [dict(zip(("instruction", "input", "output"), row, strict=True)) for row in rows]
+        lines = "".join(f"{json.dumps(record)}\n" for record in records)
+        (tmp_path / f"{name}_test.jsonl").write_text(lines)
+    num_examples = {"headline": 6, "headline_generation": 6, "ner": 2, "finred": 1}
+    output = tmp_path / "out"
+    where = ("--data-root", str(tmp_path), "--output", str(output), "--no-cache")
+
+    assert run("--base", str(toy_model), "--task", ",".join(num_examples), *where) == 0
+
+    table = csv.DictReader((output / "results.csv").open())
+    numbers = {(row["task"], row["metric"]): row for row in table}
+    samples = {}
+    for task, count in num_examples.items():
+        lines = (output / "predictions" / "base" / f"{task}.jsonl").read_text()
+        samples[task] = [json.loads(line) for line in lines.splitlines()]
+        assert len(samples[task]) == count
+        if task != "headline":
+            unparsable = sum(sample["unparsable"] for sample in samples[task]) / count
+            assert float(numbers[task, "unparsable"]["value"]) == unparsable > 0
+    pairs = [sample["prediction"] for sample in samples["headline"]]
+    assert [target for target, _ in pairs] == [row[2].lower() for row in ROWS["headline"]]
+    accuracy = sum(target == answer for target, answer in pairs) / 6
+    assert float(numbers["headline", "accuracy"]["value"]) == accuracy
+    for key in (("ner", "F1"), ("finred", "triple F1"), ("headline", "mean F1 of questions")):
+        low, value, high = (float(numbers[key][name]) for name in ("low", "value", "high"))
+        assert 0 <= low <= value <= high <= 1
 
 
 def test_what_cannot_be_evaluated(
@@ -165,7 +213,13 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--list"]) == 0
     shown = capsys.readouterr().out
-    for text in ("fpb_generation", "unparsable", "high school physics", "licence: MIT"):
+    for text in (
+        "fpb_generation",
+        "unparsable",
+        "high school physics",
+        "licence: MIT",
+        "triple F1",
+    ):
         assert text in shown
 
 

@@ -1,5 +1,7 @@
 """Scores against scikit-learn, intervals against a loop, differences by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
@@ -61,6 +63,39 @@ def estimate_value(kind: str, pairs: list[list[str | None]]) -> float:
         return float(accuracy_score(targets, guesses))
     average = kind.removesuffix("_f1")
     return float(f1_score(targets, guesses, labels=LABELS, average=average, zero_division=0))
+
+
+def test_a_target_of_no_class_is_a_false_positive_or_nothing() -> None:
+    """Two questions, whose class is "yes to it": F1 of a, 1 right 1 wrong 1 missed; of b, none."""
+    pairs = [["a", "a"], ["a", None], [None, "a"], [None, None], ["b", None], [None, None]]
+    f1_of_a, f1_of_b = 2 * 1 / (2 * 1 + 1 + 1), 0.0
+
+    assert estimate("macro_f1", pairs, "x").value == pytest.approx((f1_of_a + f1_of_b) / 2)
+    assert estimate("weighted_f1", pairs, "x").value == pytest.approx((2 * f1_of_a + f1_of_b) / 3)
+    assert estimate("micro_f1", pairs, "x").value == pytest.approx(2 * 1 / (2 * 1 + 1 + 2))
+    assert estimate("weighted_f1", [[None, None]], "x").interval == (0, 0)
+
+
+SET_COUNTS = [[2, 1, 0], [0, 3, 1], [1, 0, 4]]  # right, wrong, missed: 3, 4 and 5 in all
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("set_precision", 3 / 7), ("set_recall", 3 / 8), ("set_f1", 2 * 3 / (2 * 3 + 4 + 5))],
+)
+def test_scores_of_sets_are_those_of_summed_counts(kind: str, expected: float) -> None:
+    assert estimate(kind, SET_COUNTS, "x").value == pytest.approx(expected)
+    assert estimate(kind, [[0, 0, 0]], "x").value == 0
+
+
+def test_resampled_f1_of_sets() -> None:
+    """Mean and spread over the resamples are those of all 27 equally likely draws of three."""
+    drawn = [np.sum(some, axis=0) for some in itertools.product(SET_COUNTS, repeat=3)]
+    expected = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn in drawn]
+    found = estimate("set_f1", SET_COUNTS, "x").resamples
+
+    assert found.mean() == pytest.approx(np.mean(expected), abs=0.02)
+    assert found.std() == pytest.approx(np.std(expected), rel=0.1)
 
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:

@@ -10,7 +10,12 @@ import pytest
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.suites.catalogue import all_suites, chosen_suites, chosen_tasks
 from fedllm_flwr.suites.local_data import READERS, local_settings, missing_files, read_rows
-from fedllm_flwr.suites.tasks.finance import by_generation, parse_label
+from fedllm_flwr.suites.tasks.finance import (
+    by_generation,
+    headline_by_generation,
+    headline_by_likelihood,
+    parse_label,
+)
 from fedllm_flwr.suites.tasks.numbers import chosen_letter, last_number
 from fedllm_flwr.suites.tasks.reading import shuffled_options
 
@@ -31,6 +36,33 @@ def test_labels_in_answers(answer: str, label: str | None) -> None:
     assert parse_label(answer) == label
     scored = by_generation({"answer": "positive"}, [answer])
     assert scored == {"prediction": ["positive", label], "unparsable": float(label is None)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("Yes", "yes"),
+        (" no.", "no"),
+        ("NO, it does not", "no"),
+        ("Yes or No", None),
+        ("yesterday", None),
+        ("gold", None),
+        ("", None),
+    ],
+)
+def test_yes_and_no_in_answers(answer: str, label: str | None) -> None:
+    asked = {"instruction": "Does it talk about price?", "output": "Yes"}
+    assert headline_by_generation(asked, [answer]) == {
+        "prediction": ["yes", label],
+        "question": [asked["instruction"], asked["instruction"] if label == "yes" else None],
+        "unparsable": float(label is None),
+    }
+
+
+def test_the_more_likely_of_yes_and_no() -> None:
+    row = {"instruction": "Price?", "output": "No"}
+    found = headline_by_likelihood(row, [(-1.0, True), (-2.0, False)])
+    assert found == {"prediction": ["no", "yes"], "question": [None, "Price?"]}
 
 
 @pytest.mark.parametrize(

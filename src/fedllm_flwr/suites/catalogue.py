@@ -17,7 +17,10 @@ import yaml
 from fedllm_flwr.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
-KINDS = ("mean", "accuracy", "macro_f1", "micro_f1", "weighted_f1", "bleu", "smoothed_bleu")
+KINDS = (
+    *("mean", "accuracy", "macro_f1", "micro_f1", "weighted_f1", "bleu", "smoothed_bleu"),
+    *("set_precision", "set_recall", "set_f1"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Metric:
 
     Args:
         name: what tables call it.
-        kind: ``mean`` of the column, or a score of [target, prediction] pairs of classes, see
-            `statistics`.
-        column: field of a sample, a number or such a pair.
+        kind: ``mean`` of the column, or a score of [target, prediction] pairs of classes or of
+            counts, see `statistics`.
+        column: field of a sample, a number, such a pair or such counts.
         parts: harness tasks whose examples count; empty: all.
         chance: what guessing yields, where that is known.
         higher_is_better: of two models.

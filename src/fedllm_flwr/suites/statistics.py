@@ -60,7 +60,10 @@ def estimate(kind: str, values: Sequence[Any], purpose: str) -> Estimate:
     Args:
         kind: ``mean`` of numbers, None where there is none; ``accuracy``, ``macro_f1``,
             ``micro_f1`` or ``weighted_f1`` of [target, prediction] pairs. A prediction that is
-            None, an answer that could not be parsed, is wrong, and belongs to no class.
+            None, an answer that could not be parsed, is wrong, and belongs to no class. A target
+            that is None (F1 only) belongs to no class either: every prediction for it is a false
+            positive. ``set_precision``, ``set_recall`` or ``set_f1`` of [TP, FP, FN] counts, summed
+            over the examples.
         purpose: decides on the resamples, together with the number of examples.
     """
     columns, score = _prepared(kind, values)
@@ -91,15 +94,14 @@ def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Float
         return np.stack([numbers, known], 1), _mean
     if kind in ("bleu", "smoothed_bleu"):
         return np.array(values, np.float64), lambda sums: bleu(sums, kind == "smoothed_bleu")
-    targets, predictions = zip(*values, strict=True)
-    names = sorted({str(name) for name in [*targets, *predictions] if name is not None})
-    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    if kind in _SET_WEIGHTS:
+        weights = np.array(_SET_WEIGHTS[kind])
+        return np.array(values, np.float64), lambda sums: _ratio(sums[:, 0], sums @ weights)
+    pairs = [[None if name is None else str(name) for name in pair] for pair in values]
+    names = sorted({name for pair in pairs for name in pair if name is not None})
     size = len(names) + 1  # the last one stands for no class
-    places = [index[str(t)] * size for t in targets]
-    places = [
-        place + (size - 1 if p is None else index[str(p)])
-        for place, p in zip(places, predictions, strict=True)
-    ]
+    index: dict[str | None, int] = {None: size - 1, **{name: i for i, name in enumerate(names)}}
+    places = [index[target] * size + index[prediction] for target, prediction in pairs]
     columns = np.zeros((len(values), size * size))
     columns[np.arange(len(values)), places] = 1
     return columns, lambda sums: _CLASS_SCORES[kind](sums.reshape(-1, size, size))
@@ -110,6 +112,11 @@ def _mean(sums: Floats) -> Floats:
     means: Floats = np.full(len(sums), np.nan)
     np.divide(sums[:, 0], sums[:, 1], out=means, where=sums[:, 1] > 0)
     return means
+
+
+def _ratio(part: Floats, whole: Floats) -> Floats:
+    """Zero where there is nothing to divide by, as scikit-learn has it."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def _accuracy(confusion: Floats) -> Floats:
@@ -126,7 +133,7 @@ def _f1_by_class(confusion: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     true = np.einsum("rii->ri", confusion)
     support, predicted = confusion.sum(2), confusion.sum(1)
     total = support + predicted
-    f1 = np.divide(2 * true, total, out=np.zeros_like(true), where=total > 0)
+    f1 = _ratio(2 * true, total)
     return f1[:, :-1], support[:, :-1], total[:, :-1] > 0
 
 
@@ -138,17 +145,13 @@ def _macro_f1(confusion: Floats) -> Floats:
 
 def _weighted_f1(confusion: Floats) -> Floats:
     f1, support, _ = _f1_by_class(confusion)
-    mean: Floats = (f1 * support).sum(1) / support.sum(1)
-    return mean
+    return _ratio((f1 * support).sum(1), support.sum(1))
 
 
 def _micro_f1(confusion: Floats) -> Floats:
     """2 TP / (2 TP + FP + FN); an answer of no class is a false negative and no false positive."""
-    true = np.einsum("rii->r", confusion)
-    targets = confusion.sum((1, 2))
-    predicted = targets - confusion[:, :, -1].sum(1)
-    f1: Floats = 2 * true / (targets + predicted)
-    return f1
+    true = np.einsum("rii->r", confusion[:, :-1, :-1])
+    return _ratio(2 * true, confusion[:, :-1].sum((1, 2)) + confusion[:, :, :-1].sum((1, 2)))
 
 
 _CLASS_SCORES: dict[str, Callable[[Floats], Floats]] = {
@@ -156,4 +159,10 @@ _CLASS_SCORES: dict[str, Callable[[Floats], Floats]] = {
     "macro_f1": _macro_f1,
     "micro_f1": _micro_f1,
     "weighted_f1": _weighted_f1,
+}
+# TP over TP, FP and FN with these weights
+_SET_WEIGHTS = {
+    "set_precision": (1.0, 1.0, 0.0),
+    "set_recall": (1.0, 0.0, 1.0),
+    "set_f1": (1.0, 0.5, 0.5),
 }

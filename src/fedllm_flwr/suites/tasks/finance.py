@@ -1,10 +1,13 @@
-"""Sentiment of financial texts: FinGPT's prompts, labels by likelihood and by generation."""
+"""Labels of financial texts, sentiment and yes or no: FinGPT's prompts, by likelihood and by
+generation.
+"""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
 LABELS = ("negative", "neutral", "positive")
+YES_NO = ("yes", "no")
 _ASKED = (
     "What is the sentiment of this {kind}? Please choose an answer from "
     "{{negative/neutral/positive}}."
@@ -57,8 +60,7 @@ def _rows(dataset: Any, kind: str | None, text: str, answer: Any) -> Any:
 
 def by_likelihood(row: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
     """The most likely label, beside the right one."""
-    best = max(range(len(LABELS)), key=lambda i: results[i][0])
-    return {"prediction": [row["answer"], LABELS[best]]}
+    return {"prediction": [row["answer"], _most_likely(LABELS, results)]}
 
 
 def by_generation(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
@@ -67,9 +69,35 @@ def by_generation(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]
     return {"prediction": [row["answer"], label], "unparsable": float(label is None)}
 
 
-def parse_label(answer: str) -> str | None:
+def headline_by_likelihood(
+    row: dict[str, Any], results: Sequence[tuple[float, bool]]
+) -> dict[str, Any]:
+    """The more likely of yes and no, beside the right one; see `_by_question`."""
+    return _by_question(row, _most_likely(YES_NO, results))
+
+
+def headline_by_generation(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Yes or no as the answer has it; one that has neither, or both, is unparsable."""
+    label = parse_label(results[0], YES_NO)
+    return {**_by_question(row, label), "unparsable": float(label is None)}
+
+
+def parse_label(answer: str, labels: Sequence[str] = LABELS) -> str | None:
     """The one label among the words of an answer's first line."""
-    lines = answer.strip().splitlines()
-    words = _WORD.findall(lines[0].lower()) if lines else []
-    named = {word for word in words if word in LABELS}
+    words = _WORD.findall(answer.strip().partition("\n")[0].lower())
+    named = {word for word in words if word in labels}
     return named.pop() if len(named) == 1 else None
+
+
+def _most_likely(labels: Sequence[str], results: Sequence[tuple[float, bool]]) -> str:
+    return labels[max(range(len(labels)), key=lambda i: results[i][0])]
+
+
+def _by_question(row: dict[str, Any], label: str | None) -> dict[str, Any]:
+    """Classes for the F1 of each question's yes, as in FinGPT's benchmarks/headline.py.
+
+    The class is the question; who says no, or nothing that can be parsed, names none.
+    """
+    pair = [row["output"].strip().lower(), label]
+    said_yes = [row["instruction"] if answer == "yes" else None for answer in pair]
+    return {"prediction": pair, "question": said_yes}
