@@ -40,6 +40,7 @@ def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
     Raises:
         FedLLMError: the data or the model cannot be used as asked.
     """
+    hide_libraries()
     with torch_threads(task.config.federation.client_cpus):
         return _train(task, data, state_dir)
 
@@ -50,7 +51,6 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     if not len(data.train):
         raise DataError(f"{data.name} has no usable training example")
     model = load_model(config)
-    hide_libraries()
     _check_fit(data, model, config)
     own = newest_version(state_dir, "adapter", task.round, task.params) if task.alone else None
     drawn = _draw(task, data)
