@@ -68,6 +68,13 @@ def waiting(federation: Deployment, name: str) -> list[psutil.Process]:
     return found
 
 
+def trainer_of(federation: Deployment, name: str) -> psutil.Process:
+    """The resident trainer of a site; its next task starts one if there is none."""
+    assert wait_for(lambda: bool(federation.processes("fedllm_flwr.resident", name)), 60)
+    [trainer] = federation.processes("fedllm_flwr.resident", name)
+    return trainer
+
+
 def recovers(run: Run, name: str, within_s: float = 400) -> bool:
     """Whether the site soon replies again."""
     now = run.last_round()
@@ -76,7 +83,7 @@ def recovers(run: Run, name: str, within_s: float = 400) -> bool:
 
 def test_trainer_killed_over_a_task_is_started_again(federation: Deployment, run: Run) -> None:
     """As the kernel does when memory is short: the task is done by a new trainer, unnoticed."""
-    [trainer] = federation.processes("fedllm_flwr.resident", "amber")
+    trainer = trainer_of(federation, "amber")
     send(trainer, signal.SIGSTOP)  # so that a task is waiting when it dies
     now = run.last_round()
     assert wait_for(lambda: bool(waiting(federation, "amber")), 120)
@@ -89,10 +96,13 @@ def test_trainer_killed_over_a_task_is_started_again(federation: Deployment, run
 
 
 def test_trainer_killed_again_and_again_fails_by_name(federation: Deployment, run: Run) -> None:
+    send(trainer_of(federation, "amber"), signal.SIGSTOP)
     now = run.last_round()
 
     def killed_until_named() -> bool:
-        federation.kill("fedllm_flwr.resident", "amber")
+        """One that dies before it has a task is no loss: the ClientApp then trains itself."""
+        if waiting(federation, "amber"):
+            federation.kill("fedllm_flwr.resident", "amber")
         return bool(run.failures("amber", now))
 
     assert wait_for(killed_until_named, 240), run.records()[-1]
@@ -102,7 +112,7 @@ def test_trainer_killed_again_and_again_fails_by_name(federation: Deployment, ru
 
 def test_killed_client_app_is_named(federation: Deployment, run: Run) -> None:
     now = run.last_round()
-    [trainer] = federation.processes("fedllm_flwr.resident", "amber")
+    trainer = trainer_of(federation, "amber")
     send(trainer, signal.SIGSTOP)
     assert wait_for(lambda: bool(waiting(federation, "amber")), 120)
     for client_app in waiting(federation, "amber"):
@@ -115,7 +125,7 @@ def test_killed_client_app_is_named(federation: Deployment, run: Run) -> None:
 
 def test_hung_trainer_is_ended_by_the_site_itself(federation: Deployment, run: Run) -> None:
     now = run.last_round()
-    [trainer] = federation.processes("fedllm_flwr.resident", "amber")
+    trainer = trainer_of(federation, "amber")
     send(trainer, signal.SIGSTOP)
 
     assert fails(run, "amber", now, f"no reply within {TIMEOUT_S} s"), run.records()[-1]
