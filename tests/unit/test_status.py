@@ -89,7 +89,7 @@ def test_running(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert "failed: b" in said
     assert "round 1     2/3 clients, loss 1.402, 9.7 s, 500 kB" in said
     assert "c: no reply within 60 s" in said
-    assert "all rounds  9.7 s each, 500 kB, 1 replies missing or refused" in said
+    assert "all rounds  9.7 s each, 500 kB, 1 reply missing or refused" in said
     assert answer["well"] is True
     assert answer["state"] == "running"
     assert answer["current"]["losses"] == {"a": 1.25}

@@ -7,7 +7,7 @@ from typing import Any, cast
 from fedllm_flwr.deployment.flower import ask_flower, is_server
 from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.reporting.text import one_line
+from fedllm_flwr.reporting.text import format_seconds, one_line
 from fedllm_flwr.status.health import Health, addresses, check_health
 from fedllm_flwr.status.run import RunStatus, run_status
 
@@ -23,7 +23,7 @@ class FederationStatus:
     registered: list[str] = field(default_factory=list)  # names of the sites' keys
     online: int = 0  # sites
     offline: int = 0
-    runs: list[dict[str, str]] = field(default_factory=list)  # id, status, elapsed; newest first
+    runs: list[dict[str, Any]] = field(default_factory=list)  # id, status, seconds; newest first
     problem: str = ""  # why Flower's own lists could not be had
     newest: RunStatus | None = None  # in outputs/
 
@@ -46,7 +46,7 @@ class FederationStatus:
             known = f"; registered: {', '.join(self.registered)}" if self.registered else ""
             lines.append(f"  sites       {self.online} online, {self.offline} offline{known}")
         lines += [
-            f"  run         {run['id']}: {run['status']} ({run['elapsed']})"
+            f"  run         {run['id']}: {run['status']} ({format_seconds(run['seconds'])})"
             for run in self.runs[:_SHOWN_RUNS]
         ]
         return lines + (self.newest.lines() if self.newest else [])
@@ -79,7 +79,7 @@ def federation_status(folder: Path) -> FederationStatus:
         online=states.count("online"),
         offline=len(states) - states.count("online"),
         runs=[
-            {"id": run["run-id"], "status": run["status"], "elapsed": run["elapsed"]}
+            {"id": run["run-id"], "status": run["status"], "seconds": float(run["elapsed"])}
             for run in runs
         ],
         newest=newest,

@@ -60,7 +60,7 @@ class RunStatus:
             mean = "" if self.seconds_per_round is None else f"{self.seconds_per_round:.1f} s"
             lines.append(
                 f"  all rounds  {mean} each, {format_bytes(self.bytes)}, "
-                f"{self.failures} replies missing or refused"
+                f"{self.failures} {'reply' if self.failures == 1 else 'replies'} missing or refused"
             )
         if not self.is_well:
             kept = how_to_go_on(RunDirectory(Path(self.path)))
