@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,19 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
     return {
         "task": task,
         "files": files_identity(own if not task.folder else ()),
+        "code": _code_identity(),
         "data": files_identity(data),
         "limit": options.limit,
         "shots": options.shots,
         "seed": options.seed,
         "extra": _extra(task, options),
     }
+
+
+@cache
+def _code_identity() -> str:
+    """A hash of what reads data, writes prompts and scores answers, in the version at hand."""
+    return files_identity(sorted(Path(__file__).parent.rglob("*.py")))
 
 
 def _extra(task: SuiteTask, options: RunOptions) -> dict[str, Any]:

@@ -139,15 +139,16 @@ def _medmcqa(paths: Sequence[Path]) -> Splits:
 
 
 def _pubmedqa(paths: Sequence[Path]) -> Splits:
-    """The labelled set and the ids and answers of its test part, as published."""
+    """The labelled set, and the ids and answers of its test part, which come sorted by answer."""
     labelled, answers = read_rows(paths[0])[0], read_rows(paths[1])[0]
     rows = [
         {
-            "context": "\n".join(labelled[key]["CONTEXTS"]),
-            "question": labelled[key]["QUESTION"],
-            "answer": answer,
+            "context": "\n".join(row["CONTEXTS"]),
+            "question": row["QUESTION"],
+            "answer": answers[key],
         }
-        for key, answer in answers.items()
+        for key, row in labelled.items()
+        if key in answers
     ]
     return {"test": rows}
 
