@@ -4,6 +4,7 @@ from typing import Any
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.params import num_values
 from fedllm_flwr.preparation import Prepared
 from fedllm_flwr.reporting.plan import Plan
@@ -32,7 +33,7 @@ def make_plan(
         model_name=config.model.name,
         model_parameters=model.num_base_parameters,
         model_note=_model_note(config),
-        data_name=config.data.name,
+        data_name="the sites' own data" if _at_sites(config) else config.data.name,
         trainable_parameters=num_values(prepared.initial),
         device=describe_device(model.device),
         threads=config.federation.client_cpus,
@@ -47,7 +48,7 @@ def make_plan(
 
 
 def _clients(config: Config, roster: Roster) -> dict[str, Any]:
-    natural = config.partition.name == "natural"
+    natural = config.partition.name == "natural" and not _at_sites(config)
     return {
         "num_clients": len(roster),
         "client_names": sorted(roster),
@@ -75,13 +76,19 @@ def _wire(config: Config, prepared: Prepared) -> dict[str, Any]:
 
 
 def _evaluation(config: Config, prepared: Prepared) -> dict[str, Any]:
-    evaluation = prepared.evaluation
+    evaluation, embedded = prepared.evaluation, config.data.eval_path in EMBEDDED_DATA
     return {
         "eval_records": len(evaluation) if evaluation else 0,
+        "eval_name": config.data.eval_path if _at_sites(config) and embedded else None,
         "eval_every": config.evaluation.every,
         "eval_metrics": evaluation.metrics if evaluation else (),
         "client_eval": config.evaluation.clients,
     }
+
+
+def _at_sites(config: Config) -> bool:
+    """Whether each client has data of its own, whatever the server's configuration names."""
+    return config.federation.engine == "deployment"
 
 
 def _model_note(config: Config) -> str | None:

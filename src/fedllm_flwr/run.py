@@ -137,11 +137,12 @@ def _close(
     total = sum(timings.earlier.values()) + seconds
     summary = summarise(records, timings.seconds, total)
     write_summary(directory.summary, summary)
+    shown = _named_anywhere(directory, config)
     console.closing(
         summary,
-        _paths(directory),
+        _paths(shown),
         rows=_rows_alone(records),
-        next_commands=_next_commands(directory, config),
+        next_commands=_next_commands(shown, config),
         label=_LABELS.get(config.algorithm.name, "federated"),
         first=name_of_start(config.init_adapter),
         since_resumed=seconds if timings.earlier else None,
@@ -151,7 +152,7 @@ def _close(
 Scores = dict[str, float]
 
 _EXAMPLES = {  # prompts for the embedded data
-    "demo": "Quarterly profit at the bank fell",
+    "demo": "What is the sentiment of this news? Quarterly profit at the bank fell",
     "demo_preferences": "When can I expect the refund?",
 }
 _LABELS = {"local": "local (mean)", "centralized": "centralized"}
@@ -184,6 +185,13 @@ def _saying_how_to_go_on(directory: RunDirectory, config: Config) -> Iterator[No
         raise type(error)(f"{error} ({kept})" if kept else str(error)) from error
 
 
+def _named_anywhere(directory: RunDirectory, config: Config) -> RunDirectory:
+    """A server's app runs in its own directory, and who reads its log in another."""
+    if config.federation.engine != "deployment":
+        return directory
+    return RunDirectory(directory.path.resolve())
+
+
 def _paths(directory: RunDirectory) -> dict[str, Path]:
     """What a finished run has written, by label."""
     if directory.adapter.is_dir():
@@ -200,10 +208,9 @@ def _next_commands(directory: RunDirectory, config: Config) -> list[str]:
         return [f"{command} algorithm=fedavg"]
     example = _EXAMPLES.get(config.data.name, "...")
     other = "fedprox" if config.algorithm.name != "fedprox" else "fedavg"
-    return [
-        f'fedllm generate {directory.path} "{example}"',
-        f"{command} algorithm={other}",
-    ]
+    generate = f'fedllm generate {directory.path} "{example}"'
+    at_sites = config.federation.engine == "deployment"
+    return [generate] if at_sites else [generate, f"{command} algorithm={other}"]
 
 
 def with_absolute_paths(config: Config) -> Config:

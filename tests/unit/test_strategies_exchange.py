@@ -1,8 +1,17 @@
 """Who takes part, and how replies are fetched."""
 
+import time
+
 import grpc
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.common.typing import Run
+from flwr.proto.appio_pb2 import PullAppMessagesResponse
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.superlink.grid.grpc_grid import GrpcGrid
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
@@ -10,9 +19,9 @@ from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo, Failure
 from fedllm_flwr.strategies.census import Census, discover
-from fedllm_flwr.strategies.exchange import exchange
+from fedllm_flwr.strategies.exchange import exchange, failure_reason, receive
 from fedllm_flwr.wire import pack_failure, pack_info, unpack_query
-from memory_grid import MemoryGrid, superlink_error
+from memory_grid import SUPERLINK, MemoryGrid, superlink_error
 
 CONFIG = Config(federation=FederationConfig(start_timeout_s=0.3))
 
@@ -240,3 +249,29 @@ def test_other_errors_of_the_superlink_end_the_exchange():
 
     with pytest.raises(grpc.RpcError):
         list(exchange(FullGrid({1: sending(RecordDict())}), [Message(RecordDict(), 1, "train")], 5))
+
+
+def test_reply_that_breaks_off_is_given_up(monkeypatch):
+    """A site that dies while it sends leaves a reply whose parts never come."""
+    task = Message(RecordDict(), 7, "train", ttl=60)
+    task.metadata.__dict__.update(_run_id=1, _src_node_id=SUPERLINK, _message_id=task.object_id)
+    broken = Message(RecordDict({"a": ConfigRecord({"b": 1})}), reply_to=task)
+    broken.metadata.__dict__["_message_id"] = broken.object_id
+
+    class Stub:
+        def PullMessages(self, request):  # noqa: N802
+            tree = get_object_tree(broken)
+            proto = message_to_proto(remove_content_from_message(broken))
+            return PullAppMessagesResponse(messages_list=[proto], message_object_trees=[tree])
+
+        def PullObject(self, request):  # noqa: N802
+            return PullObjectResponse(object_found=True, object_available=False)
+
+    monkeypatch.setattr(GrpcGrid, "_stub", property(lambda self: Stub()))
+    monkeypatch.setattr("fedllm_flwr.strategies.exchange._UPLOAD_S", 0.2)
+    grid = GrpcGrid(token="t")
+    grid._run = Run.create_empty(1)
+    started = time.monotonic()
+    [reply] = receive(grid, [broken.metadata.reply_to_message_id], timeout_s=60)
+    assert "its reply broke off" in failure_reason(reply)
+    assert time.monotonic() - started < 10

@@ -84,13 +84,14 @@ def evaluate(request: Request) -> int:
     scorer = Scorer(request.options, request.prompt, cache, work, _report)
     scored = scorer.score(candidates, tasks)
     comparison = compare_scores(candidates, scored, tasks, suites)
-    notes = [NOTE, *_notes(candidates, scored, tasks, request), *skipped]
-    _write(output, comparison, scored, tasks, notes)
-    print(f"\n{as_text(comparison)}\n\n{NOTE}")
-    for line in notes[1:]:
-        print(line)
+    notes = [NOTE, *_notes(candidates, scored, tasks, request)]
+    _write(output, comparison, scored, tasks, [*notes, *skipped])
+    print("\n".join(["", as_text(comparison), "", *notes]))
     took = format_seconds(time.monotonic() - started)
-    print(f"Finished in {took}.  {output}: results.md, results.csv, results.json, predictions/")
+    print(
+        f"Finished in {took}.  {output}: results.md, results.csv, results.json, a figure of each "
+        "suite, predictions/"
+    )
     return 0
 
 

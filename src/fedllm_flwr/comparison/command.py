@@ -49,8 +49,9 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
     write_atomically(root / _SAVED, saved.encode())
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
     done = sum(job.done for job in jobs)
+    over = f"{config.compare.seeds} seed{'' if config.compare.seeds == 1 else 's'}"
     print(
-        f"comparing {', '.join(algorithms)}\n  {len(jobs)} runs ({config.compare.seeds} seeds), "
+        f"comparing {', '.join(algorithms)}\n  {len(jobs)} runs ({over}), "
         f"{done} done, {workers} at a time   output  {root}",
         flush=True,
     )
@@ -122,9 +123,11 @@ def _carry_out(jobs: Sequence[Job], workers: int) -> int:
         nonlocal ended, failed
         ended += 1
         failed += error is not None
-        left = (time.monotonic() - started) / ended * (total - before - ended)
+        still = total - before - ended
+        left = (time.monotonic() - started) / ended * still
+        remaining = f"{format_seconds(left)} left" if still else ""
         name = f"[{before + ended:>{len(str(total))}}/{total}] {job.algorithm} seed {job.seed}"
-        print(f"  {name:<32} {_outcome(job, error):<40} {format_seconds(left)} left", flush=True)
+        print(f"  {name:<32} {_outcome(job, error):<40} {remaining}".rstrip(), flush=True)
         if error is not None:
             print_error(f"{job.algorithm} seed {job.seed}: {error}")
 
@@ -154,7 +157,8 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     note = (
         f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}. vs local: "
         f"paired difference of the final {metric} by seed, ± half of its 95 % t interval; "
-        "* the interval leaves out zero. Local: mean over clients that train alone."
+        "* the interval leaves out zero. Local: mean over clients that train alone; best and "
+        "worst client by loss."
     )
     write_atomically(root / "compare.md", as_markdown(rows, metric, note).encode())
     write_atomically(root / "compare.csv", as_csv(rows).encode())

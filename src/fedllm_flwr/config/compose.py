@@ -121,6 +121,8 @@ def _load(
     file = Path(str(path)).expanduser()
     where = typed or f"{key}={shown(str(path))}"
     file = file / "config.yaml" if file.is_dir() or key == "resume" else file
+    if not file.parent.exists() and key == "resume":
+        raise ConfigError(f"{where}: no such directory; give that of a run.")
     if not file.is_file() and key == "resume":
         raise ConfigError(f"{where}: holds no run (no config.yaml); give the directory of a run.")
     if not file.is_file():

@@ -74,7 +74,7 @@ def unknown_key(key: str) -> str:
     """Message for a key that the schema lacks, with the closest one that it has."""
     close = _closest_key(key)
     hint = f" Did you mean {close!r}?" if close else ""
-    return f"unknown key {shown(key)!r}.{hint} (fedllm config lists every key)"
+    return f"unknown key {shown(key)!r}.{hint} (fedllm config --list has every key)"
 
 
 def _closest_key(key: str) -> str | None:

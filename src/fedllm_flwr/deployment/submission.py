@@ -17,6 +17,11 @@ from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import FederationError
 
 _ENGINE = "federation.engine=deployment"
+_ALL_SITES = "federation.sample_fraction=1"
+_DECIDE_ON_SITES = {
+    *("federation.sample_clients", "federation.sample_fraction"),
+    *("resume", "config", "experiment"),
+}
 _COMMAND_LIMIT_S = 180.0
 _PAUSE_S = 3.0  # between two looks at a SuperLink that does not answer
 _PATIENCE_S = 600.0  # for a SuperLink that is being started again
@@ -36,7 +41,10 @@ def run_on_server(directory: str | Path, overrides: Sequence[str]) -> int:
         FederationError: the SuperLink does not take the run, or is gone for good.
     """
     folder = server_folder(directory)
+    keys = {text.partition("=")[0] for text in overrides}
     asked = [*overrides, *([] if _ENGINE in overrides else [_ENGINE])]
+    if not keys & _DECIDE_ON_SITES:
+        asked.append(_ALL_SITES)
     _check(folder, asked)
     run_id = _submit(folder, asked)
     print(f"Submitted as run {run_id}.", flush=True)

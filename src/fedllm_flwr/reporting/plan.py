@@ -34,6 +34,7 @@ class Plan:
     steps_per_round: int | None = None  # None: `epochs` of the client's records
     epochs: float = 1.0
     eval_records: int = 0
+    eval_name: str | None = None  # of records that may not be the user's own
     eval_every: int = 0  # rounds; 0: at the start and at the end only
     eval_metrics: tuple[str, ...] = ("loss",)  # what will be known of them
     client_eval: bool = False  # whether clients score the adapter, too
@@ -76,6 +77,8 @@ def _cells(plan: Plan) -> list[tuple[str, str]]:
         rounds += f", from round {plan.first_round}"
     often = f"every {plan.eval_every} rounds" if plan.eval_every > 1 else "every round"
     often = often if plan.eval_every else "at the start and the end"
+    whose = f" of data.eval_path={plan.eval_name}" if plan.eval_name else ""
+    records = f"{plan.eval_records:,} records{whose}"
     return [
         ("trainable", f"{plan.trainable_parameters:,} LoRA parameters ({share} %)"),
         (
@@ -84,7 +87,7 @@ def _cells(plan: Plan) -> list[tuple[str, str]]:
             f"per client and round ({plan.wire_dtype})",
         ),
         ("rounds", rounds),
-        ("evaluation", f"{plan.eval_records:,} records, {often}" if plan.eval_records else "none"),
+        ("evaluation", f"{records}, {often}" if plan.eval_records else "none"),
         ("device", f"{plan.device}, {plan.threads} thread{_plural(plan.threads)} per client"),
         ("output", plan.output_dir),
     ]

@@ -1,5 +1,6 @@
 """Exchanges with the clients: send, then yield each reply as it arrives."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TypeVar
 import grpc
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
@@ -25,6 +27,7 @@ _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
 _BUFFER_BYTES = 64 * 2**20  # of replies fetched together
 _MOST_AT_ONCE = 64
+_UPLOAD_S, _SLOWEST_UPLOAD = 60.0, 50e3  # a reply that has begun to arrive: seconds, bytes/s
 _TTL_SLACK_S = 30.0  # so that the server's clock closes a round, not the SuperLink's
 _LONGEST_TEXT = 500  # characters of a client's wording that are shown
 
@@ -32,7 +35,7 @@ _LONGEST_TEXT = 500  # characters of a client's wording that are shown
 # terms. Codes 1 and 2 come with the node's own wording.
 _GONE = 5
 _FLOWER_ERRORS = {
-    3: "the task expired before the site fetched it; is its SuperNode running?",
+    3: "its task expired before it was fetched, or its reply broke off; is its SuperNode running?",
     4: "its reply expired before it was complete; raise federation.round_timeout_s",
     _GONE: "its SuperNode gave no sign of life for a minute; start it, or look at the network",
     8: "its ClientApp was killed or crashed, out of memory perhaps; the site's log says more",
@@ -109,6 +112,7 @@ def receive(
         reply_bytes: size of a reply. Those ready together are fetched a few at a time, so that
             memory does not grow with the number of clients.
     """
+    _bound_uploads(min(timeout_s, _UPLOAD_S + reply_bytes / _SLOWEST_UPLOAD))
     at_once = max(1, min(_MOST_AT_ONCE, _BUFFER_BYTES // max(1, reply_bytes)))
     pending = list(message_ids)
     started = time.monotonic()
@@ -129,6 +133,16 @@ def receive(
         if pending:
             pause_s = min(max(_POLL_FIRST_S, _POLL_SHARE * waited_s), _POLL_LAST_S)
             time.sleep(min(pause_s, timeout_s - waited_s))
+
+
+def _bound_uploads(seconds: float) -> None:
+    """Wait no longer for the rest of a reply whose site has died while it sent it.
+
+    Flower's gRPC grid waits for up to two hours, and meanwhile for nothing else; its limit can be
+    set in no other way. It then answers in the site's place, with an error.
+    """
+    if grid := sys.modules.get("flwr.superlink.grid.grpc_grid"):
+        grid.pull_objects = partial(pull_objects, max_time=seconds)  # type: ignore[attr-defined]
 
 
 def patiently(call: Callable[[], Answer]) -> Answer:
