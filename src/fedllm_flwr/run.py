@@ -152,7 +152,7 @@ def _close(
 Scores = dict[str, float]
 
 _EXAMPLES = {  # prompts for the embedded data
-    "demo": "What is the sentiment of this news? Quarterly profit at the bank fell",
+    "demo": "What is the sentiment of this news? Quarterly profit at the bank falls",
     "demo_preferences": "When can I expect the refund?",
 }
 _LABELS = {"local": "local (mean)", "centralized": "centralized"}

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.engines import ServerMain
-from fedllm_flwr.engines.resources import join_cluster
+from fedllm_flwr.engines.resources import join_cluster, start_ray
 from fedllm_flwr.engines.stoppable import StoppableGrid
 from fedllm_flwr.errors import FederationError
 
@@ -49,10 +49,15 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
             raise
 
     backend = _backend_config(config)
-    with _interrupts(stop), _flower_silent():
+    with _interrupts(stop) as listen, _flower_silent():
         try:
+            if not config.federation.ray_address:
+                start_ray(_init_args(config))
+            listen()  # Ray has taken SIGTERM to itself
             run_simulation(server_app, client_app, num_clients, backend_config=backend)
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+                raise KeyboardInterrupt from error  # Ray's own answer, until `listen`
             if not failures:
                 raise _engine_failed(error) from error
     if failures:
@@ -84,8 +89,11 @@ def _init_args(config: Config) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _interrupts(stop: threading.Event) -> Iterator[None]:
-    """Let the first Ctrl-C end the server at its next look at the grid, the second all at once."""
+def _interrupts(stop: threading.Event) -> Iterator[Callable[[], None]]:
+    """Let the first Ctrl-C end the server at its next look at the grid, the second all at once.
+
+    What it yields sets this up once more, after others have set up something else.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
@@ -93,11 +101,17 @@ def _interrupts(stop: threading.Event) -> Iterator[None]:
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in signals}
+
+    def listen() -> None:
+        for number in signals:
+            signal.signal(number, handle)
+
     try:
-        yield
+        yield listen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -42,11 +42,8 @@ def join_cluster(address: str, init_args: Mapping[str, Any], federation: Federat
     import ray
 
     _check_answers(address)
-    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
     try:
-        ray.init(
-            include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **init_args
-        )
+        start_ray(init_args)
     except Exception as error:  # Ray raises many kinds
         raise _no_cluster(address, error) from error
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -56,6 +53,15 @@ def join_cluster(address: str, init_args: Mapping[str, Any], federation: Federat
     except ConfigError:
         ray.shutdown()
         raise
+
+
+def start_ray(init_args: Mapping[str, Any]) -> None:
+    """Connect this process to Ray; its workers find this package and what it depends on."""
+    import ray
+
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    ray.init(include_dashboard=False, runtime_env=environment, **init_args)
 
 
 def _check_fit(federation: FederationConfig, resources: Mapping[str, float], whose: str) -> None:
