@@ -145,17 +145,10 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _add(commands, "generate", _generate, "answer a prompt with base and adapter")
     generate.add_argument("run", help="directory of a run")
-    generate.add_argument(
-        "prompt",
-        nargs="+",
-        help="instructions to answer, each in quotes; an input follows after a space",
-    )
-    generate.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        help="longest answer, in tokens; default 128",
-    )
+    text = "instructions to answer, each in quotes; an input follows after a space"
+    generate.add_argument("prompt", nargs="+", help=text)
+    text = "longest answer, in tokens; default 128"
+    generate.add_argument("--max-new-tokens", type=int, default=128, help=text)
 
     merge = _add(commands, "merge", _merge, "write the model with the adapter merged into it")
     merge.add_argument("run", help="directory of a run")

@@ -41,7 +41,7 @@ def test_unknown_arguments_are_refused(
 
 
 RUN_MISTAKES = {
-    "no directory": (["generate", "{}/none", "Hi"], "{}/none: holds no run"),
+    "no directory": (["generate", "{}/none", "Hi"], "{}/none: no such directory"),
     "a file": (["generate", "{}/notes.txt", "Hi"], "{}/notes.txt: holds no run"),
     "a broken configuration": (["generate", "{}/broken", "Hi"], "{}/broken: not valid YAML"),
     "an unfinished run": (["generate", "{}/stopped", "Hi"], "{}/stopped: no adapter there"),
@@ -49,7 +49,7 @@ RUN_MISTAKES = {
         ["generate", "{}/stopped", "Hi", "--max-new-tokens", "0"],
         "--max-new-tokens must be > 0, got 0.",
     ),
-    "merging nothing": (["merge", "{}/none", "{}/merged"], "{}/none: holds no run"),
+    "merging nothing": (["merge", "{}/none", "{}/merged"], "{}/none: no such directory"),
     "merging below a file": (
         ["merge", "{}/stopped", "{}/notes.txt/merged"],
         "{}/notes.txt/merged: {}/notes.txt is a file; give another directory",

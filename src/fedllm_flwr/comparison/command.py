@@ -49,12 +49,8 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
     write_atomically(root / _SAVED, saved.encode())
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
     done = sum(job.done for job in jobs)
-    over = f"{config.compare.seeds} seed{'' if config.compare.seeds == 1 else 's'}"
-    print(
-        f"comparing {', '.join(algorithms)}\n  {len(jobs)} runs ({over}), "
-        f"{done} done, {workers} at a time   output  {root}",
-        flush=True,
-    )
+    runs = f"{len(jobs)} runs ({_seeds(config.compare.seeds)}), {done} done, {workers} at a time"
+    print(f"comparing {', '.join(algorithms)}\n  {runs}   output  {root}", flush=True)
     try:
         failed = _carry_out(jobs, workers)
     except KeyboardInterrupt as interrupt:
@@ -65,6 +61,10 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
         ) from interrupt
     _write(root, jobs, algorithms)
     return 1 if failed else 0
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -155,7 +155,7 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     rows, metric = make_rows(outcomes, algorithms), deciding_metric(outcomes)
     seeds = len({outcome.job.seed for outcome in outcomes})
     note = (
-        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}. vs local: "
+        f"Mean ± standard deviation over {_seeds(seeds)}. vs local: "
         f"paired difference of the final {metric} by seed, ± half of its 95 % t interval; "
         "* the interval leaves out zero. Local: mean over clients that train alone; best and "
         "worst client by loss."

@@ -30,10 +30,6 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
         ConfigError: a client takes more than any machine of that cluster has.
         KeyboardInterrupt: the user stopped the run.
     """
-    from flwr.simulation import run_simulation
-
-    from fedllm_flwr.client_app import app as client_app
-
     if address := config.federation.ray_address:
         join_cluster(address, _init_args(config), config.federation)
     stop = threading.Event()
@@ -48,13 +44,9 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
             failures.append(error)
             raise
 
-    backend = _backend_config(config)
     with _interrupts(stop) as listen, _flower_silent():
         try:
-            if not config.federation.ray_address:
-                start_ray(_init_args(config))
-            listen()  # Ray has taken SIGTERM to itself
-            run_simulation(server_app, client_app, num_clients, backend_config=backend)
+            _simulate(server_app, config, num_clients, listen)
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
                 raise KeyboardInterrupt from error  # Ray's own answer, until `listen`
@@ -62,6 +54,19 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
                 raise _engine_failed(error) from error
     if failures:
         raise failures[0]
+
+
+def _simulate(
+    server_app: ServerApp, config: Config, num_clients: int, listen: Callable[[], None]
+) -> None:
+    from flwr.simulation import run_simulation
+
+    from fedllm_flwr.client_app import app as client_app
+
+    if not config.federation.ray_address:
+        start_ray(_init_args(config))
+    listen()  # Ray has taken SIGTERM to itself
+    run_simulation(server_app, client_app, num_clients, backend_config=_backend_config(config))
 
 
 def _engine_failed(error: BaseException) -> FederationError:
