@@ -143,13 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--hub", action="store_true", help="try to reach the Hugging Face Hub")
     doctor.add_argument("--output-dir", default="outputs", help="where runs will write")
 
-    generate = _add(commands, "generate", _generate, "answer a prompt with base and adapter")
-    generate.add_argument("run", help="directory of a run")
-    text = "instructions to answer, each in quotes; an input follows after a space"
-    generate.add_argument("prompt", nargs="+", help=text)
-    text = "longest answer, in tokens; default 128"
-    generate.add_argument("--max-new-tokens", type=int, default=128, help=text)
-
+    _add_prompts(_add(commands, "generate", _generate, "answer a prompt with base and adapter"))
     merge = _add(commands, "merge", _merge, "write the model with the adapter merged into it")
     merge.add_argument("run", help="directory of a run")
     merge.add_argument("output", help="directory to write")
@@ -159,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     add_server(commands, _add)
     add_site(commands, _add)
     return parser
+
+
+def _add_prompts(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("run", help="directory of a run")
+    text = "instructions to answer, each in quotes; an input follows after a space"
+    generate.add_argument("prompt", nargs="+", help=text)
+    text = "longest answer, in tokens; default 128"
+    generate.add_argument("--max-new-tokens", type=int, default=128, help=text)
 
 
 def _add(
