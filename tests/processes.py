@@ -107,3 +107,8 @@ def interrupt_group(process: subprocess.Popen[str]) -> None:
 def interrupt_process(process: subprocess.Popen[str]) -> None:
     """SIGINT to the command alone, as a supervisor sends it."""
     process.send_signal(signal.SIGINT)
+
+
+def terminate_process(process: subprocess.Popen[str]) -> None:
+    """SIGTERM to the command alone, as `kill` and job schedulers send it."""
+    process.send_signal(signal.SIGTERM)

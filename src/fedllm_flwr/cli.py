@@ -1,7 +1,9 @@
 """The command ``fedllm``."""
 
 import argparse
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status. A user's mistake costs one line, not a trace."""
     prepare_environment()
     parsed = _parsed(arguments)
+    _end_on_sigterm_as_on_ctrl_c()
     try:
         command: Command = parsed.command
         return command(parsed)
@@ -29,6 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted.", _EXIT_INTERRUPTED)
+
+
+def _end_on_sigterm_as_on_ctrl_c() -> None:
+    """Job schedulers and `kill` send it; what is there of a run is to be kept then, too."""
+    is_free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if is_free and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ from processes import (
     nothing_left,
     relatives,
     started,
+    terminate_process,
     wait_for,
 )
 from tiny_runs import outcome, run_tiny, tiny
@@ -36,7 +37,7 @@ def test_ray_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interrupt", [interrupt_process, interrupt_group])
+@pytest.mark.parametrize("interrupt", [interrupt_process, interrupt_group, terminate_process])
 @pytest.mark.parametrize("engine", ["ray", "inprocess"])
 def test_ctrl_c(
     engine: str, interrupt: Callable[[subprocess.Popen[str]], None], tmp_path: Path
