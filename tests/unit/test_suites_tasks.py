@@ -154,6 +154,14 @@ def test_what_is_wrong_with_local_files(tmp_path: Path) -> None:
         read_rows(broken)
 
 
+def test_files_of_every_task_are_looked_for(tmp_path: Path) -> None:
+    """Of whatever runner: a suite leaves out what it lacks before it begins."""
+    for name in ("fpb", "mmlu", "humaneval_fix", "mt_bench"):
+        [task] = chosen_tasks([name])
+        assert task.files
+        assert missing_files(task, tmp_path), name
+
+
 def test_shuffled_options_keep_the_right_one() -> None:
     for seed in range(20):
         found = shuffled_options(["yes", "no", "maybe"], 0, seed)

@@ -30,9 +30,8 @@ Reader = Callable[[Sequence[Path]], Splits]
 
 def missing_files(task: SuiteTask, root: Path) -> list[Path]:
     """Files of a task that are not below `root`."""
-    return [
-        path for part in task.harness for path in _paths(task, part, root) if not path.is_file()
-    ]
+    parts = task.harness or ("",)  # of tasks that are not the harness' own
+    return [path for part in parts for path in _paths(task, part, root) if not path.is_file()]
 
 
 def _paths(task: SuiteTask, part: str, root: Path) -> list[Path]:
