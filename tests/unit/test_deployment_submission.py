@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fedllm_flwr import cli
 from fedllm_flwr.config.overrides import split_overrides
+from fedllm_flwr.deployment import submission
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.submission import joined, run_on_server
 from fedllm_flwr.errors import FederationError
@@ -40,6 +41,28 @@ def test_mistake_is_refused_before_anything_is_submitted(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fraction"),
+    [
+        ([], ["federation.sample_fraction=1"]),
+        (["federation.num_rounds=3"], ["federation.sample_fraction=1"]),
+        (["federation.sample_clients=2"], []),
+        (["federation.sample_fraction=0.5"], ["federation.sample_fraction=0.5"]),
+        (["resume=outputs/run"], []),
+    ],
+)
+def test_all_sites_take_part_unless_the_run_says_otherwise(
+    server: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], fraction: list[str]
+) -> None:
+    submitted: list[str] = []
+    monkeypatch.setattr(submission, "_check", lambda folder, asked: None)
+    monkeypatch.setattr(submission, "_submit", lambda folder, asked: submitted.extend(asked) or "1")
+    monkeypatch.setattr(submission, "_follow", lambda folder, run_id: 0)
+    assert run_on_server(server, overrides) == 0
+    assert [text for text in submitted if "sample_fraction" in text] == fraction
+    assert "federation.engine=deployment" in submitted
 
 
 def test_directory_of_no_server_is_refused(

@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedllm_flwr.reporting.console import HEARTBEAT_S, LOG_WIDTH, Console, print_error
-from fedllm_flwr.reporting.plan import Plan
+from fedllm_flwr.reporting.plan import Plan, plan_lines
 
 PLAN = Plan(
     version="0.1",
@@ -120,6 +121,11 @@ def test_plan_shows_every_number() -> None:
     ):
         assert part in text
     assert max(map(len, text.splitlines())) <= LOG_WIDTH
+
+
+def test_plan_says_whose_records_are_scored_where_they_may_be_foreign() -> None:
+    lines = plan_lines(replace(PLAN, eval_name="embedded"), 200)
+    assert "600 records of data.eval_path=embedded, every 5 rounds" in "\n".join(lines)
 
 
 def test_plan_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,18 @@ def test_messages_that_a_dying_superlink_had_stored_go_once_more():
     assert [message.metadata.ttl for message in grid.sent] == [9, 9]
 
 
+def test_a_superlink_that_always_finds_ids_taken_ends_the_exchange():
+    class StuckGrid(MemoryGrid):
+        def push_messages(self, messages):
+            self.pulls += 1
+            raise Busy("UNIQUE constraint failed: message_ins.message_id")
+
+    grid = StuckGrid({1: sending(RecordDict())})
+    with pytest.raises(grpc.RpcError):
+        list(exchange(grid, [Message(RecordDict(), 1, "train")], 5))
+    assert grid.pulls == 5
+
+
 def test_other_errors_of_the_superlink_end_the_exchange():
     class FullGrid(MemoryGrid):
         def push_messages(self, messages):

@@ -80,7 +80,7 @@ def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Sam
     chosen = CodeOptions.of(options.extra)
     problems, left_out = read_problems(task, options)
     bare = model.prompt == "raw"
-    new_tokens = min(int(task.settings["new_tokens"]), model.max_length // 2)
+    new_tokens = model.answer_room(int(task.settings["new_tokens"]))
     prompts, dropped = [], 0
     for problem in problems:
         turns = problem.bare if bare else problem.asked

@@ -17,7 +17,7 @@ from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import FederationError
 
 _ENGINE = "federation.engine=deployment"
-_ALL_SITES = "federation.sample_fraction=1"
+_ALL_SITES = "federation.sample_fraction=1"  # unless the run says something of it
 _DECIDE_ON_SITES = {
     *("federation.sample_clients", "federation.sample_fraction"),
     *("resume", "config", "experiment"),

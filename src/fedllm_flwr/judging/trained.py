@@ -30,7 +30,7 @@ def writer_for(
     Args:
         engines: vLLM's, by base model; a new one is put there.
     """
-    room = min(max_new_tokens, model.max_length // 2)
+    room = model.answer_room(max_new_tokens)
 
     def encode(conversations: Sequence[Messages]) -> list[TokenArray]:
         segments = [[Segment(render(model, turns), False)] for turns in conversations]

@@ -22,7 +22,7 @@ from fedllm_flwr.wire import unpack_failure
 Answer = TypeVar("Answer")
 
 _BUSY, _BUSY_S = "database is locked", 120.0
-_TAKEN = "UNIQUE constraint failed"
+_TAKEN, _PUSHES = "UNIQUE constraint failed", 5
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
 _BUFFER_BYTES = 64 * 2**20  # of replies fetched together
@@ -80,12 +80,15 @@ def _push(grid: Grid, batch: list[Message]) -> tuple[list[Message], list[str]]:
     Where a SuperLink dies between storing a message and saying so, or is too busy for a part of
     the batch, the next try finds ids that are taken. Then all go once more under ids of their own:
     what a client does for the first ones is lost, the round is not.
+
+    Raises:
+        grpc.RpcError: any other error, or one that lasts.
     """
-    while batch:
+    for left in reversed(range(_PUSHES if batch else 0)):
         try:
             return batch, list(patiently(partial(grid.push_messages, batch)))
         except grpc.RpcError as error:
-            if _TAKEN not in _details(error):
+            if _TAKEN not in _details(error) or not left:
                 raise
         batch = [_anew(message) for message in batch]
     return batch, []

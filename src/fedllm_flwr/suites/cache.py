@@ -88,7 +88,9 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
 @cache
 def _code_identity() -> str:
     """A hash of what reads data, writes prompts and scores answers, in the version at hand."""
-    return files_identity(sorted(Path(__file__).parent.rglob("*.py")))
+    package = Path(__file__).parents[1]
+    parts = ("suites", "coding", "judging")
+    return files_identity(file for part in parts for file in sorted((package / part).rglob("*.py")))
 
 
 def _extra(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
