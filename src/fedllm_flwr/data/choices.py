@@ -64,8 +64,8 @@ def _candidates(
     messages: Messages, labels: Sequence[str], tokenizer: Tokenizer, template: str
 ) -> list[list[Segment]]:
     """The conversation with each label as its last answer, cut after the label."""
-    placeholder = [*messages[:-1], {"role": "assistant", "content": _PLACE}]
-    *prompt, answer = render(placeholder, template, tokenizer)
+    marked = [*messages[:-1], {"role": "assistant", "content": _PLACE}]
+    *prompt, answer = render(marked, template, tokenizer)
     before = answer.text.partition(_PLACE)[0]
     return [[*prompt, Segment(before + label, True)] for label in labels]
 

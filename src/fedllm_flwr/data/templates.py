@@ -112,8 +112,8 @@ def render_prompt(messages: Sequence[Message], template: str, tokenizer: Tokeniz
         raise DataError("a prompt must end with a user turn")
     if template == "chat":
         return _apply(tokenizer, messages, add_generation_prompt=True).rstrip(" ")
-    placeholder: Message = {"role": "assistant", "content": ""}
-    segments = render([*messages, placeholder], template, tokenizer)
+    empty: Message = {"role": "assistant", "content": ""}
+    segments = render([*messages, empty], template, tokenizer)
     return "".join(segment.text for segment in segments[:-1])
 
 
