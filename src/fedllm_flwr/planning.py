@@ -37,7 +37,7 @@ def make_plan(
         trainable_parameters=num_values(prepared.initial),
         device=describe_device(model.device),
         threads=config.federation.client_cpus,
-        output_dir=str(directory.path),
+        output_dir=str(directory.path.resolve() if _at_sites(config) else directory.path),
         first_round=first_round,
         warnings=warnings,
         **_clients(config, roster),
