@@ -111,8 +111,6 @@ def weighted_mean(
         variant == "openfedllm" and algorithm in ("fedadagrad", "fedyogi", "fedadam")
     ):
         weights = [1.0 for _ in updates]
-    elif variant == "paper":
-        weights = [float(update.num_examples) for _, update in updates]
     else:
         weights = [float(sizes[node_id]) for node_id, _ in updates]
     deltas = [flat(update.delta).astype(np.float64) for _, update in updates]

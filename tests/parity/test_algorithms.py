@@ -24,7 +24,7 @@ from fedllm_flwr.strategies.exchange import Client
 ROUNDS = 6
 SHAPES = {"q.lora_A": (2, 3), "q.lora_B": (3, 2), "v.lora_A": (4,)}
 SIZES = [3, 50, 17]  # examples that the clients hold
-USED = [3, 20, 11]  # examples that they train on in a round
+USED = [3, 12, 12]  # examples that they train on in a round
 HYPER = {"eta": 0.07, "beta1": 0.8, "beta2": 0.9, "tau": 0.02}
 SEVEN = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam")
 
@@ -132,7 +132,7 @@ def test_server_matches_the_listing(name, variant):
         for tensor, value in params.items()
         for index in np.ndindex(value.shape)
     }
-    weights = [1, 1, 1] if (variant, name) in UNIFORM else USED if variant == "paper" else SIZES
+    weights = [1, 1, 1] if (variant, name) in UNIFORM else SIZES
     for server_round in range(1, ROUNDS + 1):
         deltas = round_deltas(server_round)
         params, moments = strategy.server_step(params, weighted_mean(strategy, deltas), moments)
@@ -144,6 +144,24 @@ def test_server_matches_the_listing(name, variant):
                 assert moments["v"][tensor][index] == pytest.approx(element.v, rel=1e-11)
     assert params["q.lora_A"].dtype == np.float64
     assert all(v.dtype == np.float64 for group in moments.values() for v in group.values())
+
+
+@pytest.mark.parametrize(
+    ("weighting", "counts"), [("examples", SIZES), ("used", USED), ("uniform", [1, 1, 1])]
+)
+@pytest.mark.parametrize("variant", ["paper", "openfedllm"])
+def test_fedavg_weights_are_mcmahans(variant, weighting, counts):
+    """w <- sum_k (n_k / n) w_k (McMahan et al. 2017, Algorithm 1), n_k as asked for."""
+    strategy, start = make("fedavg", variant, eta=1.0, weighting=weighting), draw(99)
+    deltas = round_deltas(1)
+    params, _ = strategy.server_step(start, weighted_mean(strategy, deltas), {})
+    for name in SHAPES:
+        clients = [start[name] + delta[name] for delta in deltas]
+        n = sum(counts)
+        expected = sum(n_k / n * w_k for n_k, w_k in zip(counts, clients, strict=True))
+        np.testing.assert_allclose(params[name], expected, rtol=1e-12, atol=1e-14)
+    if weighting == "examples":
+        assert make("fedavg", variant).weighting == "examples"  # the default
 
 
 @pytest.mark.parametrize("name", SEVEN)
@@ -213,7 +231,7 @@ def flower_rounds(strategy, rounds):
         for i, delta in enumerate(round_deltas(server_round)):
             local = {name: FlowerArray(params[name] + delta[name]) for name in params}
             content = RecordDict(
-                {"arrays": ArrayRecord(local), "m": MetricRecord({"num-examples": USED[i]})}
+                {"arrays": ArrayRecord(local), "m": MetricRecord({"num-examples": SIZES[i]})}
             )
             question = Message(RecordDict({"c": ConfigRecord()}), i + 1, "train")
             replies.append(Message(content, reply_to=question))

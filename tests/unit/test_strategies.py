@@ -34,28 +34,34 @@ from strategy_runs import (
     update_of,
 )
 
+USED = {"ant": 5, "bee": 8, "cat": 8}  # of SIZES
 
-def test_fedavg_round_weights_by_examples_used():
+
+@pytest.mark.parametrize("weighting", ["auto", "examples", "used", "uniform"])
+def test_fedavg_round_weights_by_data_size_unless_told_otherwise(weighting):
     seen = {}
 
     def spy(name):
         def handler(message):
-            used = SIZES[name] // 2
+            used = USED[name]
             update = update_of(message, name, num_examples=used)
-            seen[name] = (used, update.delta)
+            seen[name] = update.delta
             return Message(pack_update(update, "float32"), reply_to=message)
 
         return handler
 
     grid = MemoryGrid({NODES[name]: spy(name) for name in SIZES})
-    state, (report,) = run(config_of(), grid)
+    config = config_of()
+    config.algorithm.weighting = weighting
+    state, (report,) = run(config, grid)
+    weights = {"used": USED, "uniform": dict.fromkeys(SIZES, 1)}.get(weighting, SIZES)
     for key in START:
         expected = START[key].astype(float)
-        for used, delta in seen.values():
-            expected = expected + delta[key] * used / sum(u for u, _ in seen.values())
+        for name, delta in seen.items():
+            expected = expected + delta[key] * weights[name] / sum(weights.values())
         np.testing.assert_allclose(state.params[key], expected, rtol=1e-6)
         assert state.params[key].dtype == np.float32
-    assert report.num_examples == {"ant": 5, "bee": 10, "cat": 20}
+    assert report.num_examples == USED
     assert report.failures == {}
     assert report.bytes_down == report.bytes_up == 3 * 10 * 4
 

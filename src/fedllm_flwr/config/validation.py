@@ -40,7 +40,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "training.device": ("auto", "cpu", "cuda", "mps"),
     "algorithm.name": ALGORITHMS,
     "algorithm.variant": ("paper", "openfedllm"),
-    "algorithm.weighting": ("auto", "examples", "uniform"),
+    "algorithm.weighting": ("auto", "examples", "used", "uniform"),
     "partition.name": ("iid", "dirichlet", "natural", "pathological", "size"),
     "federation.engine": ("ray", "inprocess", "deployment"),
     "communication.dtype": ("float32", "bfloat16", "float16"),

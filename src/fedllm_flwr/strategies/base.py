@@ -83,7 +83,7 @@ class FederatedStrategy(Strategy):
 
     @property
     def weighting(self) -> str:
-        """``examples`` or ``uniform``."""
+        """``examples``, ``used`` or ``uniform``."""
         chosen = self.algorithm.weighting
         return self.default_weighting[self.algorithm.variant] if chosen == "auto" else chosen
 
@@ -235,11 +235,12 @@ class FederatedStrategy(Strategy):
         return copies * wire_bytes(state.params, self.config.communication.dtype)
 
     def _weight(self, name: str, update: Update) -> float:
-        if self.weighting == "uniform":
-            return 1.0
-        if self.as_openfedllm:
-            return float(self.roster[name].info.num_examples)
-        return float(update.num_examples)
+        """Weight of a client's update in the mean of its round."""
+        return {
+            "examples": float(self.roster[name].info.num_examples),
+            "used": float(update.num_examples),
+            "uniform": 1.0,
+        }[self.weighting]
 
     def _sender(self, reply: Message) -> str | None:
         """Name of the client of a reply; None, and a note, if it counts for no client."""

@@ -14,8 +14,9 @@ class FedAvg(FederatedStrategy):
 
     Hyper-parameter: ``algorithm.eta`` (1: the paper's average).
 
-    n_i counts the examples that client i used in the round; in the ``openfedllm`` variant, those
-    that it holds.
+    n_i is the paper's n_k, the number of training examples that client i holds and announced at
+    the start of the run, however few of them a round of ``training.max_steps`` uses.
+    ``algorithm.weighting=used`` counts the distinct examples of the round instead.
     """
 
     def server_step(

@@ -11,7 +11,7 @@ class FedProx(FedAvg):
     """Clients minimise F_i(w_i) + mu/2 ||w_i - w||^2; the server averages as FedAvg.
 
     Hyper-parameters: ``algorithm.mu`` >= 0 (0 is FedAvg), ``algorithm.eta`` (1). Both variants
-    are the same, but for FedAvg's n_i.
+    are the same.
 
     The term reaches the clients through `FederatedStrategy.local_correction`, which sends
     ``algorithm.mu`` for every algorithm, so that any of them can be combined with it.
