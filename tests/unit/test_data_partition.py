@@ -1,5 +1,6 @@
 """Clients from one data set: counts, coverage, repeatability and errors."""
 
+import math
 from collections import Counter
 
 import datasets
@@ -55,6 +56,47 @@ def test_iid_sizes_differ_by_one_and_ignore_the_order_of_the_file() -> None:
 
     assert [len(part) for part in rows(divided)] == [10] * 10
     assert rows(divided)[0] != list(range(10))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [by_label("dirichlet", alpha=1.0), by_label("pathological", classes_per_client=2)],
+    ids=["dirichlet", "pathological"],
+)
+def test_label_skew_is_not_skew_of_source(config: PartitionConfig) -> None:
+    """Each class of a file sorted by source spreads over its clients as if drawn at random.
+
+    Rows 0-299 come from one source, rows 300-599 from another. Cuts in the file's order gave
+    every client of a class records of one source only, except where the cut crosses row 300.
+    """
+    train = records(600)
+    divided = partition(train, config, 6, seed=0)
+
+    labels = np.array(train["label"][:])
+    checked = 0
+    for part in divided.indices:
+        for label in CLASSES:
+            held = part[labels[part] == label]
+            if len(held) >= 20:
+                first_source = int((held < 300).sum())
+                # Hypergeometric: 100 of a class's 200 records are of the first source.
+                deviation = math.sqrt(len(held) / 4 * (200 - len(held)) / 199)
+                assert abs(first_source - len(held) / 2) <= 4 * deviation + 1
+                checked += 1
+    assert checked >= 6
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "pathological"])
+def test_the_order_of_a_file_does_not_change_sizes_and_counts(name: str) -> None:
+    """The partitioners' own shares, whichever records fill them."""
+    train = records(90)
+    upside_down = train.select(range(89, -1, -1))
+    for seed in range(3):
+        divided = [partition(t, by_label(name), 5, seed) for t in (train, upside_down)]
+        counts = [
+            [Counter(clients.client(i)["label"]) for i in range(5)] for clients in divided
+        ]
+        assert counts[0] == counts[1]
 
 
 def test_size_gives_shares_of_a_power_law() -> None:

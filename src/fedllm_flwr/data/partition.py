@@ -148,12 +148,23 @@ def _check_count(count: int, num_records: int) -> None:
 
 
 def _record_order(keys: list[str], config: PartitionConfig, seed: int) -> "datasets.Dataset":
-    """Columns row and key for a partitioner, shuffled for those that cut contiguous pieces."""
+    """Columns row and key for a partitioner.
+
+    Every partitioner but the natural one cuts contiguous pieces, of all records or of each class,
+    and files are often sorted by source or subject. So all records are shuffled for iid and size;
+    for the cuts within classes the records of each class change places with each other, which
+    leaves the sequence of keys, and thereby all sizes and counts, as it was.
+    """
     import datasets
 
     rows = np.arange(len(keys))
-    if config.name not in _BY_COLUMN:
+    if config.name != "natural":
         rows = np.random.default_rng(derive_seed(seed, "partition")).permutation(len(keys))
+    if config.name in ("dirichlet", "pathological"):
+        classes = np.unique(np.array(keys, dtype=object), return_inverse=True)[1]
+        shuffled, rows = rows, np.empty_like(rows)
+        by_class = np.argsort(classes, kind="stable")  # places of each class, in the file's order
+        rows[by_class] = shuffled[np.argsort(classes[shuffled], kind="stable")]
     return datasets.Dataset.from_dict({"row": rows, "key": [keys[i] for i in rows]})
 
 
