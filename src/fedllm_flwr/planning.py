@@ -4,12 +4,12 @@ from typing import Any
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.params import num_values
 from fedllm_flwr.preparation import Prepared
 from fedllm_flwr.reporting.plan import Plan
 from fedllm_flwr.run_directory import RunDirectory
-from fedllm_flwr.schedule import num_sampled
 from fedllm_flwr.strategies.exchange import Roster
 from fedllm_flwr.training.device import describe_device
 from fedllm_flwr.wire import wire_bytes
@@ -53,7 +53,7 @@ def _clients(config: Config, roster: Roster) -> dict[str, Any]:
         "num_clients": len(roster),
         "client_names": sorted(roster),
         "divided_by": config.partition.column if natural else None,
-        "sampled": num_sampled(config.federation, len(roster)),
+        "sampled": num_sampled(config, len(roster)),
     }
 
 

@@ -1,19 +1,12 @@
-"""Who trains when, at what learning rate, on which examples. NumPy only."""
+"""At what learning rate and on which examples a round trains. NumPy only."""
 
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.config.schema import FederationConfig, TrainingConfig
+from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.params import derive_seed
-
-
-def num_sampled(federation: FederationConfig, num_clients: int) -> int:
-    """Clients per round: a count, or a fraction of all rounded to the nearest, at least one."""
-    if federation.sample_clients is not None:
-        return min(federation.sample_clients, num_clients)
-    return max(1, round(federation.sample_fraction * num_clients))
 
 
 def cosine_learning_rate(training: TrainingConfig, server_round: int, num_rounds: int) -> float:

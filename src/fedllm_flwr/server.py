@@ -42,7 +42,7 @@ def serve(
         console.status("waiting for the sites" if is_deployment else "starting the clients")
         census = discover(grid, config, prepared.num_clients, console.status)
         roster = dict(sorted(census.clients.items()))
-        check_roster(roster, config.federation)
+        check_roster(roster, config)
         sizes = {name: client.info.num_examples for name, client in roster.items()}
         table = clients_table(prepared.clients) if prepared.clients else sizes_table(sizes)
         write_atomically(directory.clients, table.encode())

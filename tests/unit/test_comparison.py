@@ -13,6 +13,7 @@ from fedllm_flwr.comparison.jobs import Job, make_jobs
 from fedllm_flwr.comparison.results import Outcome, curves, deciding_metric, make_rows
 from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose
+from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.reporting.metrics import summarise
 
@@ -23,9 +24,12 @@ T_2 = 4.302653
 def _outcome(algorithm: str, seed: int, accuracy: float, **local: float) -> Outcome:
     """A run of two rounds; `local` gives the accuracies of clients that trained alone."""
     final = {"loss": 1 - accuracy, "accuracy": accuracy, "macro_f1": accuracy / 2}
+    clients = {name: {"steps": 10.0} for name in (*local, "z")}
     last = {"round": 2, "seconds": 3.0, "bytes_up": 2_000_000, "bytes_down": 1_000_000}
+    last["clients"] = clients
     records = [
         {"round": 0, "seconds": 0.0, "eval": {"loss": 2.0, "accuracy": 0.25, "macro_f1": 0.2}},
+        {"round": 1, "seconds": 0.0, "clients": clients},
         {**last, "eval": final},
     ]
     if local:
@@ -52,6 +56,8 @@ def test_rows_hold_mean_and_deviation_over_seeds(outcomes: list[Outcome]) -> Non
     assert fedavg.final["accuracy"].mean == pytest.approx((0.8 + 0.82 + 0.84) / 3)
     assert fedavg.final["accuracy"].deviation == pytest.approx(0.02)
     assert fedavg.megabytes == pytest.approx(3.0)
+    assert fedavg.steps == 2 * 10  # one client in each of two rounds
+    assert rows["local (mean)"].steps == 2 * 30
     assert rows["local (mean)"].megabytes == 0
     assert rows["base"].final["loss"].mean == pytest.approx(2.0)
     assert rows["  best client"].final["accuracy"].mean == pytest.approx(0.62)
@@ -125,6 +131,11 @@ def test_every_run_has_the_same_budget(tmp_path: Path) -> None:
     steps = {job.algorithm: job.config.training.max_steps for job in jobs}
     assert steps.pop("centralized") == 3 * 4  # four of ten clients a round
     assert set(steps.values()) == {3}
+    chosen = {job.algorithm: num_sampled(job.config, 10) for job in jobs}
+    del chosen["centralized"]
+    assert chosen == {name: 10 if name == "local" else 4 for name in chosen}
+    sampled = make_jobs([*options, "algorithm.participation=sampled"], None, ["local"], tmp_path)
+    assert num_sampled(sampled[0].config, 10) == 4
     assert {job.config.federation.num_rounds for job in jobs} == {5}
     assert {job.config.federation.engine for job in jobs} == {"inprocess"}
     assert len({job.config.output_dir for job in jobs}) == 18

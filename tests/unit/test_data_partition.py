@@ -93,9 +93,7 @@ def test_the_order_of_a_file_does_not_change_sizes_and_counts(name: str) -> None
     upside_down = train.select(range(89, -1, -1))
     for seed in range(3):
         divided = [partition(t, by_label(name), 5, seed) for t in (train, upside_down)]
-        counts = [
-            [Counter(clients.client(i)["label"]) for i in range(5)] for clients in divided
-        ]
+        counts = [[Counter(clients.client(i)["label"]) for i in range(5)] for clients in divided]
         assert counts[0] == counts[1]
 
 

@@ -123,6 +123,13 @@ def test_plan_shows_every_number() -> None:
     assert max(map(len, text.splitlines())) <= LOG_WIDTH
 
 
+def test_plan_says_when_all_clients_take_part() -> None:
+    lines = "\n".join(plan_lines(replace(PLAN, algorithm="local", sampled=10), 200))
+    assert "12 x all 10 clients, 10 steps of 16" in lines
+    alone = "\n".join(plan_lines(replace(PLAN, num_clients=1, sampled=1), 200))
+    assert "12 x 1 of 1 client, 10 steps of 16" in alone
+
+
 def test_plan_says_whose_records_are_scored_where_they_may_be_foreign() -> None:
     lines = plan_lines(replace(PLAN, eval_name="embedded"), 200)
     assert "600 records of data.eval_path=embedded, every 5 rounds" in "\n".join(lines)

@@ -2,19 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm_flwr.config.schema import FederationConfig, TrainingConfig
-from fedllm_flwr.schedule import (
-    cosine_learning_rate,
-    draw_examples,
-    num_sampled,
-    steps_per_round,
-)
+from fedllm_flwr.config.participation import num_sampled
+from fedllm_flwr.config.schema import AlgorithmConfig, Config, FederationConfig, TrainingConfig
+from fedllm_flwr.schedule import cosine_learning_rate, draw_examples, steps_per_round
 
 sizes = st.integers(1, 60)
 seeds = st.integers(0, 2**63 - 1)
@@ -143,5 +140,8 @@ def test_num_sampled(
     sample_clients: int | None, fraction: float, num_clients: int, sampled: int
 ) -> None:
     federation = FederationConfig(sample_clients=sample_clients, sample_fraction=fraction)
+    config = Config(federation=federation)
 
-    assert num_sampled(federation, num_clients) == sampled
+    assert num_sampled(config, num_clients) == sampled
+    everybody = replace(config, algorithm=AlgorithmConfig(participation="all"))
+    assert num_sampled(everybody, num_clients) == num_clients

@@ -10,6 +10,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from fedllm_flwr.checkpoint import ServerState, load_state, save_state
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.schema import (
     AlgorithmConfig,
     EvaluationConfig,
@@ -121,6 +122,14 @@ def test_local_keeps_the_start():
     assert_same_bits(state, ServerState(2, START))
 
 
+def test_local_trains_every_client_in_every_round_unless_it_is_sampled():
+    chosen = ["federation.engine=inprocess", "federation.sample_clients=1", "algorithm=local"]
+    for options, counts in (([], [3, 3, 3]), (["algorithm.participation=sampled"], [1, 1, 1])):
+        config = compose([*chosen, *options, "federation.num_clients=3", "partition=iid"])
+        _, reports = run(config, MemoryGrid(nodes_of()), rounds=3)
+        assert [len(report.metrics) for report in reports] == counts
+
+
 def test_centralized_takes_exactly_one_client():
     config = Config(algorithm=AlgorithmConfig(name="centralized"))
     with pytest.raises(FederationError, match=r"got 3; set federation.num_clients=1"):
@@ -183,7 +192,8 @@ def test_server_step_that_overflows_ends_the_run():
         run(config, MemoryGrid(nodes_of()))
 
 
-def test_replies_are_released_as_they_are_added():
+@pytest.mark.parametrize("name", ["fedavg", "local"])
+def test_replies_are_released_as_they_are_added(name):
     """Of 60 large replies, a few at most are alive at any time."""
     shape = (1024, 2048)  # 8 MiB
     names = {f"client-{i:02d}": 10 for i in range(60)}
@@ -198,9 +208,9 @@ def test_replies_are_released_as_they_are_added():
 
     grid = MemoryGrid({client.node_id: node for client in roster.values()})
     start = ServerState(0, {"a": np.zeros(shape, np.float32)})
-    state, (report,) = run(config_of(timeout_s=60), grid, state=start, roster=roster)
+    state, (report,) = run(config_of(name, timeout_s=60), grid, state=start, roster=roster)
     gc.collect()
     assert len(report.metrics) == 60
-    assert (state.params["a"] == 0.5).all()
+    assert (state.params["a"] == (0.5 if name == "fedavg" else 0.0)).all()
     assert max(peak) <= 10
     assert len(alive) == 0

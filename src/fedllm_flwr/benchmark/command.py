@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.benchmark.candidates import Candidate, collect
-from fedllm_flwr.benchmark.results import Comparison, compare_scores
+from fedllm_flwr.benchmark.results import LOCAL, Comparison, compare_scores
 from fedllm_flwr.benchmark.runners import check_runners, closing_lines, why_not
 from fedllm_flwr.benchmark.scoring import Scored, Scorer
 from fedllm_flwr.benchmark.tables import as_csv, as_markdown, as_records, as_text
 from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.config.validation import TEMPLATES
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.reporting.text import format_seconds
@@ -166,6 +167,9 @@ def _notes(
 ) -> list[str]:
     """What a reader of the scores should know of the prompts."""
     lines = [f"prompts: {request.prompt}"]
+    local = next((item.config for item in candidates if item.row == LOCAL), None)
+    if local is not None and any(item.client for item in candidates):
+        lines.append(f"{LOCAL}: {describe_local(local)}")
     if request.options.limit is not None:
         lines.append(f"limit: the first {request.options.limit} examples of each part of a task")
     first = candidates[0].name

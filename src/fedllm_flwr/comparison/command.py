@@ -11,6 +11,7 @@ from fedllm_flwr.comparison.jobs import Job, carry_out, make_jobs
 from fedllm_flwr.comparison.results import curves, deciding_metric, make_rows, read_outcomes
 from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose
+from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.config.validation import ALGORITHMS
 from fedllm_flwr.engines.resources import check_machine
 from fedllm_flwr.errors import ConfigError, RunInterrupted
@@ -157,9 +158,11 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     note = (
         f"Mean ± standard deviation over {_seeds(seeds)}. vs local: "
         f"paired difference of the final {metric} by seed, ± half of its 95 % t interval; "
-        "* the interval leaves out zero. Local: mean over clients that train alone; best and "
-        "worst client by loss."
+        "* the interval leaves out zero. steps: optimizer steps of all clients together."
     )
+    local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
+    if local:
+        note += f" Local: {describe_local(local[0])}; best and worst client by loss."
     write_atomically(root / "compare.md", as_markdown(rows, metric, note).encode())
     write_atomically(root / "compare.csv", as_csv(rows).encode())
     plot_comparison(curves(outcomes, metric), root / "compare.png", f"{metric} on held-out records")

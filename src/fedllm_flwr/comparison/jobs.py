@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
+from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import AlgorithmConfig, PartitionConfig
 from fedllm_flwr.config.validation import validate
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import ConfigError, FedLLMError
 from fedllm_flwr.run_directory import RunDirectory
-from fedllm_flwr.schedule import num_sampled
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _with_own_settings(config: Config) -> Config:
 def _centralized(federated: Config, algorithm: AlgorithmConfig) -> Config:
     """All data in one client, which takes as many steps a round as all sampled clients do."""
     federation, training = federated.federation, federated.training
-    sampled = num_sampled(federation, _num_clients(federated))
+    sampled = num_sampled(federated, _num_clients(federated))
     if training.max_steps > 0:
         training = replace(training, max_steps=training.max_steps * sampled)
     else:

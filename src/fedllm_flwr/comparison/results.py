@@ -46,6 +46,7 @@ class Row:
     final: dict[str, Spread]
     best_loss: Spread | None = None
     against_local: Difference | None = None
+    steps: float | None = None  # optimizer steps of all clients in all rounds
     megabytes: float | None = None
     seconds: float | None = None
 
@@ -105,9 +106,15 @@ def _row(name: str, runs: Sequence[Outcome], local: Sequence[Outcome]) -> Row:
         final=_spreads([run.summary["final"] for run in runs]),
         best_loss=Spread.of([run.summary["best"]["loss"] for run in runs]),
         against_local=None if name == "local" else _against(runs, local),
+        steps=fmean(_steps(run) for run in runs),
         megabytes=fmean(sent) / 1e6 if travels else 0.0,
         seconds=fmean(run.summary["seconds"] for run in runs),
     )
+
+
+def _steps(run: Outcome) -> float:
+    clients = [client for record in run.records for client in record.get("clients", {}).values()]
+    return sum(float(client["steps"]) for client in clients)
 
 
 def _spreads(scores: Sequence[dict[str, float]]) -> dict[str, Spread]:

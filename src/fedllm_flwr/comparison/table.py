@@ -16,7 +16,7 @@ def lines_of(rows: Sequence[Row], metric: str) -> list[Cells]:
     """The table as text, header first: what any row knows, ``-`` where there is nothing to say."""
     scores = [name for name in METRICS[1:] if any(name in row.final for row in rows)]
     titles = [_TITLES.get(name, name) for name in scores]
-    header = ["", "loss", "best loss", *titles, f"{metric} vs local", "MB", "seconds"]
+    header = ["", "loss", "best loss", *titles, f"{metric} vs local", "steps", "MB", "seconds"]
     return [header, *(_cells(row, scores) for row in rows)]
 
 
@@ -27,6 +27,7 @@ def _cells(row: Row, scores: Sequence[str]) -> Cells:
         _spread(row.best_loss, 3),
         *(_spread(row.final.get(name), _DECIMALS.get(name, 3)) for name in scores),
         _difference(row.against_local),
+        "-" if row.steps is None else f"{row.steps:.0f}",
         "-" if row.megabytes is None else f"{row.megabytes:.1f}",
         "-" if row.seconds is None else f"{row.seconds:.0f}",
     ]
@@ -58,14 +59,15 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{metric}_{part}" for metric in METRICS for part in ("mean", "std")]
     best = ["best_loss_mean", "best_loss_std"]
-    rest = ["vs_local", "vs_local_half_width", "megabytes", "seconds"]
-    writer.writerow(["name", *names, *best, *rest])
+    others = ["vs_local", "vs_local_half_width", "steps", "megabytes", "seconds"]
+    writer.writerow(["name", *names, *best, *others])
     for row in rows:
         spreads = [*(row.final.get(metric) for metric in METRICS), row.best_loss]
         numbers = [n for s in spreads for n in ((s.mean, s.deviation) if s else (None, None))]
         difference = row.against_local
         pair = (difference.mean, difference.half_width) if difference else (None, None)
-        writer.writerow([row.name.strip(), *numbers, *pair, row.megabytes, row.seconds])
+        rest = (row.steps, row.megabytes, row.seconds)
+        writer.writerow([row.name.strip(), *numbers, *pair, *rest])
     return text.getvalue()
 
 

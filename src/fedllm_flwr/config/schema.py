@@ -128,6 +128,7 @@ class AlgorithmConfig:
     name: str = "fedavg"  # see the group algorithm
     variant: str = "paper"  # paper | openfedllm
     weighting: str = "auto"  # auto | examples: data size | used: examples of the round | uniform
+    participation: str = "sampled"  # sampled: federation.sample_* | all: every client every round
     mu: float = 0.0  # proximal term, any algorithm
     eta: float = 1.0  # server learning rate
     beta1: float = 0.0  # decay of the server's first moment

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedllm_flwr.config.names import shown, unknown_choice
+from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
 from fedllm_flwr.errors import ConfigError
 
@@ -41,6 +42,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.name": ALGORITHMS,
     "algorithm.variant": ("paper", "openfedllm"),
     "algorithm.weighting": ("auto", "examples", "used", "uniform"),
+    "algorithm.participation": ("sampled", "all"),
     "partition.name": ("iid", "dirichlet", "natural", "pathological", "size"),
     "federation.engine": ("ray", "inprocess", "deployment"),
     "communication.dtype": ("float32", "bfloat16", "float16"),
@@ -187,7 +189,7 @@ def _check_clients(config: Config) -> None:
             f"federation.min_clients={federation.min_clients} exceeds federation.num_clients="
             f"{clients}; lower it."
         )
-    per_round = sampled or max(1, round(federation.sample_fraction * clients))
+    per_round = num_sampled(config, clients)
     if federation.min_replies > per_round:
         raise ConfigError(
             f"federation.min_replies={federation.min_replies} exceeds the {per_round} clients "

@@ -72,7 +72,10 @@ def _cells(plan: Plan) -> list[tuple[str, str]]:
     else:
         count = plan.steps_per_round
         work = f"{count} step{_plural(count)} of {plan.batch_size}"
-    rounds = f"{plan.num_rounds} x {plan.sampled} of {plan.num_clients} clients, {work}"
+    several = plan.num_clients > 1 and plan.sampled == plan.num_clients
+    chosen = "all" if several else f"{plan.sampled} of"
+    clients = f"{plan.num_clients} client{_plural(plan.num_clients)}"
+    rounds = f"{plan.num_rounds} x {chosen} {clients}, {work}"
     if plan.first_round > 1:
         rounds += f", from round {plan.first_round}"
     often = f"every {plan.eval_every} rounds" if plan.eval_every > 1 else "every round"

@@ -14,11 +14,12 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import LocalCorrection, Task, Update
 from fedllm_flwr.params import Params, check_like, derive_seed, full_like
-from fedllm_flwr.schedule import cosine_learning_rate, num_sampled
+from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.aggregation import Aggregator
 from fedllm_flwr.strategies.census import Census
 from fedllm_flwr.strategies.exchange import Roster, check_roster, receive, send, time_to_live
@@ -55,7 +56,7 @@ class FederatedStrategy(Strategy):
         self.state = self._prepared(state)
         self._asked = Asked({}, roster)
         self._report = RoundReport(state.round, [])
-        check_roster(roster, config.federation)
+        check_roster(roster, config)
 
     @abstractmethod
     def server_step(
@@ -90,7 +91,7 @@ class FederatedStrategy(Strategy):
     def sample(self, server_round: int) -> list[str]:
         """Names of the clients of a round: the same for the same seed and names."""
         seed = derive_seed(self.config.seed, "sampling", server_round)
-        wanted = num_sampled(self.config.federation, len(self.roster))
+        wanted = num_sampled(self.config, len(self.roster))
         return sorted(random.Random(seed).sample(sorted(self.roster), wanted))
 
     def configure_train(

@@ -14,8 +14,10 @@ from fedllm_flwr.strategies.report import Hooks
 class Local(FederatedStrategy):
     """w stays: every client trains its own adapter, which it keeps, and nothing is aggregated.
 
-    Clients are sampled as in the federation, so that each takes the steps it would take there.
-    All start from the same w; what a client sends is the way its adapter has come from it.
+    With ``algorithm.participation=all``, as ``algorithm=local`` sets it, every client trains in
+    every round, on the learning rates of the whole run; with ``sampled`` in those rounds in which
+    the federation would have chosen it, on the learning rates of those rounds. All start from the
+    same w; what a client sends is the way its adapter has come from it.
     """
 
     clients_alone = True

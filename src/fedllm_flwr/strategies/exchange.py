@@ -12,11 +12,11 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
-from fedllm_flwr.config.schema import FederationConfig
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo
 from fedllm_flwr.params import LARGEST_WEIGHT
-from fedllm_flwr.schedule import num_sampled
 from fedllm_flwr.wire import unpack_failure
 
 Answer = TypeVar("Answer")
@@ -209,16 +209,16 @@ def printable(text: str) -> str:
     return "".join(char for char in first[:_LONGEST_TEXT] if char.isprintable())
 
 
-def check_roster(roster: Roster, federation: FederationConfig) -> None:
+def check_roster(roster: Roster, config: Config) -> None:
     """Refuse clients that are too few for a round, or too many examples for exact sums.
 
     Raises:
         FederationError: names the numbers.
     """
-    sampled = num_sampled(federation, len(roster))
-    if roster and federation.min_replies > sampled:
+    min_replies, sampled = config.federation.min_replies, num_sampled(config, len(roster))
+    if roster and min_replies > sampled:
         raise FederationError(
-            f"federation.min_replies={federation.min_replies} exceeds the {sampled} of "
+            f"federation.min_replies={min_replies} exceeds the {sampled} of "
             f"{len(roster)} clients sampled per round; lower it or sample more clients."
         )
     examples = sum(client.info.num_examples for client in roster.values())

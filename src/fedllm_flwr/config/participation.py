@@ -1,0 +1,27 @@
+"""How many clients take part in a round."""
+
+from fedllm_flwr.config.schema import Config
+
+
+def num_sampled(config: Config, num_clients: int) -> int:
+    """Clients per round: all with algorithm.participation=all, else federation.sample_clients.
+
+    Where that is null, the fraction federation.sample_fraction of all, rounded to the nearest, at
+    least one.
+    """
+    federation = config.federation
+    if config.algorithm.participation == "all":
+        return num_clients
+    if federation.sample_clients is not None:
+        return min(federation.sample_clients, num_clients)
+    return max(1, round(federation.sample_fraction * num_clients))
+
+
+def describe_local(config: Config) -> str:
+    """In which rounds the clients of ``algorithm=local`` trained, for below a table."""
+    chosen = config.algorithm.participation
+    rounds = {
+        "all": "in every round",
+        "sampled": "only in the rounds in which a federation would have chosen it",
+    }
+    return f"mean over clients that train alone, each {rounds[chosen]} (participation={chosen})"
