@@ -1,6 +1,7 @@
 """The command ``fedllm``."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -11,27 +12,55 @@ from fedllm_flwr import __version__
 from fedllm_flwr.benchmark.arguments import add_evaluation
 from fedllm_flwr.deployment.commands import add_server, add_site
 from fedllm_flwr.environment import prepare_environment
-from fedllm_flwr.errors import FedLLMError
+from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
 from fedllm_flwr.status.arguments import add_status, status_arguments
+from fedllm_flwr.usage import CommandParser, refuse_unknown
 
 Command = Callable[[argparse.Namespace], int]
 
 _STARTED = time.monotonic()
-_EXIT_FAILED, _EXIT_INTERRUPTED = 1, 130
+
+# Exit statuses besides 0. Wrong use is whatever the user typed, or has put into a file that was
+# named: nothing was begun, and the same command will fail again.
+FAILED, WRONG_USE, INTERRUPTED, NO_READER = 1, 2, 130, 141
+_WRONG_USE = (ConfigError, DataError, ModelError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status. A user's mistake costs one line, not a trace."""
+    """Run a command; returns its exit status.
+
+    No trace reaches the user: a mistake costs one line, and so does an error that nobody foresaw,
+    with the name of the file that holds its trace.
+    """
     prepare_environment()
-    parsed = _parsed(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
     _end_on_sigterm_as_on_ctrl_c()
     try:
+        parsed = _parsed(typed)
         command: Command = parsed.command
-        return command(parsed)
+        status = command(parsed)
+        sys.stdout.flush()
+        return status
+    except _WRONG_USE as error:
+        return _fail(str(error), WRONG_USE)
     except FedLLMError as error:
-        return _fail(str(error))
+        return _fail(str(error), FAILED)
     except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted.", _EXIT_INTERRUPTED)
+        return _fail(str(interrupt) or "interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # as of `fedllm status | head`
+        _drop_output()
+        return NO_READER
+    except Exception as error:
+        from fedllm_flwr.crash_log import explain_crash
+
+        return _fail(explain_crash(error, typed), FAILED)
+
+
+def _drop_output() -> None:
+    """Lead standard output to nowhere, so that the flush at the interpreter's end has a reader."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _end_on_sigterm_as_on_ctrl_c() -> None:
@@ -41,19 +70,18 @@ def _end_on_sigterm_as_on_ctrl_c() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command; its overrides may stand before and after its options."""
-    parser = _parser()
-    parsed, more = parser.parse_known_args(arguments)
+    parsed, more = _parser().parse_known_args(arguments)
     unknown = [text for text in more if text.startswith("-") or "overrides" not in parsed]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        refuse_unknown(arguments, unknown, parsed.parser, "overrides" in parsed)
     if more:
         parsed.overrides = [*parsed.overrides, *more]
     return parsed
 
 
-def _fail(message: str, status: int = _EXIT_FAILED) -> int:
+def _fail(message: str, status: int) -> int:
     from fedllm_flwr.reporting.console import print_error
 
     print_error(message)
@@ -128,7 +156,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = CommandParser(
         prog="fedllm", description="Federated fine-tuning of large language models with Flower."
     )
     parser.add_argument("--version", action="version", version=f"fedllm-flwr {__version__}")
@@ -180,7 +208,7 @@ def _add(
     text: str,
 ) -> argparse.ArgumentParser:
     added = commands.add_parser(name, help=text, description=text)
-    added.set_defaults(command=command)
+    added.set_defaults(command=command, parser=added)
     return added
 
 

@@ -6,8 +6,9 @@ import threading
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedllm_flwr.crash_log import explain_crash
 from fedllm_flwr.environment import prepare_environment
-from fedllm_flwr.errors import FedLLMError
+from fedllm_flwr.errors import FederationError, FedLLMError
 
 prepare_environment()
 app = ServerApp()
@@ -31,6 +32,11 @@ def main(grid: Grid, context: Context) -> None:
         print_error(str(error))
         _keep_trace_away(error)
         raise
+    except Exception as error:
+        failure = FederationError(explain_crash(error, [str(dict(context.run_config))]))
+        print_error(str(failure))
+        _keep_trace_away(failure)
+        raise failure from error
 
 
 def _keep_trace_away(error: FedLLMError) -> None:

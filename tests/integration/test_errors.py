@@ -1,4 +1,4 @@
-"""Mistakes at the command line: status 1, one line that says what to do, before any training.
+"""Mistakes at the command line: status 2, one line that says what to do, before any training.
 
 ``docs/errors.md`` shows each with its message. After a change of wording:
 ``FEDLLM_WRITE_DOCS=1 pytest tests/integration/test_errors.py``.
@@ -173,7 +173,7 @@ def test_mistake_costs_one_line(
     mistake: Mistake, inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, shown = message_of(mistake, capsys)
-    assert status == 1
+    assert status == 2
     assert shown.startswith("error: ")
     assert shown.count("\n") == 1, shown
     assert "Traceback" not in shown
@@ -203,7 +203,7 @@ def _portable(shown: str, place: Path) -> str:
 def _page(rows: list[tuple[Mistake, str]]) -> str:
     intro = (
         "# Mistakes and their messages\n\n"
-        "Every mistake ends `fedllm` with status 1 and one line on standard error, before any "
+        "Every mistake ends `fedllm` with status 2 and one line on standard error, before any "
         "training; under\n`flwr run` the same line is in the log. Each of these is run by "
         "`tests/integration/test_errors.py`,\nwhich also writes this page.\n\n"
         "| what is wrong | `fedllm run ...` | message |\n|---|---|---|\n"

@@ -192,9 +192,9 @@ def test_a_local_judge_needs_a_chat_template(toy_model: Path, data: Path, tmp_pa
 
 def test_options_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     common = ["evaluate", "--base", "embedded", "--task", "advbench"]
-    assert main([*common, "--judge-price", "dear"]) == 1
+    assert main([*common, "--judge-price", "dear"]) == 2
     assert "--judge-price dear: give two prices" in capsys.readouterr().err
-    assert main([*common, "--reference", "nowhere.json"]) == 1
+    assert main([*common, "--reference", "nowhere.json"]) == 2
     assert "--reference nowhere.json: No such file" in capsys.readouterr().err
 
 

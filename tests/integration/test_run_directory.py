@@ -181,7 +181,7 @@ def test_merged_model_is_base_plus_adapter(
             base = model(tokens).logits
     assert (base - expected).abs().max() > 1e-2  # else the next line could not fail
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert cli.main(["merge", str(run), str(tmp_path / "merged")]) == 1
+    assert cli.main(["merge", str(run), str(tmp_path / "merged")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'merged'} exists")
 
 

@@ -17,11 +17,11 @@ NAME = PACKAGE.name
 
 # From the bottom up: a module imports from its own layer and from those above it in this list.
 LAYERS = (
-    ("errors", "environment"),
+    ("errors", "environment", "crash_log"),
     ("sandbox",),
     ("params",),
     ("config",),
-    ("encoding", "messages"),
+    ("encoding", "messages", "usage"),
     ("schedule",),
     ("checkpoint",),
     ("versions",),

@@ -204,7 +204,7 @@ def test_adapter_of_another_base_is_refused(
 
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--base", "embedded", "--suite", "finence"]) == 1
+    assert main(["evaluate", "--base", "embedded", "--suite", "finence"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --suite finence: no such suite. Did you mean 'finance'?")
     assert len(error.strip().splitlines()) == 1

@@ -1,5 +1,8 @@
 """The command line, as far as argparse decides on it."""
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,17 +30,91 @@ def test_options_stand_anywhere_among_overrides(
     assert (shown["seed"], shown["data"]["name"]) == (3, "mine")
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [["run", "seed=1", "--confg-dir", "x"], ["merge", "run", "merged", "more"], ["run", "--lr=1"]],
-)
-def test_unknown_arguments_are_refused(
-    typed: list[str], capsys: pytest.CaptureFixture[str]
+MISTYPED = {
+    "trian": "fedllm has no command 'trian'. Did you mean 'fedllm run'?",
+    "evalute --base embedded": "Did you mean 'fedllm evaluate'?",
+    "server strat": "fedllm server has no step 'strat'",
+    "run --num-rounds 3": "Did you mean federation.num_rounds=3?",
+    "run --num-rounds=3": "Did you mean federation.num_rounds=3?",
+    "run seed=1 --lr 1e-4 algorithm=fedavg": "Did you mean training.learning_rate=1e-4?",
+    "run --mutlirun seed=1,2": "Did you mean --multirun?",
+    "run seed=1 --confg-dir x": "Did you mean --config-dir?",
+    "run --zzzz": "fedllm run has no option --zzzz; fedllm run --help lists",
+    "merge run merged more": "'more' is one argument too many",
+    "generate": "fedllm generate: missing run, prompt",
+    "evaluate --limit many": "fedllm evaluate: --limit: invalid int value: 'many'",
+    "evaluate --prompt chta": "--prompt chta: choose from trained, raw, chat. Did you mean 'chat'?",
+}
+
+
+@pytest.mark.parametrize("typed", MISTYPED)
+def test_mistyped_arguments_get_one_line_with_what_was_meant(
+    typed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(typed)
-    assert caught.value.code == 2
-    assert "unrecognized arguments: " in capsys.readouterr().err
+    assert cli.main(typed.split()) == cli.WRONG_USE
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert MISTYPED[typed] in shown
+    assert shown.count("\n") == 1
+
+
+def test_unforeseen_error_leaves_its_trace_in_the_file_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fedllm_flwr.status.command.status", lambda *_: {}["answer"])
+    assert cli.main(["status", "somewhere"]) == cli.FAILED
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: unforeseen KeyError: 'answer'")
+    assert shown.count("\n") == 1
+    assert "Traceback" not in shown
+    (log,) = (tmp_path / "cache" / "errors").iterdir()
+    assert str(log) in shown
+    written = log.read_text()
+    assert "fedllm status somewhere" in written
+    assert "Traceback (most recent call last)" in written
+    assert "KeyError: 'answer'" in written
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), "no space left on the disk of"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "out"),
+            "error: out: Permission denied",
+        ),
+        (MemoryError(), "lower training.micro_batch_size"),
+    ],
+)
+def test_errors_of_the_machine_say_what_to_do(
+    error: Exception,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr("fedllm_flwr.status.command.status", fail)
+    assert cli.main(["status", "somewhere"]) == cli.FAILED
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "defect" not in shown
+    assert shown.count("\n") == 1
+
+
+def test_reader_that_leaves_early_costs_no_trace() -> None:
+    """`fedllm config --list | head`: the pipe is closed before all is written."""
+    command = [sys.executable, "-m", "fedllm_flwr.cli", "config", "--list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (cli.NO_READER, b"")
 
 
 RUN_MISTAKES = {
@@ -69,7 +146,7 @@ def test_a_run_that_is_none_is_named_as_it_was_typed(
     (tmp_path / "broken" / "config.yaml").write_text("a: [1\n")
     (tmp_path / "stopped" / "config.yaml").write_text("data: {path: embedded}\n")
     typed, message = RUN_MISTAKES[case]
-    assert cli.main([text.replace("{}", str(tmp_path)) for text in typed]) == 1
+    assert cli.main([text.replace("{}", str(tmp_path)) for text in typed]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {message.replace('{}', str(tmp_path))}")
     assert shown.count("\n") == 1

@@ -436,7 +436,7 @@ def test_command_line(tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture
     ca = ["--ca", f"{server}/ca.crt"]
     assert cli.main(["site", "init", site, *fixed, *ca, "--column", "instruction=question"]) == 0
     assert "3 of 3 records" in capsys.readouterr().out
-    assert cli.main(["site", "init", site, *fixed, *ca]) == 1
+    assert cli.main(["site", "init", site, *fixed, *ca]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "not empty" in error

@@ -36,7 +36,7 @@ def server(tmp_path: Path) -> Path:
 def test_mistake_is_refused_before_anything_is_submitted(
     server: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
 ) -> None:
-    assert cli.main(["server", "run", str(server), "federation.num_clients=2", override]) == 1
+    assert cli.main(["server", "run", str(server), "federation.num_clients=2", override]) == 2
 
     error = capsys.readouterr().err
     assert said in error
@@ -68,7 +68,7 @@ def test_all_sites_take_part_unless_the_run_says_otherwise(
 def test_directory_of_no_server_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["server", "run", str(tmp_path)]) == 1
+    assert cli.main(["server", "run", str(tmp_path)]) == 2
     assert f"{tmp_path}: no directory that `fedllm server init` has made" in capsys.readouterr().err
 
 

@@ -156,7 +156,7 @@ def test_nothing_to_look_at(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["status", *arguments]) == 1
+    assert cli.main(["status", *arguments]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

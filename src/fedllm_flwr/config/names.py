@@ -72,12 +72,13 @@ def is_section(key: str) -> bool:
 
 def unknown_key(key: str) -> str:
     """Message for a key that the schema lacks, with the closest one that it has."""
-    close = _closest_key(key)
+    close = closest_key(key)
     hint = f" Did you mean {close!r}?" if close else ""
     return f"unknown key {shown(key)!r}.{hint} (fedllm config --list has every key)"
 
 
-def _closest_key(key: str) -> str | None:
+def closest_key(key: str) -> str | None:
+    """The key of the schema that `key` probably stands for; None if nothing is like it."""
     known = {name.lower(): name for name in key_types()}
     lowered = key.lower().replace("/", ".")
     section, _, leaf = lowered.rpartition(".")

@@ -1,0 +1,103 @@
+"""Arguments that cannot be parsed, in one line each, with what was probably meant."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from fedllm_flwr.config.names import closest_key, shown
+from fedllm_flwr.errors import ConfigError
+
+# What people type for a command that has another name here.
+_SAID_ELSEWHERE = {
+    **dict.fromkeys(("train", "finetune", "simulate", "start", "resume", "sweep"), "run"),
+    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
+    **dict.fromkeys(("infer", "predict", "chat", "ask"), "generate"),
+    **dict.fromkeys(("export", "fuse"), "merge"),
+    **dict.fromkeys(("check", "diagnose"), "doctor"),
+    "client": "site",
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose refusals are `ConfigError`, as those of everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line; `message` is argparse's wording.
+
+        Raises:
+            ConfigError: always.
+        """
+        choice = re.fullmatch(r"argument (\S+): invalid choice: (.+) \(choose from (.+)\)", message)
+        if choice is None:
+            said = message.replace("the following arguments are required:", "missing")
+            said = said.removeprefix("argument ")
+            raise ConfigError(f"{self.prog}: {said}; {self.prog} --help shows how it is used.")
+        name, value = choice[1], choice[2].strip("'")
+        known = [text.strip("' ") for text in choice[3].split(",")]
+        if name.startswith("-"):
+            raise ConfigError(
+                f"{name} {value}: choose from {', '.join(known)}.{_hint(value, known)}"
+            )
+        elsewhere = {text: meant for text, meant in _SAID_ELSEWHERE.items() if meant in known}
+        hint = _hint(value, known, elsewhere, self.prog)
+        raise ConfigError(
+            f"{self.prog} has no {name} {shown(value)!r}.{hint} Choose from {', '.join(known)}."
+        )
+
+
+def refuse_unknown(
+    arguments: Sequence[str],
+    unknown: Sequence[str],
+    parser: argparse.ArgumentParser,
+    takes_overrides: bool,
+) -> NoReturn:
+    """Refuse what a command does not take, with what was probably meant.
+
+    Args:
+        arguments: everything that was typed.
+        unknown: the texts among them that the parser of the command left over.
+        parser: of the command.
+        takes_overrides: whether the command takes ``section.key=value``.
+
+    Raises:
+        ConfigError: always.
+    """
+    text = unknown[0]
+    if not text.startswith("-"):
+        raise ConfigError(
+            f"{parser.prog}: {shown(text)!r} is one argument too many; {parser.prog} --help "
+            "shows which it takes."
+        )
+    option, has_value, value = text.partition("=")
+    place = list(arguments).index(text)
+    following = arguments[place + 1 : place + 2]
+    if not has_value and following and not following[0].startswith("-"):
+        value = following[0]
+    options = [name for action in parser._actions for name in action.option_strings]
+    if close := difflib.get_close_matches(option, options, n=1, cutoff=0.75):
+        raise ConfigError(f"{parser.prog} has no option {option}. Did you mean {close[0]}?")
+    key = closest_key(option.strip("-").replace("-", "_")) if takes_overrides else None
+    if key is not None and "=" not in value:
+        meant = f"{key}={value or '<value>'}"
+        raise ConfigError(
+            f"{parser.prog} has no option {option}; keys are set without dashes. Did you mean "
+            f"{shown(meant)}?"
+        )
+    raise ConfigError(
+        f"{parser.prog} has no option {option}; {parser.prog} --help lists those it has."
+    )
+
+
+def _hint(
+    value: str,
+    known: Iterable[str],
+    said: dict[str, str] | None = None,
+    program: str = "",
+) -> str:
+    candidates = {**{name: name for name in known}, **(said or {})}
+    close = difflib.get_close_matches(value.lower(), candidates, n=1, cutoff=0.6)
+    if not close:
+        return ""
+    return f" Did you mean {f'{program} {candidates[close[0]]}'.strip()!r}?"
