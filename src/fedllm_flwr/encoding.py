@@ -42,9 +42,8 @@ def encode(name: str, values: Array, dtype: str) -> Array:
     with np.errstate(over="ignore"):
         encoded = np.asarray(values, dtype=STORED[dtype], order="C")
     if dtype == "float16" and (np.isinf(encoded) & np.isfinite(values)).any():
-        raise FederationError(
-            f"{name!r} holds a value beyond communication.dtype=float16 (65504); use bfloat16"
-        )
+        text = f"{name!r} holds a value beyond communication.dtype=float16 (65504); use bfloat16"
+        raise FederationError(text, text)
     return encoded
 
 

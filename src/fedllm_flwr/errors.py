@@ -6,24 +6,37 @@ class FedLLMError(Exception):
 
     Entry points print it as one line and exit non-zero. Anything else that escapes is a bug of
     this package and keeps its stack trace.
+
+    Args:
+        message: for whoever runs this process; may quote its data, its settings and its paths.
+        shareable: the same in words made for another party, which quote no record, no path and
+            no setting of this machine. None: another party learns the class of the error only.
     """
+
+    def __init__(self, message: str = "", shareable: str | None = None) -> None:
+        super().__init__(message)
+        self.shareable = shareable
 
 
 class ConfigError(FedLLMError):
     """An option, or a combination of options, that cannot work."""
 
 
-class DataError(FedLLMError):
-    """A data file or a record that cannot be used.
+class RefusedError(ConfigError):
+    """A site's refusal of what a server asks for.
 
-    Args:
-        message: for the data's owner; may quote them.
-        shareable: the same for others, in words that quote nothing and name no path.
+    Its message is made for the server: what was asked, what is allowed, who can change that.
     """
 
-    def __init__(self, message: str, shareable: str = "its data cannot be used") -> None:
-        super().__init__(message)
-        self.shareable = shareable
+    def __init__(self, message: str) -> None:
+        super().__init__(message, message)
+
+
+class DataError(FedLLMError):
+    """A data file or a record that cannot be used."""
+
+    def __init__(self, message: str, shareable: str | None = "its data cannot be used") -> None:
+        super().__init__(message, shareable)
 
 
 class ModelError(FedLLMError):

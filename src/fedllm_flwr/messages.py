@@ -77,7 +77,8 @@ def require_version(theirs: str) -> None:
         FederationError: names both versions.
     """
     if theirs != __version__:
-        raise FederationError(
+        text = (
             f"this site runs fedllm-flwr {__version__}, the server {theirs}; install one version "
             f"on both: pip install fedllm-flwr=={theirs}"
         )
+        raise FederationError(text, text)

@@ -19,7 +19,7 @@ from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.node import site_columns
 from fedllm_flwr.deployment.policy import read_policy
-from fedllm_flwr.errors import ConfigError, DataError, FedLLMError
+from fedllm_flwr.errors import DataError, FedLLMError, RefusedError
 from fedllm_flwr.messages import ClientInfo, Failure
 from fedllm_flwr.wire import (
     pack_failure,
@@ -139,7 +139,7 @@ def _check_unchanged(config: Config, state_dir: Path) -> None:
 
 
 def _reason(error: Exception, site: Site) -> str:
-    """What the server learns of an error: nothing that may quote a site's data."""
+    """What the server learns of an error: a text that was made for it, or the error's class."""
     kind = type(error).__name__
     if kind in ("OutOfMemoryError", "MemoryError"):
         return (
@@ -148,23 +148,16 @@ def _reason(error: Exception, site: Site) -> str:
         )
     if site.is_simulated:
         return str(error) if isinstance(error, FedLLMError) else f"{kind}: {error}"
-    text, more = str(error), "the site's log says more"
+    more = "the site's log says more"
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
         return f"its disk is full ({os.strerror(cause.errno or 0)}); make room there"
-    if isinstance(error, DataError):
-        return f"{error.shareable}; {more}"
+    shareable = error.shareable if isinstance(error, FedLLMError) else None
+    if shareable is not None:
+        return shareable if shareable == str(error) else f"{shareable}; {more}"
     if isinstance(cause, OSError) and cause.errno:
         return f"it cannot use a file of its own ({os.strerror(cause.errno)}); {more}"
-    if not isinstance(error, FedLLMError) or any(path in text for path in _own_paths(site)):
-        return f"{kind}; {more}"
-    return text
-
-
-def _own_paths(site: Site) -> list[str]:
-    """What the site's operator has named on its disk."""
-    keys = [key for key in site.node_config if key.endswith(("-path", "-dir"))]
-    return [str(site.node_config[key]) for key in keys]
+    return f"{kind}; {more}"
 
 
 def _own(config: Config, site: Site, server_round: int = 0) -> Config:
@@ -174,19 +167,19 @@ def _own(config: Config, site: Site, server_round: int = 0) -> Config:
         server_round: that is asked for, 0 before the first.
 
     Raises:
-        ConfigError: the site has no data, or the server names a model by a local path, asks for
+        RefusedError: the site has no data, or the server names a model by a local path, asks for
             more than the site allows, or takes a site for a simulated client.
     """
     deployed = config.federation.engine == "deployment"
     if deployed == site.is_simulated:
         remedy = "drop" if deployed else "start the run with"
         kind = "a simulation" if deployed else "a deployment"
-        raise ConfigError(f"this is {kind}; {remedy} federation.engine=deployment")
+        raise RefusedError(f"this is {kind}; {remedy} federation.engine=deployment")
     if not deployed:
         return config
     own = site.node_config
     if "data-path" not in own:
-        raise ConfigError(
+        raise RefusedError(
             "this site's node config lacks data-path; start its SuperNode with "
             '--node-config \'client-name="..." data-path="..."\''
         )
@@ -214,7 +207,7 @@ def _model_path(config: Config, own: NodeConfig) -> str:
     is_hub_id = path.count("/") == 1 and not path.startswith((".", "~", "/"))
     is_hub_id = is_hub_id and not Path(path).exists()  # below the folder that the site runs in
     if "model-path" not in own and path != "embedded" and not is_hub_id:
-        raise ConfigError(
+        raise RefusedError(
             f"model.path={path} is no hub id; name this site's own copy with model-path in its "
             "node config"
         )

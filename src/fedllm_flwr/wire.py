@@ -47,18 +47,21 @@ _Value = TypeVar("_Value", int, float, bool, str)
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """A peer can send any bytes, so any error while reading them is a `FederationError`."""
+    """A peer can send any bytes, so any error while reading them is a `FederationError`.
+
+    Its text may go back to the peer: it quotes nothing but the peer's own message.
+    """
     try:
         yield
-    except FederationError:
+    except FederationError as error:
+        error.shareable = str(error)
         raise
     except ConfigError as error:
-        raise FederationError(
-            f"the server's configuration: {error} Do both run the same fedllm-flwr?"
-        ) from error
+        text = f"the server's configuration: {error} Do both run the same fedllm-flwr?"
+        raise FederationError(text, text) from error
     except Exception as error:
-        kind = type(error).__name__
-        raise FederationError(f"it cannot be read ({kind}: {_shown(str(error))})") from error
+        text = f"it cannot be read ({type(error).__name__}: {_shown(str(error))})"
+        raise FederationError(text, text) from error
 
 
 def pack_params(params: Params, dtype: str) -> tuple[ArrayRecord, str]:

@@ -13,7 +13,7 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.data.client import data_identity
-from fedllm_flwr.errors import DataError, FederationError
+from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
 from fedllm_flwr.messages import Failure
 from fedllm_flwr.site import Site, answer, failed
 from fedllm_flwr.wire import pack_query, unpack_failure, unpack_info
@@ -82,7 +82,11 @@ ERRORS = {
     "unknown": (ValueError("SECRET"), "ValueError; the site's log says more"),
     "memory": (MemoryError("SECRET"), "out of memory; lower training.micro_batch_size"),
     "data": (DataError("SECRET"), "its data cannot be used; the site's log says more"),
-    "own words": (FederationError("it lacks 'control'"), "it lacks 'control'"),
+    "made for the server": (RefusedError("it lacks 'control'"), "it lacks 'control'"),
+    "a config error": (ConfigError("SECRET"), "ConfigError; the site's log says more"),
+    "a model error": (ModelError("SECRET"), "ModelError; the site's log says more"),
+    "a federation error": (FederationError("SECRET"), "FederationError; the site's log says more"),
+    "half made": (ModelError("SECRET", "no such model"), "no such model; the site's log says more"),
 }
 
 

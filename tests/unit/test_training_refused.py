@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -103,8 +104,13 @@ def test_foreign_adapters(make_config: MakeConfig) -> None:
     rest = {n: v for n, v in model.initial.items() if n != name}
     for params, words in (
         (rest, "is missing"),
-        (model.initial | {"base_model.other.lora_A.weight": value}, "is unknown"),
+        (
+            model.initial | {"base_model.other.lora_A.weight": value},
+            "is not a tensor of this adapter",
+        ),
         (rest | {name: value[:1]}, "has shape (1, 32), expected (8, 32)"),
+        (rest | {name: value * np.nan}, "holds NaN"),
+        (model.initial | {"base_model.model.model.norm.weight": value[0]}, "not a tensor"),
     ):
         with pytest.raises(ModelError) as raised:
             model.load(params)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.errors import ConfigError, RefusedError
 
 TASKS = ("sft", "dpo")
 ANY = "any"
@@ -39,7 +39,7 @@ class Policy:
             round: of the request; 0 before the first.
 
         Raises:
-            ConfigError: names key, asked value, limit and who can change it.
+            RefusedError: names key, asked value, limit and who can change it.
         """
         self._check_choice("allowed_models", "model.path", config.model.path)
         self._check_choice("tasks", "task", config.task.name)
@@ -73,8 +73,8 @@ class Policy:
             raise _refused(key, value, f"is above its {name}", f"{limit:g}")
 
 
-def _refused(key: str, value: object, relation: str, limit: str) -> ConfigError:
-    return ConfigError(
+def _refused(key: str, value: object, relation: str, limit: str) -> RefusedError:
+    return RefusedError(
         f"the site refuses {key}={shown(value)}: it {relation} ({limit}); ask for less, or let "
         "the site's operator change this site's policy.yaml"
     )
@@ -172,4 +172,4 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _wrong(file: Path, reason: str) -> ConfigError:
-    return ConfigError(f"this site's {file.name}: {reason}.")
+    return ConfigError(f"this site's {file.name}: {reason}.", "its policy file cannot be read")

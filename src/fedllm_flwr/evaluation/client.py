@@ -21,6 +21,7 @@ def evaluate_locally(task: Task, data: ClientData) -> dict[str, float]:
         raise DataError(f"{data.name} holds no examples back; raise data.validation_fraction")
     with torch_threads(task.config.federation.client_cpus):
         model = load_model(task.config)
+        model.check_received(task)
         if isinstance(data.held_out, EncodedPairs):
             return _preferences(task, data.held_out, model)
         model.load(task.params)

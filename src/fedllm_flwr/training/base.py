@@ -91,10 +91,11 @@ def resolve_attention(requested: str, device: torch.device) -> str:
     if requested == "auto":
         return "flash_attention_2" if has_flash else "sdpa"
     if requested == "flash_attention_2" and not has_flash:
-        raise ConfigError(
+        text = (
             "model.attention=flash_attention_2 needs a CUDA device and the flash-attn package; "
             "use model.attention=auto."
         )
+        raise ConfigError(text, text)
     return requested
 
 

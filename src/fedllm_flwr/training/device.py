@@ -26,7 +26,8 @@ def resolve_device(requested: str) -> torch.device:
     if not available[requested]:
         raise ConfigError(
             f"training.device={requested}, but this machine has none that torch can use; "
-            "use training.device=auto or cpu."
+            "use training.device=auto or cpu.",
+            "it lacks the device that its node config names",
         )
     return torch.device(requested)
 

@@ -51,6 +51,7 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     if not len(data.train):
         raise DataError(f"{data.name} has no usable training example")
     model = load_model(config)
+    model.check_received(task)
     _check_fit(data, model, config)
     own = newest_version(state_dir, "adapter", task.round, task.params) if task.alone else None
     drawn = _draw(task, data)
@@ -94,7 +95,8 @@ def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
     if largest >= vocabulary:
         raise ModelError(
             f"model.path={config.model.path}: its tokenizer makes token {largest}, but the model "
-            f"has {vocabulary}; use the tokenizer that the model was made with."
+            f"has {vocabulary}; use the tokenizer that the model was made with.",
+            "its model's tokenizer is not the one that the model was made with",
         )
     context = getattr(model.peft.get_base_model().config, "max_position_embeddings", None)
     if context is not None and longest > context:

@@ -19,8 +19,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import LoraConfig as LoraSettings
-from fedllm_flwr.errors import ConfigError, ModelError
-from fedllm_flwr.params import Params, derive_seed
+from fedllm_flwr.errors import ConfigError, FederationError, ModelError
+from fedllm_flwr.messages import Task
+from fedllm_flwr.params import Params, check_like, derive_seed
 from fedllm_flwr.training.base import count_parameters, load_base, resolve_attention
 from fedllm_flwr.training.device import resolve_device, resolve_dtype
 from fedllm_flwr.training.tokenizer import load_tokenizer
@@ -74,28 +75,41 @@ class AdaptedModel:
     def load(self, params: Params) -> None:
         """Put `params` in the place of the adapter's tensors.
 
-        Raises:
-            ModelError: names or shapes that are not the adapter's.
-        """
-        tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
-        self._check_shapes(params)
-        result = set_peft_model_state_dict(self.peft, tensors)
-        missing = [name for name in result.missing_keys if "lora_" in name]
-        if result.unexpected_keys or missing:
-            name = [*result.unexpected_keys, *missing][0]
-            raise ModelError(
-                f"the adapter does not fit the base model and the LoRA settings: {name!r} is "
-                f"{'missing' if missing else 'unknown'}."
-            )
+        PEFT would take any tensor of the model, also one of the frozen base, and keep it there;
+        so names and shapes have to be those of the adapter that was made here.
 
-    def _check_shapes(self, params: Params) -> None:
-        for name, value in params.items():
-            expected = self.initial[name].shape if name in self.initial else value.shape
-            if value.shape != expected:
-                raise ModelError(
-                    f"the adapter does not fit the base model and the LoRA settings: {name!r} has "
-                    f"shape {value.shape}, expected {expected}."
-                )
+        Raises:
+            ModelError: names, shapes or values that cannot be the adapter's.
+        """
+        self.check(params, "the adapter")
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
+        set_peft_model_state_dict(self.peft, tensors)
+
+    def check(self, params: Params, what: str) -> None:
+        """Refuse tensors of other names or shapes than the adapter's, or with NaN or infinity.
+
+        Args:
+            what: they are, for the message.
+
+        Raises:
+            ModelError: names the first of them and what is wrong with it.
+        """
+        try:
+            check_like(params, self.initial)
+        except FederationError as error:
+            text = f"{what} does not fit the base model and the LoRA settings: {error}."
+            raise ModelError(text, text) from error
+
+    def check_received(self, task: Task) -> None:
+        """Refuse a task whose tensors are not those of the adapter that was made here.
+
+        Raises:
+            ModelError: says which tensor, and what is wrong with it.
+        """
+        received = {"params": task.params, "control": task.control, "reference": task.reference}
+        for what, params in received.items():
+            if params is not None:
+                self.check(params, what)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The adapter's parameters by PEFT state-dict name, as `params` names them."""
@@ -235,9 +249,11 @@ def _check_targets(config: Config, base: Any) -> None:
 
 
 def _no_target(config: Config, target: Any) -> ConfigError:
+    text = "lora.target_modules: {} matches no layer of {} that can be adapted; use {}"
+    remedy = "auto, all-linear or names of its linear layers."
     return ConfigError(
-        f"lora.target_modules: {target} matches no layer of model.path={config.model.path} that "
-        "can be adapted; use auto, all-linear or names of its linear layers."
+        text.format(target, f"model.path={config.model.path}", remedy),
+        text.format(target, "the model", remedy),
     )
 
 

@@ -52,10 +52,11 @@ def train_sft(
     )
     if not trainer.model_accepts_loss_kwargs:
         kind = type(model.peft.get_base_model()).__name__
-        raise ModelError(
+        text = (
             f"{kind} cannot sum its loss over the micro-batches of a step; choose a model whose "
             "forward takes num_items_in_batch, as those of the common architectures do."
         )
+        raise ModelError(text, text)
     return run(trainer, model)
 
 

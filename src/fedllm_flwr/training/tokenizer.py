@@ -62,18 +62,29 @@ def unusable_model(model: ModelConfig, part: str, error: Exception) -> ModelErro
     text = str(error)
     is_hub = not Path(model_source(model)).is_dir()
     if is_hub and ("couldn't connect" in text.lower() or "offline" in text.lower()):
+        missing = f"model {model.path} is not on this machine and the hub cannot be reached"
         return ModelError(
-            f"model {model.path} is not on this machine and the hub cannot be reached. Give a "
-            "local copy: model.path=/path/to/dir, or download it on a connected machine."
+            f"{missing}. Give a local copy: model.path=/path/to/dir, or download it on a "
+            "connected machine.",
+            missing,
         )
     if is_hub and ("gated" in text.lower() or "401" in text or "403" in text):
+        gated = f"model {model.path} needs an accepted licence"
         return ModelError(
-            f"model {model.path} needs an accepted licence: accept it on the model's page, then "
-            "log in with `hf auth login`; or give a local copy: model.path=/path/to/dir."
+            f"{gated}: accept it on the model's page, then log in with `hf auth login`; or give a "
+            "local copy: model.path=/path/to/dir.",
+            gated,
         )
     if is_hub:
-        remedy = "check the name on the hub, or give a local copy: model.path=/path/to/dir."
+        whose, remedy = (
+            f"model {model.path}",
+            "check the name on the hub, or give a local copy: model.path=/path/to/dir.",
+        )
     else:
+        whose = "its own copy of the model"
         remedy = f"give the directory of a Hugging Face causal language model with {_NEEDED[part]}."
     reason = text.strip().splitlines()[0].rstrip(". ") if text.strip() else type(error).__name__
-    return ModelError(f"model.path={model.path}: its {part} cannot be loaded ({reason}); {remedy}")
+    return ModelError(
+        f"model.path={model.path}: its {part} cannot be loaded ({reason}); {remedy}",
+        f"the {part} of {whose} cannot be loaded",
+    )
