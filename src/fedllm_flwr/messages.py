@@ -1,11 +1,19 @@
 """What server and clients say to each other, as plain dataclasses."""
 
+import re
 from dataclasses import dataclass, field
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Params
+
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""Names of sites. They are file names, labels in tables and cells of spreadsheets, and no two may
+look alike: no letters beyond ASCII, no blanks, nothing that a spreadsheet takes for a formula."""
+SITE_NAME_RULE = (
+    "use letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit"
+)
 
 
 @dataclass(frozen=True)

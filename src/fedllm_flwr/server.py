@@ -1,6 +1,7 @@
 """The server's side of a run, whatever engine carries its messages."""
 
 import secrets
+from pathlib import Path
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
@@ -8,6 +9,7 @@ from flwr.serverapp import Grid
 from fedllm_flwr.adapters import save_adapter
 from fedllm_flwr.checkpoint import ServerState, load_state, write_atomically
 from fedllm_flwr.config import Config
+from fedllm_flwr.deployment.registration import registered_sites
 from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
 from fedllm_flwr.params import Params
 from fedllm_flwr.planning import make_plan
@@ -40,7 +42,9 @@ def serve(
         state, warnings = _initial_state(config, directory, prepared)
         is_deployment = config.federation.engine == "deployment"
         console.status("waiting for the sites" if is_deployment else "starting the clients")
-        census = discover(grid, config, prepared.num_clients, console.status)
+        # The app of a deployment runs in the directory that `fedllm server init` has made.
+        registered = registered_sites(Path.cwd()) if is_deployment else {}
+        census = discover(grid, config, prepared.num_clients, console.status, registered)
         roster = dict(sorted(census.clients.items()))
         check_roster(roster, config)
         sizes = {name: client.info.num_examples for name, client in roster.items()}

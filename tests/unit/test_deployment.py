@@ -28,7 +28,7 @@ from fedllm_flwr.deployment.certificates import issue_ca
 from fedllm_flwr.deployment.flower import flwr_environment
 from fedllm_flwr.deployment.keys import check_public_key, make_key_pair
 from fedllm_flwr.deployment.node import site_columns, to_toml
-from fedllm_flwr.deployment.registration import register_site
+from fedllm_flwr.deployment.registration import register_site, registered_sites
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
 from fedllm_flwr.errors import ConfigError, DataError, FederationError
@@ -397,6 +397,25 @@ def test_key_of_a_name_that_is_taken_is_refused(tmp_path: Path, server: Path) ->
         register_site(server, tmp_path / "a.pub")
     with pytest.raises(ConfigError, match="no directory that `fedllm server init` has made"):
         register_site(tmp_path, tmp_path / "a.pub")
+
+
+def test_name_that_looks_like_another_is_refused(tmp_path: Path, server: Path) -> None:
+    (server / "site-keys" / "ward.pub").write_bytes(make_key_pair("ward")[1])
+    (tmp_path / "Ward.pub").write_bytes(make_key_pair("Ward")[1])
+
+    with pytest.raises(ConfigError, match="differs from the registered ward in capital letters"):
+        register_site(server, tmp_path / "Ward.pub")
+
+
+def test_registered_sites_are_known_by_node(server: Path) -> None:
+    keys = server / "site-keys"
+    for name, node in (("a", "4711\n"), ("b", "18446744073709551615\n"), ("c", None)):
+        (keys / f"{name}.pub").write_bytes(make_key_pair(name)[1])
+        if node:
+            (keys / f"{name}.node").write_text(node)
+
+    assert registered_sites(server) == {4711: "a", 2**64 - 1: "b"}
+    assert registered_sites(server / "nowhere") == {}
 
 
 def test_scripts_and_units_are_well_formed(tmp_path: Path, notes: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shlex
 import string
 import sys
@@ -12,11 +11,11 @@ from pathlib import Path
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.messages import SITE_NAME, SITE_NAME_RULE
 
 PUBLIC, SECRET, PROGRAM = 0o644, 0o600, 0o755  # permissions of files
 _PRIVATE_DIRECTORY = 0o700
 _TEMPLATES = Path(__file__).parent / "templates"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 FLWR_HOME = "flwr"  # Flower's own files, inside a server's or site's directory
 
 
@@ -68,11 +67,8 @@ def check_name(name: str, option: str) -> None:
     Raises:
         ConfigError: other characters, or too long.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{option} {shown(name)}: use letters, digits, '.', '_' and '-', at most 63, starting "
-            "with a letter or digit"
-        )
+    if not SITE_NAME.fullmatch(name):
+        raise ConfigError(f"{option} {shown(name)}: {SITE_NAME_RULE}")
 
 
 def check_new(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """Admit a site to the running SuperLink by its public key, and let it go again."""
 
+import contextlib
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,18 @@ from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.errors import ConfigError, FederationError
 
 _NOT_THERE = "the SuperLink of {folder} does not answer; start {folder}/start.sh first"
+
+
+def registered_sites(folder: Path) -> dict[int, str]:
+    """Names of the sites that are registered at the server of `folder`, by node id.
+
+    Empty without any, as at a server made with ``--insecure``.
+    """
+    sites: dict[int, str] = {}
+    for key in sorted((folder / SITE_KEYS).glob("*.pub")):
+        with contextlib.suppress(OSError, ValueError):  # registered by hand, without its id
+            sites[int(_node_file(key).read_text("utf-8"))] = key.stem
+    return sites
 
 
 def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
@@ -40,6 +53,13 @@ def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
             f"{kept} holds another key of this name; let its site go first (fedllm server "
             f"unregister {shlex.quote(str(folder))} {key.stem}), or rename the new key's file"
         )
+    alike = [file.stem for file in kept.parent.glob("*.pub") if file.stem != key.stem]
+    for name in alike:
+        if name.casefold() == key.stem.casefold():
+            raise ConfigError(
+                f"{key.stem}: differs from the registered {name} in capital letters only, and "
+                "people would take one for the other; let the site choose another name"
+            )
     node_id = _register(folder, key)
     if not kept.exists():
         kept.write_bytes(content)

@@ -23,6 +23,7 @@ from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.aggregation import Aggregator
 from fedllm_flwr.strategies.census import Census
 from fedllm_flwr.strategies.exchange import Roster, check_roster, receive, send, time_to_live
+from fedllm_flwr.strategies.inbox import NO_TENSORS, Expected, Inbox, open_inbox
 from fedllm_flwr.strategies.moments import Moments
 from fedllm_flwr.strategies.replies import Asked, read_scores, read_update
 from fedllm_flwr.strategies.report import Hooks, RoundReport
@@ -189,21 +190,23 @@ class FederatedStrategy(Strategy):
             train_config, evaluate_config: unused; tasks carry the configuration.
             evaluate_fn: called after each round; here ``on_round`` evaluates.
         """
-        result, census = Result(arrays=initial_arrays), Census(grid, self.config, self.roster, True)
+        result, inbox = Result(arrays=initial_arrays), open_inbox(grid)
+        census = Census(grid, self.config, self.roster, closed=True, inbox=inbox)
         timeout_s = self.config.federation.round_timeout_s if timeout is None else timeout
         for current in range(self.state.round + 1, num_rounds + 1):
             started = time.monotonic()
             self.roster = census.settled()
             messages = self.configure_train(current, result.arrays, ConfigRecord(), grid)
             self.hooks.on_start_round(current, self._report.sampled)
-            replies = self._exchange(grid, messages, timeout_s)
+            replies = self._exchange(grid, inbox, messages, timeout_s, self._expected())
             new, metrics = self.aggregate_train(current, replies)
             result.arrays = new or result.arrays
             self._report.ignored += census.take_notes()
             result.train_metrics_clientapp[current] = metrics or MetricRecord()
             self._report.seconds = time.monotonic() - started
             if asked := list(self.configure_evaluate(current, result.arrays, ConfigRecord(), grid)):
-                local = self.aggregate_evaluate(current, self._exchange(grid, asked, timeout_s))
+                replies = self._exchange(grid, inbox, asked, timeout_s, NO_TENSORS)
+                local = self.aggregate_evaluate(current, replies)
                 result.evaluate_metrics_clientapp[current] = local or MetricRecord()
             self.hooks.on_round(self.state, self._report)
             if evaluate_fn and (scores := evaluate_fn(current, result.arrays)):
@@ -223,11 +226,22 @@ class FederatedStrategy(Strategy):
         return [Message(content, node_id, message_type, ttl=ttl) for node_id in node_ids]
 
     def _exchange(
-        self, grid: Grid, messages: Iterable[Message], timeout_s: float
+        self,
+        grid: Grid,
+        inbox: Inbox,
+        messages: Iterable[Message],
+        timeout_s: float,
+        expected: Expected,
     ) -> Iterator[Message]:
         node_ids = send(grid, messages)
         self._asked = Asked(node_ids, self.roster)
-        return receive(grid, node_ids, timeout_s, reply_bytes=self._bytes())
+        return receive(inbox, node_ids, timeout_s, expected)
+
+    def _expected(self) -> Expected:
+        """The tensors of an update."""
+        params = self.state.params
+        with_control = self.local_correction().control_variates
+        return Expected.like(delta=params, **({"control_delta": params} if with_control else {}))
 
     def _bytes(self, down: bool = False) -> int:
         """Bytes of tensors from one client in a round, or `down` to it."""

@@ -1,53 +1,59 @@
 """Exchanges with the clients: send, then yield each reply as it arrives."""
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import grpc
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo
 from fedllm_flwr.params import LARGEST_WEIGHT
+from fedllm_flwr.strategies.inbox import (
+    BROKE_OFF,
+    NO_TENSORS,
+    REFUSED,
+    Expected,
+    Inbox,
+    details_of,
+    patiently,
+)
 from fedllm_flwr.wire import unpack_failure
 
-Answer = TypeVar("Answer")
-
-_BUSY, _BUSY_S = "database is locked", 120.0
 _TAKEN, _PUSHES = "UNIQUE constraint failed", 5
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
-_BUFFER_BYTES = 64 * 2**20  # of replies fetched together
-_MOST_AT_ONCE = 64
-_UPLOAD_S, _SLOWEST_UPLOAD = 60.0, 50e3  # a reply that has begun to arrive: seconds, bytes/s
 _TTL_SLACK_S = 30.0  # so that the server's clock closes a round, not the SuperLink's
 _LONGEST_TEXT = 500  # characters of a client's wording that are shown
 
 # What Flower says of a node in its own codes (flwr.common.constant.ErrorCode), in an operator's
 # terms. Codes 1 and 2 come with the node's own wording.
-_GONE = 5
+_EXPIRED, _GONE, _CRASHED = 4, 5, 8
 _FLOWER_ERRORS = {
-    3: "its task expired before it was fetched, or its reply broke off; is its SuperNode running?",
-    4: "its reply expired before it was complete; raise federation.round_timeout_s",
+    BROKE_OFF: "its task expired before it was fetched, or its reply broke off; is its SuperNode "
+    "running?",
+    _EXPIRED: "its reply expired before it was complete; raise federation.round_timeout_s",
     _GONE: "its SuperNode gave no sign of life for a minute; start it, or look at the network",
-    8: "its ClientApp was killed or crashed, out of memory perhaps; the site's log says more",
+    _CRASHED: "its ClientApp was killed or crashed, out of memory perhaps; the site's log says "
+    "more",
 }
 
 
 @dataclass(frozen=True)
 class Client:
-    """A node that takes part: its Flower id of this run, and what it said of itself."""
+    """A node that takes part: its Flower id of this run, and what it said of itself.
+
+    ``by_key``: its name is that of a registered key, which no other node can have.
+    """
 
     node_id: int
     info: ClientInfo
+    by_key: bool = False
 
 
 Roster = dict[str, Client]
@@ -88,7 +94,7 @@ def _push(grid: Grid, batch: list[Message]) -> tuple[list[Message], list[str]]:
         try:
             return batch, list(patiently(partial(grid.push_messages, batch)))
         except grpc.RpcError as error:
-            if _TAKEN not in _details(error) or not left:
+            if _TAKEN not in details_of(error) or not left:
                 raise
         batch = [_anew(message) for message in batch]
     return batch, []
@@ -107,86 +113,39 @@ def _anew(message: Message) -> Message:
 
 
 def receive(
-    grid: Grid, message_ids: Iterable[str], timeout_s: float, reply_bytes: int = 0
+    inbox: Inbox, message_ids: Iterable[str], timeout_s: float, expected: Expected = NO_TENSORS
 ) -> Iterator[Message]:
     """Yield the replies one by one, until all came or the time is over.
 
-    Args:
-        reply_bytes: size of a reply. Those ready together are fetched a few at a time, so that
-            memory does not grow with the number of clients.
+    A reply that has begun to arrive in time may complete after it, within the time that the
+    slowest link takes for what is `expected`.
     """
-    _bound_uploads(min(timeout_s, _UPLOAD_S + reply_bytes / _SLOWEST_UPLOAD))
-    at_once = max(1, min(_MOST_AT_ONCE, _BUFFER_BYTES // max(1, reply_bytes)))
     pending = list(message_ids)
     started = time.monotonic()
     while pending:
         arrived: set[str] = set()
-        for start in range(0, len(pending), at_once):
-            replies = patiently(partial(_pull, grid, pending[start : start + at_once]))
-            while replies:
-                reply = replies.pop(0)
-                arrived.add(reply.metadata.reply_to_message_id)
-                yield reply
-                del reply  # else it would stay until the next one is there
+        for reply in inbox.take(pending, expected):
+            arrived.add(reply.metadata.reply_to_message_id)
+            yield reply
+            del reply  # else it would stay until the next one is there
         # Never ask again for an answered message: Flower would answer with an error.
         pending = [message_id for message_id in pending if message_id not in arrived]
         waited_s = time.monotonic() - started
+        pause_s = min(max(_POLL_FIRST_S, _POLL_SHARE * waited_s), _POLL_LAST_S)
         if waited_s >= timeout_s:
-            return
+            pending = inbox.arriving(pending)
+        else:
+            pause_s = min(pause_s, timeout_s - waited_s)
         if pending:
-            pause_s = min(max(_POLL_FIRST_S, _POLL_SHARE * waited_s), _POLL_LAST_S)
-            time.sleep(min(pause_s, timeout_s - waited_s))
-
-
-def _bound_uploads(seconds: float) -> None:
-    """Wait no longer for the rest of a reply whose site has died while it sent it.
-
-    Flower's gRPC grid waits for up to two hours, and meanwhile for nothing else; its limit can be
-    set in no other way. It then answers in the site's place, with an error.
-    """
-    if grid := sys.modules.get("flwr.superlink.grid.grpc_grid"):
-        grid.pull_objects = partial(pull_objects, max_time=seconds)  # type: ignore[attr-defined]
-
-
-def patiently(call: Callable[[], Answer]) -> Answer:
-    """The answer of the SuperLink, which is asked again while its database is busy.
-
-    On a machine with too much to do a query of it can wait for more than the 5 s that Flower
-    allows; the SuperLink then answers with an error and has done nothing.
-
-    Raises:
-        grpc.RpcError: any other error, or one that lasts.
-    """
-    deadline = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            return call()
-        except grpc.RpcError as error:
-            if _BUSY not in _details(error) or time.monotonic() >= deadline:
-                raise
-        time.sleep(_POLL_LAST_S)
-
-
-def _details(error: grpc.RpcError) -> str:
-    """What the SuperLink said of its error."""
-    return getattr(error, "details", lambda: None)() or ""
-
-
-def _pull(grid: Grid, message_ids: list[str]) -> list[Message]:
-    return list(grid.pull_messages(message_ids))
-
-
-def exchange(
-    grid: Grid, messages: Iterable[Message], timeout_s: float, reply_bytes: int = 0
-) -> Iterator[Message]:
-    """`send`, then `receive`."""
-    return receive(grid, send(grid, messages), timeout_s, reply_bytes)
+            time.sleep(pause_s)
 
 
 def failure_reason(reply: Message) -> str | None:
     """Why a reply cannot be used at all, in one line, or None."""
     if reply.has_error():
         code = reply.error.code
+        if code == REFUSED:
+            return f"reply refused: {printable(reply.error.reason or 'unknown')}"
         said = f"error {code}: {printable(reply.error.reason or 'unknown')}"
         return _FLOWER_ERRORS.get(code, said)
     if not reply.has_content():
@@ -198,9 +157,9 @@ def failure_reason(reply: Message) -> str | None:
     return printable(failure.reason) if failure else None
 
 
-def is_gone(reply: Message) -> bool:
-    """Whether the SuperLink answers for a node that it has lost."""
-    return reply.has_error() and reply.error.code == _GONE
+def may_answer_later(reply: Message) -> bool:
+    """Whether no answer came for want of a connection, time or memory, rather than of a will."""
+    return reply.has_error() and reply.error.code in _FLOWER_ERRORS
 
 
 def printable(text: str) -> str:

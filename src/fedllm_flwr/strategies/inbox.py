@@ -1,0 +1,385 @@
+"""Replies as they become complete, each checked against what was asked before it is fetched.
+
+A reply reaches the SuperLink in two steps: first its metadata and the tree of its objects (a
+message, its records, arrays and chunks of their bytes), then the objects one by one, the message
+last. Over a slow link there are seconds or minutes between the two. Flower's own `Grid` waits for
+the second step of one reply while all others wait, and takes what is late for a failure; here a
+reply that has begun to arrive is looked at again, without waiting, until it is complete.
+
+What is fetched is bounded by what was asked: the tree's size, the names and shapes of arrays and
+the bytes behind them are checked from the top down, so that a reply of another kind is refused
+and removed from the SuperLink's database before its bytes are read.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, TypeVar, cast
+
+import grpc
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import make_message
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SUPERLINK_NODE_ID
+from flwr.common.grpc import create_channel
+from flwr.common.retry_invoker import make_simple_grpc_retry_invoker, wrap_stub
+from flwr.proto.appio_pb2 import PullAppMessagesRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+)
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.node_pb2 import Node
+from flwr.proto.serverappio_pb2_grpc import ServerAppIoStub
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.interceptors import AppIoTokenClientInterceptor, RuntimeVersionClientInterceptor
+from flwr.superlink.grid.grpc_grid import GrpcGrid
+
+from fedllm_flwr.params import Params
+
+Answer = TypeVar("Answer")
+
+BROKE_OFF, REFUSED = 3, 1000  # codes of errors: Flower's for a reply that is not there, our own
+_UPLOAD_S, _SLOWEST_UPLOAD = 60.0, 50e3  # a reply that has begun to arrive: seconds, bytes/s
+_BUFFER_BYTES = 64 * 2**20  # of replies fetched together, where a grid hands over whole ones
+_MOST_AT_ONCE = 64
+_LARGEST_RECORD = 2**16  # bytes of one record of numbers or texts, or of one list of names
+_LARGEST_ANSWER = 2**26  # bytes of one answer of the SuperLink, of which a chunk is the largest
+_ARRAY_HEADER = 2**12  # bytes that NumPy's format takes beside the values, at most
+_LARGEST_ITEM = 4  # bytes of a value on the wire
+_RECORDS = 8  # of a reply
+_PULLS = 4  # objects fetched at the same time
+_BUSY, _BUSY_S, _BUSY_PAUSE_S = "database is locked", 120.0, 0.5
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reply may hold: shapes of tensors by record and name; and small records beside."""
+
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @classmethod
+    def like(cls, **records: Params) -> "Expected":
+        """Tensors of these names and shapes, by record."""
+        return cls(
+            {name: {key: v.shape for key, v in params.items()} for name, params in records.items()}
+        )
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, at most."""
+        return sum(_bytes_of(shape) for named in self.shapes.values() for shape in named.values())
+
+    @cached_property
+    def num_objects(self) -> int:
+        """Objects that Flower makes of such a reply, at most."""
+        arrays = [shape for named in self.shapes.values() for shape in named.values()]
+        return 2 + _RECORDS + sum(1 + _num_chunks(shape) for shape in arrays)
+
+
+NO_TENSORS = Expected()
+
+
+class Inbox(Protocol):
+    """Where the replies to a server's messages arrive."""
+
+    def take(self, message_ids: Iterable[str], expected: Expected) -> Iterator[Message]:
+        """The replies to these messages that are complete by now, each once, without waiting."""
+
+    def arriving(self, message_ids: Iterable[str]) -> list[str]:
+        """Those of the messages whose replies have begun to arrive and are not complete."""
+
+
+def open_inbox(grid: Grid) -> Inbox:
+    """The inbox of a run."""
+    if isinstance(grid, GrpcGrid):
+        return SuperLinkInbox(_bounded_stub(grid), grid.run.run_id)
+    return GridInbox(grid)
+
+
+class GridInbox:
+    """Replies of a grid whose nodes are in this process or machine: they are there at once."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def take(self, message_ids: Iterable[str], expected: Expected) -> Iterator[Message]:
+        """The replies that are there, a few at a time, so that memory stays bounded."""
+        wanted = list(message_ids)
+        at_once = max(1, min(_MOST_AT_ONCE, _BUFFER_BYTES // max(1, expected.num_bytes)))
+        for start in range(0, len(wanted), at_once):
+            some = wanted[start : start + at_once]
+            replies = patiently(lambda some=some: list(self._grid.pull_messages(some)))  # type: ignore[misc]
+            while replies:
+                yield replies.pop(0)
+
+    def arriving(self, message_ids: Iterable[str]) -> list[str]:
+        """None: a reply arrives as a whole."""
+        return []
+
+
+class _Refused(Exception):  # noqa: N818 - a verdict on a reply, not a failure of the program
+    """The reply holds what was not asked for."""
+
+
+class _NotYet(Exception):  # noqa: N818
+    """An object of the reply has not arrived."""
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A reply whose objects are on their way."""
+
+    message_id: str
+    reply_to: str
+    sender: int  # node id, as the SuperLink knows it
+    tree: ObjectTree
+    until: float  # time.monotonic() after which it counts as broken off
+
+
+class SuperLinkInbox:
+    """Replies that a SuperLink holds, fetched over its ServerAppIo API.
+
+    Args:
+        stub: of that API.
+        run_id: Flower's id of the run.
+    """
+
+    def __init__(self, stub: ServerAppIoStub, run_id: int) -> None:
+        self._stub = stub
+        self._run_id = run_id
+        self._node = Node(node_id=SUPERLINK_NODE_ID)
+        self._arrivals: dict[str, _Arrival] = {}
+
+    def take(self, message_ids: Iterable[str], expected: Expected) -> Iterator[Message]:
+        """The replies that are complete, refused or given up by now, one in memory at a time."""
+        wanted = list(message_ids)
+        self._look(wanted, expected)
+        for message_id in wanted:
+            arrival = self._arrivals.get(message_id)
+            if arrival is not None and (reply := self._finished(arrival, expected)) is not None:
+                del self._arrivals[message_id]
+                yield reply
+                del reply  # else it would stay until the next one is there
+
+    def arriving(self, message_ids: Iterable[str]) -> list[str]:
+        """Those of the messages whose replies have begun to arrive and are not complete."""
+        return [message_id for message_id in message_ids if message_id in self._arrivals]
+
+    def _look(self, message_ids: list[str], expected: Expected) -> None:
+        """Note whose replies have begun to arrive; the SuperLink tells of each only once."""
+        if not (unknown := [wanted for wanted in message_ids if wanted not in self._arrivals]):
+            return
+        request = PullAppMessagesRequest(message_ids=unknown)
+        try:
+            found = patiently(lambda: self._stub.PullMessages(request))
+        except grpc.RpcError as error:
+            if not _is_too_large(error):
+                raise
+            return  # one of the trees; the SuperLink answers with errors when it is asked again
+        until = time.monotonic() + _UPLOAD_S + expected.num_bytes / _SLOWEST_UPLOAD
+        for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            about = cast(ProtoMessage, proto).metadata
+            self._arrivals[about.reply_to_message_id] = _Arrival(
+                about.message_id, about.reply_to_message_id, about.src_node_id, tree, until
+            )
+
+    def _finished(self, arrival: _Arrival, expected: Expected) -> Message | None:
+        """The reply, or an error in its place; None while it is still arriving."""
+        try:
+            contents = self._contents(arrival, expected)
+            message = cast(Message, inflate_object_from_contents(arrival.message_id, contents))
+            about = message.metadata
+            if (about.reply_to_message_id, about.src_node_id) != (arrival.reply_to, arrival.sender):
+                raise _Refused("it names another sender, or answers another message")
+            about.__dict__["_message_id"] = arrival.message_id
+        except _NotYet:
+            if time.monotonic() < arrival.until:
+                return None
+            answer = self._error(arrival, BROKE_OFF, "the rest of it did not arrive")
+        except _Refused as refused:
+            answer = self._error(arrival, REFUSED, str(refused))
+        except grpc.RpcError as error:
+            if not _is_too_large(error):
+                raise
+            answer = self._error(
+                arrival, REFUSED, f"a part of it is larger than {_LARGEST_ANSWER >> 20} MB"
+            )
+        except Exception as error:  # a site can send any bytes
+            text = f"it cannot be read ({type(error).__name__}: {error})"
+            answer = self._error(arrival, REFUSED, text)
+        else:
+            answer = message
+        confirmed = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=self._run_id, message_object_id=arrival.message_id
+        )
+        # Removes the reply, and what is still being sent of it, from the SuperLink's database.
+        patiently(lambda: self._stub.ConfirmMessageReceived(confirmed))
+        return answer
+
+    def _contents(self, arrival: _Arrival, expected: Expected) -> dict[str, bytes]:
+        """All objects of a reply by id, fetched from the top down and checked at each level.
+
+        Raises:
+            _NotYet: one of them has not arrived.
+            _Refused: it is not what was asked for.
+        """
+        most = expected.num_objects
+        for number, _ in enumerate(iterate_object_tree(arrival.tree), 1):
+            if number > most:
+                raise _Refused(f"it has more than {most} parts, the most that were asked for")
+        check = _Check(expected)
+        contents: dict[str, bytes] = {}
+        level = [arrival.message_id]
+        with ThreadPoolExecutor(_PULLS) as pool:
+            while level:
+                found = dict(zip(level, pool.map(self._pull, level), strict=True))
+                contents |= found
+                children = dict.fromkeys(
+                    child for object_id in level for child in check(object_id, found[object_id])
+                )
+                level = [child for child in children if child not in contents]
+        return contents
+
+    def _pull(self, object_id: str) -> bytes:
+        request = PullObjectRequest(node=self._node, run_id=self._run_id, object_id=object_id)
+        answer = patiently(lambda: self._stub.PullObject(request))
+        if not answer.object_found:
+            raise _Refused("it lacks one of its parts")
+        if not answer.object_available:
+            raise _NotYet
+        return cast(bytes, answer.object_content)
+
+    def _error(self, arrival: _Arrival, code: int, reason: str) -> Message:
+        """What the SuperLink would say in the place of the reply."""
+        metadata = Metadata(
+            run_id=self._run_id,
+            message_id="",
+            src_node_id=SUPERLINK_NODE_ID,
+            dst_node_id=SUPERLINK_NODE_ID,
+            message_type="system",
+            group_id="",
+            ttl=0,
+            reply_to_message_id=arrival.reply_to,
+            created_at=time.time(),
+        )
+        return make_message(metadata=metadata, error=Error(code, reason))
+
+
+class _Check:
+    """Holds the objects of one reply, from the message down, against what was asked."""
+
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
+        self._records: dict[str, str] = {}  # names by object id
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of arrays, by object id
+        self._left = 0  # bytes of chunks that may still come
+
+    def __call__(self, object_id: str, content: bytes) -> list[str]:
+        """The ids of the object's children, once it is checked.
+
+        Raises:
+            _Refused: a name, a shape or a size that was not asked for.
+        """
+        kind, children, size = get_object_head_values_from_object_content(content)
+        if kind == "ArrayChunk":
+            if size > FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE:
+                raise _Refused(f"a piece of an array holds {size} bytes, more than Flower sends")
+            self._left -= size
+            if self._left < 0:
+                raise _Refused("an array holds more bytes than its shape takes")
+            return []
+        if size > _LARGEST_RECORD and kind not in ("ArrayRecord", "Array"):
+            raise _Refused(f"a record of {size} bytes, above {_LARGEST_RECORD}")
+        body = content[-size:] if size else b""
+        if kind == "RecordDict":
+            self._records = {child: name for name, child in json.loads(body).items()}
+        elif kind == "ArrayRecord":
+            self._take_names(self._records.get(object_id, ""), json.loads(body))
+        elif kind == "Array":
+            self._take_shape(object_id, json.loads(body))
+        return children
+
+    def _take_names(self, record: str, ids: Mapping[str, str]) -> None:
+        known = self._expected.shapes.get(record)
+        if known is None:
+            raise _Refused(f"arrays {record[:100]!r} were not asked for")
+        for name, object_id in ids.items():
+            if name not in known:
+                raise _Refused(f"{name[:100]!r} is not a tensor of the adapter")
+            self._shapes[object_id] = known[name]
+            self._left += _bytes_of(known[name])
+
+    def _take_shape(self, object_id: str, about: Mapping[str, object]) -> None:
+        expected, found = self._shapes[object_id], tuple(cast(list[int], about["shape"]))
+        if len(cast(list[int], about["arraychunk_ids"])) > _num_chunks(expected):
+            raise _Refused(f"an array of shape {expected} comes in too many pieces")
+        if math.prod(found) > math.prod(expected):
+            raise _Refused(f"an array of shape {found} in the place of {expected}")
+
+
+def _bytes_of(shape: tuple[int, ...]) -> int:
+    return _ARRAY_HEADER + _LARGEST_ITEM * math.prod(shape)
+
+
+def _num_chunks(shape: tuple[int, ...]) -> int:
+    return 1 + _bytes_of(shape) // FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+
+
+def _bounded_stub(grid: GrpcGrid) -> ServerAppIoStub:
+    """The grid's API on a connection of its own, which no answer larger than a chunk passes.
+
+    Flower's own takes 2 GB at once; the connection's parameters are private to it (flwr 1.31).
+    """
+    channel = create_channel(
+        server_address=grid._addr,
+        insecure=grid._insecure,
+        root_certificates=grid._cert,
+        max_message_length=_LARGEST_ANSWER,
+        interceptors=[
+            RuntimeVersionClientInterceptor(component_name="flwr-serverapp"),
+            AppIoTokenClientInterceptor(token=grid._token),
+        ],
+    )
+    stub = ServerAppIoStub(channel)
+    wrap_stub(stub, make_simple_grpc_retry_invoker())
+    return stub
+
+
+def patiently(call: Callable[[], Answer]) -> Answer:
+    """The answer of the SuperLink, which is asked again while its database is busy.
+
+    On a machine with too much to do a query of it can wait for more than Flower allows; the
+    SuperLink then answers with an error and has done nothing.
+
+    Raises:
+        grpc.RpcError: any other error, or one that lasts.
+    """
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if _BUSY not in details_of(error) or time.monotonic() >= deadline:
+                raise
+        time.sleep(_BUSY_PAUSE_S)
+
+
+def _is_too_large(error: grpc.RpcError) -> bool:
+    """Whether an answer is above `_LARGEST_ANSWER`."""
+    code = getattr(error, "code", lambda: None)()
+    return code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def details_of(error: grpc.RpcError) -> str:
+    """What the SuperLink said of its error."""
+    return getattr(error, "details", lambda: None)() or ""
