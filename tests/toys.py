@@ -11,7 +11,7 @@ from fedllm_flwr.data.encode import Encoded, EncodeReport
 VOCABULARY = 256 + 3  # bytes and three special tokens
 
 
-def write_toy_model(directory: Path, **sizes: int) -> Path:
+def write_toy_model(directory: Path, **sizes: int | bool) -> Path:
     """A random Llama of two layers (22 k parameters) with a byte-level tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

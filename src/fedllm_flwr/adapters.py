@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError, ModelError
+from fedllm_flwr.kept_adapters import KeptAdapter
 from fedllm_flwr.params import Params, check_like
 from fedllm_flwr.reporting.card import model_card
 from fedllm_flwr.training.model import AdaptedModel
@@ -71,6 +72,22 @@ def load_adapter(path: Path, model: AdaptedModel) -> Params:
             "use the model, lora.r and lora.target_modules that it was made with."
         ) from error
     return {name: value.astype("float32") for name, value in params.items()}
+
+
+def load_kept(kept: KeptAdapter, model: AdaptedModel) -> Params:
+    """The tensors of an adapter that a command was given, fit for `model`.
+
+    Raises:
+        ModelError: broken, or of another shape.
+    """
+    tensors = kept.tensors()
+    if tensors is None:
+        return load_adapter(kept.path, model)
+    try:
+        check_like(tensors, model.initial)
+    except FederationError as error:
+        raise ModelError(f"{kept.path} does not fit the base model: {error}.") from error
+    return tensors
 
 
 def _check_settings(path: Path, model: AdaptedModel) -> None:

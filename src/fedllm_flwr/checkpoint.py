@@ -112,7 +112,7 @@ def save_state(directory: Path, state: ServerState, keep: int) -> Path:
         groups["control"] = state.control
     if state.reference is not None:
         groups["reference"] = state.reference
-    path = directory / f"round-{state.round:05d}.safetensors"
+    path = state_file(directory, state.round)
     moments = json.dumps([*state.moments])
     save_params(path, groups, {"round": str(state.round), "moments": moments, "run": state.run})
     for old in _newest_first(directory)[keep:]:
@@ -139,10 +139,19 @@ def load_state(directory: Path) -> tuple[ServerState, list[str]]:
     raise FederationError(f"{directory} holds no readable checkpoint; start the run anew.")
 
 
+def state_file(directory: Path, server_round: int) -> Path:
+    """Where the state after a round lies, if it is kept."""
+    return directory / f"round-{server_round:05d}.safetensors"
+
+
+def kept_rounds(directory: Path) -> list[int]:
+    """Rounds whose states are there, readable or not, the newest first."""
+    return [int(path.stem.partition("-")[2]) for path in _newest_first(directory)]
+
+
 def newest_round(directory: Path) -> int | None:
     """Round of the newest checkpoint, readable or not; None without any."""
-    found = _newest_first(directory)
-    return int(found[0].stem.partition("-")[2]) if found else None
+    return next(iter(kept_rounds(directory)), None)
 
 
 def newest_readable(directory: Path) -> int | None:

@@ -24,6 +24,8 @@ _STARTED = time.monotonic()
 # named: nothing was begun, and the same command will fail again.
 FAILED, WRONG_USE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 _WRONG_USE = (ConfigError, DataError, ModelError)
+_ADAPTER = "a run, RUN@best, RUN@round=8, RUN@client=NAME, or the directory of an adapter"
+_BASE = "base model, where the adapter's own record of it does not hold here: hub id or directory"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,16 +138,33 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.kept_adapters import find_adapter
+
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be > 0, got {arguments.max_new_tokens}.")
+    kept = find_adapter(arguments.run, arguments.base, arguments.template)
+    if kept.unfinished:
+        print(kept.unfinished)
     from fedllm_flwr.generation import answer_side_by_side
 
-    answer_side_by_side(arguments.run, arguments.prompt, arguments.max_new_tokens)
+    answer_side_by_side(kept, arguments.prompt, arguments.max_new_tokens)
     return 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.generation import merge
+    from pathlib import Path
 
-    print(merge(arguments.run, arguments.output))
+    from fedllm_flwr.kept_adapters import check_output, find_adapter
+
+    output = Path(arguments.output).expanduser()
+    check_output(output)
+    kept = find_adapter(arguments.run, arguments.base)
+    if kept.unfinished:
+        print(kept.unfinished)
+    from fedllm_flwr.merging import merge
+
+    for line in merge(kept, output, arguments.onto):
+        print(line, flush=True)
     return 0
 
 
@@ -182,9 +201,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--output-dir", default="outputs", help="where runs will write")
 
     _add_prompts(_add(commands, "generate", _generate, "answer a prompt with base and adapter"))
-    merge = _add(commands, "merge", _merge, "write the model with the adapter merged into it")
-    merge.add_argument("run", help="directory of a run")
+    merge = _add(commands, "merge", _merge, "write the model with an adapter merged into it")
+    merge.add_argument("run", help=_ADAPTER)
     merge.add_argument("output", help="directory to write")
+    text = "of a quantized run: merge into the base model's own weights (default), or into those "
+    text += "that quantization had made of them"
+    merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=text)
+    merge.add_argument("--base", metavar="MODEL", help=_BASE)
     evaluate = _add(commands, "evaluate", _evaluate, "benchmark suites on base and adapters")
     add_evaluation(evaluate)
     add_status(_add(commands, "status", status_arguments, "how a run, a server or a site stands"))
@@ -194,11 +217,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_prompts(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("run", help="directory of a run")
+    generate.add_argument("run", help=_ADAPTER)
     text = "instructions to answer, each in quotes; an input follows after a space"
     generate.add_argument("prompt", nargs="+", help=text)
     text = "longest answer, in tokens; default 128"
     generate.add_argument("--max-new-tokens", type=int, default=128, help=text)
+    generate.add_argument("--base", metavar="MODEL", help=_BASE)
+    text = "template of the prompts, where no run says: alpaca (default), vicuna or chat"
+    generate.add_argument("--template", choices=("alpaca", "vicuna", "chat"), help=text)
 
 
 def _add(

@@ -8,6 +8,7 @@ from fedllm_flwr.adapters import load_adapter
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client import (
     SimulatedData,
+    divided_data,
     encode_records,
     losses,
     require_clients_examples,
@@ -62,10 +63,7 @@ def prepare(config: Config) -> Prepared:
         warnings = _lost(config, data)
     model = load_model(config)
     initial = _adapter(config.init_adapter, model) or model.initial
-    is_dpo = config.task.name == "dpo"
-    reference = _adapter(config.dpo.reference_adapter, model) if is_dpo else None
-    if reference is not None:  # as clients will have it
-        reference = round_trip(reference, config.communication.dtype)
+    reference = _reference(config, model)
     evaluation = _held_out(config, records, model, reference)
     num_clients = len(clients) or config.federation.num_clients or 1
     if suites is not None and evaluation is None:
@@ -74,6 +72,13 @@ def prepare(config: Config) -> Prepared:
             "data.eval_path and evaluation.central=true, or use fedllm evaluate afterwards."
         )
     return Prepared(num_clients, clients, warnings, model, evaluation, initial, reference, suites)
+
+
+def _reference(config: Config, model: AdaptedModel) -> Params | None:
+    """The adapter of DPO's reference model as clients will have it, where it has one."""
+    path = config.dpo.reference_adapter if config.task.name == "dpo" else None
+    reference = _adapter(path, model)
+    return reference and round_trip(reference, config.communication.dtype)
 
 
 def _adapter(path: str | None, model: AdaptedModel) -> Params | None:
@@ -88,6 +93,19 @@ def _lost(config: Config, data: SimulatedData) -> list[str]:
     if "choice" in data.source.train.column_names:
         lines += unseen_labels(config.data, data.source.train, data.source.eval)
     return [*lines, *losses(config, data.encoded)]
+
+
+def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:
+    """The held-out records of a run's configuration, ready to score adapters in `model` with.
+
+    Raises:
+        FedLLMError: the data cannot be read.
+    """
+    if config.federation.engine == "deployment":
+        records = load_evaluation_data(config)
+    else:
+        records = divided_data(config)[0].eval
+    return _held_out(config, records, model, _reference(config, model))
 
 
 def _held_out(

@@ -117,7 +117,7 @@ def _finished_before(config: Config, console: Console) -> RunDirectory | None:
     if config.resume is None:
         return None
     directory, num_rounds = reopen(config), config.federation.num_rounds
-    if not is_finished(directory, num_rounds):
+    if not is_finished(directory, config):
         return None
     console.note(already_finished(directory, num_rounds))
     return directory

@@ -1,6 +1,7 @@
 """What a run leaves on disk: one directory with fixed names."""
 
 import contextlib
+import json
 import re
 import shlex
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ _FREE_TO_CHANGE = {
     "output_dir",
     "resume",
 }
+SCORE_FILE = "score.json"  # beside the best adapter: its round and scores
 _DEFAULT_PARENT = Path("outputs")
 _FREE_SECTIONS = ("checkpoint.", "evaluation.", "tracking.")
 
@@ -72,6 +74,16 @@ class RunDirectory:
     def adapter(self) -> Path:
         """The final adapter, as PEFT loads it."""
         return self.path / "adapter"
+
+    @property
+    def adapter_best(self) -> Path:
+        """The adapter of the round with the best validation score so far, as PEFT loads it."""
+        return self.path / "adapter-best"
+
+    @property
+    def adapters_best(self) -> Path:
+        """As `adapter_best`, of clients that train alone: a directory for each."""
+        return self.path / "adapters-best"
 
     @property
     def summary(self) -> Path:
@@ -159,11 +171,19 @@ def reopen(config: Config) -> RunDirectory:
     return directory
 
 
-def is_finished(directory: RunDirectory, num_rounds: int) -> bool:
+def is_finished(directory: RunDirectory, config: Config) -> bool:
     """Whether all rounds are done and their results written."""
     trained = directory.adapter.is_dir() or directory.adapters.is_dir()
     written = trained and directory.summary.is_file()
-    return written and newest_round(directory.checkpoints) == num_rounds
+    return written and newest_round(directory.checkpoints) == config.federation.num_rounds
+
+
+def best_round(directory: RunDirectory) -> int | None:
+    """The round whose adapter is kept as the best one; None where none is."""
+    for folder in (directory.adapter_best, directory.adapters_best):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((folder / SCORE_FILE).read_text("utf-8"))["round"])
+    return None
 
 
 def already_finished(directory: RunDirectory, num_rounds: int) -> str:

@@ -65,6 +65,12 @@ def newest_usable(
     return None
 
 
+def newest_file(directory: Path, kind: str, server_round: int) -> Path | None:
+    """The file of the newest version up to a round, or None."""
+    limit = _file(directory, kind, server_round).name
+    return max((p for p in _versions(directory, kind) if p.name <= limit), default=None)
+
+
 def _file(directory: Path, kind: str, server_round: int) -> Path:
     return directory / f"{kind}-{server_round:05d}.safetensors"
 

@@ -121,7 +121,27 @@ RUN_MISTAKES = {
     "no directory": (["generate", "{}/none", "Hi"], "{}/none: no such directory"),
     "a file": (["generate", "{}/notes.txt", "Hi"], "{}/notes.txt: holds no run"),
     "a broken configuration": (["generate", "{}/broken", "Hi"], "{}/broken: not valid YAML"),
-    "an unfinished run": (["generate", "{}/stopped", "Hi"], "{}/stopped: no adapter there"),
+    "a run without a round": (["generate", "{}/stopped", "Hi"], "{}/stopped: no adapter there"),
+    "no such choice": (
+        ["generate", "{}/stopped@newest", "Hi"],
+        "{}/stopped@newest: '@newest' names no adapter; give DIR, DIR@best, DIR@round=N or",
+    ),
+    "no best one": (
+        ["merge", "{}/stopped@best", "{}/merged"],
+        "{}/stopped@best: no best adapter there, for no round has been scored on held-out",
+    ),
+    "a round that is not kept": (
+        ["generate", "{}/stopped@round=8", "Hi"],
+        "{}/stopped@round=8: round 8 is not kept; kept: none",
+    ),
+    "a client of a federation": (
+        ["generate", "{}/stopped@client=a", "Hi"],
+        "{}/stopped@client=a: algorithm=fedavg has one adapter for all clients; drop client=a.",
+    ),
+    "two choices": (
+        ["generate", "{}/stopped@best,round=2", "Hi"],
+        "{}/stopped@best,round=2: give best or round=2, not both.",
+    ),
     "no tokens": (
         ["generate", "{}/stopped", "Hi", "--max-new-tokens", "0"],
         "--max-new-tokens must be > 0, got 0.",

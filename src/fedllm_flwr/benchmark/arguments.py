@@ -10,7 +10,9 @@ from fedllm_flwr.judging.arguments import add_judging, judging_extra
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Add the options to a parser."""
     what = parser.add_argument_group("what is evaluated (the base model always is)")
-    what.add_argument("--run", nargs="+", default=[], metavar="DIR", help="runs of fedllm run")
+    what.add_argument(
+        "--run", nargs="+", default=[], metavar="DIR", help="runs; RUN@best, RUN@round=8"
+    )
     what.add_argument("--adapter", nargs="+", default=[], metavar="DIR", help="adapters of PEFT")
     what.add_argument("--compare", metavar="DIR", help="all runs of a fedllm compare")
     what.add_argument("--base", metavar="MODEL", help="base model: hub id, directory, or embedded")

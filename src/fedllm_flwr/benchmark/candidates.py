@@ -1,16 +1,13 @@
 """The models to compare: a base model, and adapters of runs, of directories, of a comparison."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from fedllm_flwr.alone import AloneAdapters
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_run
-from fedllm_flwr.config.schema import LoraConfig, ModelConfig
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.kept_adapters import KeptAdapter, base_model, find_adapter, find_adapters
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.training.tokenizer import model_source
 
@@ -19,7 +16,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model: the base of `config`, with the adapter in a directory, or as it is.
+    """One model: the base of `config`, with an adapter that is kept on disk, or as it is.
 
     Args:
         row: what its line in the tables is called; several candidates of a row are averaged.
@@ -28,7 +25,7 @@ class Candidate:
 
     row: str
     config: Config
-    adapter: Path | None = None
+    adapter: KeptAdapter | None = None
     seed: int | None = None
     client: str | None = None
 
@@ -51,13 +48,13 @@ def collect(
     Raises:
         ConfigError: a directory holds no finished run or adapter, or bases differ.
     """
-    found = [*_of_runs(runs), *(_of_adapter(path, base) for path in adapters)]
+    found = [*_of_runs(runs), *(_of_adapter(typed, base) for typed in adapters)]
     if compare is not None:
         found += _of_comparison(Path(compare).expanduser())
     if not found:
         if base is None:
             raise ConfigError("give what to evaluate: --run, --adapter, --compare or --base.")
-        found = [Candidate(BASE, Config(model=_base_model(base)))]
+        found = [Candidate(BASE, Config(model=base_model(base)))]
     if template is not None:
         found = [_with_template(item, template) for item in found]
     first = found[0]
@@ -67,35 +64,22 @@ def collect(
     return [Candidate(BASE, first.config), *rest]
 
 
-def _of_runs(paths: Sequence[str]) -> list[Candidate]:
+def _of_runs(typed: Sequence[str]) -> list[Candidate]:
     """Runs by the name of their algorithm where that tells them apart, else of their directory."""
-    loaded = [(Path(path).expanduser(), path) for path in paths]
-    configs = [(path, load_run(path, f"--run {typed}")) for path, typed in loaded]
-    names = [config.algorithm.name for _, config in configs]
-    distinct = len(set(names)) == len(names)
-    found = []
-    for path, config in configs:
-        row = config.algorithm.name if distinct else path.resolve().name
-        found += _of_run(RunDirectory(path), config, row)
-    return found
+    found = [find_adapters(text) for text in typed]
+    rows = [_row(some[0], some[0].config.algorithm.name) for some in found]
+    if len(set(rows)) < len(rows):
+        rows = [_row(some[0], str(some[0].run and some[0].run.resolve().name)) for some in found]
+    return [item for row, some in zip(rows, found, strict=True) for item in _candidates(row, some)]
 
 
-def _of_run(
-    directory: RunDirectory, config: Config, row: str, seed: int | None = None
-) -> list[Candidate]:
-    """A run's adapter; those of all clients where each trained alone."""
-    if directory.adapters.is_dir():
-        folders = sorted(folder for folder in directory.adapters.iterdir() if folder.is_dir())
-        return [
-            Candidate(row, config, folder, seed, AloneAdapters.name_of(folder.name))
-            for folder in folders
-        ]
-    if not directory.adapter.is_dir():
-        raise ConfigError(
-            f"--run {directory.path}: no adapter there, the run has not finished; go on with it: "
-            f"fedllm run resume={directory.path}"
-        )
-    return [Candidate(row, config, directory.adapter, seed)]
+def _row(kept: KeptAdapter, name: str) -> str:
+    """A run's adapter by `name`; another than the final one says so."""
+    return name if kept.label == "final" else f"{name}, {kept.label}"
+
+
+def _candidates(row: str, found: Sequence[KeptAdapter], seed: int | None = None) -> list[Candidate]:
+    return [Candidate(row, kept.config, kept, seed, kept.client) for kept in found]
 
 
 def _of_comparison(root: Path) -> list[Candidate]:
@@ -115,44 +99,19 @@ def _of_comparison(root: Path) -> list[Candidate]:
     return [
         candidate
         for run in finished
-        for candidate in _of_run(
-            run, configs[run.path], configs[run.path].algorithm.name, configs[run.path].seed
+        for candidate in _candidates(
+            configs[run.path].algorithm.name,
+            find_adapters(str(run.path)),
+            configs[run.path].seed,
         )
     ]
 
 
 def _of_adapter(typed: str, base: str | None) -> Candidate:
-    """An adapter directory as PEFT writes it; a run's own keeps the run's settings."""
-    path = Path(typed).expanduser()
-    try:
-        saved: dict[str, Any] = json.loads((path / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"--adapter {typed}: no readable adapter_config.json; give an adapter's directory."
-        ) from None
-    row = path.resolve().name
-    run = next((p for p in path.resolve().parents[:2] if (p / "config.yaml").is_file()), None)
-    if run is not None and base is None:
-        return Candidate(run.name if row == "adapter" else row, load_run(run, str(run)), path)
-    source = base or saved.get("base_model_name_or_path")
-    if not source:
-        raise ConfigError(f"--adapter {typed}: it names no base model; add --base <model>.")
-    targets = saved.get("target_modules")
-    lora = LoraConfig(
-        r=saved["r"],
-        alpha=saved["lora_alpha"],
-        target_modules=sorted(targets) if isinstance(targets, list) else targets,
-        rslora=bool(saved.get("use_rslora")),
-        dora=bool(saved.get("use_dora")),
-    )
-    return Candidate(row, Config(model=_base_model(source), lora=lora), path)
-
-
-def _base_model(path: str) -> ModelConfig:
-    name = "tiny" if path == "embedded" else "custom"
-    model = ModelConfig(name=name, path=path)
-    model_source(model)
-    return model
+    """An adapter directory as PEFT writes it, or what else names one adapter."""
+    kept = find_adapter(typed, base)
+    row = kept.label if kept.run is None else _row(kept, kept.run.resolve().name)
+    return Candidate(row, kept.config, kept, client=kept.client)
 
 
 def _with_template(candidate: Candidate, template: str) -> Candidate:

@@ -77,7 +77,8 @@ def evaluate(request: Request) -> int:
     )
     output = _output(request)
     print(f"evaluating {len(candidates)} models on {len(tasks)} tasks   output  {output}")
-    for line in skipped:
+    unfinished = [item.adapter.unfinished for item in candidates if item.adapter]
+    for line in [*filter(None, dict.fromkeys(unfinished)), *skipped]:
         print(f"  {line}")
     place = Path(request.cache).expanduser() if request.cache else default_cache()
     cache = SamplesCache(None if request.no_cache else place)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.adapters import load_adapter
+from fedllm_flwr.adapters import load_kept
 from fedllm_flwr.benchmark.candidates import Candidate
 from fedllm_flwr.benchmark.runners import runner_of
+from fedllm_flwr.kept_adapters import KeptAdapter
 from fedllm_flwr.suites.cache import SamplesCache, files_identity, key_of, task_identity
 from fedllm_flwr.suites.catalogue import SuiteTask
 from fedllm_flwr.suites.harness import harness_version
@@ -73,7 +74,7 @@ class Scorer:
             batch_tokens=self.options.batch_tokens,
             seed=self.options.seed,
             source=model_source(candidate.config.model),
-            adapter=candidate.adapter,
+            adapter=None if candidate.adapter is None else candidate.adapter.path,
         )
 
     def _key(self, candidate: Candidate, task: SuiteTask) -> str:
@@ -104,7 +105,7 @@ def loaded(candidate: Candidate) -> Iterator[AdaptedModel]:
         with model.peft.disable_adapter():
             yield model
     else:
-        model.load(load_adapter(candidate.adapter, model))
+        model.load(load_kept(candidate.adapter, model))
         yield model
 
 
@@ -117,8 +118,8 @@ def base_identity(typed: str, source: str) -> str:
     return files_identity(sorted(path for name in names for path in folder.glob(name)))
 
 
-def adapter_identity(adapter: Path | None) -> str:
+def adapter_identity(adapter: KeptAdapter | None) -> str:
     """Which weights and settings an adapter has."""
     if adapter is None:
         return "base"
-    return files_identity([adapter / "adapter_model.safetensors", adapter / "adapter_config.json"])
+    return files_identity(adapter.files)

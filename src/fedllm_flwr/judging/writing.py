@@ -149,6 +149,11 @@ class VllmWriter:
     def _lora_request(self) -> Any:
         if self.adapter is None:
             return None
+        if not self.adapter.is_dir():
+            raise ConfigError(
+                f"--backend vllm: {self.adapter} is a checkpoint, and vLLM loads directories of "
+                "PEFT's; leave the option out, or evaluate RUN/adapter or RUN/adapter-best."
+            )
         from vllm.lora.request import LoRARequest
 
         number = self._adapter_ids.setdefault(self.adapter, len(self._adapter_ids) + 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.checkpoint import newest_readable
+from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.liveness import CurrentRound, Holder, current_round, holder
 from fedllm_flwr.reporting.metrics import Record, read_metrics
@@ -87,7 +88,7 @@ def run_status(path: Path) -> RunStatus:
     who = holder(directory)
     return RunStatus(
         path=str(path),
-        state=_state(directory, config.federation.num_rounds, who),
+        state=_state(directory, config, who),
         algorithm=config.algorithm.name,
         data=config.data.name,
         round=rounds[-1]["round"] if rounds else 0,
@@ -104,10 +105,10 @@ def run_status(path: Path) -> RunStatus:
     )
 
 
-def _state(directory: RunDirectory, num_rounds: int, who: Holder | None) -> str:
+def _state(directory: RunDirectory, config: Config, who: Holder | None) -> str:
     if who is not None and who.is_alive:
         return "running"
-    if who is None and is_finished(directory, num_rounds):
+    if who is None and is_finished(directory, config):
         return "finished"
     return "failed" if who is not None and who.error else "stopped"
 

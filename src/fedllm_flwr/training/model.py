@@ -2,7 +2,7 @@
 
 import gc
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import LoraConfig as LoraSettings
+from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ConfigError, FederationError, ModelError
 from fedllm_flwr.messages import Task
 from fedllm_flwr.params import Params, check_like, derive_seed
@@ -201,6 +202,23 @@ def load_beside(config: Config) -> AdaptedModel:
     dtype = resolve_dtype(config.training.dtype, device)
     attention = resolve_attention(config.model.attention, device)
     return _adapt(load_base(config, device, dtype, attention), config, device, dtype, attention)
+
+
+def load_dequantized(config: Config) -> AdaptedModel:
+    """The quantized base model of `config` with its weights in full again, and a fresh adapter.
+
+    These are the weights that the adapter was trained on, as bitsandbytes gives them back. Its
+    caller keeps the model.
+
+    Raises:
+        ModelError, ConfigError: it cannot be loaded or adapted as asked.
+    """
+    device = resolve_device(config.training.device)
+    dtype = resolve_dtype(config.training.dtype, device)
+    attention = resolve_attention(config.model.attention, device)
+    base = load_base(config, device, dtype, attention).dequantize().to(dtype)
+    full = replace(config, quantization=QuantizationConfig())
+    return _adapt(base, full, device, dtype, attention)
 
 
 def forget_model() -> None:
