@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from fedllm_flwr.suites.catalogue import Average, Metric, SuiteTask
 from fedllm_flwr.suites.scores import average_estimate, task_estimates
-from fedllm_flwr.suites.statistics import RESAMPLES, estimate, mean_of
+from fedllm_flwr.suites.statistics import RESAMPLES, Estimate, estimate, mean_of, over_seeds
 
 LABELS = ["negative", "neutral", "positive"]
 
@@ -134,6 +134,82 @@ def test_mean_over_tasks() -> None:
 
     assert both.value == pytest.approx(0.375)
     np.testing.assert_allclose(both.resamples, (one.resamples + other.resamples) / 2)
+
+
+def simulated_comparisons(
+    num_seeds: int,
+    spread: float,
+    per_example: float,
+    difference: float = 0.0,
+    count: int = 1000,
+    num_examples: int = 400,
+) -> list[list[Estimate]]:
+    """`count` comparisons of two algorithms: their paired differences of accuracy by seed.
+
+    Args:
+        spread: standard deviation of a run's accuracy over seeds.
+        per_example: of the difference, over examples, between the two algorithms' chances to be
+            right: what all seeds share.
+        difference: between the algorithms in truth.
+    """
+    rng = np.random.default_rng([num_seeds, round(1000 * spread), round(1000 * per_example)])
+    shape = (num_examples, count, num_seeds)
+    own = per_example / np.sqrt(2)
+    right = []
+    for level in (0.6 + difference, 0.6):
+        chance = level + rng.normal(0, own, (*shape[:2], 1)) + rng.normal(0, spread, shape[1:])
+        right.append((rng.random(shape) < chance).astype(np.float32))
+    each = (right[0] - right[1]).reshape(num_examples, -1)
+    draws = rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), 300)
+    resampled = (draws.astype(np.float32) / num_examples) @ each
+    found = [
+        Estimate(float(value), resamples, num_examples)
+        for value, resamples in zip(each.mean(0), resampled.T.astype(np.float64), strict=True)
+    ]
+    return [found[i : i + num_seeds] for i in range(0, len(found), num_seeds)]
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "spread", "per_example"),
+    [(3, 0.04, 0.0), (3, 0.04, 0.3), (3, 0.0, 0.3), (2, 0.04, 0.3), (5, 0.04, 0.0)],
+)
+def test_one_comparison_in_twenty_is_clear_where_nothing_differs(
+    num_seeds: int, spread: float, per_example: float
+) -> None:
+    comparisons = simulated_comparisons(num_seeds, spread, per_example)
+
+    clear = np.mean([over_seeds(by_seed).clear for by_seed in comparisons])
+    # 1000 comparisons: the standard error of a share of 5 % is 0.7 %.
+    assert clear <= 0.05 + 2 * 0.007
+    low, high = np.array([mean_of(by_seed).interval for by_seed in comparisons]).T
+    by_examples = np.mean((low > 0) | (high < 0))  # as if no other seed could have come
+    assert by_examples > 0.2 if spread else by_examples < 0.1
+
+
+def test_a_difference_far_above_the_spread_is_clear() -> None:
+    comparisons = simulated_comparisons(3, 0.04, 0.0, difference=0.3, count=200)
+    assert np.mean([over_seeds(by_seed).clear for by_seed in comparisons]) > 0.9
+    intervals = np.array([over_seeds(by_seed).interval for by_seed in comparisons])
+    covered = (intervals[:, 0] < 0.3) & (intervals[:, 1] > 0.3)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.035)
+
+
+def test_one_seed_says_that_its_interval_is_over_examples() -> None:
+    one = estimate("mean", [1.0] * 60 + [0.0] * 40, "x")
+    score = over_seeds([one])
+    assert (score.interval, score.over, score.num_seeds) == (one.interval, "examples", 1)
+    several = over_seeds([one, one, one])
+    assert (several.over, several.num_examples) == ("seeds and examples", 100)
+    # Equal seeds: what is uncertain is the examples alone, by the normal distribution.
+    half = 1.96 * np.sqrt(0.6 * 0.4 / 100)
+    assert several.interval == pytest.approx((0.6 - half, 0.6 + half), abs=0.005)
+
+
+def test_seeds_without_noise_of_examples_give_student_s_interval() -> None:
+    values = [0.30, 0.31, 0.35]
+    score = over_seeds([Estimate(value, np.full(1000, value), 50) for value in values])
+    half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # t of two degrees of freedom
+    assert score.interval == pytest.approx((0.32 - half, 0.32 + half), abs=1e-6)
 
 
 def make_task(*metrics: Metric) -> SuiteTask:

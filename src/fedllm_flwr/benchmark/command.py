@@ -30,9 +30,12 @@ from fedllm_flwr.suites.harness import harness_version
 from fedllm_flwr.suites.local_data import missing_files
 from fedllm_flwr.suites.results import RunOptions
 
-NOTE = (
-    "value ± half of its 95 % bootstrap interval over examples; differences are paired (same "
-    "examples, same resamples), * the interval leaves out zero"
+NOTES = (
+    "value ± half of its 95 % interval: for a mean over seeds over seeds and examples (Student's "
+    "t), for one model over examples only (bootstrap)",
+    "differences are paired (same seeds, same examples, same resamples); the interval leaves out "
+    "zero: * over seeds and examples, † over examples only, which holds for these adapters and not "
+    "for what another seed would have given",
 )
 
 _SHORTENED = {
@@ -86,7 +89,7 @@ def evaluate(request: Request) -> int:
     scorer = Scorer(request.options, request.prompt, cache, work, _report)
     scored = scorer.score(candidates, tasks)
     comparison = compare_scores(candidates, scored, tasks, suites)
-    notes = [NOTE, *_notes(candidates, scored, tasks, request)]
+    notes = [*NOTES, *_notes(candidates, scored, tasks, request)]
     _write(output, comparison, scored, tasks, [*notes, *skipped])
     print("\n".join(["", as_text(comparison), "", *notes]))
     took = format_seconds(time.monotonic() - started)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
-from fedllm_flwr.benchmark.candidates import BASE, Candidate
+from fedllm_flwr.benchmark.candidates import Candidate
 from fedllm_flwr.benchmark.scoring import Scored
 from fedllm_flwr.suites.catalogue import Suite, SuiteTask
 from fedllm_flwr.suites.scores import average_estimate, task_estimates
-from fedllm_flwr.suites.statistics import Estimate, mean_of
+from fedllm_flwr.suites.statistics import Estimate, Score, mean_of, over_seeds
 
 LOCAL = "local"
 _Chooser = Callable[[Sequence[Estimate]], Estimate]
@@ -32,7 +33,8 @@ class Row:
     """One model, or the mean over the models of one name (seeds, clients)."""
 
     name: str
-    scores: Mapping[Column, Estimate]
+    by_seed: Mapping[Column, Mapping[int | None, Estimate]]  # seed None: a model without one
+    scores: Mapping[Column, Score]
     spread: Mapping[Column, float]  # standard deviation over seeds, where there are several
     num_models: int = 1
 
@@ -44,14 +46,23 @@ class Comparison:
     columns: list[Column]
     rows: list[Row]
 
-    def difference(self, row: Row, column: Column, to: str) -> Estimate | None:
-        """A row's score minus that of another row, on the same examples."""
+    def difference(self, row: Row, column: Column, to: str) -> Score | None:
+        """A row's score minus that of another row, on the same examples and seed by seed.
+
+        A model without a seed, such as the base model, is compared with every seed of the other.
+        """
         other = next((item for item in self.rows if item.name == to), None)
         if other is None or other is row or row.name.startswith(" "):
             return None
         if column not in row.scores or column not in other.scores:
             return None
-        return row.scores[column].minus(other.scores[column])
+        own, others = row.by_seed[column], other.by_seed[column]
+        if None in own:
+            own = dict.fromkeys(others, own[None])
+        elif None in others:
+            others = dict.fromkeys(own, others[None])
+        paired = [own[seed].minus(others[seed]) for seed in own if seed in others]
+        return over_seeds(paired) if paired else None
 
 
 def compare_scores(
@@ -115,28 +126,23 @@ def _row(
     columns: Sequence[Column],
     choose: _Chooser,
 ) -> Row:
-    scores, spread = {}, {}
-    seeds = list(dict.fromkeys(item.seed for item in members))
+    found: dict[Column, dict[int | None, Estimate]] = {}
     for column in columns:
         key = (column.task, column.metric)
-        by_seed = [
-            choose([each[m.name][key] for m in members if m.seed == seed and key in each[m.name]])
-            for seed in seeds
-            if any(key in each[m.name] for m in members if m.seed == seed)
-        ]
+        by_seed: dict[int | None, list[Estimate]] = {}
+        for member in members:
+            if key in each[member.name]:
+                by_seed.setdefault(member.seed, []).append(each[member.name][key])
         if by_seed:
-            scores[column] = mean_of(by_seed)
-        if len(by_seed) > 1:
-            values = [item.value for item in by_seed]
-            mean = sum(values) / len(values)
-            spread[column] = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    return Row(name, scores, spread, len(members))
+            found[column] = {seed: choose(some) for seed, some in by_seed.items()}
+    scores = {column: over_seeds(list(some.values())) for column, some in found.items()}
+    spread = {
+        column: stdev(item.value for item in some.values())
+        for column, some in found.items()
+        if len(some) > 1
+    }
+    return Row(name, found, scores, spread, len(members))
 
 
 def _extreme(choose: Callable[..., Estimate]) -> _Chooser:
     return lambda items: choose(items, key=lambda item: item.value)
-
-
-def is_reference(name: str) -> bool:
-    """Whether other rows are compared with this one."""
-    return name in (BASE, LOCAL)

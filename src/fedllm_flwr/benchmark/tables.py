@@ -7,7 +7,7 @@ from typing import Any
 
 from fedllm_flwr.benchmark.candidates import BASE
 from fedllm_flwr.benchmark.results import LOCAL, Column, Comparison, Row
-from fedllm_flwr.suites.statistics import Estimate
+from fedllm_flwr.suites.statistics import Score
 
 Cells = list[str]
 _WIDEST = 6  # columns side by side
@@ -45,11 +45,14 @@ def as_csv(comparison: Comparison) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ["suite", "task", "metric", "model", "models", "examples", "chance"]
-    numbers = ["value", "low", "high", "std_over_seeds"]
-    pairs = [f"{part}_{to}" for to in (BASE, LOCAL) for part in ("vs", "vs_low", "vs_high")]
+    numbers = ["value", "low", "high", "interval_over", "std_over_seeds"]
+    parts = ("vs", "vs_low", "vs_high", "vs_interval_over")
+    pairs = [f"{part}_{to}" for to in (BASE, LOCAL) for part in parts]
     writer.writerow([*names, *numbers, *pairs])
     for record in as_records(comparison):
-        pair = [value for to in (BASE, LOCAL) for value in record[f"vs_{to}"] or (None,) * 3]
+        pair = [
+            value for to in (BASE, LOCAL) for value in record[f"vs_{to}"] or (None,) * len(parts)
+        ]
         writer.writerow([*(record[name] for name in (*names, *numbers)), *pair])
     return text.getvalue()
 
@@ -70,8 +73,11 @@ def _record(comparison: Comparison, column: Column, row: Row) -> dict[str, Any]:
     differences = {}
     for to in (BASE, LOCAL):
         difference = comparison.difference(row, column, to)
-        known = None if difference is None else (difference.value, *difference.interval)
-        differences[f"vs_{to}"] = known
+        differences[f"vs_{to}"] = difference and (
+            difference.value,
+            *difference.interval,
+            difference.over,
+        )
     return {
         "suite": column.suite,
         "task": column.task,
@@ -83,6 +89,7 @@ def _record(comparison: Comparison, column: Column, row: Row) -> dict[str, Any]:
         "value": score.value,
         "low": low,
         "high": high,
+        "interval_over": score.over,
         "std_over_seeds": row.spread.get(column),
         **differences,
     }
@@ -130,15 +137,15 @@ def _cell(row: Row, column: Column) -> str:
     return f"{score.value:.3f} ± {(high - low) / 2:.3f}"
 
 
-def _difference(difference: Estimate | None) -> str:
+def _difference(difference: Score | None) -> str:
     if difference is None:
         return "-"
     low, high = difference.interval
-    star = " *" if low > 0 or high < 0 else "  "
-    return f"{difference.value:+.3f} ± {(high - low) / 2:.3f}{star}"
+    mark = "*" if difference.num_seeds > 1 else "†"
+    return f"{difference.value:+.3f} ± {(high - low) / 2:.3f} {mark if difference.clear else ' '}"
 
 
-def _interval(score: Estimate | None) -> str:
+def _interval(score: Score | None) -> str:
     if score is None:
         return "-"
     low, high = score.interval

@@ -1,6 +1,7 @@
 """From scored examples to the numbers of a task and of a suite."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from fedllm_flwr.suites.catalogue import Average, Metric, SuiteTask
 from fedllm_flwr.suites.results import Sample
@@ -24,7 +25,9 @@ def average_estimate(average: Average, tasks: Mapping[str, Estimates]) -> Estima
     """The mean over an average's tasks; None unless all of them are there."""
     found = [tasks.get(name, {}).get(average.metric) for name in average.tasks]
     present = [item for item in found if item is not None]
-    return mean_of(present) if len(present) == len(found) else None
+    if len(present) < len(found):
+        return None
+    return replace(mean_of(present), num_examples=sum(item.num_examples for item in present))
 
 
 def _values(metric: Metric, samples: Sequence[Sample]) -> list[object]:
