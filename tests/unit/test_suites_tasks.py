@@ -5,11 +5,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.suites.catalogue import all_suites, chosen_suites, chosen_tasks
+from fedllm_flwr.suites.harness import _load
 from fedllm_flwr.suites.local_data import READERS, local_settings, missing_files, read_rows
+from fedllm_flwr.suites.results import RunOptions
+from fedllm_flwr.suites.tasks import reading
 from fedllm_flwr.suites.tasks.finance import (
     by_generation,
     headline_by_generation,
@@ -167,3 +171,98 @@ def test_shuffled_options_keep_the_right_one() -> None:
         found = shuffled_options(["yes", "no", "maybe"], 0, seed)
         assert found["options"][found["gold"]] == "yes"
     assert len({shuffled_options(["yes", "no"], 0, seed)["gold"] for seed in range(20)}) == 2
+
+
+# A row of the hub's copy of DROP's development set: two annotators, one span each.
+DROP_ROW = {
+    "query_id": "q",
+    "passage": "Schilens caught a pass of Russell.",
+    "question": "Who scored?",
+    "answer": {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": ["Schilens"]},
+    "validated_answers": {
+        "number": ["", ""],
+        "date": [{"day": "", "month": "", "year": ""}] * 2,
+        "spans": [["JaMarcus Russell"], ["Schilens", "Russell"]],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact", "f1"),
+    [("Schilens", 1.0, 1.0), ("JaMarcus Russell", 1.0, 1.0), ("Russell", 0.0, 0.67)],
+)
+def test_drop_takes_the_best_over_annotators(answer: str, exact: float, f1: float) -> None:
+    """As Dua et al. score: each annotator's answer by itself, never all of them as one."""
+    [row] = reading.drop(datasets.Dataset.from_list([DROP_ROW]))
+    assert row["answers"] == [["Schilens"], ["JaMarcus Russell"], ["Schilens", "Russell"]]
+    assert reading.drop_results(row, [answer]) == {"em": exact, "f1": f1}
+
+
+def nwgi_file(root: Path, *targets: str) -> None:
+    asked = "What is the sentiment? {strong negative/moderately negative/.../strong positive}"
+    rows = [
+        {"context": f"Instruction: {asked}\nInput: news {i}\nAnswer: ", "target": target}
+        for i, target in enumerate(targets)
+    ]
+    (root / "nwgi_test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["nwgi", "nwgi_generation"])
+def test_seven_grades_of_local_rows_are_folded_into_three(name: str, tmp_path: Path) -> None:
+    folded = {
+        "strong negative": "negative",
+        "Moderately Negative": "negative",
+        "mildly negative": "neutral",
+        "neutral": "neutral",
+        "mildly positive": "neutral",
+        "moderately positive": "positive",
+        "strong positive": "positive",
+        "negative": "negative",
+    }
+    nwgi_file(tmp_path, *folded)
+    [task] = chosen_tasks([name])
+    [loaded] = _load(task, RunOptions(data_root=tmp_path), {}).values()
+    rows = list(loaded.eval_docs)
+    assert [row["answer"] for row in rows] == list(folded.values())
+    assert {row["instruction"] for row in rows} == {
+        "What is the sentiment of this news? Please choose an answer from "
+        "{negative/neutral/positive}."
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row", "message"),
+    [
+        (
+            "fpb",
+            "fpb_test.jsonl",
+            {"context": "Instruction: a\nInput: b\nAnswer: ", "target": "mildly positive"},
+            r"fpb: row 1 of its data has the target 'mildly positive', which is none of neg",
+        ),
+        (
+            "headline_generation",
+            "headline_test.jsonl",
+            {"instruction": "Price?", "input": "gold", "output": "maybe"},
+            r"headline_generation: row 1 .* 'maybe', which is none of yes, no",
+        ),
+        (
+            "aqua",
+            "aqua_test.jsonl",
+            {"question": "q", "options": ["A)1", "B)2"], "correct": "F", "rationale": ""},
+            r"aqua: row 1 .* 'F', which is none of a, b, c, d, e",
+        ),
+        (
+            "medqa",
+            "medqa_test.jsonl",
+            {"question": "q", "options": dict.fromkeys("ABCD", "x"), "answer_idx": "E"},
+            r"medqa_test.jsonl: answer_idx is 'E' in a row; give A, B, C or D",
+        ),
+    ],
+)
+def test_targets_outside_the_label_set_are_refused(
+    name: str, file: str, row: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text(json.dumps(row) + "\n")
+    [task] = chosen_tasks([name])
+    with pytest.raises(DataError, match=message):
+        _load(task, RunOptions(data_root=tmp_path), {})

@@ -157,8 +157,9 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     seeds = len({outcome.job.seed for outcome in outcomes})
     note = (
         f"Mean ± standard deviation over {_seeds(seeds)}. vs local: "
-        f"paired difference of the final {metric} by seed, ± half of its 95 % t interval; "
-        "* the interval leaves out zero. steps: optimizer steps of all clients together."
+        f"paired difference of the final {metric} by seed, ± half of its 95 % t interval over "
+        "seeds, on these records; * the interval leaves out zero. steps: optimizer steps of all "
+        "clients together."
     )
     local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
     if local:

@@ -56,6 +56,7 @@ class SuiteTask:
         source: where the data are published; ``split`` and number of ``shots`` as the protocol has
             them; ``protocol``: paper or repository that is followed.
         licence: of the data, as its publishers state it.
+        labels: what targets may be, in lower case, where that is a fixed set; others are refused.
         metrics: the first one stands for the task in tables.
         files: names below ``--data-root``; ``reader`` makes rows of the hub's schema of them.
         folder: of the harness' task files: in this suite's own folder if empty, else below the
@@ -74,6 +75,7 @@ class SuiteTask:
     split: str
     protocol: str
     metrics: tuple[Metric, ...]
+    labels: tuple[str, ...] = ()
     runner: str = "harness"
     shots: int = 0
     files: tuple[str, ...] = ()

@@ -107,10 +107,36 @@ def _load(task: SuiteTask, options: RunOptions, overrides: dict[str, Any]) -> di
             "files with --data-root."
         ) from error
     for found in loaded.values():
+        _check_targets(task, found)
         shots = task.shots if options.shots is None else options.shots
         found.set_config(key="num_fewshot", value=shots)
         found.set_fewshot_seed(seed=_FEW_SHOT_SEED)
     return dict(loaded)
+
+
+def _check_targets(task: SuiteTask, loaded: Any) -> None:
+    """Refuse rows whose right answer cannot be given: no model could score on them.
+
+    Raises:
+        DataError: names the row, its target, and what it could be.
+    """
+    chosen = loaded.config.output_type == "multiple_choice"
+    if not (task.labels or chosen):
+        return
+    for number, row in enumerate(loaded.eval_docs, start=1):
+        target = loaded.doc_to_target(row)
+        if task.labels:
+            choices: Sequence[str] = task.labels
+            known = str(target).strip().lower() in choices
+        else:
+            choices = loaded.doc_to_choice(row)
+            places = range(len(choices))
+            known = target in (places if isinstance(target, int) else choices)
+        if not known:
+            raise DataError(
+                f"{task.name}: row {number} of its data has the target {target!r}, which is none "
+                f"of {', '.join(map(str, choices))}; mend the file, or leave the row out."
+            )
 
 
 def _answer_tokens(task: Any) -> int:

@@ -119,11 +119,20 @@ def _mmlu(paths: Sequence[Path]) -> Splits:
     return {"test": rows(paths[0]), "dev": rows(paths[1])}
 
 
+def _place(letter: object, path: Path) -> int:
+    """Number of an option that a file calls by its letter, from A to D."""
+    if letter not in tuple("ABCD"):
+        raise DataError(f"{path}: answer_idx is {letter!r} in a row; give A, B, C or D.")
+    return "ABCD".index(str(letter))
+
+
 def _medqa(paths: Sequence[Path]) -> Splits:
     rows = []
     for row in read_rows(paths[0]):
         options = {f"ending{i}": row["options"][letter] for i, letter in enumerate("ABCD")}
-        rows.append({"sent1": row["question"], **options, "label": "ABCD".index(row["answer_idx"])})
+        rows.append(
+            {"sent1": row["question"], **options, "label": _place(row["answer_idx"], paths[0])}
+        )
     return {"test": rows}
 
 
@@ -132,7 +141,7 @@ def _medmcqa(paths: Sequence[Path]) -> Splits:
     for row in read_rows(paths[0]):
         options = {f"op{letter.lower()}": row["options"][letter] for letter in "ABCD"}
         rows.append(
-            {"question": row["question"], **options, "cop": "ABCD".index(row["answer_idx"])}
+            {"question": row["question"], **options, "cop": _place(row["answer_idx"], paths[0])}
         )
     return {"test": rows}
 

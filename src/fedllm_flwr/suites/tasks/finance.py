@@ -42,8 +42,20 @@ def tfns(dataset: Any) -> Any:
 
 
 def nwgi(dataset: Any) -> Any:
-    """News With GPT Instructions: seven degrees folded into three."""
-    return _rows(dataset, "news", "news", lambda row: _DEGREES[row["label"]])
+    """News With GPT Instructions: seven degrees folded into three, in local rows too.
+
+    A local row that asks for one of seven degrees is asked for one of three instead.
+    """
+    if "instruction" not in dataset.column_names:
+        return _rows(dataset, "news", "news", lambda row: _DEGREES[row["label"]])
+
+    def folded(row: dict[str, Any]) -> dict[str, str]:
+        asked, answer = row["instruction"], row["answer"]
+        if "moderately" in asked.lower():
+            asked = _ASKED.format(kind="news")
+        return {"instruction": asked, "answer": _DEGREES.get(answer, answer)}
+
+    return dataset.map(folded)
 
 
 def _rows(dataset: Any, kind: str | None, text: str, answer: Any) -> Any:

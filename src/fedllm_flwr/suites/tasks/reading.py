@@ -28,18 +28,19 @@ def pubmedqa_results(row: dict[str, Any], results: Sequence[tuple[float, bool]])
 
 
 def drop(dataset: Any) -> Any:
-    """The hub's rows as {passage, question, answers}: lists of spans, each list a right answer."""
+    """The hub's rows as {passage, question, answers}: lists of spans, each list a right answer.
+
+    Every annotator's answer is one of them, as in the official protocol (Dua et al. 2019). The
+    more common copy ucinlp/drop strings the spans of all annotators together, and nothing there
+    tells two answers of one span from one answer of two.
+    """
     if "answers" in dataset.column_names:
         return dataset
+    from lm_eval.tasks.drop.utils import get_answers
 
     def shaped(row: dict[str, Any]) -> dict[str, Any]:
-        spans, kinds = row["answers_spans"]["spans"], row["answers_spans"]["types"]
-        alone = all(kind != "span" for kind in kinds)  # numbers and dates: alternatives
-        return {
-            "passage": row["passage"],
-            "question": row["question"],
-            "answers": [[span] for span in spans] if alone else [spans],
-        }
+        answers = [list(spans) for spans in get_answers(row)]
+        return {"passage": row["passage"], "question": row["question"], "answers": answers}
 
     return dataset.map(shaped, remove_columns=dataset.column_names)
 
@@ -48,7 +49,8 @@ def drop_results(row: dict[str, Any], results: Sequence[str]) -> dict[str, float
     """Exact match and F1 over bags of words, the best over all right answers."""
     from lm_eval.tasks.drop.utils import get_metrics
 
-    scores = [get_metrics(results[0], tuple(answer)) for answer in row["answers"]]
+    answers = [tuple(answer) for answer in row["answers"] if answer[0].strip()]
+    scores = [get_metrics(results[0], answer) for answer in answers] or [(0.0, 0.0)]
     return {"em": max(float(em) for em, _ in scores), "f1": max(float(f1) for _, f1 in scores)}
 
 
