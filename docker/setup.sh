@@ -37,7 +37,8 @@ make_site() {
   set -- /data/*
   [ $# = 1 ] && [ -e "$1" ] || die "/data of $name: give a directory that holds one file of records"
   # shellcheck disable=SC2086 # SITE_OPTIONS are several words
-  set -- /site --name "$name" --data "$1" --server "$SERVER" --health-port 9096 ${SITE_OPTIONS:-}
+  set -- /site --name "$name" --data "$1" --server "$SERVER" --health-port 9096 \
+    --approval automatic ${SITE_OPTIONS:-}
   if [ "$SECURITY" = tls ]; then set -- "$@" --ca /exchange/ca.crt; else set -- "$@" --insecure; fi
   fedllm site init "$@"
 }

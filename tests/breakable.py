@@ -159,7 +159,9 @@ class Deployment:
         write_records(data, first)
         ca = None if self.insecure else str(self.folder / "ca.crt")
         address = f"{dial or self.host}:{self.fleet_port}"
-        options = SiteOptions(name, str(data), address, ca, device="cpu", insecure=self.insecure)
+        options = SiteOptions(
+            name, str(data), address, ca, device="cpu", insecure=self.insecure, approval="automatic"
+        )
         init_site(self.root / name, options)
         if not self.insecure:
             key = str(self.root / name / f"{name}.pub")

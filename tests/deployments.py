@@ -73,6 +73,7 @@ def make_site(
         None if ca is None else str(ca),
         device="cpu",
         insecure=ca is None,
+        approval="automatic",
     )
     init_site(folder / name, options)
     return folder / name

@@ -1,10 +1,12 @@
 """The Flower ClientApp: a message comes in, its answer goes out. Importing it imports no torch."""
 
 import logging
+import time
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedllm_flwr.disclosure import audited
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.resident.client import answer_by_resident
 from fedllm_flwr.site import Site, answer, failed
@@ -38,9 +40,10 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
     site = Site(dict(context.node_config), context.run_id, context.node_id)
     if site.is_simulated:
         return Message(answer(kind, message.content, site), reply_to=message)
+    started = time.monotonic()
     try:
         content = answer_by_resident(kind, message.content, site, message.metadata.ttl)
     except Exception as error:  # Flower would send its text to the server
         logger.exception("%s failed", kind)
         content = failed(error, site)
-    return Message(content, reply_to=message)
+    return Message(audited(kind, message.content, content, site, started), reply_to=message)

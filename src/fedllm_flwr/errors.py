@@ -51,5 +51,13 @@ class FederationError(FedLLMError):
     """A federated run that cannot start or go on."""
 
 
+class ApprovalPending(RefusedError):  # noqa: N818 - a kind of `Failure`
+    """A run that waits for the operator of a site."""
+
+
+class ApprovalDeclined(RefusedError):  # noqa: N818 - a kind of `Failure`
+    """A run that the operator of a site has declined."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """The user stopped a run; the message says what was kept and how to go on."""

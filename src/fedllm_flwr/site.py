@@ -17,9 +17,10 @@ from flwr.app import RecordDict
 from fedllm_flwr import __version__
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
+from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
 from fedllm_flwr.deployment.node import site_columns
 from fedllm_flwr.deployment.policy import read_policy
-from fedllm_flwr.errors import DataError, FedLLMError, RefusedError
+from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
 from fedllm_flwr.messages import ClientInfo, Failure
 from fedllm_flwr.wire import (
     pack_failure,
@@ -66,6 +67,9 @@ def answer(kind: str, content: RecordDict, site: Site) -> RecordDict:
     """
     try:
         return _ANSWERS[kind](content, site)
+    except ApprovalPending as error:
+        logger.warning("%s: %s", kind, error)
+        return failed(error, site)
     except Exception as error:  # the server gets a reason and not a hang
         logger.exception("%s failed", kind)
         return failed(error, site)
@@ -184,7 +188,9 @@ def _own(config: Config, site: Site, server_round: int = 0) -> Config:
             '--node-config \'client-name="..." data-path="..."\''
         )
     if "policy-path" in own:
-        read_policy(Path(str(own["policy-path"]))).check(config, server_round)
+        policy = read_policy(Path(str(own["policy-path"])))
+        policy.check(config, server_round)
+        _require_approval(policy.approval, config, site)
     data = replace(
         config.data,
         path=str(own["data-path"]),
@@ -199,6 +205,27 @@ def _own(config: Config, site: Site, server_round: int = 0) -> Config:
         model=replace(config.model, path=_model_path(config, own)),
         training=replace(config.training, device=str(own.get("device", "auto"))),
     )
+
+
+def _require_approval(rule: str, config: Config, site: Site) -> None:
+    """Let a run go on that the policy's rule or the operator allows.
+
+    Raises:
+        ApprovalPending: the operator has not decided yet.
+        ApprovalDeclined: the operator has declined it.
+        RefusedError: the site has no directory to keep requests in.
+    """
+    if rule == AUTOMATIC:
+        return
+    own = site.node_config
+    if "site-dir" not in own:
+        raise RefusedError(
+            f"this site's policy.yaml says approval: {rule}, but its node config has no site-dir "
+            "to keep requests in; add one, or set approval: automatic"
+        )
+    requests = Requests(Path(str(own["site-dir"])).expanduser() / "requests")
+    server = str(own.get("server-address", ""))
+    requests.require(rule, config, str(site.run_id), server, site.name)
 
 
 def _model_path(config: Config, own: NodeConfig) -> str:

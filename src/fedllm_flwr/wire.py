@@ -210,6 +210,18 @@ def unpack_query(content: RecordDict) -> Config:
     return _config(question)
 
 
+@_reading()
+def unpack_config(content: RecordDict) -> tuple[int, Config]:
+    """Round and configuration of a task, or of a query, which is round 0; without its tensors.
+
+    Raises:
+        FederationError: it is neither.
+    """
+    if (settings := content.config_records.get("task")) is not None:
+        return _field(settings, "round", int), _config(settings)
+    return 0, _config(_settings(content, "query"))
+
+
 def pack_info(info: ClientInfo) -> RecordDict:
     """A `ClientInfo` as records."""
     return RecordDict({"info": ConfigRecord(cast(Mapping[str, Any], asdict(info)))})  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ LAYERS = (
     ),
     ("server", "deployment"),
     ("site",),
-    ("resident",),
+    ("resident", "disclosure"),
     ("client_app", "server_app", "engines", "run"),
     ("guard",),
     ("checks", "doctor", "multirun", "comparison", "status"),
@@ -63,7 +63,7 @@ RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "flwr": (
         (
-            *("wire", "strategies", "server", "site", "resident"),
+            *("wire", "strategies", "server", "site", "resident", "disclosure"),
             *("client_app", "server_app", "engines", "run", "guard"),
         ),
         ("cli",),

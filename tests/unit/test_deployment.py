@@ -266,6 +266,8 @@ def test_flower_reads_the_node_config(tmp_path: Path, options: Options, toy_mode
         "device": "cpu",
         "state-dir": str(tmp_path / "site" / "state"),
         "policy-path": str(tmp_path / "site" / "policy.yaml"),
+        "site-dir": str(tmp_path / "site"),
+        "server-address": "fl.example.org:9192",
     }
     # Whatever columns a server names, the site's own stay.
     asked = ColumnsConfig(instruction="name", output="diagnosis", messages="notes", label="ward")

@@ -65,7 +65,7 @@ def _add_membership(steps: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
     """``fedllm site <step>``; `add` makes a parser for one step."""
-    text = "set up a site of a real federation: site init"
+    text = "a site of a real federation: init, requests, approve, decline, log"
     site = commands.add_parser("site", help=text, description=text)
     steps = site.add_subparsers(required=True, metavar="step")
 
@@ -89,7 +89,32 @@ def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", ad
         type=int,
         help="port of the health server, on loopback; default: one that follows from the name",
     )
+    init.add_argument(
+        "--approval",
+        default="every-run",
+        help="which runs wait for you: every-run, new-settings or automatic; default every-run",
+    )
     _add_insecure(init)
+    _add_decisions(steps, add)
+
+
+def _add_decisions(steps: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
+    requests = add(steps, "requests", _site_requests, "runs that wait for this site's approval")
+    requests.add_argument("directory", help="directory of site init")
+    requests.add_argument("--all", action="store_true", help="those that are decided, too")
+    requests.add_argument("--full", action="store_true", help="every setting of each")
+    requests.add_argument("--json", action="store_true", help="print one JSON list")
+
+    for word in ("approve", "decline"):
+        decision = add(steps, word, _site_decide, f"{word} a run that waits")
+        decision.add_argument("directory", help="directory of site init")
+        decision.add_argument("request", help="its id in `fedllm site requests`, or the run's")
+        decision.set_defaults(approve=word == "approve")
+
+    log = add(steps, "log", _site_log, "read the audit log and check its chain")
+    log.add_argument("directory", help="directory of site init")
+    log.add_argument("--run", help="this run alone; its id, or the first digits")
+    log.add_argument("--json", action="store_true", help="print the entries as JSON lines")
 
 
 def _add_insecure(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +164,28 @@ def _server_renew(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _site_requests(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.site_views import requests_lines
+
+    lines = requests_lines(arguments.directory, arguments.all, arguments.full, arguments.json)
+    print("\n".join(lines))
+    return 0
+
+
+def _site_decide(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.site_views import decide
+
+    print("\n".join(decide(arguments.directory, arguments.request, arguments.approve)))
+    return 0
+
+
+def _site_log(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.site_views import print_log
+
+    print_log(arguments.directory, arguments.run, arguments.json)
+    return 0
+
+
 def _site_init(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.site import SiteOptions, init_site
 
@@ -152,6 +199,7 @@ def _site_init(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         insecure=arguments.insecure,
         health_port=arguments.health_port,
+        approval=arguments.approval,
     )
     print("\n".join(init_site(arguments.directory, options)))
     return 0

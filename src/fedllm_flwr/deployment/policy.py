@@ -8,6 +8,7 @@ from typing import Any
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
+from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
 from fedllm_flwr.errors import ConfigError, RefusedError
 
 TASKS = ("sft", "dpo")
@@ -30,6 +31,7 @@ class Policy:
     max_rounds: int | None = None
     max_length: int | None = None  # tokens of one example
     max_lora_rank: int | None = None
+    approval: str = EVERY_RUN  # which runs wait for the operator: see deployment/approval.py
 
     def check(self, config: Config, round: int) -> None:
         """Refuse a request that exceeds a limit.
@@ -128,6 +130,8 @@ def _known(file: Path, key: Any) -> str:
 
 
 def _value(file: Path, key: str, value: Any) -> Any:
+    if value is None and key == "approval":
+        return EVERY_RUN
     if value is None or (key == "allowed_models" and value == ANY):
         return None
     reader: Callable[[Any], Any] = _READERS.get(key, _whole_number)
@@ -152,6 +156,12 @@ def _task_names(value: Any) -> tuple[str, ...]:
     return names
 
 
+def _rule(value: Any) -> str:
+    if value not in RULES:
+        raise ValueError(f"is no rule; use one of: {', '.join(RULES)}")
+    return str(value)
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError("must be a number above 0, or null for no limit")
@@ -165,6 +175,7 @@ def _whole_number(value: Any) -> int:
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
+    "approval": _rule,
     "allowed_models": _names,
     "tasks": _task_names,
     "max_epochs": _number,

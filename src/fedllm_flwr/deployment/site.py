@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
+from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
 from fedllm_flwr.deployment.certificates import read_ca
 from fedllm_flwr.deployment.directory import (
     PROGRAM,
@@ -31,6 +32,11 @@ from fedllm_flwr.errors import ConfigError, DataError
 _NODE_COMMENT = "# Only this machine reads this file; none of it can be changed by a server.\n"
 _COLUMNS_COMMENT = '\n# Which column of the data plays which role; "" for none.\n'
 _HEALTH_PORTS = range(9200, 9900)
+_APPROVAL = {
+    "every-run": "  approve    each run waits for you: fedllm site requests {folder}",
+    "new-settings": "  approve    new settings wait for you: fedllm site requests {folder}",
+    "automatic": "  approve    nothing waits for you: whatever the limits allow is done",
+}
 _RESTART_S = 20  # seconds; a site counts as online for up to 60 s after its SuperNode has died
 
 
@@ -47,6 +53,7 @@ class SiteOptions:
     device: str = "auto"
     insecure: bool = False
     health_port: int | None = None  # None: one that follows from the name
+    approval: str = EVERY_RUN  # which runs wait for the operator
 
     @property
     def health_address(self) -> str:
@@ -73,12 +80,18 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
     _check_address(options.server)
     if options.health_port is not None and not 1 <= options.health_port < 65_536:
         raise ConfigError(f"--health-port {options.health_port}: give 1 to 65535")
+    if options.approval not in RULES:
+        raise ConfigError(
+            f"--approval {shown(options.approval)}: no such rule; use one of {', '.join(RULES)}"
+        )
     authority = _read_authority(options)
     columns = parse_columns(options.columns)
     usable = count_usable(absolute(options.data), columns)
     files = {
         "node.toml": NewFile(_node_config(folder, options, columns)),
-        "policy.yaml": NewFile(filled("policy.yaml", tasks=f"[{', '.join(usable)}]")),
+        "policy.yaml": NewFile(
+            filled("policy.yaml", tasks=f"[{', '.join(usable)}]", approval=options.approval)
+        ),
         "state/README": NewFile("Training state of this site between rounds, one folder a run.\n"),
         "start-supernode.sh": NewFile(_start_script(options), PROGRAM),
         "bin/flwr-clientapp": NewFile(
@@ -181,6 +194,8 @@ def _node_config(folder: Path, options: SiteOptions, columns: Mapping[str, str])
         "device": options.device,
         "state-dir": folder / "state",
         "policy-path": folder / "policy.yaml",
+        "site-dir": folder,  # requests for approval and the audit log
+        "server-address": options.server,
     }
     return _NODE_COMMENT + to_toml(values) + _COLUMNS_COMMENT + to_toml(every_role(columns))
 
@@ -273,6 +288,7 @@ def _report(folder: Path, options: SiteOptions, usable: Mapping[str, tuple[int, 
     return [
         *lines,
         f"  limits     {folder / 'policy.yaml'} says what a server may ask; look it over",
+        _APPROVAL[options.approval].format(folder=shlex.quote(str(folder))),
         f"  start      {folder / 'start-supernode.sh'}",
         f"  look       fedllm status {shlex.quote(str(folder))}",
     ]

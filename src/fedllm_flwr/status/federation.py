@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from fedllm_flwr.deployment.flower import ask_flower, is_server
 from fedllm_flwr.deployment.server import SITE_KEYS
+from fedllm_flwr.deployment.site_views import site_requests
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.reporting.text import format_seconds, one_line
 from fedllm_flwr.status.health import Health, addresses, check_health
@@ -26,6 +27,7 @@ class FederationStatus:
     runs: list[dict[str, Any]] = field(default_factory=list)  # id, status, seconds; newest first
     problem: str = ""  # why Flower's own lists could not be had
     newest: RunStatus | None = None  # in outputs/
+    waiting: list[str] = field(default_factory=list)  # a site's undecided requests
 
     @property
     def is_well(self) -> bool:
@@ -45,6 +47,11 @@ class FederationStatus:
         elif self.registered or self.online or self.offline:
             known = f"; registered: {', '.join(self.registered)}" if self.registered else ""
             lines.append(f"  sites       {self.online} online, {self.offline} offline{known}")
+        if self.waiting:
+            lines.append(
+                f"  approval    {len(self.waiting)} waiting ({', '.join(self.waiting)}): "
+                f"fedllm site requests {self.path}"
+            )
         lines += [
             f"  run         {run['id']}: {run['status']} ({format_seconds(run['seconds'])})"
             for run in self.runs[:_SHOWN_RUNS]
@@ -61,7 +68,8 @@ def federation_status(folder: Path) -> FederationStatus:
     """Ask the processes of a server's or site's directory, each for a few seconds at most."""
     health = [check_health(part, address) for part, address in addresses(folder).items()]
     if not is_server(folder):
-        return FederationStatus(str(folder), health)
+        waiting = [request.id for request in site_requests(folder).all() if request.is_waiting]
+        return FederationStatus(str(folder), health, waiting=waiting)
     registered = sorted(file.stem for file in (folder / SITE_KEYS).glob("*.pub"))
     newest = _newest_run(folder / "outputs")
     down = [part.part for part in health if part.part == "superlink" and part.problem]

@@ -1,0 +1,225 @@
+"""What a site's operator sees and decides: requests of servers, and the audit log."""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.deployment.approval import (
+    APPROVED,
+    DECLINED,
+    Request,
+    Requests,
+    differences,
+    in_words,
+)
+from fedllm_flwr.deployment.audit import AuditLog, Entry
+from fedllm_flwr.deployment.directory import absolute
+from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.reporting.text import format_bytes, shorten
+
+_SHOWN_DIFFERENCES = 12
+_LONGEST_LINE = 500  # characters
+
+
+def site_folder(directory: str | Path) -> Path:
+    """The path of a site's directory.
+
+    Raises:
+        ConfigError: no directory that `fedllm site init` has made.
+    """
+    folder = absolute(directory)
+    if not (folder / "node.toml").is_file():
+        raise ConfigError(f"{folder}: no directory that `fedllm site init` has made")
+    return folder
+
+
+def node_config(folder: Path) -> dict[str, Any]:
+    """A site's node config, flat as Flower hands it on: ``columns.output`` and the like.
+
+    Raises:
+        ConfigError: no TOML.
+    """
+    file = folder / "node.toml"
+    try:
+        values = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); mend it") from None
+    return _flat(values)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def site_requests(folder: Path) -> Requests:
+    """The requests that are kept in a site's directory."""
+    return Requests(folder / "requests")
+
+
+def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool) -> list[str]:
+    """The requests that wait, in words; with `every` those that are decided, too.
+
+    Args:
+        full: all settings of each.
+    """
+    folder = site_folder(directory)
+    known = site_requests(folder).all()
+    chosen = [request for request in known if every or request.is_waiting]
+    if as_json:
+        return [json.dumps([asdict(request) for request in chosen])]
+    lines: list[str] = []
+    for request in chosen:
+        lines += map(printable, _request_lines(request, known, full))
+        if request.is_waiting:
+            lines.append(f"  approve: fedllm site approve {folder} {request.id}")
+            lines.append(f"  decline: fedllm site decline {folder} {request.id}")
+    waiting = sum(request.is_waiting for request in known)
+    if not chosen:
+        lines.append("No request waits." + (" --all shows those decided." if known else ""))
+    elif waiting and waiting < len(known):
+        lines.append(f"{waiting} of {len(known)} requests wait.")
+    return lines
+
+
+def _request_lines(request: Request, known: Sequence[Request], full: bool) -> list[str]:
+    state = (
+        f"waiting since {local_time(request.asked)}, last asked {local_time(request.last_asked)}"
+        if request.is_waiting
+        else f"{request.decision} {local_time(request.decided)} by {request.by}"
+    )
+    lines = [f"{request.id}  run {request.run} from {request.server or 'the server'}   {state}"]
+    lines += [f"  {line}" for line in in_words(request.settings)]
+    approved = [r for r in known if r.decision == APPROVED and r.id != request.id]
+    if approved:
+        lines += _compared(request, approved[-1])
+    if full:
+        lines += [f"    {line}" for line in json.dumps(request.settings, indent=1).splitlines()]
+    return lines
+
+
+def _compared(request: Request, last: Request) -> list[str]:
+    """In what a request differs from the one that was approved last."""
+    changed = differences(request.settings, last.settings)
+    about = f"{last.id}, approved {local_time(last.decided)}"
+    if not changed:
+        return [f"  the same settings as {about}"]
+    more = len(changed) - _SHOWN_DIFFERENCES
+    return [
+        f"  other than {about}:",
+        *[f"    {line}" for line in changed[:_SHOWN_DIFFERENCES]],
+        *([f"    and {more} more (--full)"] if more > 0 else []),
+    ]
+
+
+def decide(directory: str | Path, name: str, approve: bool) -> list[str]:
+    """Approve or decline a request; the decision goes into the audit log.
+
+    Raises:
+        ConfigError: no such request, or several.
+        FederationError: the decision cannot be written.
+    """
+    folder = site_folder(directory)
+    requests = site_requests(folder)
+    decision = APPROVED if approve else DECLINED
+    request = requests.decide(name, decision)
+    AuditLog(folder / "audit").append(
+        {
+            "event": "decision",
+            "run": request.run,
+            "server": request.server,
+            "settings_digest": request.digest,
+            "request": request.id,
+            "by": request.by,
+            "verdict": decision,
+        },
+        request.settings,
+    )
+    word = "Approved" if approve else "Declined"
+    return [printable(f"{word} run {request.run}: {in_words(request.settings)[0]}.")]
+
+
+def log_lines(
+    directory: str | Path, run: str | None = None, as_json: bool = False
+) -> tuple[list[str], str | None]:
+    """The audit log in lines, and what is wrong with its chain, if anything.
+
+    Args:
+        run: Flower's id of the run to show alone, or its first digits.
+    """
+    report = AuditLog(site_folder(directory) / "audit").read()
+    chosen = [e for e in report.entries if run is None or str(e.get("run", "")).startswith(run)]
+    if as_json:
+        lines = [json.dumps(entry) for entry in chosen]
+    else:
+        lines = [_entry_line(entry, with_run=run is None) for entry in chosen]
+        if report.removed:
+            lines.append(f"Entries 1 to {report.removed} have been moved away.")
+        if not report.problems:
+            last = f", last hash {report.head}" if report.entries else ""
+            lines.append(f"{len(report.entries)} entries, chain unbroken{last}")
+    if not report.problems:
+        return lines, None
+    more = len(report.problems) - 1
+    also = f" (and {more} more)" if more else ""
+    return lines, f"the audit log is broken: {report.problems[0]}{also}"
+
+
+def print_log(directory: str | Path, run: str | None, as_json: bool) -> None:
+    """Print the audit log.
+
+    Raises:
+        FederationError: its chain is broken; names the line.
+    """
+    lines, problem = log_lines(directory, run, as_json)
+    print("\n".join(lines))
+    if problem:
+        raise FederationError(problem)
+
+
+def _entry_line(entry: Entry, with_run: bool) -> str:
+    """Such as ``09:41:07  round 1  160 records   left: 41,472 values (83 kB), norm 0.81``."""
+    what = f"round {entry['round']}" if entry.get("round") else str(entry.get("event", ""))
+    if entry.get("event") == "evaluate":
+        what = f"score {entry.get('round', '')}"
+    parts = [f"{local_time(entry['time'])}  {what:<9}"]
+    if with_run:
+        parts.append(f"run {entry.get('run', '')}")
+    if entry.get("event") == "query" and "model" in entry:
+        commit = f"@{entry['commit']}" if entry.get("commit") else ""
+        parts.append(f"{entry['algorithm']}, {entry['task']}, {entry['model']}{commit}")
+    if entry.get("records"):
+        parts.append(f"{entry['records']} records")
+    if entry.get("values"):
+        norms = ", ".join(f"{name} {value:.3g}" for name, value in entry["norms"].items())
+        parts.append(
+            f"left: {entry['values']:,} values ({format_bytes(entry['bytes'])}), norm of {norms}"
+        )
+    parts.append(str(entry.get("verdict", "")))
+    if entry.get("by"):
+        parts.append(f"by {entry['by']}")
+    if entry.get("reason"):
+        parts.append(str(entry["reason"]))
+    return printable("  ".join(parts))
+
+
+def printable(line: str) -> str:
+    """A line that may hold a server's words, bounded and safe for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in shorten(line, _LONGEST_LINE))
+
+
+def local_time(text: str) -> str:
+    """A time of the log in this machine's zone; without the day if that is today."""
+    moment = datetime.fromisoformat(text).astimezone()
+    is_today = moment.date() == datetime.now().astimezone().date()
+    return f"{moment:%H:%M:%S}" if is_today else f"{moment:%Y-%m-%d %H:%M:%S}"
