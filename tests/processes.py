@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -59,7 +59,8 @@ def started(command: Sequence[str], cwd: Path, **more: str) -> Iterator[subproce
     finally:
         for left in (process, *relatives(cwd)):
             if isinstance(left, psutil.Process) or left.poll() is None:
-                left.kill()
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
         process.communicate()
 
 
@@ -79,14 +80,25 @@ def relatives(cwd: Path) -> list[psutil.Process]:
 def nothing_left(cwd: Path, within_s: float = 5.0) -> list[str]:
     """Command lines of what is still there after a while; [] as soon as all has ended."""
     wait_for(lambda: not relatives(cwd), within_s)
-    return [_command_line(process) for process in relatives(cwd)]
+    return [command_line(process)[:200] or "ended by now" for process in relatives(cwd)]
 
 
-def _command_line(process: psutil.Process) -> str:
+def command_line(process: psutil.Process) -> str:
+    """Of a process, "" for one that has ended."""
     try:
-        return " ".join(process.cmdline())[:200]
-    except psutil.NoSuchProcess:
-        return "ended by now"
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie, too
+        return ""
+
+
+def named(processes: Iterable[psutil.Process], name: str) -> list[psutil.Process]:
+    """Those of them that live and have the name."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == name:
+                found.append(process)
+    return found
 
 
 def wait_for(condition: Callable[[], bool], within_s: float) -> bool:

@@ -29,11 +29,12 @@ _EMBEDDED = (
 )
 _LOW_DISK, _FULL_DISK = 5 * 10**9, 5 * 10**8  # bytes
 _RAY_SCRIPT = """
-import ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-         object_store_memory=100_000_000)
-print("answer", ray.get(ray.remote(lambda: 6 * 7).remote()))
-ray.shutdown()
+from fedllm_flwr.engines.access import private_ray
+with private_ray() as folder:
+    import ray
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+             logging_level="ERROR", object_store_memory=100_000_000, _temp_dir=str(folder))
+    print("answer", ray.get(ray.remote(lambda: 6 * 7).remote()))
 """
 
 
@@ -153,7 +154,7 @@ def check_sandbox(found: Containment | None = None) -> list[Check]:
 
 def check_ray(limit_s: float = RAY_LIMIT_S) -> list[Check]:
     """Whether Ray starts and answers, in a process of its own with a time limit."""
-    remedy = "run with federation.engine=inprocess; look at ulimit -n, /dev/shm and /tmp/ray"
+    remedy = "run with federation.engine=inprocess; look at ulimit -n, /dev/shm and /tmp"
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
         [sys.executable, "-c", _RAY_SCRIPT],

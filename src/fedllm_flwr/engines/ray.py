@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.engines import ServerMain
+from fedllm_flwr.engines.access import private_ray
 from fedllm_flwr.engines.resources import join_cluster, start_ray
 from fedllm_flwr.engines.stoppable import StoppableGrid
 from fedllm_flwr.errors import FederationError
@@ -30,8 +31,21 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
         ConfigError: a client takes more than any machine of that cluster has.
         KeyboardInterrupt: the user stopped the run.
     """
-    if address := config.federation.ray_address:
-        join_cluster(address, _init_args(config), config.federation)
+    with contextlib.ExitStack() as stack:
+        init_args: dict[str, Any] = {"logging_level": "critical", "log_to_driver": False}
+        if address := config.federation.ray_address:
+            init_args["address"] = address
+            join_cluster(address, init_args, config.federation)
+        else:
+            # Without an address Ray joins any cluster that runs on this machine.
+            folder = stack.enter_context(private_ray())
+            init_args |= {"address": "local", "_temp_dir": str(folder)}
+        _serve(config, num_clients, main, init_args)
+
+
+def _serve(
+    config: Config, num_clients: int, main: ServerMain, init_args: Mapping[str, Any]
+) -> None:
     stop = threading.Event()
     failures: list[BaseException] = []
     server_app = ServerApp()
@@ -46,7 +60,7 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
 
     with _interrupts(stop) as listen, _flower_silent():
         try:
-            _simulate(server_app, config, num_clients, listen)
+            _simulate(server_app, config, num_clients, init_args, listen)
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
                 raise KeyboardInterrupt from error  # Ray's own answer, until `listen`
@@ -57,16 +71,27 @@ def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
 
 
 def _simulate(
-    server_app: ServerApp, config: Config, num_clients: int, listen: Callable[[], None]
+    server_app: ServerApp,
+    config: Config,
+    num_clients: int,
+    init_args: Mapping[str, Any],
+    listen: Callable[[], None],
 ) -> None:
     from flwr.simulation import run_simulation
 
     from fedllm_flwr.client_app import app as client_app
 
     if not config.federation.ray_address:
-        start_ray(_init_args(config))
+        start_ray(init_args)
     listen()  # Ray has taken SIGTERM to itself
-    run_simulation(server_app, client_app, num_clients, backend_config=_backend_config(config))
+    backend: Any = {
+        "init_args": init_args,
+        "client_resources": {
+            "num_cpus": config.federation.client_cpus,
+            "num_gpus": config.federation.client_gpus,
+        },
+    }
+    run_simulation(server_app, client_app, num_clients, backend_config=backend)
 
 
 def _engine_failed(error: BaseException) -> FederationError:
@@ -74,23 +99,6 @@ def _engine_failed(error: BaseException) -> FederationError:
         f"the Ray engine failed ({_first_line(error)}); run `fedllm doctor`, or use "
         "federation.engine=inprocess."
     )
-
-
-def _backend_config(config: Config) -> Any:
-    federation = config.federation
-    return {
-        "init_args": _init_args(config),
-        "client_resources": {
-            "num_cpus": federation.client_cpus,
-            "num_gpus": federation.client_gpus,
-        },
-    }
-
-
-def _init_args(config: Config) -> dict[str, Any]:
-    # "local", because without an address Ray joins any cluster that runs on this machine.
-    address = config.federation.ray_address or "local"
-    return {"address": address, "logging_level": "critical", "log_to_driver": False}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
+from fedllm_flwr.engines.access import check_asks_for_token, check_is_private, use_cluster_token
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.training.device import cpu_count, gpu_count
 
@@ -36,12 +37,13 @@ def join_cluster(address: str, init_args: Mapping[str, Any], federation: Federat
     """Connect this process to a running Ray cluster, on which Flower then builds its workers.
 
     Raises:
-        FederationError: nothing answers there.
+        FederationError: nothing answers there, it takes no token, or not the one that is given.
         ConfigError: a client takes more than any machine of the cluster has.
     """
+    _check_answers(address)
+    use_cluster_token(address)
     import ray
 
-    _check_answers(address)
     try:
         start_ray(init_args)
     except Exception as error:  # Ray raises many kinds
@@ -62,6 +64,8 @@ def start_ray(init_args: Mapping[str, Any]) -> None:
     path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
     environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(include_dashboard=False, runtime_env=environment, **init_args)
+    if init_args["address"] == "local":
+        check_is_private(ray.get_runtime_context().gcs_address.rpartition(":")[0])
 
 
 def _check_fit(federation: FederationConfig, resources: Mapping[str, float], whose: str) -> None:
@@ -80,7 +84,7 @@ def _check_answers(address: str) -> None:
     """Ray itself retries a wrong address for minutes."""
     match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
     if not match:
-        return  # auto and its kind, which Ray looks up
+        return  # "auto" and its kind, which Ray looks up
     try:
         socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
@@ -101,6 +105,7 @@ def _check_speaks_grpc(address: str, host: str, port: str) -> None:
         except grpc.FutureTimeoutError as error:
             reason = f"what listens there gave no answer of a Ray cluster within {_ANSWER_S:g} s"
             raise _no_cluster(address, TimeoutError(reason)) from error
+        check_asks_for_token(address, channel)
 
 
 def _no_cluster(address: str, error: Exception) -> FederationError:
