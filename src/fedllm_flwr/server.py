@@ -1,6 +1,8 @@
 """The server's side of a run, whatever engine carries its messages."""
 
+import logging
 import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flwr.app import ArrayRecord
@@ -17,12 +19,14 @@ from fedllm_flwr.preparation import Prepared, prepare
 from fedllm_flwr.progress import Progress
 from fedllm_flwr.reporting.clients import clients_table, sizes_table
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.reporting.metrics import summarise
+from fedllm_flwr.reporting.metrics import Record, summarise
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.strategies import STRATEGIES
 from fedllm_flwr.strategies.census import discover
 from fedllm_flwr.strategies.exchange import Roster, check_roster
 from fedllm_flwr.timings import Timings
+
+logger = logging.getLogger(__name__)
 
 
 def serve(
@@ -64,7 +68,7 @@ def serve(
         progress.close(succeeded=False)
         raise
     progress.close(succeeded=True)
-    _finish(config, directory, prepared, final, progress, timings)
+    _finish(config, directory, prepared, final, progress, console, timings)
 
 
 def _initial_state(
@@ -92,16 +96,11 @@ def _finish(
     prepared: Prepared,
     final: ServerState,
     progress: Progress,
+    console: Console,
     timings: Timings,
 ) -> None:
-    """Draw the figures, where wanted, and export what was trained."""
-    from fedllm_flwr.reporting.plots import plot_clients, plot_curves
-
+    """Export what was trained, then draw the figures, where wanted."""
     with timings.phase("results"):
-        if config.tracking.figures:
-            plot_curves(progress.records, directory.curves, _title(config))
-            if prepared.clients:
-                plot_clients(prepared.clients, directory.path / "clients.png")
         summary = summarise(progress.records, timings.seconds)
         adapters = {directory.adapter: final.params}
         if config.algorithm.name == "local":
@@ -116,6 +115,35 @@ def _finish(
             params, label = _answering(final, progress)
             shown = side_by_side(prepared.model, params, prepared.evaluation.prompts, label)
             write_atomically(directory.answers, shown.encode())
+        if config.tracking.figures:
+            draw_figures(config, directory, prepared, progress.records, console)
+
+
+def draw_figures(
+    config: Config,
+    directory: RunDirectory,
+    prepared: Prepared,
+    records: Sequence[Record],
+    console: Console,
+) -> None:
+    """Curves of the run and the sizes of its clients; one that cannot be drawn is a warning."""
+    from fedllm_flwr.reporting.plots import plot_clients, plot_curves
+
+    drawings: dict[str, Callable[[], None]] = {
+        "curves": lambda: plot_curves(records, directory.curves, _title(config))
+    }
+    if clients := prepared.clients:
+        file = directory.path / "clients.png"
+        drawings["clients"] = lambda: plot_clients(clients, file)
+    for name, draw in drawings.items():
+        try:
+            draw()
+        except Exception as error:  # whatever a library of figures stumbles over
+            logger.exception("figure %s", name)
+            console.note(
+                f"warning: no figure of the {name} ({type(error).__name__}: {error}); all else of "
+                "the run is written"
+            )
 
 
 def _answering(final: ServerState, progress: Progress) -> tuple[Params, str]:

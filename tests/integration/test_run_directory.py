@@ -1,6 +1,7 @@
 """What a run leaves: files, and an adapter that works without this package."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -13,9 +14,12 @@ import pytest
 import torch
 
 from fedllm_flwr import cli
-from fedllm_flwr.config.compose import load_yaml
+from fedllm_flwr.config.compose import compose, load_yaml
 from fedllm_flwr.data.client import divided_data
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.run import run_simulation
 from fedllm_flwr.training.tokenizer import model_source
+from tiny_runs import tiny
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PROMPT = (
@@ -39,6 +43,20 @@ def plain_peft(run: Path) -> tuple[Any, Any]:
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, run / "adapter")
     return model.eval(), AutoTokenizer.from_pretrained(source)
+
+
+def test_a_figure_that_cannot_be_drawn_costs_the_figure_alone(tmp_path: Path) -> None:
+    """Its file's place is taken by a directory; the run ends well, with its adapter."""
+    (tmp_path / "run" / "curves.png").mkdir(parents=True)
+    output = io.StringIO()
+    overrides = ("federation.engine=inprocess", "tracking.figures=true")
+    config = compose(tiny(*overrides, "federation.num_rounds=1", f"output_dir={tmp_path / 'run'}"))
+    run_simulation(config, Console(stream=output, interactive=False), 0.0)
+
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert (tmp_path / "run" / "clients.png").read_bytes().startswith(PNG)
+    assert "warning: no figure of the curves" in output.getvalue()
 
 
 def test_files(run: Path) -> None:

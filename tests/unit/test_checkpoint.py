@@ -6,7 +6,13 @@ import os
 import numpy as np
 import pytest
 
-from fedllm_flwr.checkpoint import ServerState, load_state, save_state, write_atomically
+from fedllm_flwr.checkpoint import (
+    ServerState,
+    load_params,
+    load_state,
+    save_state,
+    write_atomically,
+)
 from fedllm_flwr.errors import FederationError
 
 AWKWARD = [np.pi, -0.0, 5e-324, 1e-12, 1.0 + 2.0**-52, 1e300]
@@ -69,6 +75,34 @@ def test_truncated_newest_falls_back_with_a_warning(tmp_path, share):
     assert len(warnings) == 1
     assert "round-00002.safetensors" in warnings[0]
     assert "Falling back" in warnings[0]
+
+
+def test_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    """In the tensors, in the digest, in names and numbers of the header: the older one is used."""
+    save_state(tmp_path, state(1), keep=3)
+    newest = save_state(tmp_path, state(2), keep=3)
+    data = newest.read_bytes()
+    places = np.linspace(0, len(data) - 1, 60).astype(int)
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1
+        newest.write_bytes(flipped)
+        loaded, warnings = load_state(tmp_path)
+        assert_bit_equal(loaded, state(1))
+        assert len(warnings) == 1, place
+        assert "Falling back to the checkpoint before" in warnings[0]
+    newest.write_bytes(data)
+    assert_bit_equal(load_state(tmp_path)[0], state(2))
+
+
+def test_flipped_value_is_called_damage(tmp_path):
+    save_state(tmp_path, state(1), keep=2)
+    path = tmp_path / "round-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(FederationError, match=r"damaged: its content has changed .* SHA-256"):
+        load_params(path)
 
 
 def test_foreign_files_are_not_checkpoints(tmp_path):

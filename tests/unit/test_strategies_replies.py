@@ -80,6 +80,12 @@ BAD = {
     ),
     "no loss": (set_metrics(accuracy=1.0), "lack 'loss'"),
     "nan loss": (set_metrics(loss=float("nan")), "its loss is nan"),
+    "infinite loss": (set_metrics(loss=float("inf")), "its loss is inf"),
+    "loss beyond sums": (set_metrics(loss=-1.7e308), "its loss is -1.7e+308, not within 1e+12"),
+    "nan metric": (set_metrics(loss=1.0, margin=float("nan")), "its margin is nan"),
+    "negative seconds": (set_metrics(loss=1.0, seconds=-1e13), "its seconds is -1e+13"),
+    "long name": (set_metrics(loss=1.0, **{"m" * 10**6: 1.0}), "a metric of 1000000 characters"),
+    "formula": (set_metrics(**{"loss": 1.0, "=1+1": 1.0}), "a metric of 4 characters '=1+1'"),
     "list loss": (set_metrics(loss=[1.0]), "cannot be read (TypeError"),
     "many metrics": (
         set_metrics(loss=1.0, **{f"m{i}": 1.0 for i in range(100)}),

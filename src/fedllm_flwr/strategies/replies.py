@@ -1,6 +1,7 @@
 """What the server makes of a reply: whose it is, and whether it can be used."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -12,7 +13,8 @@ from fedllm_flwr.strategies.exchange import Roster, failure_reason, printable
 from fedllm_flwr.wire import unpack_update
 
 Content = TypeVar("Content")
-_MOST_METRICS = 64
+_MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 64, 64, 1e12
+_METRIC = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 
 
 class Asked:
@@ -80,17 +82,27 @@ def read_scores(reply: Message) -> tuple[dict[str, float], int]:
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Refuse metrics that lack a finite loss, or are too many.
+    """Refuse metrics that lack a loss, are too many, or have names or values out of bounds.
+
+    A round's metrics are kept in memory, written down, drawn and printed; so none may be long,
+    not finite, or so large that a mean or a figure of them is not finite.
 
     Raises:
         FederationError: says which.
     """
     if "loss" not in metrics:
         raise FederationError("its metrics lack 'loss'")
-    if not math.isfinite(metrics["loss"]):
-        raise FederationError(f"its loss is {metrics['loss']}")
     if len(metrics) > _MOST_METRICS:
         raise FederationError(f"it holds {len(metrics)} metrics, more than {_MOST_METRICS}")
+    for name, value in metrics.items():
+        if not _METRIC.fullmatch(name):
+            shown = repr(name[:_LONGEST_METRIC])
+            raise FederationError(
+                f"it calls a metric of {len(name)} characters {shown}; at most {_LONGEST_METRIC} "
+                "letters, digits and '_', '.', '/', '-' are taken"
+            )
+        if not abs(value) <= _LARGEST_METRIC:
+            raise FederationError(f"its {name} is {value:g}, not within {_LARGEST_METRIC:g} of 0")
 
 
 def _unpack_scores(content: RecordDict) -> dict[str, float]:
