@@ -1,5 +1,6 @@
 """Composition: groups, the three ways in, sweeps, own groups, the presets, the round trip."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedllm_flwr.config.compose import (
 )
 from fedllm_flwr.config.names import group_choices
 from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.data.client import divided_data
 
 NEEDED = {
     "model=custom": "model.path=org/model",
@@ -208,6 +210,43 @@ def test_presets_hold_the_published_setting(name: str) -> None:
     assert (training.batch_size, training.max_length) == (16, 512)
     assert (training.learning_rate, training.min_learning_rate) == (5e-5, 1e-6)
     assert (config.algorithm.variant, config.seed) == ("openfedllm", 2023)
+    assert config.data.validation_fraction == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id", "split"),
+    [
+        ("openfedllm_dpo", "Anthropic/hh-rlhf", "train"),
+        ("openfedllm_ultrafeedback", "HuggingFaceH4/ultrafeedback_binarized", "train_sft"),
+    ],
+)
+def test_dpo_presets_hold_the_published_setting(name: str, hub_id: str, split: str) -> None:
+    """training_scripts/run_dpo.sh, main_dpo.py, config.py and utils/process_dataset.py."""
+    config = compose([f"experiment={name}"])
+
+    assert (config.task.name, config.data.hub_id, config.data.split) == ("dpo", hub_id, split)
+    assert config.model.path == "ehartford/Wizard-Vicuna-7B-Uncensored"
+    assert (config.quantization.name, config.partition.name) == ("int8", "iid")
+    assert (config.data.template, config.data.max_samples) == ("vicuna", 20000)
+    assert (config.lora.r, config.lora.alpha, config.dpo.beta) == (8, 16, 0.1)
+    federation, training = config.federation, config.training
+    assert (federation.num_clients, federation.sample_clients) == (5, 2)
+    assert (federation.num_rounds, training.max_steps) == (200, 10)
+    assert (training.batch_size, training.max_length) == (16, 512)
+    assert (training.learning_rate, training.min_learning_rate) == (5e-4, 1e-5)
+    assert (config.algorithm.variant, config.seed) == ("openfedllm", 2023)
+    assert config.data.validation_fraction == 0
+
+
+def test_published_records_all_go_to_the_clients(tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(200)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    options = ["experiment=openfedllm_alpaca_gpt4", f"data.path={tmp_path / 'train.json'}"]
+
+    source, clients = divided_data(compose(options))
+
+    assert [len(indices) for indices in clients.indices] == [10] * 20
+    assert len(source.eval) == 0
 
 
 def test_presets_take_other_algorithms_and_models() -> None:
