@@ -9,6 +9,7 @@ import pytest
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.evaluation.answers import as_text, greedy_answers
+from fedllm_flwr.suites.decoding import Decoding, write_answers
 from fedllm_flwr.training.log_probs import answer_log_probs
 from fedllm_flwr.training.model import AdaptedModel, load_model
 from toy_pairs import greedy, one_by_one, random_pairs
@@ -93,3 +94,33 @@ def test_answers_of_a_real_model(make_config: MakeConfig) -> None:
     together = greedy_answers(model, asked, 20)
     assert [answer.tolist() for answer in together] == [slow(model, p, 20) for p in asked]
     assert len(as_text(model, together[0]).split()) > 5
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        {"repetition_penalty": 8.0},
+        {"forced_eos_token_id": 5, "forced_bos_token_id": 7},
+        {"do_sample": True, "temperature": 3.0, "top_k": 50},
+        {"no_repeat_ngram_size": 1, "min_new_tokens": 9},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_base_model_s_generation_config_is_not_obeyed(
+    published: dict[str, object], model: AdaptedModel
+) -> None:
+    """Greedy is greedy, by both ways of writing answers, whatever the model's authors published."""
+    asked = prompts(3, model)
+    expected = [slow(model, prompt, 12) for prompt in asked]
+    base = model.peft.get_base_model()
+    plain = base.generation_config
+    base.generation_config = type(plain)(**published)
+    try:
+        answers = greedy_answers(model, asked, 12)
+        texts = write_answers(model, asked, Decoding(12), 100_000, seed=0)
+        assert base.generation_config.to_diff_dict() == type(plain)(**published).to_diff_dict()
+    finally:
+        base.generation_config = plain
+    assert [answer.tolist() for answer in answers] == expected
+    decode = model.tokenizer.decode
+    assert texts == [decode(answer, skip_special_tokens=True) for answer in expected]

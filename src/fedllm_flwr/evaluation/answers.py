@@ -1,11 +1,12 @@
 """Greedy answers to prompts, several at a time."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedllm_flwr.data.tokens import TokenArray
 from fedllm_flwr.training.model import AdaptedModel
@@ -30,18 +31,35 @@ def greedy_answers(
     for row, prompt in enumerate(prompts):  # on the left, so that all answers start together
         tokens[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
-    output: Any = model.peft.generate(
-        input_ids=torch.from_numpy(tokens).to(model.device),
-        attention_mask=torch.from_numpy(mask).to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList(processors),
-        use_cache=True,
-        pad_token_id=model.pad_id,
-        eos_token_id=model.tokenizer.eos_token_id,
-    )
+    with decoding_as_asked(model):
+        output: Any = model.peft.generate(
+            input_ids=torch.from_numpy(tokens).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList(processors),
+            use_cache=True,
+            pad_token_id=model.pad_id,
+            eos_token_id=model.tokenizer.eos_token_id,
+        )
     answers = output[:, longest:].cpu().numpy().astype(np.int32)
     return [_until(answer, model.tokenizer.eos_token_id) for answer in answers]
+
+
+@contextlib.contextmanager
+def decoding_as_asked(model: AdaptedModel) -> Iterator[None]:
+    """Within it, ``generate`` does what its arguments say and nothing else.
+
+    transformers takes whatever they leave open, such as a repetition penalty or forced tokens, from
+    the ``generation_config`` that the base model's authors published.
+    """
+    base: Any = model.peft.get_base_model()
+    published = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = published
 
 
 def as_text(model: AdaptedModel, answer: TokenArray) -> str:

@@ -9,6 +9,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fedllm_flwr.data.tokens import TokenArray
+from fedllm_flwr.evaluation.answers import decoding_as_asked
 from fedllm_flwr.suites.likelihood import left_padded
 from fedllm_flwr.training.log_probs import by_length
 from fedllm_flwr.training.model import AdaptedModel
@@ -64,6 +65,7 @@ def _write_batch(
     generate: Any = model.peft.generate
     narrow = model.dtype != torch.float32
     with (
+        decoding_as_asked(model),
         torch.random.fork_rng(devices=devices),
         torch.autocast(model.device.type, dtype=model.dtype, enabled=narrow),
     ):
