@@ -15,8 +15,11 @@ from fedllm_flwr.config.compose import load_run, to_yaml
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError, FederationError
 
-# Options that may change when a stopped run goes on: they do not touch what is computed in the
-# rounds already done, and extending a run is the user's own wish.
+# Options that may change when a stopped run goes on. The rule: none of them decides who trains on
+# what, or enters a number that is trained or aggregated, so that the run ends in the bits of one
+# that had the new value from the start. Two are the user's own wish: more rounds, and how many
+# replies a round needs. Whatever is not named here, a new key included, stays as it was:
+# evaluation.clients holds records back from training, data.eval_path decides whether some are.
 _FREE_TO_CHANGE = {
     "federation.num_rounds",
     "federation.engine",
@@ -26,12 +29,26 @@ _FREE_TO_CHANGE = {
     "federation.start_timeout_s",
     "federation.client_gpus",
     "federation.ray_address",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluation.central",
+    "evaluation.every",
+    "evaluation.batch_tokens",  # task=sft: with dpo the reference's values depend on it
+    "evaluation.answers",
+    "evaluation.max_new_tokens",
+    "evaluation.suites",
+    "evaluation.suite_limit",
+    "evaluation.data_root",
+    "tracking.figures",
+    "tracking.tensorboard",
+    "tracking.wandb",
+    "tracking.mlflow",
+    "tracking.project",
     "output_dir",
     "resume",
 }
 SCORE_FILE = "score.json"  # beside the best adapter: its round and scores
 _DEFAULT_PARENT = Path("outputs")
-_FREE_SECTIONS = ("checkpoint.", "evaluation.", "tracking.")
 
 
 @dataclass(frozen=True)
@@ -145,7 +162,8 @@ def reopen(config: Config) -> RunDirectory:
     directory = RunDirectory(Path(str(config.resume)).expanduser())
     saved = load_run(directory.path, f"resume={shown(config.resume)}")
     for key, (old, new) in _differences(asdict(saved), asdict(config)).items():
-        if key not in _FREE_TO_CHANGE and not key.startswith(_FREE_SECTIONS):
+        rounds_off = key == "evaluation.batch_tokens" and config.task.name == "dpo"
+        if key not in _FREE_TO_CHANGE or rounds_off:
             raise ConfigError(
                 f"{key}={shown(new)}: the run in {directory.path} was made with "
                 f"{key}={shown(old)}, and going on with another value would mix two experiments; "

@@ -14,10 +14,13 @@ from flwr.app import Context, Message
 from fedllm_flwr import cli
 from fedllm_flwr.checkpoint import load_state, newest_round
 from fedllm_flwr.config.compose import compose
+from fedllm_flwr.config.describe import keys
 from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.run import run_simulation
+from fedllm_flwr.run_directory import _FREE_TO_CHANGE
 from tiny_runs import (
+    ADAPTER,
     ALGORITHMS,
     TINY,
     WrappedApp,
@@ -129,6 +132,8 @@ def test_more_rounds_are_those_of_a_longer_run(tmp_path: Path) -> None:
         ("federation.sample_clients=null", "federation.sample_clients=null"),
         ("federation.num_rounds=1", "federation.num_rounds=1"),
         ("output_dir=elsewhere", "output_dir=elsewhere"),
+        ("evaluation.clients=true", "evaluation.clients=true"),
+        ("data.eval_max_samples=20", "data.eval_max_samples=20"),
     ],
 )
 def test_changed_option_is_refused_by_name(override: str, named: str, finished: Path) -> None:
@@ -138,6 +143,41 @@ def test_changed_option_is_refused_by_name(override: str, named: str, finished: 
     assert str(caught.value).startswith(f"{named}: ")
     assert "drop it" in str(caught.value)
     assert records(finished) == before
+
+
+def test_what_may_change_changes_no_bit_of_the_adapter(tmp_path: Path, whole_run: WholeRun) -> None:
+    """All keys that may change, other than those of who answers when, at once."""
+    changed = {
+        "checkpoint.every": "2",
+        "checkpoint.keep": "1",
+        "evaluation.central": "false",
+        "evaluation.every": "1",
+        "evaluation.batch_tokens": "64",
+        "evaluation.answers": "0",
+        "evaluation.max_new_tokens": "3",
+        "evaluation.suites": "[]",
+        "evaluation.suite_limit": "1",
+        "evaluation.data_root": str(tmp_path),
+        "tracking.figures": "true",
+        "tracking.tensorboard": "false",
+        "tracking.wandb": "false",
+        "tracking.mlflow": "false",
+        "tracking.project": "other",
+    }
+    others = ("federation.", "output_dir", "resume", "training.")
+    assert set(changed) == {key for key in _FREE_TO_CHANGE if not key.startswith(others)}
+    assert {key.name for key in keys()} >= _FREE_TO_CHANGE
+    with pytest.raises(RunInterrupted):
+        run_intercepted(tmp_path / "stopped", interrupting(2, after=1), "algorithm=scaffold")
+    found = outcome(resume(tmp_path / "stopped", *(f"{k}={v}" for k, v in changed.items())))
+    expected = outcome(whole_run("algorithm=scaffold"))
+    assert found[ADAPTER] == expected[ADAPTER]
+
+
+def test_dpo_keeps_the_batches_of_its_reference(tmp_path: Path) -> None:
+    run_tiny(tmp_path / "run", "task=dpo", "federation.num_rounds=1")
+    with pytest.raises(ConfigError, match=r"^evaluation\.batch_tokens=64: the run in"):
+        resume(tmp_path / "run", "evaluation.batch_tokens=64", "federation.num_rounds=2")
 
 
 def test_group_of_another_experiment_is_refused(finished: Path) -> None:
