@@ -29,7 +29,13 @@ import torch
 from numpy.typing import NDArray
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.schema import ColumnsConfig, DataConfig, ModelConfig
+from fedllm_flwr.config.schema import (
+    ColumnsConfig,
+    DataConfig,
+    FederationConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.data.federated import load_federated_data
 from fedllm_flwr.schedule import draw_examples
@@ -62,11 +68,16 @@ def load_workload(directory: Path, steps: int, threads: int) -> Workload:
     with tempfile.TemporaryDirectory() as made:
         command = [sys.executable, str(directory / "make_model.py"), made]
         subprocess.run(command, check=True, capture_output=True)
-        config = Config(model=ModelConfig(name="bench", path=made))
-        config.data = DataConfig(name="bench", path=str(directory / "sft.json"))
-        config.data.columns = ColumnsConfig(label=None)
-        config.training.max_steps = steps
-        config.federation.client_cpus = threads
+        config = Config(
+            model=ModelConfig(name="bench", path=made),
+            data=DataConfig(
+                name="bench",
+                path=str(directory / "sft.json"),
+                columns=ColumnsConfig(label=None),
+            ),
+            training=TrainingConfig(max_steps=steps),
+            federation=FederationConfig(client_cpus=threads),
+        )
         model = load_model(config)
     records = load_federated_data(config).train["messages"][:1000]
     examples = encode(records, model.tokenizer, "alpaca", config.training.max_length)

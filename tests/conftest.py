@@ -2,14 +2,13 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.environment import prepare_environment
@@ -36,11 +35,8 @@ def make_config(toy_model: Path) -> Callable[..., Config]:
 
     def make(seed: int = 0, **sections: dict[str, Any]) -> Config:
         config = Config(model=ModelConfig(name="toy", path=str(toy_model)), seed=seed)
-        config.training.max_length = 64
-        config.communication.dtype = "float32"
-        for name, changes in sections.items():
-            setattr(config, name, replace(getattr(config, name), **changes))
-        return config
+        config = changed(config, training={"max_length": 64}, communication={"dtype": "float32"})
+        return changed(config, **sections)
 
     return make
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import quote
 
 from flwr.app import RecordDict
@@ -17,6 +17,7 @@ from flwr.app import RecordDict
 from fedllm_flwr import __version__
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import Device
 from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
 from fedllm_flwr.deployment.node import site_columns
 from fedllm_flwr.deployment.policy import read_policy
@@ -203,7 +204,7 @@ def _own(config: Config, site: Site, server_round: int = 0) -> Config:
         config,
         data=data,
         model=replace(config.model, path=_model_path(config, own)),
-        training=replace(config.training, device=str(own.get("device", "auto"))),
+        training=replace(config.training, device=cast(Device, own.get("device", "auto"))),
     )
 
 

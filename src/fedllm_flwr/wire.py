@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.typed import from_dict
+from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.encoding import STORED, decode, encode
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.messages import (

@@ -227,7 +227,7 @@ LIGHT = [
     ("strategies", {"torch", "transformers", "peft", "trl", "datasets", "ray", "hydra"}),
     ("wire", {"torch", "transformers", "datasets", "ray", "hydra"}),
     ("config.compose", {"torch", "transformers", "datasets", "ray", "flwr", "numpy"}),
-    ("config.typed", {"torch", "transformers", "datasets", "ray", "flwr", "numpy", "hydra"}),
+    ("config.parsing", {"torch", "transformers", "datasets", "ray", "flwr", "numpy", "hydra"}),
     ("cli", {"torch", "transformers", "datasets", "ray"}),
     ("judging.runner", {"torch", "transformers", "datasets", "ray", "openai"}),
     ("judging.endpoint", {"torch", "transformers", "datasets", "ray", "openai"}),

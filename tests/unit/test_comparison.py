@@ -62,9 +62,16 @@ def test_rows_hold_mean_and_deviation_over_seeds(outcomes: list[Outcome]) -> Non
     assert rows["base"].final["loss"].mean == pytest.approx(2.0)
     assert rows["  best client"].final["accuracy"].mean == pytest.approx(0.62)
     assert rows["  worst client"].final["accuracy"].mean == pytest.approx(0.4)
-    for outcome in outcomes:
-        outcome.job.config.init_adapter = "earlier/adapter"
-    assert make_rows(outcomes, ["local", "fedavg"])[0].name == "start"
+    resumed = [
+        replace(
+            outcome,
+            job=replace(
+                outcome.job, config=replace(outcome.job.config, init_adapter="earlier/adapter")
+            ),
+        )
+        for outcome in outcomes
+    ]
+    assert make_rows(resumed, ["local", "fedavg"])[0].name == "start"
 
 
 def test_difference_to_local_is_paired_by_seed(outcomes: list[Outcome]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
 from fedllm_flwr.data import client
 from fedllm_flwr.data.cache import Codec
@@ -65,10 +65,11 @@ def make(tmp_path: Path) -> Callable[..., Config]:
         columns = ColumnsConfig(input=None)
         data = DataConfig(path=str(path), columns=columns, validation_fraction=0.2)
         config = Config(data=data, seed=3)
-        config.evaluation.central = False
-        config.evaluation.clients = evaluate
-        config.federation.num_clients = clients
-        return config
+        return changed(
+            config,
+            evaluation={"central": False, "clients": evaluate},
+            federation={"num_clients": clients},
+        )
 
     return make_config
 
@@ -122,8 +123,7 @@ def test_records_left_out_in_encoding_leave_the_others_in_place(
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[5]["output"] = rows[6]["output"] = "long " * 200
     path.write_text("\n".join(map(json.dumps, rows)))
-    config.data.truncation = "drop"
-    config.data.validation_fraction = 0.05
+    config = changed(config, data={"truncation": "drop", "validation_fraction": 0.05})
 
     parts = client.simulated_data(config, TOKENIZER).partition.indices
     sources = [simulated_client(config, TOKENIZER, i).train.source for i in range(4)]
@@ -138,8 +138,7 @@ def test_records_left_out_in_encoding_leave_the_others_in_place(
 def test_clients_of_whom_nothing_is_left_are_refused(make: Callable[..., Config]) -> None:
     """One whose records are all too long is named; so is a site, and a length that fits none."""
     config = make(40, 4)
-    config.data.truncation = "drop"
-    config.data.validation_fraction = 0.0
+    config = changed(config, data={"truncation": "drop", "validation_fraction": 0.0})
     client.require_clients_examples(config, client.simulated_data(config, TOKENIZER))
     path = Path(str(config.data.path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -154,7 +153,7 @@ def test_clients_of_whom_nothing_is_left_are_refused(make: Callable[..., Config]
         f"training.max_length={config.training.max_length} with data.truncation=drop leaves no "
         "example of client-2; "
     )
-    config.training.max_length = 3
+    config = changed(config, training={"max_length": 3})
     with pytest.raises(DataError, match="leaves no example of any client"):
         client.require_clients_examples(config, client.simulated_data(config, TOKENIZER))
     with pytest.raises(DataError, match="leaves no example of st-marys"):
@@ -171,7 +170,7 @@ def test_records_are_tokenised_once(make: Callable[..., Config], encodings: list
     simulated_client(config, TOKENIZER, 0)
     simulated_client(replace(config, seed=3, lora=Config().lora), TOKENIZER, 1)
     assert len(encodings) == 1
-    config.training.max_length = 40
+    config = changed(config, training={"max_length": 40})
     simulated_client(config, TOKENIZER, 0)
     assert len(encodings) == 2
 
@@ -194,7 +193,7 @@ def test_preference_pairs_go_the_same_way(
     config = make(60, 3, evaluate=True)
     rows = [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(60)]
     Path(str(config.data.path)).write_text("\n".join(map(json.dumps, rows)))
-    config.task.name = "dpo"
+    config = changed(config, task={"name": "dpo"})
     clients = [simulated_client(config, TOKENIZER, i) for i in range(3)]
 
     seen = []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.pairs import encode_pairs
 from fedllm_flwr.data.preferences import Pair
@@ -191,7 +191,7 @@ def test_metrics_name_scores(config: Config, model: AdaptedModel) -> None:
 
 
 def test_no_answers_wanted(config: Config, model: AdaptedModel) -> None:
-    config.evaluation.answers = 0
+    config = changed(config, evaluation={"answers": 0})
     data = make_set(config, model)
     assert "answer_tokens" not in data.score(model, 300)
     assert side_by_side(model, model.initial, data.prompts) == ""
@@ -201,8 +201,9 @@ def test_no_answers_wanted(config: Config, model: AdaptedModel) -> None:
 def test_prompts_are_those_of_training_and_leave_room(
     template: str, config: Config, model: AdaptedModel
 ) -> None:
-    config.data.template, config.training.max_length = template, 190
-    config.evaluation.answers = 5
+    config = changed(
+        config, data={"template": template}, training={"max_length": 190}, evaluation={"answers": 5}
+    )
     data = make_set(config, model)
     pairs, _ = held_out()
     for prompt, pair, text in zip(data.prompts.tokens, pairs, QUESTIONS, strict=True):
@@ -222,7 +223,7 @@ def test_prompts_belong_to_the_pairs_that_were_kept(config: Config, model: Adapt
     pairs = [long, *pairs]
     records = {name: [getattr(pair, name) for pair in pairs] for name in records}
     encoded = encode_pairs(pairs, model.tokenizer, "vicuna", 400, "drop")
-    config.data.template = "vicuna"
+    config = changed(config, data={"template": "vicuna"})
     data = make_preference_set(config, model, records, encoded, None, 1)
     assert data.prompts.texts == QUESTIONS[:3]
     assert data.prompts.chosen == ["good 0\nmore", "good 1\nmore", "good 2\nmore"]

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedllm_flwr.checkpoint import ServerState, load_state, save_state
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.schema import (
     AlgorithmConfig,
@@ -187,7 +187,7 @@ def test_clients_score_the_new_adapter_before_the_round_is_reported():
 
 def test_server_step_that_overflows_ends_the_run():
     config = config_of()
-    config.algorithm.eta = 1e10
+    config = changed(config, algorithm={"eta": 1e10})
     with pytest.raises(FederationError, match=r"server step failed, 'a' holds .* lower algorithm"):
         run(config, MemoryGrid(nodes_of()))
 

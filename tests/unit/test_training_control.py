@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.checkpoint import load_params
-from fedllm_flwr.config import Config
-from fedllm_flwr.config.schema import TrainingConfig
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.messages import LocalCorrection, Task
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.control import ClientControl
@@ -24,7 +24,7 @@ def params(value: float) -> Params:
 
 def task(server_round: int, control: Params | None, post_step: bool = False) -> Task:
     config = Config()
-    config.communication.dtype = "float32"
+    config = changed(config, communication={"dtype": "float32"})
     correction = LocalCorrection(control_variates=True, post_step=post_step)
     return Task(server_round, params(0), LEARNING_RATE, config, correction, control)
 
@@ -68,7 +68,7 @@ def test_the_drift_is_c_minus_c_i(tmp_path: Path) -> None:
 )
 def test_the_new_variate(optimizer: str, post_step: bool, expected: float, tmp_path: Path) -> None:
     asked = task(1, params(1), post_step)
-    asked.config.training = TrainingConfig(optimizer=optimizer)
+    asked = replace(asked, config=changed(asked.config, training={"optimizer": optimizer}))
     change = ClientControl.of(asked, tmp_path).finish(params(3), params(0.125), STEPS)
     assert change is not None
     np.testing.assert_array_equal(change["a"], np.full((2, 3), expected, np.float32))
@@ -151,7 +151,8 @@ def test_client_and_server_agree_on_c_at_half_precision(tmp_path: Path) -> None:
     total = np.zeros((2, 3), np.float32)
     for server_round in (1, 2, 3):
         asked = task(server_round, params(1))
-        asked.config.communication.dtype = "bfloat16"
+        halved = changed(asked.config, communication={"dtype": "bfloat16"})
+        asked = replace(asked, config=halved)
         control = ClientControl.of(asked, tmp_path)
         change = control.finish(params(0), params(0.1 * server_round), STEPS)
         assert change is not None

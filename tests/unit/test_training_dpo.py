@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedllm_flwr.config import Config
-from fedllm_flwr.config.validation import _CHOICES
+from fedllm_flwr.config import Config, changed
+from fedllm_flwr.config.schema import DPO_LOSSES
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.messages import Task, Update
@@ -123,7 +123,7 @@ def test_loss_by_formula(
     loss_type: str, size: int, config: Config, model: AdaptedModel, pairs: EncodedPairs
 ) -> None:
     formula, eps = FORMULAS[loss_type]
-    config.dpo.loss_type, config.dpo.label_smoothing = loss_type, eps
+    config = changed(config, dpo={"loss_type": loss_type, "label_smoothing": eps})
     policy, lengths = one_by_one(model, pairs)
     reference = near(policy)
     ratios = policy - reference
@@ -140,7 +140,7 @@ def test_loss_by_formula(
 
 def test_sft_term_by_formula(config: Config, model: AdaptedModel, pairs: EncodedPairs) -> None:
     """The chosen answers' mean negative log-likelihood per token, of the whole micro-batch."""
-    config.dpo.sft_weight = 0.3
+    config = changed(config, dpo={"sft_weight": 0.3})
     policy, lengths = one_by_one(model, pairs)
     reference = near(policy)
     ratios = policy - reference
@@ -166,8 +166,11 @@ def test_a_step_does_not_depend_on_its_division(
     loss_type: str, config: Config, tmp_path: Path
 ) -> None:
     """Also where micro-batches are of unlike sizes, as those of pairs of unlike lengths are."""
-    config.dpo.loss_type, config.training.max_steps = loss_type, 3
-    config.dpo.label_smoothing = FORMULAS[loss_type][1]
+    config = changed(
+        config,
+        dpo={"loss_type": loss_type, "label_smoothing": FORMULAS[loss_type][1]},
+        training={"max_steps": 3},
+    )
     pairs = random_pairs(30)
     whole, *parts = (
         round_of(with_micro_batches(config, size), pairs, tmp_path / str(size))
@@ -207,12 +210,14 @@ def test_logits_of_all_positions_train_the_same(
     assert_near(model.params(), params)
 
 
-@pytest.mark.parametrize("loss_type", _CHOICES["dpo.loss_type"])
+@pytest.mark.parametrize("loss_type", DPO_LOSSES)
 def test_every_loss_that_the_configuration_offers_trains(
     loss_type: str, config: Config, model: AdaptedModel, pairs: EncodedPairs
 ) -> None:
-    config.dpo.loss_type = loss_type
-    config.dpo.label_smoothing = 0.1 if loss_type == "exo_pair" else 0.0
+    config = changed(
+        config,
+        dpo={"loss_type": loss_type, "label_smoothing": 0.1 if loss_type == "exo_pair" else 0.0},
+    )
     start, policy = model.params(), one_by_one(model, pairs)[0]
     trained = train(config, model, pairs, near(policy))
     assert np.isfinite(trained.loss)
@@ -239,7 +244,7 @@ def test_dropout_is_off_while_training_and_back_afterwards(
     disable: bool, p: float, make_config: MakeConfig, config: Config, pairs: EncodedPairs
 ) -> None:
     config = replace(config, lora=make_config(lora={"dropout": 0.3}).lora)
-    config.dpo.disable_dropout = disable
+    config = changed(config, dpo={"disable_dropout": disable})
     model = load_model(config)
     noted = _Noted(model)
     train(config, model, pairs, np.full((NUM_PAIRS, 2), -30.0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
@@ -126,7 +126,7 @@ def test_the_number_of_threads_is_given_back(
     config: Config, random_examples: MakeExamples, tmp_path: Path
 ) -> None:
     before = torch.get_num_threads()
-    config.federation.client_cpus = before + 1
+    config = changed(config, federation={"client_cpus": before + 1})
     train_locally(task(config), client("a", random_examples(3)), tmp_path)
     assert torch.get_num_threads() == before
 

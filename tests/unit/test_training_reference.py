@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from fedllm_flwr.checkpoint import load_params
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.messages import Task, Update
@@ -260,7 +260,7 @@ def test_margins_of_every_round_are_against_the_same_reference(
     with_adapter: bool, config: Config, pairs: EncodedPairs, tmp_path: Path
 ) -> None:
     """One step a round: its margin is that of the adapter which the round starts from."""
-    config.training.max_steps = 1
+    config = changed(config, training={"max_steps": 1})
     model = load_model(config)
     adapter = random_adapter(model, 4) if with_adapter else None
     if adapter is None:

@@ -16,7 +16,7 @@ from fedllm_flwr.benchmark.scoring import Scored, Scorer
 from fedllm_flwr.benchmark.tables import as_csv, as_markdown, as_records, as_text
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config.participation import describe_local
-from fedllm_flwr.config.validation import TEMPLATES
+from fedllm_flwr.config.schema import TEMPLATES
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.suites.cache import SamplesCache, default_cache

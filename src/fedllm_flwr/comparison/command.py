@@ -12,7 +12,7 @@ from fedllm_flwr.comparison.results import curves, deciding_metric, make_rows, r
 from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.participation import describe_local
-from fedllm_flwr.config.validation import ALGORITHMS
+from fedllm_flwr.config.schema import ALGORITHMS
 from fedllm_flwr.engines.resources import check_machine
 from fedllm_flwr.errors import ConfigError, RunInterrupted
 from fedllm_flwr.reporting.console import print_error

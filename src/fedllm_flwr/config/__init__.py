@@ -1,5 +1,5 @@
 """Configuration: the typed schema, its composition from ``conf/`` and its validation."""
 
-from fedllm_flwr.config.schema import Config
+from fedllm_flwr.config.schema import Config, changed
 
-__all__ = ["Config"]
+__all__ = ["Config", "changed"]

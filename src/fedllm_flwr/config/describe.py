@@ -1,15 +1,18 @@
 """What can be configured, and what is: the texts of ``fedllm config``."""
 
-import inspect
-import re
 from dataclasses import dataclass, is_dataclass
 from functools import reduce
+from typing import Any, Literal, get_args, get_origin
 
 from fedllm_flwr.config.compose import existing_dir, to_yaml
-from fedllm_flwr.config.names import group_choices, key_types, shown
+from fedllm_flwr.config.names import (
+    SchemaField,
+    group_choices,
+    schema_fields,
+    shown,
+    without_none,
+)
 from fedllm_flwr.config.schema import Config
-
-_FIELD = re.compile(r"^    (\w+): (.+?) = .+?(?:  # (.+))?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,27 @@ def list_choices(config_dir: str | None = None) -> str:
 
 
 def keys() -> list[Key]:
-    """Every key that takes a value; types and meanings are read off the schema's source."""
-    names = (name for name, hint in key_types().items() if not is_dataclass(hint))
-    return [_key(name) for name in names if not name.startswith("data.eval_columns.")]
+    """Every key that takes a value, as the schema has it."""
+    return [
+        Key(name, _type_name(field.hint), shown(_default(name)), _meaning(field))
+        for name, field in schema_fields().items()
+        if not (is_dataclass(field.hint) or name.startswith("data.eval_columns."))
+    ]
 
 
-def _key(name: str) -> Key:
-    *sections, leaf = name.split(".")
-    owner = reduce(getattr, sections, Config())
-    written = {m[1]: (m[2], m[3] or "") for m in _FIELD.finditer(inspect.getsource(type(owner)))}
-    hint, meaning = written[leaf]
-    return Key(name, hint, shown(getattr(owner, leaf)), meaning)
+def _type_name(hint: Any) -> str:
+    """A type as it would be written; a choice is text."""
+    inner, is_optional = without_none(hint)
+    if get_origin(inner) is Literal:
+        name = "str"
+    else:
+        name = str(inner) if get_args(inner) else getattr(inner, "__name__", str(inner))
+    return f"{name} | None" if is_optional else name
+
+
+def _default(key: str) -> Any:
+    return reduce(getattr, key.split("."), Config())
+
+
+def _meaning(field: SchemaField) -> str:
+    return field.info.description or " | ".join(field.choices)

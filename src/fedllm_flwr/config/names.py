@@ -3,10 +3,12 @@
 import difflib
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic.fields import FieldInfo
 
 from fedllm_flwr.config.schema import Config
 
@@ -51,23 +53,53 @@ def without_none(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-@cache
-def key_types() -> dict[str, Any]:
-    """Type hint of every dotted key of the schema, sections included."""
+@dataclass(frozen=True)
+class SchemaField:
+    """One key of the schema: a value or a section of keys."""
 
-    def walk(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, hint in get_type_hints(cls).items():
-            yield prefix + name, hint
-            inner, _ = without_none(hint)
-            if is_dataclass(inner):
-                yield from walk(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+    hint: Any  # its type, without pydantic's annotations
+    info: FieldInfo  # its default, range and meaning
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that it may have; empty if any of its type."""
+        inner, _ = without_none(self.hint)
+        return get_args(inner) if get_origin(inner) is Literal else ()
+
+    @property
+    def is_section(self) -> bool:
+        """Whether it holds keys, such as ``training``."""
+        return is_dataclass(without_none(self.hint)[0])
+
+    @property
+    def takes_fractions(self) -> bool:
+        """Whether it is a number that need not be whole."""
+        return without_none(self.hint)[0] is float
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether digits are text here, as in a revision."""
+        return bool(self.choices) or without_none(self.hint)[0] is str
+
+
+@cache
+def schema_fields() -> dict[str, SchemaField]:
+    """Every dotted key of the schema, sections included."""
+
+    def walk(cls: Any, prefix: str) -> Iterator[tuple[str, SchemaField]]:
+        hints, infos = get_type_hints(cls), cls.__pydantic_fields__
+        for name, hint in hints.items():
+            found = SchemaField(hint, infos[name])
+            yield prefix + name, found
+            if found.is_section:
+                yield from walk(without_none(hint)[0], f"{prefix}{name}.")
 
     return dict(walk(Config, ""))
 
 
-def is_section(key: str) -> bool:
-    """Whether `key` names a section of keys, such as ``training``."""
-    return is_dataclass(without_none(key_types()[key])[0])
+def field_of(key: str) -> SchemaField:
+    """The field that a dotted `key` of the schema names."""
+    return schema_fields()[key]
 
 
 def unknown_key(key: str) -> str:
@@ -79,7 +111,7 @@ def unknown_key(key: str) -> str:
 
 def closest_key(key: str) -> str | None:
     """The key of the schema that `key` probably stands for; None if nothing is like it."""
-    known = {name.lower(): name for name in key_types()}
+    known = {name.lower(): name for name in schema_fields()}
     lowered = key.lower().replace("/", ".")
     section, _, leaf = lowered.rpartition(".")
     leaf = _SAID_ELSEWHERE.get(leaf, leaf)

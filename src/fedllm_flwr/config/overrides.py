@@ -12,8 +12,7 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from fedllm_flwr.config.names import (
-    is_section,
-    key_types,
+    schema_fields,
     shown,
     unknown_choice,
     unknown_key,
@@ -73,10 +72,13 @@ def read_overrides(texts: Iterable[str], choices: Choices) -> list[Assignment]:
 
 
 def _several_values(key: str, text: str) -> str:
-    hint, _ = without_none(key_types().get(key))
-    as_one = f", or write it as one text, {key}=\"'...'\"" if hint is str else ""
-    if get_origin(hint) is list or hint is Any:
-        as_one = f", or write it as one list, {key}=[...]"
+    as_one = ""
+    if field := schema_fields().get(key):
+        hint, _ = without_none(field.hint)
+        if hint is str:
+            as_one = f", or write it as one text, {key}=\"'...'\""
+        elif get_origin(hint) is list or hint is Any:
+            as_one = f", or write it as one list, {key}=[...]"
     return f"{shown(text)} lists several values: add --multirun to run each of them{as_one}."
 
 
@@ -142,7 +144,7 @@ def _refuse_surgery(override: Override, sign: str, text: str) -> None:
             f"{shown(text)}: Hydra's own settings have no effect here; drop it "
             "(output_dir=<folder> says where the results go)."
         )
-    if key not in key_types() and key not in ("experiment", "config"):
+    if key not in schema_fields() and key not in ("experiment", "config"):
         raise ConfigError(unknown_key(key))
     if sign == "~":
         raise ConfigError(f"{shown(text)}: keys cannot be removed; write {key}=<value>.")
@@ -161,8 +163,8 @@ def quoted(value: str) -> str:
 def _meant(override: Override, text: str) -> Any:
     """The value; for a key that takes text, digits are text (revision=1e3) as they were typed."""
     value = override.value()
-    hint, _ = without_none(key_types().get(override.key_or_group))
-    if hint is str and isinstance(value, int | float):
+    field = schema_fields().get(override.key_or_group)
+    if field and field.takes_text and isinstance(value, int | float):
         return text.partition("=")[2].strip()
     return value
 
@@ -172,10 +174,11 @@ def _assignment(key: str, value: Any, choices: Choices) -> Assignment:
         if value not in choices[key] and not (key == "experiment" and value is None):
             raise ConfigError(unknown_choice(key, value, choices[key]))
         return Assignment(key, value, is_choice=True)
-    if key in key_types() and is_section(key) and not isinstance(value, dict):
-        if value is None and without_none(key_types()[key])[1]:
+    field = schema_fields().get(key)
+    if field and field.is_section and not isinstance(value, dict):
+        if value is None and without_none(field.hint)[1]:
             return Assignment(key, value, is_choice=False)
-        first = next(name for name in key_types() if name.startswith(f"{key}."))
+        first = next(name for name in schema_fields() if name.startswith(f"{key}."))
         raise ConfigError(f"{key}={shown(value)}: set one of its keys, such as {first}=<value>.")
     group, _, leaf = key.partition(".")
     if leaf == "name" and group in _WHOLE:

@@ -1,240 +1,450 @@
-"""Typed schema of the configuration: every key, its type and its default.
+"""Typed schema of the configuration: every key with its type, range, default and meaning.
 
-The YAML files under ``conf/`` choose values, this module fixes names and types. Sections are
-plain dataclasses, so that code below the configuration needs neither Hydra nor OmegaConf.
+The YAML files under ``conf/`` choose values, this module fixes names and types. Sections are frozen
+dataclasses that pydantic checks whenever one is made, `dataclasses.replace` included; nothing
+below the configuration needs Hydra or OmegaConf.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, Field, Strict
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 EMBEDDED_DATA = ("embedded", "embedded_preferences")  # values of data.path that are no files
 DEFAULT_NUM_CLIENTS = 10  # where neither federation.num_clients nor a natural partition says
+KNOWN_KEYS = ConfigDict(extra="forbid")
 
 
-@dataclass
+def _digits(value: Any) -> Any:
+    """YAML reads digits as a number where a text is meant, such as a revision."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_whole else value
+
+
+def _fits_64_bits(value: float) -> float:
+    if abs(value) >= 2**63:
+        raise PydanticCustomError("too_large", "too large")
+    return value
+
+
+def _says_something(value: str) -> str:
+    if not value.strip() or "\0" in value or value == "???":
+        raise PydanticCustomError("blank", "blank")
+    return value
+
+
+Whole = Annotated[int, Strict(), AfterValidator(_fits_64_bits)]
+Real = Annotated[float, Strict(), AllowInfNan(False), AfterValidator(_fits_64_bits)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, BeforeValidator(_digits), Strict(), AfterValidator(_says_something)]
+
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+WireDtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+EngineName = Literal["ray", "inprocess", "deployment"]
+Algorithm = Literal[
+    "fedavg",
+    "fedprox",
+    "scaffold",
+    "fedavgm",
+    "fedadagrad",
+    "fedyogi",
+    "fedadam",
+    "local",
+    "centralized",
+]
+TaskName = Literal["sft", "dpo"]
+DpoLoss = Literal[
+    "sigmoid",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+]
+Template = Literal["alpaca", "vicuna", "chat"]
+Preprocessing = Literal["none", "alpaca", "fingpt", "medalpaca", "mathinstruct", "hh_rlhf"]
+Partition = Literal["iid", "dirichlet", "natural", "pathological", "size"]
+
+
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+DPO_LOSSES: tuple[str, ...] = get_args(DpoLoss)
+TEMPLATES: tuple[str, ...] = get_args(Template)
+
+
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class ModelConfig:
     """The frozen base model."""
 
-    name: str = "tiny"  # label of the choice
-    path: str = "embedded"  # hub id, local directory, or "embedded" for the model in the package
-    revision: str | None = None  # commit, branch or tag on the hub; null: the default branch
-    attention: str = "auto"  # auto | eager | sdpa | flash_attention_2
+    name: Text = Field(default="tiny", description="label of the choice")
+    path: Text = Field(
+        default="embedded",
+        description='hub id, local directory, or "embedded" for the model in the package',
+    )
+    revision: Text | None = Field(
+        default=None, description="commit, branch or tag on the hub; null: the default branch"
+    )
+    attention: Attention = "auto"
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021), as PEFT builds them."""
 
-    r: int = 8  # rank of the adapter
-    alpha: int = 16  # scale of the adapter: alpha / r, with rslora alpha / sqrt(r)
-    dropout: float = 0.05  # probability
-    target_modules: Any = "auto"  # "auto" | "all-linear" | list of module names
-    rslora: bool = False  # rank-stabilised scale (Kalajdzievski 2023)
-    dora: bool = False  # weight-decomposed adapters (Liu et al. 2024)
+    r: Whole = Field(default=8, gt=0, description="rank of the adapter")
+    alpha: Whole = Field(
+        default=16, gt=0, description="scale of the adapter: alpha / r, with rslora alpha / sqrt(r)"
+    )
+    dropout: Real = Field(default=0.05, ge=0, lt=1, description="probability")
+    target_modules: Any = Field(
+        default="auto", description='"auto" | "all-linear" | list of module names'
+    )
+    rslora: Flag = Field(default=False, description="rank-stabilised scale (Kalajdzievski 2023)")
+    dora: Flag = Field(default=False, description="weight-decomposed adapters (Liu et al. 2024)")
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class QuantizationConfig:
     """Quantization of the frozen base model by bitsandbytes."""
 
-    name: str = "none"  # none | int8 | nf4
-    double_quantization: bool = True  # nf4: quantize the quantization constants too
-    compute_dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    name: Literal["none", "int8", "nf4"] = "none"
+    double_quantization: Flag = Field(
+        default=True, description="nf4: quantize the quantization constants too"
+    )
+    compute_dtype: Dtype = "auto"
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class ColumnsConfig:
     """Which column of the source plays which role; null means the role is absent."""
 
-    instruction: str | None = "instruction"  # what is asked
-    input: str | None = "input"  # context of the instruction
-    output: str | None = "output"  # the answer to learn
-    messages: str | None = None  # chat turns: list of {role, content}
-    prompt: str | None = "prompt"  # preference pairs: what is asked
-    chosen: str | None = "chosen"  # preference pairs: the better answer
-    rejected: str | None = "rejected"  # preference pairs: the worse answer
-    label: str | None = None  # class of a record, for partitioning and reports
+    instruction: Text | None = Field(default="instruction", description="what is asked")
+    input: Text | None = Field(default="input", description="context of the instruction")
+    output: Text | None = Field(default="output", description="the answer to learn")
+    messages: Text | None = Field(default=None, description="chat turns: list of {role, content}")
+    prompt: Text | None = Field(default="prompt", description="preference pairs: what is asked")
+    chosen: Text | None = Field(default="chosen", description="preference pairs: the better answer")
+    rejected: Text | None = Field(
+        default="rejected", description="preference pairs: the worse answer"
+    )
+    label: Text | None = Field(
+        default=None, description="class of a record, for partitioning and reports"
+    )
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class DataConfig:
     """One data set: where it lies, how its records are read and how they become text."""
 
-    name: str = "demo"  # label of the choice
-    path: str | None = None  # local file or directory; wins over hub_id
-    hub_id: str | None = None  # data set on the hub
-    hub_config: str | None = None  # configuration of the data set on the hub
-    hub_revision: str | None = None  # commit, branch or tag on the hub
-    split: str = "train"  # split to train on
-    preprocessing: str = "none"  # none | alpaca | fingpt | medalpaca | mathinstruct | hh_rlhf
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)  # which column plays which role
-    client_column: str | None = None  # natural client attribute of the set
-    labels: list[str] = field(default_factory=list)  # label set, when answers are classes
-    template: str = "alpaca"  # alpaca | vicuna | chat
-    max_samples: int | None = None  # training records used; null: all
-    eval_path: str | None = None  # local file or directory of held-out records
-    eval_split: str | None = None  # split of held-out records
-    eval_columns: ColumnsConfig | None = None  # null: the columns of the training file
-    eval_max_samples: int | None = 1000  # held-out records used; null: all
-    validation_fraction: float = 0.05  # held out of the training records when no eval set is given
-    truncation: str = "right"  # right: cut the answer's end | left: cut the prompt's start | drop
-    on_bad_record: str = "error"  # error | skip
+    name: Text = Field(default="demo", description="label of the choice")
+    path: Text | None = Field(default=None, description="local file or directory; wins over hub_id")
+    hub_id: Text | None = Field(default=None, description="data set on the hub")
+    hub_config: Text | None = Field(
+        default=None, description="configuration of the data set on the hub"
+    )
+    hub_revision: Text | None = Field(default=None, description="commit, branch or tag on the hub")
+    split: Text = Field(default="train", description="split to train on")
+    preprocessing: Preprocessing = "none"
+    columns: ColumnsConfig = Field(
+        default_factory=ColumnsConfig, description="which column plays which role"
+    )
+    client_column: Text | None = Field(
+        default=None, description="natural client attribute of the set"
+    )
+    labels: list[Text] = Field(
+        default_factory=list, description="label set, when answers are classes"
+    )
+    template: Template = "alpaca"
+    max_samples: Whole | None = Field(
+        default=None, gt=0, description="training records used; null: all"
+    )
+    eval_path: Text | None = Field(
+        default=None, description="local file or directory of held-out records"
+    )
+    eval_split: Text | None = Field(default=None, description="split of held-out records")
+    eval_columns: ColumnsConfig | None = Field(
+        default=None, description="null: the columns of the training file"
+    )
+    eval_max_samples: Whole | None = Field(
+        default=1000, gt=0, description="held-out records used; null: all"
+    )
+    validation_fraction: Real = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="held out of the training records when no eval set is given",
+    )
+    truncation: Literal["right", "left", "drop"] = Field(
+        default="right",
+        description="right: cut the answer's end | left: cut the prompt's start | drop",
+    )
+    on_bad_record: Literal["error", "skip"] = "error"
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class TaskConfig:
     """What is trained: sft (instruction tuning) or dpo (preference alignment)."""
 
-    name: str = "sft"  # sft | dpo
+    name: TaskName = "sft"
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class DpoConfig:
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
-    beta: float = 0.1  # strength of the pull towards the reference model
-    loss_type: str = "sigmoid"  # sigmoid | ipo | hinge | robust | others of TRL's DPOTrainer
-    label_smoothing: float = 0.0  # assumed share of swapped pairs
-    sft_weight: float = 0.0  # weight of the SFT loss on the chosen answers, added to the other
-    disable_dropout: bool = True  # train without lora.dropout, as the reference is without it
-    reference_adapter: str | None = None  # adapter of the reference model; null: the base model
+    beta: Real = Field(
+        default=0.1, gt=0, description="strength of the pull towards the reference model"
+    )
+    loss_type: DpoLoss = Field(
+        default="sigmoid", description="sigmoid | ipo | hinge | robust | others of TRL's DPOTrainer"
+    )
+    label_smoothing: Real = Field(
+        default=0.0, ge=0, lt=0.5, description="assumed share of swapped pairs"
+    )
+    sft_weight: Real = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the SFT loss on the chosen answers, added to the other",
+    )
+    disable_dropout: Flag = Field(
+        default=True, description="train without lora.dropout, as the reference is without it"
+    )
+    reference_adapter: Text | None = Field(
+        default=None, description="adapter of the reference model; null: the base model"
+    )
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class TrainingConfig:
     """Local training of one client in one round."""
 
-    learning_rate: float = 2e-4  # of round 1
-    min_learning_rate: float = 1e-6  # end of the cosine over the rounds
-    max_steps: int = 10  # optimizer steps per round; -1: count num_epochs instead
-    num_epochs: float = 1.0  # passes over a client's data per round, with max_steps=-1
-    batch_size: int = 16  # examples per optimizer step, before accumulation
-    gradient_accumulation_steps: int = 1  # batches per optimizer step
-    micro_batch_size: int | None = None  # examples per forward pass; null: chosen per device
-    max_length: int = 512  # tokens
-    optimizer: str = "adamw"  # adamw | sgd
-    weight_decay: float = 0.0  # decoupled, as in AdamW
-    max_grad_norm: float = 1.0  # 0: no clipping
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    gradient_checkpointing: bool | None = None  # null: chosen per device
-    packing: bool | None = None  # padding-free forward; null: where the attention supports it
-    device: str = "auto"  # auto | cpu | cuda | mps
+    learning_rate: Real = Field(default=2e-4, gt=0, description="of round 1")
+    min_learning_rate: Real = Field(
+        default=1e-6, ge=0, description="end of the cosine over the rounds"
+    )
+    max_steps: Whole = Field(
+        default=10, description="optimizer steps per round; -1: count num_epochs instead"
+    )
+    num_epochs: Real = Field(
+        default=1.0, gt=0, description="passes over a client's data per round, with max_steps=-1"
+    )
+    batch_size: Whole = Field(
+        default=16, gt=0, description="examples per optimizer step, before accumulation"
+    )
+    gradient_accumulation_steps: Whole = Field(
+        default=1, gt=0, description="batches per optimizer step"
+    )
+    micro_batch_size: Whole | None = Field(
+        default=None, gt=0, description="examples per forward pass; null: chosen per device"
+    )
+    max_length: Whole = Field(default=512, gt=0, description="tokens")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: Real = Field(default=0.0, ge=0, description="decoupled, as in AdamW")
+    max_grad_norm: Real = Field(default=1.0, ge=0, description="0: no clipping")
+    dtype: Dtype = "auto"
+    gradient_checkpointing: Flag | None = Field(default=None, description="null: chosen per device")
+    packing: Flag | None = Field(
+        default=None, description="padding-free forward; null: where the attention supports it"
+    )
+    device: Device = "auto"
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class AlgorithmConfig:
     """Aggregation and local correction; which keys matter depends on the algorithm."""
 
-    name: str = "fedavg"  # see the group algorithm
-    variant: str = "paper"  # paper | openfedllm
-    weighting: str = "auto"  # auto | examples: data size | used: examples of the round | uniform
-    participation: str = "sampled"  # sampled: federation.sample_* | all: every client every round
-    mu: float = 0.0  # proximal term, any algorithm
-    eta: float = 1.0  # server learning rate
-    beta1: float = 0.0  # decay of the server's first moment
-    beta2: float = 0.0  # decay of the server's second moment
-    tau: float = 1e-3  # adaptivity of the server optimizer
+    name: Algorithm = Field(default="fedavg", description="see the group algorithm")
+    variant: Literal["paper", "openfedllm"] = "paper"
+    weighting: Literal["auto", "examples", "used", "uniform"] = Field(
+        default="auto",
+        description="auto | examples: data size | used: examples of the round | uniform",
+    )
+    participation: Literal["sampled", "all"] = Field(
+        default="sampled",
+        description="sampled: federation.sample_* | all: every client every round",
+    )
+    mu: Real = Field(default=0.0, ge=0, description="proximal term, any algorithm")
+    eta: Real = Field(default=1.0, gt=0, description="server learning rate")
+    beta1: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's first moment")
+    beta2: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's second moment")
+    tau: Real = Field(default=1e-3, gt=0, description="adaptivity of the server optimizer")
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class PartitionConfig:
     """How one data set becomes clients in simulation."""
 
-    name: str = "iid"  # iid | dirichlet | natural | pathological | size
-    column: str | None = None  # column whose values decide
-    alpha: float = 0.5  # dirichlet concentration; size: exponent of the power law
-    classes_per_client: int = 2  # pathological
-    min_size: int = 1  # dirichlet: records that every client gets at least
+    name: Partition = "iid"
+    column: Text | None = Field(default=None, description="column whose values decide")
+    alpha: Real = Field(
+        default=0.5, gt=0, description="dirichlet concentration; size: exponent of the power law"
+    )
+    classes_per_client: Whole = Field(default=2, gt=0, description="pathological")
+    min_size: Whole = Field(
+        default=1, gt=0, description="dirichlet: records that every client gets at least"
+    )
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class FederationConfig:
     """Who takes part, and on which engine."""
 
-    engine: str = "ray"  # ray | inprocess | deployment: sites with data of their own
-    num_clients: int | None = None  # null: what a natural partition yields, 10 otherwise
-    sample_clients: int | None = None  # clients per round; null: sample_fraction of them
-    sample_fraction: float = 0.4  # clients per round, as a share of all
-    num_rounds: int = 12  # rounds
-    min_clients: int | None = None  # clients that must be there at the start; null: all of them
-    min_replies: int = 1  # usable replies that a round needs
-    round_timeout_s: float = 3600.0  # seconds until a round closes with the replies that came
-    start_timeout_s: float = 120.0  # how long to wait for the clients to be there
-    client_cpus: int = 1  # CPU threads of one client
-    client_gpus: float = 0.0  # ray: share of a GPU that one simulated client takes
-    ray_address: str | None = None  # ray: host:port of a running cluster; null: a local one
+    engine: EngineName = Field(
+        default="ray", description="ray | inprocess | deployment: sites with data of their own"
+    )
+    num_clients: Whole | None = Field(
+        default=None, gt=0, description="null: what a natural partition yields, 10 otherwise"
+    )
+    sample_clients: Whole | None = Field(
+        default=None, gt=0, description="clients per round; null: sample_fraction of them"
+    )
+    sample_fraction: Real = Field(
+        default=0.4, gt=0, le=1, description="clients per round, as a share of all"
+    )
+    num_rounds: Whole = Field(default=12, gt=0, description="rounds")
+    min_clients: Whole | None = Field(
+        default=None, gt=0, description="clients that must be there at the start; null: all of them"
+    )
+    min_replies: Whole = Field(default=1, gt=0, description="usable replies that a round needs")
+    round_timeout_s: Real = Field(
+        default=3600.0, gt=0, description="seconds until a round closes with the replies that came"
+    )
+    start_timeout_s: Real = Field(
+        default=120.0, gt=0, description="how long to wait for the clients to be there"
+    )
+    client_cpus: Whole = Field(default=1, gt=0, description="CPU threads of one client")
+    client_gpus: Real = Field(
+        default=0.0, ge=0, description="ray: share of a GPU that one simulated client takes"
+    )
+    ray_address: Text | None = Field(
+        default=None, description="ray: host:port of a running cluster; null: a local one"
+    )
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class CommunicationConfig:
     """What travels."""
 
-    dtype: str = "bfloat16"  # float32 | bfloat16 | float16
+    dtype: WireDtype = "bfloat16"
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class CheckpointConfig:
     """When the server state is saved, and how many states are kept."""
 
-    every: int = 1  # rounds
-    keep: int = 2  # newest states kept
+    every: Whole = Field(default=1, gt=0, description="rounds")
+    keep: Whole = Field(default=2, gt=0, description="newest states kept")
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class EvaluationConfig:
     """Central evaluation on the held-out records, and evaluation on the clients' own."""
 
-    central: bool = True  # score the global adapter on held-out records
-    every: int = 5  # rounds; 0: only at the start and at the end
-    batch_tokens: int = 2048  # tokens per forward pass
-    clients: bool = False  # ask the clients to score it on their own records
-    answers: int = 8  # dpo: held-out prompts answered, for their length and side by side
-    max_new_tokens: int = 64  # dpo: tokens of such an answer at most
-    suites: list[str] = field(default_factory=list)  # benchmark suites scored at the same times
-    suite_limit: int | None = 50  # examples of each part of a suite's task; null: all
-    data_root: str | None = None  # folder of the suites' local data; null: the hub
+    central: Flag = Field(default=True, description="score the global adapter on held-out records")
+    every: Whole = Field(default=5, ge=0, description="rounds; 0: only at the start and at the end")
+    batch_tokens: Whole = Field(default=2048, gt=0, description="tokens per forward pass")
+    clients: Flag = Field(
+        default=False, description="ask the clients to score it on their own records"
+    )
+    answers: Whole = Field(
+        default=8,
+        ge=0,
+        description="dpo: held-out prompts answered, for their length and side by side",
+    )
+    max_new_tokens: Whole = Field(
+        default=64, gt=0, description="dpo: tokens of such an answer at most"
+    )
+    suites: list[Text] = Field(
+        default_factory=list, description="benchmark suites scored at the same times"
+    )
+    suite_limit: Whole | None = Field(
+        default=50, gt=0, description="examples of each part of a suite's task; null: all"
+    )
+    data_root: Text | None = Field(
+        default=None, description="folder of the suites' local data; null: the hub"
+    )
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class TrackingConfig:
     """Figures, and experiment trackers besides the files that every run writes."""
 
-    figures: bool = True  # draw curves.png and clients.png at the end of a run
-    tensorboard: bool = False  # write TensorBoard files
-    wandb: bool = False  # log to Weights & Biases
-    mlflow: bool = False  # log to MLflow
-    project: str = "fedllm-flwr"  # project or experiment name there
+    figures: Flag = Field(
+        default=True, description="draw curves.png and clients.png at the end of a run"
+    )
+    tensorboard: Flag = Field(default=False, description="write TensorBoard files")
+    wandb: Flag = Field(default=False, description="log to Weights & Biases")
+    mlflow: Flag = Field(default=False, description="log to MLflow")
+    project: Text = Field(default="fedllm-flwr", description="project or experiment name there")
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class CompareConfig:
     """What ``fedllm compare`` runs; no other command looks at it."""
 
-    seeds: int = 3  # runs of each algorithm, with seed, seed + 1, ...
-    jobs: int | None = None  # runs side by side; null: as many as CPUs / federation.client_cpus
-    settings: Any = None  # algorithm -> its own keys of the section algorithm
+    seeds: Whole = Field(
+        default=3, gt=0, description="runs of each algorithm, with seed, seed + 1, ..."
+    )
+    jobs: Whole | None = Field(
+        default=None,
+        gt=0,
+        description="runs side by side; null: as many as CPUs / federation.client_cpus",
+    )
+    settings: Any = Field(
+        default=None, description="algorithm -> its own keys of the section algorithm"
+    )
 
 
-@dataclass
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class Config:
     """The whole configuration of one run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    dpo: DpoConfig = field(default_factory=DpoConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    federation: FederationConfig = field(default_factory=FederationConfig)
-    communication: CommunicationConfig = field(default_factory=CommunicationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    compare: CompareConfig = field(default_factory=CompareConfig)
-    init_adapter: str | None = None  # adapter to start from; null: a fresh one
-    seed: int = 0  # every random choice derives from it
-    output_dir: str | None = None  # where the run writes; null: outputs/<time>-<algorithm>-<data>
-    resume: str | None = None  # directory of a stopped run to go on with
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    quantization: QuantizationConfig = Field(default_factory=QuantizationConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    dpo: DpoConfig = Field(default_factory=DpoConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    communication: CommunicationConfig = Field(default_factory=CommunicationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
+    init_adapter: Text | None = Field(
+        default=None, description="adapter to start from; null: a fresh one"
+    )
+    seed: Whole = Field(default=0, ge=0, description="every random choice derives from it")
+    output_dir: Text | None = Field(
+        default=None, description="where the run writes; null: outputs/<time>-<algorithm>-<data>"
+    )
+    resume: Text | None = Field(
+        default=None, description="directory of a stopped run to go on with"
+    )
+
+
+def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """`config` with other values in its sections, as in ``changed(config, lora={"r": 4})``.
+
+    Raises:
+        pydantic.ValidationError: a value of another type or out of range.
+    """
+    return replace(
+        config,
+        **{name: replace(getattr(config, name), **values) for name, values in sections.items()},
+    )

@@ -11,7 +11,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.describe import Key, describe, keys, list_choices
 from fedllm_flwr.config.names import group_choices
-from fedllm_flwr.config.typed import from_dict
+from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs"
