@@ -19,7 +19,7 @@ from typing import Any
 
 from fedllm_flwr.alone import AloneAdapters
 from fedllm_flwr.checkpoint import kept_rounds, load_params, newest_readable, state_file
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.config.schema import LoraConfig, ModelConfig
 from fedllm_flwr.errors import ConfigError
@@ -120,7 +120,7 @@ def find_adapters(
     if base is not None:
         config = replace(config, model=base_model(base))
     if template is not None:
-        config = replace(config, data=replace(config.data, template=template))
+        config = changed(config, data={"template": template})
     if config.algorithm.name == "local":
         return _of_clients(RunDirectory(path), config, wanted, typed)
     if wanted.client is not None:
@@ -248,7 +248,7 @@ def _of_directory(path: Path, typed: str, base: str | None, template: str | None
             raise ConfigError(f"{typed}: it names no base model; add --base <model>.")
         config = Config(model=base_model(source), lora=_lora(saved, typed))
     if template is not None:
-        config = replace(config, data=replace(config.data, template=template))
+        config = changed(config, data={"template": template})
     name = path.resolve().name
     label = "final" if run is not None and name == "adapter" else name
     return KeptAdapter(label, config, path, run=run)

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.messages import LocalCorrection, Task, Update
@@ -199,7 +199,7 @@ def test_packed_equals_padded(
 ) -> None:
     sections = settings() | {"model": {"attention": attention}}
     padded, packed = make_config(**sections), make_config(**sections)
-    packed.training.packing = True
+    packed = changed(packed, training={"packing": True})
     examples, params = random_examples(50), start(padded)
 
     one = run(task(padded, params), examples, tmp_path)

@@ -105,7 +105,7 @@ def test_the_held_out_part_is_seeded_and_disjoint(make: Callable[..., Config]) -
         assert len(together.held_out) == 0
     first = [simulated_client(config, TOKENIZER, 0).held_out.source.tolist()]
     other = make(100, 4, evaluate=True)
-    other.seed = 4
+    other = replace(other, seed=4)
     assert simulated_client(other, TOKENIZER, 0).held_out.source.tolist() != first[0]
 
 

@@ -164,7 +164,6 @@ def test_lengths_of_preference_pairs_include_both_answers() -> None:
 @pytest.mark.parametrize(
     ("config", "count", "message"),
     [
-        (PartitionConfig("irichlet"), 2, r"partition\.name=irichlet; use one of: .*dirichlet\?"),
         (PartitionConfig("natural"), None, r"partition\.column is not set .*partition=iid"),
         (PartitionConfig("dirichlet"), 2, r"partition=dirichlet needs a column"),
         (
@@ -175,7 +174,6 @@ def test_lengths_of_preference_pairs_include_both_answers() -> None:
         ),
         (PartitionConfig("iid"), 31, r"federation\.num_clients=31 is more than the 30 training"),
         (PartitionConfig("iid"), 0, r"federation\.num_clients must be at least 1, got 0"),
-        (by_label("dirichlet", alpha=0.0), 2, r"partition\.alpha must be > 0 .*got 0\.0"),
         (
             by_label("dirichlet", alpha=0.01, min_size=7),
             4,

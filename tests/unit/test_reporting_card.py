@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
+from fedllm_flwr.config.schema import DataConfig, PartitionConfig
 from fedllm_flwr.data.templates import render
 from fedllm_flwr.reporting.card import model_card
 
@@ -24,10 +26,8 @@ SUMMARY: dict[str, Any] = {
 
 
 def config() -> Config:
-    made = Config()
-    made.data.path = "embedded"
-    made.partition.name, made.partition.column = "natural", "desk"
-    return made
+    partition = PartitionConfig(name="natural", column="desk")
+    return Config(data=DataConfig(path="embedded"), partition=partition)
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -81,8 +81,7 @@ def test_code_compiles_and_finds_the_base(base: str) -> None:
 @pytest.mark.parametrize("template", ["alpaca", "vicuna"])
 def test_layout_is_that_of_training(template: str) -> None:
     """Prompt, one space, answer and end token are what `render` makes of an exchange."""
-    made = config()
-    made.data.template = template
+    made = changed(config(), data={"template": template})
     card = model_card(made, SUMMARY, "embedded")
     [line] = re.findall(r"^template = (.*)$", card, re.MULTILINE)
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -107,8 +106,7 @@ def test_results_are_those_of_the_summary() -> None:
 
 
 def test_a_run_that_started_from_an_adapter_says_so() -> None:
-    made = config()
-    made.init_adapter = "earlier/adapter"
+    made = replace(config(), init_adapter="earlier/adapter")
     rows = table(model_card(made, SUMMARY, "embedded"), "Results on held-out records")
 
     assert [row[0] for row in rows[2:]] == ["start", "with this adapter"]
@@ -121,10 +119,11 @@ def test_a_run_without_evaluation_has_no_results() -> None:
 
 
 def test_how_it_was_made() -> None:
-    made = config()
-    made.data.path, made.data.name = "/home/someone/notes|2.jsonl", "jsonl"
-    made.training.learning_rate = 0.005
-    made.training.max_steps, made.training.num_epochs = -1, 2.0
+    made = changed(
+        config(),
+        data={"path": "/home/someone/notes|2.jsonl", "name": "jsonl"},
+        training={"learning_rate": 0.005, "max_steps": -1, "num_epochs": 2.0},
+    )
     card = model_card(made, SUMMARY, "embedded")
 
     rows = {row[0]: row[1] for row in table(card.replace("\\|", "/"), "How it was made")[2:]}

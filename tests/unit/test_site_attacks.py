@@ -13,7 +13,7 @@ import pytest
 from flwr.app import RecordDict
 from safetensors.torch import load_file
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.messages import Failure, LocalCorrection, Task
 from fedllm_flwr.params import Params
@@ -29,13 +29,14 @@ Ask = Callable[[str, RecordDict], RecordDict]
 def asking(**changes: object) -> Config:
     """What an honest server would ask of a site, with some keys changed: section__key=value."""
     config = Config(federation=FederationConfig(engine="deployment", num_clients=1))
-    config.training.max_steps = 4
-    config.training.batch_size = 16
-    config.training.max_length = 64
-    config.communication.dtype = "float32"
+    config = changed(
+        config,
+        training={"max_steps": 4, "batch_size": 16, "max_length": 64},
+        communication={"dtype": "float32"},
+    )
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        setattr(config, section, replace(getattr(config, section), **{name: value}))
+        config = changed(config, **{section: {name: value}})
     return config
 
 

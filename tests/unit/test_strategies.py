@@ -53,7 +53,7 @@ def test_fedavg_round_weights_by_data_size_unless_told_otherwise(weighting):
 
     grid = MemoryGrid({NODES[name]: spy(name) for name in SIZES})
     config = config_of()
-    config.algorithm.weighting = weighting
+    config = changed(config, algorithm={"weighting": weighting})
     state, (report,) = run(config, grid)
     weights = {"used": USED, "uniform": dict.fromkeys(SIZES, 1)}.get(weighting, SIZES)
     for key in START:

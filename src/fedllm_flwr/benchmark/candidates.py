@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import load_run
-from fedllm_flwr.config.schema import Template
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.kept_adapters import KeptAdapter, base_model, find_adapter, find_adapters
 from fedllm_flwr.run_directory import RunDirectory
@@ -117,8 +115,7 @@ def _of_adapter(typed: str, base: str | None) -> Candidate:
 
 
 def _with_template(candidate: Candidate, template: str) -> Candidate:
-    data = replace(candidate.config.data, template=cast(Template, template))
-    return replace(candidate, config=replace(candidate.config, data=data))
+    return replace(candidate, config=changed(candidate.config, data={"template": template}))
 
 
 def _require_same_base(one: Candidate, other: Candidate) -> None:

@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,12 +65,6 @@ def partition(
     partition.column. ``num_clients`` None means 10, and for a natural partition one client per
     value. Raises ConfigError with key, value and remedy for what cannot be divided so.
     """
-    if config.name not in _PARTITIONERS:
-        close = get_close_matches(config.name, _PARTITIONERS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"partition.name={config.name}; use one of: {', '.join(_PARTITIONERS)}{hint}"
-        )
     keys: list[str] = train["client"][:]
     if config.name in _BY_COLUMN:
         _check_column(config, keys)
@@ -219,11 +212,6 @@ def _dirichlet(
     """Shares of each class ~ Dirichlet(alpha), drawn again until all reach min_size."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    if config.alpha <= 0:
-        raise ConfigError(
-            f"partition.alpha must be > 0 for a Dirichlet partition, got {config.alpha}; "
-            f"0.1 is very skewed, 100 nearly even"
-        )
     if (wanted := config.min_size * num_clients) > len(order):
         raise ConfigError(
             f"partition.min_size={config.min_size} for each of federation.num_clients="

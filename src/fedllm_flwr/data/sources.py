@@ -55,11 +55,6 @@ def load_records(
     own_columns = evaluation and data.eval_columns is not None
     columns = data.eval_columns if own_columns and data.eval_columns else data.columns
     key = "data.eval_columns" if own_columns else "data.columns"
-    if data.preprocessing not in PREPROCESSING:
-        raise ConfigError(
-            f"data.preprocessing={data.preprocessing} is unknown; "
-            f"use one of: {', '.join(PREPROCESSING)}"
-        )
     rows = [row for part in parts for row in part.records]
     preprocessed = PREPROCESSING[data.preprocessing](rows, columns)
     mapping = Mapping(source, columns, key, label, client, data.labels)
