@@ -4,7 +4,7 @@ import json
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,22 @@ def make_site(
 
 
 @contextmanager
+def directly(port: int) -> Iterator[int]:
+    """No link between a site and the server's port but this machine's own."""
+    yield port
+
+
+@contextmanager
 def running_federation(
-    root: Path, sites: Mapping[str, Sequence[str] | None]
+    root: Path,
+    sites: Mapping[str, Sequence[str] | None],
+    link: Callable[[int], AbstractContextManager[int]] = directly,
 ) -> Iterator[Federation]:
-    """Server and registered sites with their records, started with their directories' scripts."""
+    """Server and registered sites with their records, started with their directories' scripts.
+
+    Args:
+        link: makes a site's own way to a port of the server; the port where it begins.
+    """
     server, base = root / "server", free_ports(5)
     init_server(server, ["localhost"], base)
 
@@ -103,7 +115,8 @@ def running_federation(
         stack.enter_context(started([str(server / "start.sh")], root))
         assert wait_for(lambda: listens(ports["fleet"]), 60)
         for name, lines in sites.items():
-            site = make_site(root, name, ports["fleet"], server / "ca.crt", lines)
+            port = stack.enter_context(link(ports["fleet"]))
+            site = make_site(root, name, port, server / "ca.crt", lines)
             done = run("fedllm", "server", "register", str(server), str(site / f"{name}.pub"))
             assert f"Registered {name}" in done.stdout, done.stderr
             stack.enter_context(started([str(site / "start-supernode.sh")], root))
