@@ -172,7 +172,7 @@ class Deployment:
     def start_site(self, name: str, prefix: Sequence[str] = (), **more: str) -> Started:
         """A site's start script."""
         command = [*prefix, str(self.root / name / "start-supernode.sh")]
-        own = {SITE: name, "RESTART_S": "5", "RESTARTS": "30"}
+        own = {SITE: name, "RESTART_S": "5", "RESTART_MAX_S": "5"}
         self.sites[name] = self.started(command, name, **{**own, **more})
         return self.sites[name]
 

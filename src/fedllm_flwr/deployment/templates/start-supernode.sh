@@ -1,8 +1,10 @@
 #!/bin/sh
 # This site's SuperNode. It dials out to the server; nothing listens but on this machine's own
-# address. After MAX_RETRIES failed connections in a row it gives up with a message. One that ends
-# by an error is started again after RESTART_S seconds, RESTARTS times in a row: the server refuses
-# a site that has crashed until it counts as offline, which takes up to a minute.
+# address. Whatever ends it, it is started again, until this script is ended: after RESTART_S
+# seconds (5), twice as long each time up to RESTART_MAX_S (60), from the beginning once it has run
+# for ten minutes. RESTARTS=3 gives up after three starts that did not last. The server refuses a
+# site that has crashed until it counts as offline, which takes up to a minute. A SuperNode gives
+# up by itself after MAX_RETRIES failed connections in a row.
 set -u
 umask 077
 cd "$(dirname "$0")" || exit 1
@@ -11,7 +13,7 @@ export PATH="$PWD/bin":@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 # gRPC would ask a proxy even for this machine's own address.
 export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
-ended=no supernode= failures=0
+ended=no supernode= failures=0 pause=${RESTART_S:-5}
 end() {
   ended=yes
   kill $supernode 2>/dev/null
@@ -34,16 +36,18 @@ while :; do
     wait
     exit 0
   fi
-  [ $status = 0 ] && exit 0
   # One that has run for long was no failed start.
-  [ $(($(date +%s) - started)) -gt 600 ] && failures=0
+  [ $(($(date +%s) - started)) -gt 600 ] && failures=0 pause=${RESTART_S:-5}
   failures=$((failures + 1))
-  [ $failures -gt "${RESTARTS:-5}" ] && break
+  [ -n "${RESTARTS:-}" ] && [ $failures -gt "$RESTARTS" ] && break
   echo "start-supernode.sh: the SuperNode ended with status $status," \
-    "starting it again in ${RESTART_S:-20} s ($failures of ${RESTARTS:-5})" >&2
-  sleep "${RESTART_S:-20}" &
+    "starting it again in $pause s ($failures in a row)" >&2
+  sleep $pause &
   wait $!
   [ $ended = yes ] && exit 0
+  pause=$((pause * 2))
+  [ $pause -gt "${RESTART_MAX_S:-60}" ] && pause=${RESTART_MAX_S:-60}
 done
 echo "start-supernode.sh: the SuperNode ended with status $status; the lines above say why" >&2
+[ $status = 0 ] && exit 1
 exit $status
