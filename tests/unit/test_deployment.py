@@ -274,6 +274,50 @@ def test_flower_reads_the_node_config(tmp_path: Path, options: Options, toy_mode
     assert site_columns(read, asked) == ColumnsConfig(instruction="the question")
 
 
+SYSTEMD = shutil.which("systemd-analyze")
+
+
+@pytest.mark.skipif(SYSTEMD is None, reason="systemd-analyze reads the units")
+@pytest.mark.parametrize("name", ["plain", 'o"dd $HOME 100% é'])
+def test_units_are_hardened(name: str, tmp_path: Path, notes: Path) -> None:
+    """Exposure below 3 of 10 ("OK"), and no line that systemd does not understand."""
+    init_server(tmp_path / name / "server", ["localhost"], 9191, insecure=True)
+    site = SiteOptions(
+        "ward", str(notes), "localhost:9192", columns=["instruction=question"], insecure=True
+    )
+    init_site(tmp_path / name / "site", site)
+    units = sorted((tmp_path / name).glob("*/systemd/*.service"))
+    assert [unit.stem for unit in units] == [
+        "fedllm-superexec",
+        "fedllm-superlink",
+        "fedllm-supernode",
+    ]
+
+    for unit in units:
+        command = [str(SYSTEMD), "security", "--offline=true", "--threshold=30", str(unit)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Overall exposure level" in done.stdout
+        command = [str(SYSTEMD), "verify", str(unit)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        folder = str(unit.parents[1]).replace('"', '\\"').replace("%", "%%")
+        assert f'ReadWritePaths="{folder}"\n' in unit.read_text()
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen and openssl compare")
+def test_fingerprints_are_those_of_openssl_and_ssh_keygen(
+    server: Path, tmp_path: Path, options: Options
+) -> None:
+    said = " ".join(init_site(tmp_path / "site", options()))
+    read = ["openssl", "x509", "-in", str(server / "ca.crt"), "-noout", "-fingerprint", "-sha256"]
+    expected = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    assert expected.strip().partition("=")[2] in said
+    read = ["ssh-keygen", "-l", "-f", str(tmp_path / "site" / "hospital-a.pub")]
+    expected = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    assert expected.split()[1] in said
+
+
 def test_node_config_holds_any_text() -> None:
     odd = 'a "b" \\ \t \x7f é ☃ = #'
     assert tomllib.loads(to_toml({"key": odd})) == {"key": odd}

@@ -95,6 +95,12 @@ def issue_server(ca: Issued, hosts: Sequence[str]) -> Issued:
     return Issued(certificate, key)
 
 
+def fingerprint(pem: bytes) -> str:
+    """SHA-256 of a certificate as ``openssl x509 -noout -fingerprint -sha256`` prints it."""
+    digest = x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256())
+    return digest.hex(":").upper()
+
+
 def hosts_of(certificate: x509.Certificate) -> list[str]:
     """The names and addresses that a server certificate is for."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

@@ -19,6 +19,10 @@ def add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     run.add_argument("directory", help="directory of server init; the server must be running")
     run.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
 
+    prune = add(steps, "prune", _server_prune, "forget old runs in superlink.db; outputs/ stays")
+    prune.add_argument("directory", help="directory of server init")
+    prune.add_argument("--days", type=int, default=90, help="since a run has ended; default 90")
+
     renew = add(steps, "renew", _server_renew, "new server certificate of the same authority")
     renew.add_argument("directory", help="directory of server init")
     renew.add_argument(
@@ -154,6 +158,13 @@ def _server_unregister(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.registration import unregister_site
 
     print("\n".join(unregister_site(arguments.directory, arguments.name)))
+    return 0
+
+
+def _server_prune(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.retention import prune_runs
+
+    print("\n".join(prune_runs(arguments.directory, arguments.days)))
     return 0
 
 

@@ -1,6 +1,7 @@
 """New directories of operators: all files or none, and never over what is there."""
 
 import contextlib
+import getpass
 import os
 import shlex
 import string
@@ -17,6 +18,13 @@ PUBLIC, SECRET, PROGRAM = 0o644, 0o600, 0o755  # permissions of files
 _PRIVATE_DIRECTORY = 0o700
 _TEMPLATES = Path(__file__).parent / "templates"
 FLWR_HOME = "flwr"  # Flower's own files, inside a server's or site's directory
+
+
+_NVIDIA = """\
+DevicePolicy=closed
+DeviceAllow=char-nvidia* rw
+DeviceAllow=char-nvidia-uvm rw
+"""
 
 
 class _Template(string.Template):
@@ -55,10 +63,40 @@ def program_folder() -> str:
     return shlex.quote(str(Path(sys.executable).parent))
 
 
+def python_program() -> str:
+    """This Python, quoted for a shell."""
+    return shlex.quote(sys.executable)
+
+
+def systemd_unit(
+    folder: Path, script: str, description: str, after: str, restart_s: int, gpu: bool = False
+) -> str:
+    """A hardened unit that runs a script of an operator's directory.
+
+    Args:
+        gpu: the service may use NVIDIA devices; others see no device at all.
+    """
+    return filled(
+        "systemd.service",
+        description=description,
+        after=after,
+        program=systemd_quoted(folder / script),
+        restart_s=str(restart_s),
+        user=getpass.getuser(),
+        folder=_systemd_escaped(folder),
+        cache=_systemd_escaped(folder / "cache"),
+        devices=_NVIDIA if gpu else "PrivateDevices=yes\n",
+    )
+
+
 def systemd_quoted(path: Path) -> str:
     """A path as one argument in a unit file; as a program's name quotes are not allowed in it."""
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{text}"'.replace("$", "$$")
+    return f'"{_systemd_escaped(path)}"'.replace("$", "$$")
+
+
+def _systemd_escaped(path: Path) -> str:
+    """Between double quotes, where a unit file reads no variables."""
+    return str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
 
 
 def check_name(name: str, option: str) -> None:

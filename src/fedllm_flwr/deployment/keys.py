@@ -1,5 +1,8 @@
 """The key pair by which a SuperNode proves to the SuperLink which site it is."""
 
+import base64
+import hashlib
+
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -25,6 +28,12 @@ def make_key_pair(name: str) -> tuple[bytes, bytes]:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return private, public + f" {name}\n".encode()
+
+
+def key_fingerprint(public: bytes) -> str:
+    """Of a public key in the OpenSSH format, as ``ssh-keygen -l`` prints it: SHA256:..."""
+    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 def check_public_key(content: bytes, source: str) -> None:

@@ -11,7 +11,7 @@ from fedllm_flwr.deployment.flower import (
     ask_flower,
     server_folder,
 )
-from fedllm_flwr.deployment.keys import check_public_key
+from fedllm_flwr.deployment.keys import check_public_key, key_fingerprint
 from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.errors import ConfigError, FederationError
 
@@ -64,7 +64,10 @@ def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
     if not kept.exists():
         kept.write_bytes(content)
     _node_file(kept).write_text(f"{node_id}\n")
-    return [f"Registered {key.stem} as node {node_id}; its key is kept in {kept}."]
+    return [
+        f"Registered {key.stem} as node {node_id}; its key is kept in {kept}.",
+        f"  telephone  compare with its operator: {key_fingerprint(content)}",
+    ]
 
 
 def unregister_site(directory: str | Path, name: str) -> list[str]:

@@ -12,6 +12,7 @@ from fedllm_flwr.deployment.certificates import (
     CA_DAYS,
     LOOPBACK,
     SERVER_DAYS,
+    fingerprint,
     issue_ca,
     issue_server,
     subject_alternative_names,
@@ -25,7 +26,8 @@ from fedllm_flwr.deployment.directory import (
     check_new,
     filled,
     program_folder,
-    systemd_quoted,
+    python_program,
+    systemd_unit,
     write_new,
 )
 from fedllm_flwr.deployment.flower import CONNECTION
@@ -126,6 +128,7 @@ def _scripts(
 ) -> dict[str, NewFile]:
     values = {
         "bin": program_folder(),
+        "python": python_program(),
         "appio": dial_address(private_host, ports.appio),
         "fleet": f"{_bind_address(hosts)}:{ports.fleet}",
         "control": dial_address(private_host, ports.control),
@@ -140,12 +143,13 @@ def _scripts(
     }
     for part, needs in (("superlink", ""), ("superexec", "fedllm-superlink.service")):
         files[f"systemd/fedllm-{part}.service"] = NewFile(
-            filled(
-                "systemd.service",
-                description=f"Federated fine-tuning: {part}",
-                after=f"network-online.target {needs}".strip(),
-                program=systemd_quoted(folder / f"start-{part}.sh"),
-                restart_s="5",
+            systemd_unit(
+                folder,
+                f"start-{part}.sh",
+                f"Federated fine-tuning: {part}",
+                f"network-online.target {needs}".strip(),
+                restart_s=5,
+                gpu=part == "superexec",
             )
         )
     files["README.md"] = NewFile(_readme(folder, hosts, private_host, ports, insecure))
@@ -205,6 +209,7 @@ def _report(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) ->
             "--insecure",
             f"  firewall   let the sites reach TCP port {ports.fleet}; nothing else",
         ]
+    print_of_ca = fingerprint((folder / "ca.crt").read_bytes())
     return [
         f"Made {folder}: certificate for {', '.join(dict.fromkeys([*hosts, *LOOPBACK]))}, valid "
         f"{SERVER_DAYS} days (its authority {CA_DAYS} days).",
@@ -212,6 +217,7 @@ def _report(folder: Path, hosts: Sequence[str], ports: Ports, insecure: bool) ->
         f"  look       fedllm status {shlex.quote(str(folder))}",
         f"  each site  send it {folder / 'ca.crt'}; there: fedllm site init <dir> --name <site> "
         f"--data <file> --server {dial} --ca ca.crt",
+        f"  telephone  each site compares SHA-256 of ca.crt: {print_of_ca}",
         f"  register   fedllm server register {shlex.quote(str(folder))} <site>.pub",
         f"  firewall   let the sites reach TCP port {ports.fleet}; nothing else",
         f"  more       {folder / 'README.md'}",

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
 from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
-from fedllm_flwr.deployment.certificates import read_ca
+from fedllm_flwr.deployment.certificates import fingerprint, read_ca
 from fedllm_flwr.deployment.directory import (
     PROGRAM,
     SECRET,
@@ -22,10 +22,11 @@ from fedllm_flwr.deployment.directory import (
     check_new,
     filled,
     program_folder,
-    systemd_quoted,
+    python_program,
+    systemd_unit,
     write_new,
 )
-from fedllm_flwr.deployment.keys import make_key_pair
+from fedllm_flwr.deployment.keys import key_fingerprint, make_key_pair
 from fedllm_flwr.deployment.node import DEVICES, every_role, parse_columns, to_toml
 from fedllm_flwr.errors import ConfigError, DataError
 
@@ -220,6 +221,7 @@ def _start_script(options: SiteOptions) -> str:
     return filled(
         "start-supernode.sh",
         bin=program_folder(),
+        python=python_program(),
         superlink=shlex.quote(options.server),
         security=_security(options),
         health=options.health_address,
@@ -227,12 +229,13 @@ def _start_script(options: SiteOptions) -> str:
 
 
 def _unit(folder: Path, name: str) -> str:
-    return filled(
-        "systemd.service",
-        description=f"Federated fine-tuning: site {name}",
-        after="network-online.target",
-        program=systemd_quoted(folder / "start-supernode.sh"),
-        restart_s=str(_RESTART_S),
+    return systemd_unit(
+        folder,
+        "start-supernode.sh",
+        f"Federated fine-tuning: site {name}",
+        "network-online.target",
+        restart_s=_RESTART_S,
+        gpu=True,
     )
 
 
@@ -284,7 +287,13 @@ def _report(folder: Path, options: SiteOptions, usable: Mapping[str, tuple[int, 
             "tell who takes part."
         )
     else:
-        lines.append(f"  send       {folder / f'{options.name}.pub'} to the server's operator")
+        authority = fingerprint((folder / "ca.crt").read_bytes())
+        public = folder / f"{options.name}.pub"
+        lines += [
+            f"  send       {public} to the server's operator",
+            f"  telephone  compare with the server's operator: SHA-256 of ca.crt {authority}",
+            f"             and of your key {key_fingerprint(public.read_bytes())}",
+        ]
     return [
         *lines,
         f"  limits     {folder / 'policy.yaml'} says what a server may ask; look it over",

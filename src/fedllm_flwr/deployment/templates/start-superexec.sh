@@ -4,8 +4,13 @@
 set -eu
 umask 077
 cd "$(dirname "$0")"
+if [ -z "${LOGGED:-}" ]; then # every line gets a time, and is kept in logs/
+  LOGGED=yes exec @{python} -P -m fedllm_flwr.deployment.logged logs/superexec.log \
+    /bin/sh "./start-superexec.sh" "$@@"
+fi
+unset LOGGED
 export PATH=@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
 # gRPC would ask a proxy even for this machine's own address.
 export no_proxy="@{unproxied}${no_proxy:+,$no_proxy}"
 exec flower-superexec --plugin-type serverapp --insecure \

@@ -3,8 +3,17 @@
 set -eu
 umask 077
 cd "$(dirname "$0")"
+if [ -z "${LOGGED:-}" ]; then # every line gets a time, and is kept in logs/
+  LOGGED=yes exec @{python} -P -m fedllm_flwr.deployment.logged logs/superlink.log \
+    /bin/sh "./start-superlink.sh" "$@@"
+fi
+unset LOGGED
 export PATH=@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
+# Flower keeps all runs for ever. Results in outputs/ stay.
+if [ -e superlink.db ]; then
+  fedllm server prune "$PWD" --days "${KEEP_RUNS_DAYS:-90}" || true
+fi
 exec flower-superlink \
   --database superlink.db \
   --isolation process --superexec-auth-secret-file superexec.secret \

@@ -8,9 +8,14 @@
 set -u
 umask 077
 cd "$(dirname "$0")" || exit 1
+if [ -z "${LOGGED:-}" ]; then # every line gets a time, and is kept in logs/
+  LOGGED=yes exec @{python} -P -m fedllm_flwr.deployment.logged logs/supernode.log \
+    /bin/sh "./start-supernode.sh" "$@@"
+fi
+unset LOGGED
 # bin/ first: its flwr-clientapp runs the installed package, never code that a server has sent.
 export PATH="$PWD/bin":@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
 # gRPC would ask a proxy even for this machine's own address.
 export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
 ended=no supernode= failures=0 pause=${RESTART_S:-5}

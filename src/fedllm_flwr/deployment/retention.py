@@ -1,0 +1,86 @@
+"""Forget old runs in a SuperLink's database, which Flower keeps for ever (flwr 1.31)."""
+
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from fedllm_flwr.deployment.flower import server_folder
+from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.reporting.text import format_bytes
+
+_LOCK_TIMEOUT_S = 30.0
+_TABLES_BY_RUN = (  # in an order that foreign keys allow
+    *("logs", "context", "message_ins", "message_res", "run_objects", "task_event"),
+    *("task_message", "series_runs"),
+)
+_ORPHANS = (
+    "DELETE FROM object_children WHERE parent_id IN (SELECT object_id FROM old_objects)",
+    "DELETE FROM objects WHERE object_id IN (SELECT object_id FROM old_objects)"
+    " AND object_id NOT IN (SELECT object_id FROM run_objects)",
+    "DELETE FROM fab WHERE fab_hash NOT IN (SELECT fab_hash FROM run WHERE fab_hash IS NOT NULL)",
+)
+
+
+def prune_runs(directory: str | Path, days: int) -> list[str]:
+    """Remove runs that ended more than `days` days ago from ``superlink.db``, with their messages.
+
+    Registered sites, runs that go on, and results in ``outputs/`` stay.
+
+    Returns:
+        Lines for the operator.
+
+    Raises:
+        ConfigError: no server's directory, or a number of days below 1.
+        FederationError: the database is locked for long, or of another version of Flower.
+    """
+    if days < 1:
+        raise ConfigError(f"--days {days}: give 1 or more")
+    file = server_folder(directory) / "superlink.db"
+    if not file.is_file():
+        return [f"{file}: not there yet, nothing to forget."]
+    before = file.stat().st_size
+    try:
+        with closing(sqlite3.connect(file, _LOCK_TIMEOUT_S)) as database:
+            with database:  # one transaction
+                old = _ended_before(database, datetime.now(UTC) - timedelta(days=days))
+                _remove(database, old)
+            if old:
+                database.execute("VACUUM")
+    except sqlite3.Error as error:
+        raise FederationError(
+            f"{file}: old runs cannot be removed ({error}); try again when no run goes on"
+        ) from error
+    saved = format_bytes(max(0, before - file.stat().st_size))
+    return [f"Removed {len(old)} runs that ended more than {days} days ago ({saved})."]
+
+
+def _ended_before(database: sqlite3.Connection, moment: datetime) -> list[int]:
+    """Ids of runs all of whose tasks have ended before a moment."""
+    ends: dict[int, list[datetime | None]] = {}
+    for run, finished in database.execute("SELECT run_id, finished_at FROM task"):
+        ends.setdefault(run, []).append(_time(finished))
+    return [run for run, times in ends.items() if all(end and end < moment for end in times)]
+
+
+def _time(text: str | None) -> datetime | None:
+    if not text:
+        return None
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _remove(database: sqlite3.Connection, runs: list[int]) -> None:
+    database.execute("CREATE TEMP TABLE old_runs (run_id INTEGER PRIMARY KEY)")
+    database.executemany("INSERT INTO old_runs VALUES (?)", [(run,) for run in runs])
+    among = "run_id IN (SELECT run_id FROM old_runs)"
+    database.execute(
+        f"CREATE TEMP TABLE old_objects AS SELECT object_id FROM run_objects WHERE {among}"
+    )
+    database.execute(
+        f"DELETE FROM task_logs WHERE task_id IN (SELECT task_id FROM task WHERE {among})"
+    )
+    for table in (*_TABLES_BY_RUN, "run", "task"):
+        database.execute(f"DELETE FROM {table} WHERE {among}")
+    for statement in _ORPHANS:
+        database.execute(statement)
