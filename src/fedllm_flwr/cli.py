@@ -13,7 +13,12 @@ from fedllm_flwr.benchmark.arguments import add_evaluation
 from fedllm_flwr.deployment.commands import add_server, add_site
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
-from fedllm_flwr.status.arguments import add_status, status_arguments
+from fedllm_flwr.status.arguments import (
+    add_metrics,
+    add_status,
+    metrics_arguments,
+    status_arguments,
+)
 from fedllm_flwr.usage import CommandParser, refuse_unknown
 
 Command = Callable[[argparse.Namespace], int]
@@ -211,6 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _add(commands, "evaluate", _evaluate, "benchmark suites on base and adapters")
     add_evaluation(evaluate)
     add_status(_add(commands, "status", status_arguments, "how a run, a server or a site stands"))
+    text = "counts of a server or a site for Prometheus, on loopback"
+    add_metrics(_add(commands, "metrics", metrics_arguments, text))
     add_server(commands, _add)
     add_site(commands, _add)
     return parser

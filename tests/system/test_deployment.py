@@ -123,7 +123,7 @@ def test_run_goes_on_when_the_superlink_is_killed(federation: Federation, tmp_pa
         assert wait_for(lambda: (output / "summary.json").exists(), 300), rounds_of(output)
     followed = submitted.result()
     assert followed.returncode == 0, followed.stdout + followed.stderr
-    for line in ("Submitted as run", "rounds      3 x 2 of 2 clients", "Finished in"):
+    for line in ("Submitted as run", "rounds      3 x all 2 clients", "Finished in"):
         assert followed.stdout.count(line) == 1, followed.stdout
     assert [record["round"] for record in rounds_of(output)] == [0, 1, 2, 3]
     for record in rounds_of(output)[1:]:

@@ -84,6 +84,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ray": (("engines",), ("checks", "cli")),
     "openai": ((), ("judging",)),
     "vllm": ((), ("judging",)),
+    "prometheus_client": ((), ("status",)),
 }
 
 

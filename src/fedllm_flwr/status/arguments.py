@@ -21,3 +21,19 @@ def status_arguments(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.status.command import status
 
     return status(arguments.directory, arguments.health, arguments.json)
+
+
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``fedllm metrics``."""
+    parser.add_argument("directory", help="of server init or of site init")
+    parser.add_argument("--port", type=int, default=9464, help="on 127.0.0.1; default 9464")
+
+
+def metrics_arguments(arguments: argparse.Namespace) -> int:
+    """Serve metrics until interrupted; its exit status."""
+    from pathlib import Path
+
+    from fedllm_flwr.status.exporter import serve_metrics
+
+    serve_metrics(Path(arguments.directory), arguments.port)
+    return 0
