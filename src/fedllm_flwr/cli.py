@@ -122,7 +122,7 @@ def _config(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.config.describe import describe, list_choices
 
     if arguments.list:
-        print(list_choices(arguments.config_dir))
+        print(list_choices(arguments.config_dir, arguments.overrides))
     else:
         print(describe(compose(arguments.overrides, arguments.config_dir)), end="")
     return 0
@@ -198,7 +198,11 @@ def _parser() -> argparse.ArgumentParser:
 
     config = _add(commands, "config", _config, "print the resolved configuration")
     _add_overrides(config)
-    config.add_argument("--list", action="store_true", help="list groups, choices and keys")
+    config.add_argument(
+        "--list",
+        action="store_true",
+        help="list groups, choices and keys; with words, those that hold one",
+    )
 
     doctor = _add(commands, "doctor", _doctor, "check this machine, and say what to do")
     doctor.add_argument("--quick", action="store_true", help="do not start Ray")

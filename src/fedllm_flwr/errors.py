@@ -59,5 +59,13 @@ class ApprovalDeclined(RefusedError):  # noqa: N818 - a kind of `Failure`
     """A run that the operator of a site has declined."""
 
 
+class NotFiniteError(FederationError):
+    """Tensors or scores that hold NaN, Inf or absurd numbers."""
+
+
+class DivergedError(NotFiniteError):
+    """A round in which training left the finite numbers at every client."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """The user stopped a run; the message says what was kept and how to go on."""

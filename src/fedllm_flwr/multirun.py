@@ -12,9 +12,10 @@ from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose, expand_sweep
 from fedllm_flwr.errors import ConfigError, FedLLMError
+from fedllm_flwr.fit import first_refusal
 from fedllm_flwr.reporting.console import Console, print_error
 from fedllm_flwr.reporting.metrics import read_metrics, summarise
-from fedllm_flwr.run import run_simulation
+from fedllm_flwr.run import run_simulation, with_absolute_paths
 
 _COLUMNS = ("loss", "accuracy", "macro_f1")
 
@@ -33,6 +34,7 @@ def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = Fal
     if len(combinations) < 2:
         raise ConfigError("--multirun needs a key with several values, such as seed=1,2,3.")
     configs = [compose(combination, config_dir) for combination in combinations]
+    first_refusal([with_absolute_paths(config) for config in configs])
     root = _root(configs)
     rows: list[dict[str, object]] = []
     for number, (combination, config) in enumerate(zip(combinations, configs, strict=True)):

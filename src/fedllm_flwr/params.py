@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.errors import FederationError
+from fedllm_flwr.errors import FederationError, NotFiniteError
 
 Array = NDArray[Any]
 Params = dict[str, Array]
@@ -67,11 +67,11 @@ def check_like(params: Mapping[str, Array], reference: Mapping[str, Array]) -> N
 def _check_values(name: str, value: Array) -> None:
     largest = float(np.abs(value).max(initial=0.0))  # NaN if any value is
     if np.isnan(largest):
-        raise FederationError(f"{name!r} holds NaN")
+        raise NotFiniteError(f"{name!r} holds NaN")
     if np.isinf(largest):
-        raise FederationError(f"{name!r} holds Inf")
+        raise NotFiniteError(f"{name!r} holds Inf")
     if largest > LARGEST_VALUE:
-        raise FederationError(
+        raise NotFiniteError(
             f"{name!r} holds {largest:.3g}, more than {LARGEST_VALUE:.0f}: local training diverged"
         )
 

@@ -22,6 +22,7 @@ from fedllm_flwr.data.partition import ClientStats, describe
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.evaluation.central import HeldOut, make_evaluation_set
 from fedllm_flwr.evaluation.preferences import make_preference_set
+from fedllm_flwr.fit import fit_warnings
 from fedllm_flwr.params import Params
 from fedllm_flwr.suites.central import CentralSuites, central_suites
 from fedllm_flwr.training.device import cpu_count
@@ -55,12 +56,12 @@ def prepare(config: Config) -> Prepared:
     if config.federation.engine == "deployment":
         records = load_evaluation_data(config)
         clients: list[ClientStats] = []
-        warnings: list[str] = []
+        warnings = fit_warnings(config, None, records)
     else:
         data = simulated_data(config, load_tokenizer(config.model))
         require_clients_examples(config, data)
         records, clients = data.source.eval, describe(data.partition)
-        warnings = _lost(config, data)
+        warnings = _lost(config, data) + fit_warnings(config, data, records)
     model = load_model(config)
     initial = _adapter(config.init_adapter, model) or model.initial
     reference = _reference(config, model)

@@ -16,7 +16,8 @@ from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.client import cache_dir, divided_data
 from fedllm_flwr.engines import find_engine
 from fedllm_flwr.engines.resources import check_machine
-from fedllm_flwr.errors import FedLLMError, RunInterrupted
+from fedllm_flwr.errors import DivergedError, FedLLMError, RunInterrupted
+from fedllm_flwr.fit import check_fit
 from fedllm_flwr.liveness import held
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import (
@@ -38,7 +39,6 @@ from fedllm_flwr.run_directory import (
     reopen,
 )
 from fedllm_flwr.timings import Timings
-from fedllm_flwr.training.tokenizer import model_source
 
 
 def run_simulation(config: Config, console: Console, started: float) -> RunDirectory:
@@ -55,9 +55,9 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
     if (done := _finished_before(config, console)) is not None:
         return done
     console.status("reading the data")
-    model_source(config.model)
     engine = find_engine(config.federation.engine)
     check_machine(config)
+    check_fit(config)
     _, clients = divided_data(config)
     return _carry_out(
         config, console, started, lambda main: engine(config, clients.num_clients, main)
@@ -69,6 +69,7 @@ def run_on_grid(config: Config, grid: Grid, console: Console, run_id: int) -> Ru
     config = with_absolute_paths(config)
     if (done := _finished_before(config, console)) is not None:
         return done
+    check_fit(config)
 
     def engine(main: Callable[[Grid], None]) -> None:
         with _state_dir_of(run_id):
@@ -173,6 +174,11 @@ def _saying_how_to_go_on(directory: RunDirectory, config: Config) -> Iterator[No
     """Add to a failure or an interrupt what is kept of the run, and the command to go on."""
     try:
         yield
+    except DivergedError as error:
+        raise DivergedError(
+            f"{error} Training has left the finite numbers and would do so again: start anew with "
+            f"a lower training.learning_rate than {config.training.learning_rate:g}."
+        ) from error
     except (FedLLMError, KeyboardInterrupt) as error:
         is_deployment = config.federation.engine == "deployment"
         command = f"fedllm server run {shlex.quote(str(Path.cwd()))}" if is_deployment else None
@@ -183,6 +189,10 @@ def _saying_how_to_go_on(directory: RunDirectory, config: Config) -> Iterator[No
             kept = kept or "nothing was kept, no round had begun."
             raise RunInterrupted(f"interrupted; {kept}") from error
         raise type(error)(f"{error} ({kept})" if kept else str(error)) from error
+    except Exception:
+        if how_to_go_on(directory) is None:
+            discard(directory)
+        raise
 
 
 def _named_anywhere(directory: RunDirectory, config: Config) -> RunDirectory:

@@ -13,6 +13,7 @@ from fedllm_flwr.checkpoint import ServerState, load_state, write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.registration import registered_sites
 from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
+from fedllm_flwr.fit import scored_on_one
 from fedllm_flwr.params import Params
 from fedllm_flwr.planning import make_plan
 from fedllm_flwr.preparation import Prepared, prepare
@@ -54,7 +55,7 @@ def serve(
         sizes = {name: client.info.num_examples for name, client in roster.items()}
         table = clients_table(prepared.clients) if prepared.clients else sizes_table(sizes)
         write_atomically(directory.clients, table.encode())
-    warnings += prepared.warnings
+    warnings += [*prepared.warnings, *scored_on_one(config, sizes)]
     warnings += [f"{name} cannot take part: {why}" for name, why in sorted(census.refused.items())]
     if len(roster) < prepared.num_clients:
         warnings.append(f"starting with {len(roster)} of {prepared.num_clients} clients")

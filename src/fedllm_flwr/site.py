@@ -109,7 +109,12 @@ def _evaluate(content: RecordDict, site: Site) -> RecordDict:
 
 def _query(content: RecordDict, site: Site) -> RecordDict:
     """Say who this node is and how many examples it holds."""
-    data = _data(_own(unpack_query(content), site), site)
+    from fedllm_flwr.fit import check_site_fit
+
+    config = _own(unpack_query(content), site)
+    data = _data(config, site)
+    if not site.is_simulated:  # the server has checked what it simulates
+        check_site_fit(config, data.train)
     return pack_info(ClientInfo(data.name, len(data.train), __version__))
 
 

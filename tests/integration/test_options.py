@@ -112,19 +112,26 @@ def test_multirun_goes_on_after_a_failed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sweep = tiny("federation.engine=inprocess", "federation.num_rounds=1", "data.max_samples=2,100")
-    sweep.append("output_dir=sizes")
+    diverging = ["training.max_grad_norm=0", "communication.dtype=float32"]
+    sweep = tiny("federation.engine=inprocess", "federation.num_rounds=1", *diverging)
+    sweep += ["training.learning_rate=1e15,0.005", "output_dir=rates"]
     assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 1
-    assert {path.name for path in Path("sizes").iterdir()} == {
-        "1-data.max_samples=100",
-        "results.csv",
-    }
-    with Path("sizes/results.csv").open() as file:
+    with Path("rates/results.csv").open() as file:
         failed, good = csv.DictReader(file)
-    assert "more than the 2 training records" in failed["error"]
+    assert "lower training.learning_rate than 1e+15" in failed["error"]
     assert failed["loss"] == ""
     assert float(good["loss"]) > 0
+    assert "lower training.learning_rate than 1e+15" in capsys.readouterr().err
+
+
+def test_multirun_is_refused_as_a_whole_where_one_run_cannot_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = tiny("federation.engine=inprocess", "data.max_samples=100,2", "output_dir=sizes")
+    assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 2
     assert "more than the 2 training records" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -144,6 +151,6 @@ def test_multirun_needs_one_directory_of_its_own(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
-    assert cli.main(["run", "--quiet", "--multirun", *tiny(*overrides)]) == 1
+    assert cli.main(["run", "--quiet", "--multirun", *tiny(*overrides)]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -34,6 +34,7 @@ LAYERS = (
     ("coding",),
     ("judging",),
     ("reporting",),
+    ("fit",),
     (
         "adapters",
         "run_directory",
@@ -78,7 +79,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "peft": (("training", "evaluation"), ()),
     "trl": (("training", "evaluation"), ()),
     "bitsandbytes": (("training",), ("checks",)),
-    "datasets": ((), ("data", "suites", "coding")),
+    "datasets": ((), ("data", "suites", "coding", "fit")),
     "lm_eval": ((), ("suites",)),
     "matplotlib": ((), ("reporting",)),
     "ray": (("engines",), ("checks", "cli")),

@@ -18,6 +18,7 @@ from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.config.schema import TEMPLATES
 from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.fit import check_evaluation_fit
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.suites.cache import SamplesCache, default_cache
 from fedllm_flwr.suites.catalogue import (
@@ -26,8 +27,8 @@ from fedllm_flwr.suites.catalogue import (
     chosen_suites,
     chosen_tasks,
 )
-from fedllm_flwr.suites.harness import harness_version
 from fedllm_flwr.suites.local_data import missing_files
+from fedllm_flwr.suites.requested import harness_version
 from fedllm_flwr.suites.results import RunOptions
 
 NOTES = (
@@ -78,6 +79,7 @@ def evaluate(request: Request) -> int:
     candidates = collect(
         request.runs, request.adapters, request.compare, request.base, request.template
     )
+    check_evaluation_fit(candidates[0].config, request.prompt, request.template)
     output = _output(request)
     print(f"evaluating {len(candidates)} models on {len(tasks)} tasks   output  {output}")
     unfinished = [item.adapter.unfinished for item in candidates if item.adapter]

@@ -12,8 +12,8 @@ from fedllm_flwr.benchmark.runners import runner_of
 from fedllm_flwr.kept_adapters import KeptAdapter
 from fedllm_flwr.suites.cache import SamplesCache, files_identity, key_of, task_identity
 from fedllm_flwr.suites.catalogue import SuiteTask
-from fedllm_flwr.suites.harness import harness_version
 from fedllm_flwr.suites.model import TextModel
+from fedllm_flwr.suites.requested import harness_version
 from fedllm_flwr.suites.results import RunOptions, Samples
 from fedllm_flwr.training.device import cpu_count, torch_threads
 from fedllm_flwr.training.model import AdaptedModel, load_model

@@ -10,11 +10,12 @@ from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.comparison.jobs import Job, carry_out, make_jobs
 from fedllm_flwr.comparison.results import curves, deciding_metric, make_rows, read_outcomes
 from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
-from fedllm_flwr.config.compose import compose
+from fedllm_flwr.config.compose import compose, expand_sweep
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.config.schema import ALGORITHMS
 from fedllm_flwr.engines.resources import check_machine
 from fedllm_flwr.errors import ConfigError, RunInterrupted
+from fedllm_flwr.fit import first_refusal
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.training.device import cpu_count
@@ -36,6 +37,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
         ConfigError: something in the arguments cannot work.
     """
     options, own = _split(arguments)
+    _refuse_sweeps(options, own)
     if "resume" in options:
         root = Path(options["resume"]).expanduser()
         options, own = _saved(root)
@@ -46,6 +48,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
     jobs = make_jobs([*own, *seeds], config_dir, algorithms, root)
     config = jobs[0].config
     check_machine(config)
+    first_refusal([job.config for job in jobs if not job.done])
     saved = json.dumps({"options": options, "overrides": own}, indent=2)
     write_atomically(root / _SAVED, saved.encode())
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
@@ -62,6 +65,22 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
         ) from interrupt
     _write(root, jobs, algorithms)
     return 1 if failed else 0
+
+
+def _refuse_sweeps(options: dict[str, str], overrides: Sequence[str]) -> None:
+    """A comparison runs algorithms and seeds; other lists of values are for `fedllm run -m`.
+
+    Raises:
+        ConfigError: names the list, and what to write instead.
+    """
+    counted = "give their number: seeds=3 with seed=1 runs the seeds 1, 2 and 3."
+    if not options.get("seeds", "1").isdecimal():
+        raise ConfigError(f"seeds={options['seeds']}: {counted}")
+    for text in overrides:
+        if len(expand_sweep([text])) > 1:
+            key = text.partition("=")[0]
+            remedy = counted if key == "seed" else "a comparison takes one value; choose one."
+            raise ConfigError(f"{text}: {remedy}")
 
 
 def _seeds(count: int) -> str:

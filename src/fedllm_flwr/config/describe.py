@@ -1,5 +1,6 @@
 """What can be configured, and what is: the texts of ``fedllm config``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import reduce
 from typing import Any, Literal, get_args, get_origin
@@ -7,12 +8,14 @@ from typing import Any, Literal, get_args, get_origin
 from fedllm_flwr.config.compose import existing_dir, to_yaml
 from fedllm_flwr.config.names import (
     SchemaField,
+    closest_key,
     group_choices,
     schema_fields,
     shown,
     without_none,
 )
 from fedllm_flwr.config.schema import Config
+from fedllm_flwr.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,34 @@ def describe(config: Config) -> str:
     return to_yaml(config)
 
 
-def list_choices(config_dir: str | None = None) -> str:
-    """Every group with its choices, and every key with its type, default and meaning."""
-    groups = group_choices(existing_dir(config_dir))
-    width = max(map(len, groups))
-    lines = ["Groups (group=choice)"]
-    lines += [f"  {name:<{width}}  {' | '.join(some)}" for name, some in groups.items()]
-    lines += ["", "Keys (section.key=value)"]
+def list_choices(config_dir: str | None = None, words: Sequence[str] = ()) -> str:
+    """Groups with their choices, and keys with type, default and meaning; those with a word in it.
+
+    Raises:
+        ConfigError: a word that no name, choice or meaning holds.
+    """
+    groups = {
+        name: " | ".join(some) for name, some in group_choices(existing_dir(config_dir)).items()
+    }
     typed = {f"{key.name}: {key.type} = {key.default}": key.help for key in keys()}
-    width = max(map(len, typed))
-    lines += [f"  {text:<{width}}  {meaning}".rstrip() for text, meaning in typed.items()]
-    return "\n".join(lines) + "\n"
+    for word in words:
+        if not any(_holds(line, [word]) for line in (*groups.items(), *typed.items())):
+            close = closest_key(word)
+            hint = f" Did you mean {close!r}?" if close else ""
+            raise ConfigError(f"--list {shown(word)}: no group or key has this in it.{hint}")
+    sections = []
+    for title, lines in (("Groups (group=choice)", groups), ("Keys (section.key=value)", typed)):
+        wanted = {name: text for name, text in lines.items() if _holds((name, text), words)}
+        width = max(map(len, wanted), default=0)
+        rows = [f"  {name:<{width}}  {text}".rstrip() for name, text in wanted.items()]
+        sections += ["\n".join([title, *rows])] if rows else []
+    return "\n\n".join(sections) + "\n"
+
+
+def _holds(line: tuple[str, str], words: Sequence[str]) -> bool:
+    """Whether a line is wanted: it holds one of the words, or there are none."""
+    text = " ".join(line).lower()
+    return not words or any(word.lower() in text for word in words)
 
 
 def keys() -> list[Key]:

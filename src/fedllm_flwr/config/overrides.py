@@ -104,6 +104,8 @@ def _swept(text: str, choices: Choices) -> list[str]:
         values = []
     if not values:
         raise ConfigError(f"{shown(text)} names no values to run; list them, as {key}=a,b.")
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ConfigError(f"{shown(text)} lists {twice[0]} twice; list each value once.")
     return [f"{key}={value}" for value in values]
 
 

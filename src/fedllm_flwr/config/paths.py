@@ -22,6 +22,7 @@ def validate_paths(config: Config) -> None:
     for key, path in files.items():
         if path and path not in EMBEDDED_DATA:
             _check_exists(key, path)
+    _check_eval_is_other(config)
     if config.model.path.startswith(("/", "./", "../", "~")):
         _check_exists("model.path", config.model.path)
     if config.evaluation.data_root and config.evaluation.suites:
@@ -38,6 +39,22 @@ def validate_paths(config: Config) -> None:
                 f"{key}={shown(adapter)}: no adapter_config.json there; give the adapter/ "
                 "directory of a run."
             )
+
+
+def _check_eval_is_other(config: Config) -> None:
+    """Refuse scores on the records that are trained on."""
+    data = config.data
+    if config.federation.engine == "deployment" or not data.path or not data.eval_path:
+        return
+    if data.path in EMBEDDED_DATA or data.eval_path in EMBEDDED_DATA:
+        return
+    train, held_out = Path(data.path).expanduser(), Path(data.eval_path).expanduser()
+    if train.samefile(held_out) and data.eval_split in (None, data.split):
+        raise ConfigError(
+            f"data.eval_path={shown(data.eval_path)} is data.path: the scores would be of records "
+            "that were learnt; give other records, or drop data.eval_path, and "
+            f"data.validation_fraction={data.validation_fraction:g} of them is held out."
+        )
 
 
 def _check_exists(key: str, path: str) -> None:

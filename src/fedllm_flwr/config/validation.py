@@ -2,9 +2,9 @@
 
 import difflib
 
-from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.names import shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
-from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
+from fedllm_flwr.config.schema import ALGORITHMS, DEFAULT_NUM_CLIENTS, Config
 from fedllm_flwr.errors import ConfigError
 
 
@@ -17,10 +17,12 @@ def validate(config: Config) -> None:
     _check_training(config)
     _check_clients(config)
     _check_partition(config)
+    _check_columns(config)
     _check_lora(config)
     _check_model(config)
     _check_device(config)
     _check_preferences(config)
+    _check_comparison(config)
 
 
 def _check_training(config: Config) -> None:
@@ -51,15 +53,25 @@ def _check_training(config: Config) -> None:
 
 def _check_clients(config: Config) -> None:
     federation = config.federation
-    clients, sampled = federation.num_clients, federation.sample_clients
+    clients = federation.num_clients
     if federation.engine == "deployment" and clients is None:
         raise ConfigError(
             "federation.engine=deployment needs federation.num_clients=<sites to wait for>."
         )
     if clients is None and config.partition.name != "natural":
         clients = DEFAULT_NUM_CLIENTS
-    if clients is None:  # the values of a column, not known before the data is read
-        return
+    if clients is not None:  # else the values of a column, not known before the data is read
+        check_client_counts(config, clients)
+
+
+def check_client_counts(config: Config, clients: int) -> None:
+    """Refuse numbers of clients that a federation of so many `clients` can never reach.
+
+    Raises:
+        ConfigError: names the key, its value and the number of clients.
+    """
+    federation = config.federation
+    sampled = federation.sample_clients
     if sampled is not None and sampled > clients:
         raise ConfigError(
             f"federation.sample_clients={sampled} exceeds federation.num_clients={clients}; "
@@ -93,6 +105,46 @@ def _check_partition(config: Config) -> None:
     labels = config.data.labels
     if len(set(labels)) < len(labels):
         raise ConfigError(f"data.labels={shown(labels)} names a label twice; list each once.")
+
+
+_OPPOSITES = {"sft": ("instruction", "output"), "dpo": ("chosen", "rejected")}
+
+
+def _check_columns(config: Config) -> None:
+    """Refuse one column as both what is asked and what is learnt."""
+    for key, columns in (
+        ("data.columns", config.data.columns),
+        ("data.eval_columns", config.data.eval_columns),
+    ):
+        one, other = _OPPOSITES[config.task.name]
+        if columns is None or (config.task.name == "sft" and columns.messages is not None):
+            continue
+        name = getattr(columns, one)
+        if name is not None and name == getattr(columns, other):
+            raise ConfigError(
+                f"{key}.{one}={shown(name)} and {key}.{other}={shown(name)} are the same column; "
+                "give each its own."
+            )
+
+
+def _check_comparison(config: Config) -> None:
+    """The settings of `compare` belong to algorithms that there are."""
+    settings = config.compare.settings
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"compare.settings={shown(settings)} must be a section by algorithm: write "
+            "'compare.settings={fedprox: {mu: 0.1}}'."
+        )
+    for name, own in settings.items():
+        if name not in ALGORITHMS:
+            raise ConfigError(unknown_choice("compare.settings", name, ALGORITHMS))
+        if not isinstance(own, dict):
+            raise ConfigError(
+                f"compare.settings.{name}={shown(own)} must be a section of keys: write "
+                f"'compare.settings={{{name}: {{eta: 0.1}}}}'."
+            )
 
 
 def _check_lora(config: Config) -> None:

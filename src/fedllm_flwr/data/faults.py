@@ -59,6 +59,12 @@ def refuse_faults(
         return
     named = "; ".join(f"record {number}: {reason}" for number, reason in found[:NAMED_IN_ERRORS])
     more = f"; and {len(found) - NAMED_IN_ERRORS} more" if len(found) > NAMED_IN_ERRORS else ""
+    if len(found) == num_records:  # leaving them out would leave nothing
+        raise DataError(
+            f"{source}: none of its {num_records} records can be used ({named}{more}). Look at "
+            "which columns data.columns names, and at the file itself",
+            "none of its records is usable",
+        )
     raise DataError(
         f"{source}: {len(found)} of {num_records} records cannot be used ({named}{more}). "
         f"Fix them, or leave them out with data.on_bad_record=skip",

@@ -1,5 +1,6 @@
 """Reading record files: json, jsonl, csv, parquet, arrow directories and folders of those."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -106,7 +107,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 (byte {error.start}); convert it, for example with "
-            f"'iconv -f latin1 -t utf-8'"
+            f"'iconv -f {_likely_encoding(content)} -t utf-8'"
         ) from None
     except (EOFError, zlib.error, OSError) as error:
         raise DataError(
@@ -114,10 +115,31 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
+def _likely_encoding(content: bytes) -> str:
+    """What a text that is not UTF-8 probably is, by its byte order mark or its zero bytes."""
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "utf-32"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if content.startswith(mark):
+            return name
+    head = content[:1000]
+    if head[1::2].count(0) > len(head) // 4:
+        return "utf-16le"
+    return "utf-16be" if head[::2].count(0) > len(head) // 4 else "latin1"
+
+
 def _parse_json(path: Path, text: str, on_bad_line: BadLine) -> list[Record]:
     """A JSON list of objects; JSON lines under the name .json are accepted too."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_record)
+    except _TwiceError as error:
+        raise DataError(
+            f"{path}: an object has two values for {str(error)!r}; give each its own name",
+            "two columns of its data file have one name",
+        ) from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return list(_parse_lines(path, text, on_bad_line))
@@ -147,7 +169,11 @@ def _parse_lines(path: Path, text: str, on_bad_line: BadLine) -> Iterator[Record
             continue
         remedy = "Fix the line, or drop bad lines with data.on_bad_record=skip"
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_record)
+        except _TwiceError as error:
+            reason = f"two values for {str(error)!r}"
+            on_bad_line(f"{path.name}, line {number}: {reason}. {remedy}")
+            continue
         except json.JSONDecodeError as error:
             reason = f"not valid JSON ({error.msg} at column {error.colno})"
             on_bad_line(f"{path.name}, line {number}: {reason}. {remedy}")
@@ -157,6 +183,19 @@ def _parse_lines(path: Path, text: str, on_bad_line: BadLine) -> Iterator[Record
         else:
             reason = f"a JSON {_json_type(record)}, not an object with columns"
             on_bad_line(f"{path.name}, line {number}: {reason}. {remedy}")
+
+
+class _TwiceError(Exception):
+    """A JSON object has two values for one name; which is meant cannot be told."""
+
+
+def _record(pairs: list[tuple[str, Any]]) -> Record:
+    """A JSON object."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return record
 
 
 def _json_type(value: object) -> str:
@@ -172,6 +211,7 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
     except csv.Error as error:
         raise DataError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
     _check_separator(path, rows.fieldnames or [])
+    _refuse_twice(path, rows.fieldnames or [])
     for number, record in enumerate(records, start=1):
         if None in record:
             raise DataError(
@@ -179,6 +219,16 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
                 f"name the columns, and fields with commas need quotes"
             )
     return records
+
+
+def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
+    """Refuse two columns of one name: which of them is meant cannot be told."""
+    if twice := [name for name in columns if list(columns).count(name) > 1]:
+        raise DataError(
+            f"{path}: {columns.count(twice[0])} columns are called {twice[0]!r}; give each its own "
+            "name",
+            "two columns of its data file have one name",
+        )
 
 
 def _check_separator(path: Path, columns: Sequence[str]) -> None:
@@ -198,6 +248,7 @@ def _read_parquet(path: Path) -> list[Record]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
+    _refuse_twice(path, table.column_names)
     rows: list[Record] = table.to_pylist()
     return rows
 

@@ -126,7 +126,8 @@ def _check_natural_count(config: PartitionConfig, values: list[str], count: int 
     shown = ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
     raise ConfigError(
         f"federation.num_clients={count}, but partition.column={config.column} has {len(values)} "
-        f"values ({shown}), one client each; set federation.num_clients={len(values)} or null"
+        f"values ({shown}), one client each; set federation.num_clients={len(values)} or null, or "
+        f"divide evenly among {count} clients: partition=iid"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.engines.access import check_asks_for_token, check_is_private, use_cluster_token
-from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.training.device import cpu_count, gpu_count
 
 _CONNECT_S, _ANSWER_S = 5.0, 15.0  # seconds
@@ -37,8 +37,8 @@ def join_cluster(address: str, init_args: Mapping[str, Any], federation: Federat
     """Connect this process to a running Ray cluster, on which Flower then builds its workers.
 
     Raises:
-        FederationError: nothing answers there, it takes no token, or not the one that is given.
-        ConfigError: a client takes more than any machine of the cluster has.
+        ConfigError: nothing answers there, or a client takes more than any machine of it has.
+        FederationError: it takes no token, or not the one that is given.
     """
     _check_answers(address)
     use_cluster_token(address)
@@ -108,10 +108,10 @@ def _check_speaks_grpc(address: str, host: str, port: str) -> None:
         check_asks_for_token(address, channel)
 
 
-def _no_cluster(address: str, error: Exception) -> FederationError:
+def _no_cluster(address: str, error: Exception) -> ConfigError:
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     reason = text.splitlines()[0].rstrip(".")
-    return FederationError(
+    return ConfigError(
         f"federation.ray_address={address}: no Ray cluster answers there ({reason}); give its "
         "host:port, or leave the key out for a local one."
     )

@@ -16,7 +16,7 @@ from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import AlgorithmConfig
-from fedllm_flwr.errors import FederationError
+from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.messages import LocalCorrection, Task, Update
 from fedllm_flwr.params import Params, check_like, derive_seed, full_like
 from fedllm_flwr.schedule import cosine_learning_rate
@@ -274,6 +274,8 @@ class FederatedStrategy(Strategy):
             aggregator.add(name, update)
         except FederationError as error:
             report.failures[name] = str(error)
+            if isinstance(error, NotFiniteError):
+                report.diverged.add(name)
             self.hooks.on_reply(report.round, name, None)
             return
         report.metrics[name] = update.metrics

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 
-from fedllm_flwr.errors import FederationError
+from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.messages import Update
 from fedllm_flwr.strategies.exchange import Roster, failure_reason, printable
 from fedllm_flwr.wire import unpack_update
@@ -102,7 +102,7 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
                 "letters, digits and '_', '.', '/', '-' are taken"
             )
         if not abs(value) <= _LARGEST_METRIC:
-            raise FederationError(f"its {name} is {value:g}, not within {_LARGEST_METRIC:g} of 0")
+            raise NotFiniteError(f"its {name} is {value:g}, not within {_LARGEST_METRIC:g} of 0")
 
 
 def _unpack_scores(content: RecordDict) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fedllm_flwr.checkpoint import ServerState
-from fedllm_flwr.errors import FederationError
+from fedllm_flwr.errors import DivergedError, FederationError
 from fedllm_flwr.params import Params
 
 
@@ -23,6 +23,7 @@ class RoundReport:
     num_examples: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    diverged: set[str] = field(default_factory=set)  # those of the failures with NaN or Inf
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     num_scored: dict[str, int] = field(default_factory=dict)
     score_failures: dict[str, str] = field(default_factory=dict)
@@ -44,13 +45,15 @@ class RoundReport:
         """Refuse to go on with fewer usable replies, once `tell` has heard of this round.
 
         Raises:
-            FederationError: names every client that failed, and why.
+            FederationError: names every client that failed, and why; DivergedError if all did
+                for NaN or Inf.
         """
         if len(self.metrics) >= min_replies:
             return
         tell(self)
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.failures.items()))
-        raise FederationError(
+        kind = DivergedError if self.diverged >= self.failures.keys() else FederationError
+        raise kind(
             f"round {self.round}: {len(self.metrics)} of {len(self.sampled)} replies could be "
             f"used, federation.min_replies={min_replies}. {reasons}"
         )

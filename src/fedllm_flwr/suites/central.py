@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.suites.catalogue import SuiteTask, chosen_suites
-from fedllm_flwr.suites.harness import HarnessTasks, harness_version
-from fedllm_flwr.suites.local_data import missing_files
+from fedllm_flwr.suites.catalogue import SuiteTask
+from fedllm_flwr.suites.harness import HarnessTasks
 from fedllm_flwr.suites.model import TextModel
+from fedllm_flwr.suites.requested import requested_tasks
 from fedllm_flwr.suites.results import RunOptions
 from fedllm_flwr.suites.scores import task_estimates
 from fedllm_flwr.training.model import AdaptedModel
@@ -44,30 +43,13 @@ def central_suites(config: Config) -> CentralSuites | None:
         ConfigError: an unknown suite, or one that is not scored by the harness.
         ModelError: the harness is not installed.
     """
-    names = config.evaluation.suites
-    if not names:
-        return None
-    harness_version()
-    suites = chosen_suites(names, "evaluation.suites=")
-    tasks = [task for suite in suites for task in suite.tasks]
-    for task in tasks:
-        if task.runner != "harness":
-            raise ConfigError(
-                f"evaluation.suites: {task.suite} runs code or asks a judge, which training does "
-                "not wait for; use fedllm evaluate on the finished run."
-            )
-    root = config.evaluation.data_root
-    folder = None if root is None else Path(root).expanduser()
-    if folder is not None:
-        tasks = [task for task in tasks if not missing_files(task, folder)]
+    tasks = requested_tasks(config)
     if not tasks:
-        raise ConfigError(
-            f"evaluation.data_root={root}: holds the files of no task of {', '.join(names)}; "
-            "fedllm evaluate --list names them."
-        )
+        return None
+    root = config.evaluation.data_root
     options = RunOptions(
         limit=config.evaluation.suite_limit,
-        data_root=folder,
+        data_root=None if root is None else Path(root).expanduser(),
         batch_tokens=config.evaluation.batch_tokens,
         seed=config.seed,
     )

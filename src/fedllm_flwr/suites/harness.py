@@ -5,7 +5,6 @@ package's. It is an optional dependency, and is imported when the first task run
 """
 
 import contextlib
-import importlib.metadata
 import io
 import logging
 import time
@@ -13,30 +12,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.errors import DataError, ModelError
+from fedllm_flwr.errors import DataError
 from fedllm_flwr.suites.catalogue import SuiteTask, suites_dir
 from fedllm_flwr.suites.decoding import Decoding
 from fedllm_flwr.suites.local_data import local_settings
 from fedllm_flwr.suites.model import TextModel
+from fedllm_flwr.suites.requested import harness_version
 from fedllm_flwr.suites.results import RunOptions, Sample, Samples
 
 _FEW_SHOT_SEED = 1234  # the harness' own
 _DEFAULT_NEW_TOKENS = 256  # the harness' own
 _ROOM = 16  # tokens kept free for an answer that is scored by likelihood
-
-
-def harness_version() -> str:
-    """Version of the harness.
-
-    Raises:
-        ModelError: it is not installed.
-    """
-    try:
-        return importlib.metadata.version("lm-eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise ModelError(
-            "evaluation suites need lm-evaluation-harness: pip install 'fedllm-flwr[eval]'."
-        ) from None
 
 
 class HarnessTasks:
@@ -102,9 +88,13 @@ def _load(task: SuiteTask, options: RunOptions, overrides: dict[str, Any]) -> di
         raise
     except Exception as error:  # datasets and the hub raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = (
+            "give local files with --data-root"
+            if options.data_root is None
+            else f"look at its files in {options.data_root}: {', '.join(task.files)}"
+        )
         raise DataError(
-            f"{task.name}: its data ({task.source}) cannot be loaded: {reason[:200]}; give local "
-            "files with --data-root."
+            f"{task.name}: its data ({task.source}) cannot be loaded: {reason[:200]}; {remedy}."
         ) from error
     for found in loaded.values():
         _check_targets(task, found)

@@ -1,6 +1,5 @@
-"""The frozen base model: loading, quantization, attention."""
+"""The frozen base model: loading and quantization."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from transformers.utils import logging as transformers_logging
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import QuantizationConfig
-from fedllm_flwr.errors import ConfigError, ModelError
+from fedllm_flwr.errors import ModelError
+from fedllm_flwr.training.probe import check_computes
 from fedllm_flwr.training.tokenizer import model_source, unusable_model
 
 transformers_logging.disable_progress_bar()
@@ -20,7 +20,8 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
     """The frozen base model on its device, in eval mode.
 
     Raises:
-        ModelError: it cannot be loaded, or its weights are not what its config.json asks for.
+        ModelError: it cannot be loaded, its weights are not what its config.json asks for, or it is
+            no causal language model.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -45,6 +46,7 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
     if config.quantization.name != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         _keep_weights(model)
+    check_computes(model, config)
     return model
 
 
@@ -84,19 +86,6 @@ def _quantization(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=quantization.double_quantization,
         bnb_4bit_compute_dtype=dtype if compute == "auto" else getattr(torch, compute),
     )
-
-
-def resolve_attention(requested: str, device: torch.device) -> str:
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    if requested == "auto":
-        return "flash_attention_2" if has_flash else "sdpa"
-    if requested == "flash_attention_2" and not has_flash:
-        text = (
-            "model.attention=flash_attention_2 needs a CUDA device and the flash-attn package; "
-            "use model.attention=auto."
-        )
-        raise ConfigError(text, text)
-    return requested
 
 
 def count_parameters(model: Any) -> int:

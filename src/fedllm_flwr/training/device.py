@@ -1,5 +1,6 @@
 """Where and in which precision a model runs; automatic defaults per device."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,24 @@ def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def resolve_attention(requested: str, device: torch.device) -> str:
+    """The attention implementation of ``model.attention``; auto prefers FlashAttention on CUDA.
+
+    Raises:
+        ConfigError: FlashAttention is asked for where it cannot run.
+    """
+    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    if requested == "auto":
+        return "flash_attention_2" if has_flash else "sdpa"
+    if requested == "flash_attention_2" and not has_flash:
+        text = (
+            "model.attention=flash_attention_2 needs a CUDA device and the flash-attn package; "
+            "use model.attention=auto."
+        )
+        raise ConfigError(text, text)
+    return requested
 
 
 def micro_batch_size(

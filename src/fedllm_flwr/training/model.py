@@ -23,8 +23,8 @@ from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ConfigError, FederationError, ModelError
 from fedllm_flwr.messages import Task
 from fedllm_flwr.params import Params, check_like, derive_seed
-from fedllm_flwr.training.base import count_parameters, load_base, resolve_attention
-from fedllm_flwr.training.device import resolve_device, resolve_dtype
+from fedllm_flwr.training.base import count_parameters, load_base
+from fedllm_flwr.training.device import resolve_attention, resolve_device, resolve_dtype
 from fedllm_flwr.training.tokenizer import load_tokenizer
 
 _CHECKPOINTING_FROM = 1_000_000_000  # parameters, on CUDA

@@ -7,7 +7,7 @@ from typing import Any
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.errors import ModelError
 
-_NEEDED = {
+NEEDED = {
     "weights": "config.json and weights as *.safetensors (not pytorch_model.bin)",
     "tokenizer": "tokenizer.json",
 }
@@ -82,7 +82,7 @@ def unusable_model(model: ModelConfig, part: str, error: Exception) -> ModelErro
         )
     else:
         whose = "its own copy of the model"
-        remedy = f"give the directory of a Hugging Face causal language model with {_NEEDED[part]}."
+        remedy = f"give the directory of a Hugging Face causal language model with {NEEDED[part]}."
     reason = text.strip().splitlines()[0].rstrip(". ") if text.strip() else type(error).__name__
     return ModelError(
         f"model.path={model.path}: its {part} cannot be loaded ({reason}); {remedy}",
