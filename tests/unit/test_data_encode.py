@@ -278,10 +278,12 @@ def test_prompts_are_cut_at_their_start_after_the_bos(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("template", ["alpaca", "vicuna", "chat"])
-def test_choices_are_the_tokens_of_training_without_eos(template: str, tokenizer: Any) -> None:
+@pytest.mark.parametrize("more", [[], ["neutral indeed"]], ids=["apart", "one begins another"])
+def test_choices_are_the_tokens_of_training(template: str, more: list[str], tokenizer: Any) -> None:
+    """Without the EOS, unless a label would end where another one goes on."""
     if template == "chat" and not tokenizer.chat_template:
         pytest.skip("the tokenizer has no chat template")
-    labels = ["negative", "neutral", "neutral indeed", "positive"]
+    labels = ["negative", "neutral", *more, "positive"]
     conversations = [chat("How is it?", "neutral"), chat("a", "b", "And now? ", "positive")]
 
     choices = encode_choices(conversations, labels, tokenizer, template, 1000)
@@ -292,7 +294,10 @@ def test_choices_are_the_tokens_of_training_without_eos(template: str, tokenizer
             trained, _ = encode([example], tokenizer, template, 1000)[0]
             joined = np.concatenate([choices.prompts[i], answer])
             np.testing.assert_array_equal(trained[: len(joined)], joined)
-            assert tokenizer.decode(answer).strip() == label
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            assert text.strip() == label
+            assert (answer[-1] == tokenizer.eos_token_id) == bool(more)
+            assert bool(more) == (len(joined) == len(trained))
 
 
 def test_choices_cut_long_prompts_and_need_labels() -> None:

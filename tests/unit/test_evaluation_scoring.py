@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.choices import EncodedChoices, encode_choices
+from fedllm_flwr.data.choices import EncodedChoices, encode_choices, one_begins_another
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.evaluation.scoring import by_length, score_choices, score_tokens
 from fedllm_flwr.training.model import AdaptedModel, load_model
@@ -161,3 +161,43 @@ def test_batches_hold_every_example_once_within_the_budget() -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(200))
     assert all(len(batch) * lengths[batch].max() <= 300 for batch in batches)
     assert len(batches) < 1.3 * lengths.sum() / 300 + 1
+
+
+def test_a_label_that_begins_another_is_not_always_chosen(model: AdaptedModel) -> None:
+    """Whole answers are scored, up to their EOS; a part of one could never be the less likely."""
+    labels = ["n", *(f"n{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    conversations = [
+        [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "n"}]
+        for i in range(10)
+    ]
+    choices = encode_choices(conversations, labels, model.tokenizer, "alpaca", 512)
+    eos = model.tokenizer.eos_token_id
+    assert all(answer[-1] == eos for answers in choices.answers for answer in answers)
+    bare = EncodedChoices(choices.prompts, [[a[:-1] for a in row] for row in choices.answers])
+    assert set(score_choices(model, bare, 4096).argmax(1)) == {0}  # whatever the model
+
+    base = model.peft.get_base_model()
+    with torch.no_grad():  # a model that does not end after "n", but as before after "na"
+        text = np.concatenate([choices.prompts[0], bare.answers[0][1]]).astype(np.int64)
+        after_n, after_na = base.model(torch.from_numpy(text[None]))[0][0, -2:]
+        away = after_n - after_na * (after_n @ after_na) / (after_na @ after_na)
+        base.lm_head.weight[eos] -= 20 * away / (away @ after_n)
+    scores = score_choices(model, choices, 4096)
+    np.testing.assert_allclose(scores, naive_choice_scores(model, choices), atol=1e-3, rtol=1e-5)
+    assert (scores.argmax(1) > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "begins"),
+    [
+        (["no", "yes", "no effect"], True),
+        (["negative", "neutral", "positive"], False),
+        (["a", "b", "c", "d"], False),
+        (["nob", "no effect", "no"], True),
+        (["no", "no"], False),
+        (["1", "12", "2"], True),
+    ],
+)
+def test_labels_that_begin_others(labels: list[str], begins: bool) -> None:
+    assert one_begins_another(labels) is begins
+    assert any(a != b and b.startswith(a) for a in labels for b in labels) is begins

@@ -145,3 +145,18 @@ def test_base_is_the_model_without_its_adapter(adapted: AdaptedModel) -> None:
 
     assert score() == pytest.approx(base, abs=1e-6)
     assert abs(tuned - base) > 1e-3
+
+
+@pytest.mark.parametrize("prompt", ["raw", "trained"])
+def test_answers_that_begin_others_are_scored_to_their_end(
+    adapted: AdaptedModel, prompt: str
+) -> None:
+    """As training ends them; other answers are not, as the harness has it."""
+    model = TextModel(adapted, prompt=prompt)
+    eos = adapted.tokenizer.eos_token
+    text = model.render([{"role": "user", "content": "Is it so?"}])
+    ended, bare = model.log_likelihoods([text, text], [["no", "no way"], ["no", "yes"]])
+    by_hand = model.log_likelihoods([text, text], [[f"no{eos}", "x"], [f"no way{eos}", "x"]])
+    found = [score.log_prob for score in ended]
+    assert found == pytest.approx([some[0].log_prob for some in by_hand], abs=1e-4)
+    assert bare[0].log_prob > found[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,7 +17,10 @@ _PLACE = "\N{SYMBOL FOR UNIT SEPARATOR}"  # stands for the label while a convers
 
 @dataclass(frozen=True)
 class EncodedChoices:
-    """Per record the prompt's tokens, and the tokens of each label as its answer, without EOS."""
+    """Per record the prompt's tokens, and the tokens of each label as its answer.
+
+    The answers are without their EOS, unless one label is the beginning of another.
+    """
 
     prompts: list[TokenArray]  # each (prompt length,)
     answers: list[list[TokenArray]]  # [record][label], each (answer length,)
@@ -35,7 +39,9 @@ def encode_choices(
     """Tokens of every label in the place of each conversation's last answer.
 
     Prompt and label are tokenised together, by the boundary rule of training. A prompt is cut
-    at its start, after the BOS, so that it fits ``max_length`` with the longest label.
+    at its start, after the BOS, so that it fits ``max_length`` with the longest label. Where one
+    label is the beginning of another (``no``, ``no effect``), all end with the EOS: what begins an
+    answer is never less likely than the answer, and would always be chosen.
     Raises ConfigError if there are no labels, or if one does not fit at all.
     """
     if not labels:
@@ -60,14 +66,21 @@ def encode_choices(
     return EncodedChoices(prompts, answers)
 
 
+def one_begins_another(labels: Sequence[str]) -> bool:
+    """Whether one of several different labels is the beginning of another."""
+    texts = sorted({label.strip() for label in labels})  # a beginning sorts right before the rest
+    return any(after.startswith(before) for before, after in pairwise(texts))
+
+
 def _candidates(
     messages: Messages, labels: Sequence[str], tokenizer: Tokenizer, template: str
 ) -> list[list[Segment]]:
-    """The conversation with each label as its last answer, cut after the label."""
+    """The conversation with each label as its last answer, through its EOS or cut before it."""
     marked = [*messages[:-1], {"role": "assistant", "content": _PLACE}]
     *prompt, answer = render(marked, template, tokenizer)
-    before = answer.text.partition(_PLACE)[0]
-    return [[*prompt, Segment(before + label, True)] for label in labels]
+    before, _, after = answer.text.partition(_PLACE)
+    end = after if one_begins_another(labels) else ""
+    return [[*prompt, Segment(before + label + end, True)] for label in labels]
 
 
 def _split_answer(tokens: TokenArray, supervised: np.ndarray) -> tuple[TokenArray, TokenArray]:

@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedllm_flwr.data.choices import one_begins_another
 from fedllm_flwr.data.encode import cut_start
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Segment, render, render_prompt
@@ -94,11 +95,13 @@ class TextModel:
         """Scores of the possible answers to each prompt, [prompt][answer].
 
         Prompt and answer are tokenised together, by the boundary rule of training. A prompt that
-        is too long loses tokens at its start.
+        is too long loses tokens at its start. Where one answer is the beginning of another, the
+        EOS is scored too, as in `data.choices`.
         """
         pairs = [
-            [Segment(prompt, False), Segment(self._spaced(prompt, answer), True)]
+            [Segment(prompt, False), Segment(self._spaced(prompt, answer) + end, True)]
             for prompt, some in zip(prompts, answers, strict=True)
+            for end in [self._around_answer[1] if one_begins_another(some) else ""]
             for answer in some
         ]
         encoded = iter(tokenise(pairs, self.adapted.tokenizer))
@@ -129,13 +132,14 @@ class TextModel:
         return {"trained": self.template, "chat": "chat"}.get(self.prompt, "raw")
 
     @cached_property
-    def _answer_start(self) -> str:
-        """White space between a prompt and its answer."""
+    def _around_answer(self) -> tuple[str, str]:
+        """White space between a prompt and its answer, and what follows it through its EOS."""
         if self._template == "raw":
-            return " "
+            return " ", self.adapted.tokenizer.eos_token
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACE}]
         *_, answer = render(turns, self._template, self.adapted.tokenizer)
-        return answer.text.partition(_PLACE)[0]
+        before, _, after = answer.text.partition(_PLACE)
+        return before, after
 
     @cached_property
     def _overhead(self) -> int:
@@ -153,7 +157,11 @@ class TextModel:
     def _spaced(self, prompt: str, answer: str) -> str:
         """An answer with what stands before it; nothing where either side brings white space."""
         apart = prompt[-1:].isspace() or answer[:1].isspace()
-        return answer if apart and self._template == "raw" else self._answer_start + answer.lstrip()
+        return (
+            answer
+            if apart and self._template == "raw"
+            else self._around_answer[0] + answer.lstrip()
+        )
 
     def _fitting(self, tokens: TokenArray, room: int) -> TokenArray:
         self.cut += len(tokens) > room
