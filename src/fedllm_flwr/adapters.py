@@ -37,6 +37,7 @@ def save_adapter(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             fresh = Path(folder) / path.name
             model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
+            _sort_settings(fresh / "adapter_config.json")
             dtype = str(model.dtype).removeprefix("torch.")
             card = model_card(config, summary, config.model.path, dtype)
             (fresh / "README.md").write_text(card, encoding="utf-8")
@@ -45,6 +46,14 @@ def save_adapter(
             fresh.replace(path)
     except (OSError, SafetensorError) as error:
         raise FederationError(f"cannot write {path}: {error}.") from error
+
+
+def _sort_settings(file: Path) -> None:
+    """Lists of names in order: PEFT writes those of its sets as Python's hashes have them."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    named = ("target_modules", "exclude_modules", "modules_to_save")
+    settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
+    file.write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
 
 
 def give_usual_mode(folder: Path, like: str) -> None:

@@ -161,6 +161,16 @@ def assert_near(one: Params, other: Params) -> None:
         np.testing.assert_allclose(value, other[name], rtol=0, atol=2e-5, err_msg=name)
 
 
+def test_equal_rewards_count_half(config: Config, model: AdaptedModel, pairs: EncodedPairs) -> None:
+    """As in evaluation: the share of a tie is neither right nor wrong."""
+    chosen_twice = pairs.rows.take(np.repeat(np.arange(0, 2 * NUM_PAIRS, 2), 2))
+    twice = EncodedPairs(chosen_twice, pairs.report)
+    reference = np.zeros((NUM_PAIRS, 2), np.float32)
+    reference[0] = [-5, 5]  # one pair whose reference prefers the worse answer: a clear margin
+    trained = train(config, model, twice, reference, NUM_PAIRS)
+    assert trained.metrics["accuracy"] == (1 + 0.5 * (NUM_PAIRS - 1)) / NUM_PAIRS
+
+
 @pytest.mark.parametrize("loss_type", FORMULAS)
 def test_a_step_does_not_depend_on_its_division(
     loss_type: str, config: Config, tmp_path: Path

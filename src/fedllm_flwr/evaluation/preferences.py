@@ -12,7 +12,7 @@ from fedllm_flwr.data.tokens import TokenArray
 from fedllm_flwr.evaluation.answers import as_text, greedy_answers
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.device import torch_threads
-from fedllm_flwr.training.log_probs import answer_log_probs
+from fedllm_flwr.training.log_probs import answer_log_probs, share_above_zero
 from fedllm_flwr.training.model import AdaptedModel
 from fedllm_flwr.training.reference import LogProbs, reference_log_probs
 
@@ -91,18 +91,14 @@ def preference_scores(policy: LogProbs, reference: LogProbs, beta: float) -> Sco
     chosen, rejected = log_probs.mean(0)
     return {
         "loss": float(np.logaddexp(0.0, -margins).mean()),
-        "accuracy": _share_above_zero(margins),
+        "accuracy": share_above_zero(margins),
         "margin": float(margins.mean()),
         "chosen_reward": float(rewards[:, 0].mean()),
         "rejected_reward": float(rewards[:, 1].mean()),
         "chosen_log_prob": float(chosen),
         "rejected_log_prob": float(rejected),
-        "likelihood_accuracy": _share_above_zero(log_probs[:, 0] - log_probs[:, 1]),
+        "likelihood_accuracy": share_above_zero(log_probs[:, 0] - log_probs[:, 1]),
     }
-
-
-def _share_above_zero(values: Any) -> float:
-    return float(np.mean(0.5 + 0.5 * np.sign(values)))
 
 
 def _prompts(config: Config, model: AdaptedModel, records: Any, pairs: EncodedPairs) -> Prompts:

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -28,12 +27,10 @@ from fedllm_flwr.training.batches import (
     collate_padded,
     needed_logits,
 )
-from fedllm_flwr.training.log_probs import token_log_probs
+from fedllm_flwr.training.log_probs import share_above_zero, token_log_probs
 from fedllm_flwr.training.model import AdaptedModel
 from fedllm_flwr.training.reference import LogProbs
 from fedllm_flwr.training.trainer import Trained, run, training_arguments
-
-_REPORTED = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}  # TRL's names
 
 
 def train_dpo(
@@ -99,6 +96,7 @@ class _PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by per_step
         self._batches = batches
         self._scored = _AnswersOf(model)
+        self._margins: list[torch.Tensor] = []  # of each micro-batch's pairs, in order
         for name in ("beta", "label_smoothing", "use_weighting", "ld_alpha"):
             setattr(self, name, getattr(args, name))
         self.f_divergence_type = args.f_divergence_type
@@ -121,6 +119,9 @@ class _PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """A micro-batch's share of the mean over the step's pairs, times ``per_step``."""
         loss: torch.Tensor = self._compute_loss(self._scored.through(model), inputs, False)
+        chosen, rejected = self._scored.answers.chunk(2)
+        of_reference = inputs["ref_chosen_logps"] - inputs["ref_rejected_logps"]
+        self._margins.append(self.beta * (chosen - rejected - of_reference))
         num_pairs = len(inputs["input_ids"]) // 2
         share: float = num_pairs * self._batches.per_step / self._batches.items_per_step
         return loss * share
@@ -135,15 +136,12 @@ class _PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Nothing is logged; `means` reads what TRL has noted."""
+        """Nothing is logged; `means` says what there is to say."""
 
     def means(self) -> dict[str, float]:
         """Reward accuracy and margin over the round's pairs, as they were when trained on."""
-        noted, weights = self._metrics["train"], [len(batch) for batch in self._batches.batches]
-        return {
-            name: float(np.average(noted[theirs], weights=weights))
-            for name, theirs in _REPORTED.items()
-        }
+        margins = torch.cat(self._margins).double().cpu().numpy()
+        return {"accuracy": share_above_zero(margins), "margin": float(margins.mean())}
 
 
 class _AnswersOf:
@@ -155,6 +153,7 @@ class _AnswersOf:
 
     def __init__(self, model: AdaptedModel) -> None:
         self._selects_logits = model.selects_logits
+        self.answers = torch.zeros(0)  # log p of the last batch's answers, (rows,)
 
     def through(self, module: nn.Module) -> Any:
         """A callable with the signature that TRL uses."""
@@ -169,6 +168,7 @@ class _AnswersOf:
             nothing = torch.zeros(labels[:, 1:].shape, device=logits.device)
             log_probs = nothing.clone()
             log_probs[:, kept] = token_log_probs(logits, wanted)
+            self.answers = log_probs.detach().sum(1)
             return SimpleNamespace(
                 log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
             )

@@ -54,3 +54,8 @@ def by_length(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[in
         size = max(1, batch_tokens // int(lengths[order[0]]))
         yield order[:size]
         order = order[size:]
+
+
+def share_above_zero(values: NDArray[np.float64]) -> float:
+    """Share of the margins above zero, ties counting half: equal rewards prefer neither answer."""
+    return float(np.mean(0.5 + 0.5 * np.sign(values)))
