@@ -8,6 +8,8 @@ from flwr.clientapp import ClientApp
 
 from fedllm_flwr.disclosure import audited
 from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.errors import RefusedError
+from fedllm_flwr.guard import is_confined
 from fedllm_flwr.resident.client import answer_by_resident
 from fedllm_flwr.site import Site, answer, failed
 
@@ -42,8 +44,32 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
         return Message(answer(kind, message.content, site), reply_to=message)
     started = time.monotonic()
     try:
+        _check_guarded(site)
         content = answer_by_resident(kind, message.content, site, message.metadata.ttl)
     except Exception as error:  # Flower would send its text to the server
         logger.exception("%s failed", kind)
         content = failed(error, site)
     return Message(audited(kind, message.content, content, site, started), reply_to=message)
+
+
+def _check_guarded(site: Site) -> None:
+    """Answer only where no code of a bundle can run, unless the site's operator wants it so.
+
+    This covers the app of this package alone: started without the guard, Flower loads whatever app
+    a bundle names.
+
+    Raises:
+        RefusedError: Flower's own program has loaded this app.
+    """
+    if is_confined():
+        return
+    if site.node_config.get("trust-server-code") is not True:
+        logger.error(
+            "this SuperNode was started without the guard, so that code of a server can run here; "
+            "start it with `fedllm site start` (trust-server-code=true in its node config lets it "
+            "answer all the same)"
+        )
+        raise RefusedError("its operator has to start it with `fedllm site start`")
+    logger.warning(
+        "trust-server-code=true: this SuperNode runs whatever code a server sends in a run's bundle"
+    )

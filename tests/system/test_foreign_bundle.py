@@ -1,12 +1,14 @@
 """A run whose bundle brings code of its own: it does not run at the sites."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deployments import running_federation
-from processes import wait_for
+from deployments import Federation, make_site, running_federation
+from processes import command_line, relatives, started, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +24,7 @@ publisher = "somebody"
 
 [tool.flwr.app.components]
 serverapp = "brought.server:app"
-clientapp = "brought.client:app"
+clientapp = "{client_app}"
 
 [tool.flwr.app.config]
 """
@@ -51,24 +53,99 @@ def main(grid, context):
 """
 
 
-def test_code_of_a_bundle_does_not_run_at_a_site(tmp_path: Path) -> None:
-    """The installed app answers in its place: it finds no question of its own in the message."""
-    marker, answers = tmp_path / "marker", tmp_path / "answers.json"
-    app = tmp_path / "app"
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """A server and one site, started with the scripts of their directories."""
+    root = tmp_path_factory.mktemp("federation")
+    with running_federation(root, {"ward": None}) as running:
+        assert wait_for(lambda: running.nodes() == ["online"], 90)
+        yield running
+
+
+def bundle(folder: Path, answers: Path, client_app: str = "brought.client:app") -> Path:
+    """An app with code for the server, which asks all nodes, and code for the sites."""
+    app = folder / "app"
     (app / "brought").mkdir(parents=True)
-    (app / "pyproject.toml").write_text(PROJECT)
+    (app / "pyproject.toml").write_text(PROJECT.format(client_app=client_app))
     (app / "brought" / "__init__.py").write_text("")
-    (app / "brought" / "client.py").write_text(CLIENT.format(marker=str(marker)))
+    (app / "brought" / "client.py").write_text(CLIENT.format(marker=str(folder / "marker")))
     (app / "brought" / "server.py").write_text(SERVER.format(answers=str(answers)))
+    return app
 
-    root = tmp_path / "federation"
-    root.mkdir()
-    with running_federation(root, {"ward": None}) as federation:
-        assert wait_for(lambda: federation.nodes() == ["online"], 90)
-        done = federation.run("flwr", "run", str(app), "federation", "--stream")
-        assert wait_for(answers.exists, 150), done.stdout + done.stderr
 
-    assert not marker.exists()
-    [answer] = json.loads(answers.read_text())
+def answers_to(federation: Federation, folder: Path, client_app: str) -> list[Any]:
+    """What the nodes answer to a run of such a bundle."""
+    answers = folder / "answers.json"
+    app = bundle(folder, answers, client_app)
+    done = federation.run("flwr", "run", str(app), "federation", "--stream")
+    assert wait_for(lambda: answers.exists() and answers.stat().st_size > 0, 180), (
+        done.stdout + done.stderr
+    )
+    found: list[Any] = json.loads(answers.read_text())
+    return found
+
+
+def test_code_of_a_bundle_does_not_run_at_a_site(federation: Federation, tmp_path: Path) -> None:
+    """The installed app answers in its place: it finds no question of its own in the message."""
+    [answer] = answers_to(federation, tmp_path, "brought.client:app")
+
+    assert not (tmp_path / "marker").exists()
     assert (answer["kind"], answer["client"]) == ("FederationError", "ward")
-    assert not list((root / "ward" / "flwr").rglob("client.py"))
+    assert not list((federation.folder.parent / "ward" / "flwr").rglob("client.py"))
+
+
+def test_a_runs_token_is_on_no_command_line(federation: Federation, tmp_path: Path) -> None:
+    """Neither at the server nor at the site, while both answer for a run."""
+    seen: set[str] = set()
+    answers = tmp_path / "answers.json"
+    app = bundle(tmp_path, answers)
+    submitted = federation.run("flwr", "run", str(app), "federation")
+    assert submitted.returncode == 0, submitted.stderr
+
+    def answered() -> bool:
+        seen.update(map(command_line, relatives(federation.folder.parent)))
+        return answers.exists()
+
+    assert wait_for(answered, 180)
+    apps = [line for line in seen if "--token" in line]
+    for name in ("flwr-clientapp", "flwr-serverapp"):
+        assert any(name in line for line in apps), seen
+    assert [line for line in apps if "--token-file /proc/self/fd/" not in line] == []
+
+
+def test_an_unguarded_site_answers_only_with_trust(federation: Federation, tmp_path: Path) -> None:
+    """Flower's own programs, which load the app that a bundle names: here the installed one."""
+    ca = federation.folder / "ca.crt"
+    site = make_site(tmp_path, "careless", federation.ports["fleet"], ca)
+    key = site / "careless.pub"
+    done = federation.run("fedllm", "server", "register", str(federation.folder), str(key))
+    assert "Registered careless" in done.stdout, done.stderr
+    command = ["flower-supernode", "--superlink", f"localhost:{federation.ports['fleet']}"]
+    command += ["--root-certificates", str(ca)]
+    command += ["--auth-supernode-private-key", str(site / "careless.key")]
+    command += ["--clientappio-api-address", "127.0.0.1:0", "--node-config", "node.toml"]
+
+    variables = {"FLWR_HOME": str(site / "flwr"), "no_proxy": "127.0.0.1,localhost"}
+    for trusted in (False, True):
+        if trusted:
+            config = site / "node.toml"
+            config.write_text("trust-server-code = true\n" + config.read_text())
+        folder = tmp_path / f"run-{trusted}"
+        folder.mkdir()
+        with started(command, site, **variables) as supernode:
+            assert wait_for(lambda: federation.nodes() == ["online", "online"], 150)
+            found = answers_to(federation, folder, "fedllm_flwr.client_app:app")
+            supernode.terminate()
+            supernode.wait(timeout=60)
+            for process in relatives(site):  # its SuperExec and trainer hold the pipes
+                process.kill()
+            said = "".join(supernode.communicate(timeout=60))
+            assert wait_for(lambda: sorted(federation.nodes()) == ["offline", "online"], 90)
+        assert all(isinstance(one, dict) for one in found), (found, said[-3000:])
+        [answer] = [one for one in found if one["client"] == "careless"]
+        if trusted:
+            assert answer["kind"] == "FederationError"  # no question of its own in the message
+            assert "trust-server-code=true: this SuperNode runs whatever code" in said
+        else:
+            assert answer["reason"] == "its operator has to start it with `fedllm site start`"
+            assert "this SuperNode was started without the guard" in said

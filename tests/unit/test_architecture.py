@@ -18,7 +18,7 @@ NAME = PACKAGE.name
 # From the bottom up: a module imports from its own layer and from those above it in this list.
 LAYERS = (
     ("errors", "environment", "crash_log"),
-    ("sandbox",),
+    ("sandbox", "guard"),
     ("params",),
     ("config",),
     ("encoding", "messages", "usage"),
@@ -53,7 +53,6 @@ LAYERS = (
     ("site",),
     ("resident", "disclosure"),
     ("client_app", "server_app", "engines", "run"),
-    ("guard",),
     ("checks", "doctor", "multirun", "comparison", "status"),
     ("benchmark",),
     ("cli",),

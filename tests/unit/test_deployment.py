@@ -31,6 +31,7 @@ from fedllm_flwr.deployment.node import site_columns, to_toml
 from fedllm_flwr.deployment.registration import register_site, registered_sites
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.starting import supernode_command
 from fedllm_flwr.errors import ConfigError, DataError, FederationError
 
 HOSTS = ["fl.example.org", "10.0.0.5", "2001:db8::1"]
@@ -335,7 +336,7 @@ def test_site_columns_of_a_plain_node_config() -> None:
 
 def test_site_starts_with_tls_and_its_key(tmp_path: Path, server: Path, options: Options) -> None:
     init_site(tmp_path / "site", options())
-    script = (tmp_path / "site" / "start-supernode.sh").read_text()
+    script = " ".join(supernode_command(tmp_path / "site")[0])
 
     assert "--superlink fl.example.org:9192" in script
     assert "--root-certificates ca.crt --auth-supernode-private-key hospital-a.key" in script
@@ -350,7 +351,7 @@ def test_insecure_site_says_so_and_has_no_keys(tmp_path: Path, options: Options)
 
     assert any("WARNING" in line and "encrypted" in line for line in lines)
     assert not list((tmp_path / "site").glob("*.key"))
-    assert "--insecure" in (tmp_path / "site" / "start-supernode.sh").read_text()
+    assert "--insecure" in supernode_command(tmp_path / "site")[0]
 
 
 def test_usable_records_are_counted_and_decide_the_tasks(tmp_path: Path, options: Options) -> None:

@@ -69,7 +69,7 @@ def _add_membership(steps: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
     """``fedllm site <step>``; `add` makes a parser for one step."""
-    text = "a site of a real federation: init, requests, approve, decline, log"
+    text = "a site of a real federation: init, start, requests, approve, decline, log"
     site = commands.add_parser("site", help=text, description=text)
     steps = site.add_subparsers(required=True, metavar="step")
 
@@ -99,6 +99,12 @@ def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", ad
         help="which runs wait for you: every-run, new-settings or automatic; default every-run",
     )
     _add_insecure(init)
+
+    start = add(steps, "start", _site_start, "start the SuperNode: site start <dir> [option] ...")
+    start.add_argument("directory", help="directory of site init")
+    start.add_argument(
+        "options", nargs=argparse.REMAINDER, help="further options of flower-supernode"
+    )
     _add_decisions(steps, add)
 
 
@@ -195,6 +201,12 @@ def _site_log(arguments: argparse.Namespace) -> int:
 
     print_log(arguments.directory, arguments.run, arguments.json)
     return 0
+
+
+def _site_start(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.starting import start_supernode
+
+    start_supernode(arguments.directory, arguments.options)
 
 
 def _site_init(arguments: argparse.Namespace) -> int:

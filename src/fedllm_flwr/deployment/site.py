@@ -3,7 +3,6 @@
 import ipaddress
 import re
 import shlex
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +27,12 @@ from fedllm_flwr.deployment.directory import (
 )
 from fedllm_flwr.deployment.keys import key_fingerprint, make_key_pair
 from fedllm_flwr.deployment.node import DEVICES, every_role, parse_columns, to_toml
+from fedllm_flwr.deployment.starting import SUPERNODE
 from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.guard import PROGRAMS
 
 _NODE_COMMENT = "# Only this machine reads this file; none of it can be changed by a server.\n"
+_SUPERNODE_COMMENT = "# How `fedllm site start` starts this site: options of flower-supernode.\n"
 _COLUMNS_COMMENT = '\n# Which column of the data plays which role; "" for none.\n'
 _HEALTH_PORTS = range(9200, 9900)
 _APPROVAL = {
@@ -94,10 +96,16 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
             filled("policy.yaml", tasks=f"[{', '.join(usable)}]", approval=options.approval)
         ),
         "state/README": NewFile("Training state of this site between rounds, one folder a run.\n"),
-        "start-supernode.sh": NewFile(_start_script(options), PROGRAM),
-        "bin/flwr-clientapp": NewFile(
-            filled("flwr-clientapp.sh", python=shlex.quote(sys.executable)), PROGRAM
+        "start-supernode.sh": NewFile(
+            filled(
+                "start-supernode.sh",
+                fedllm=f"{program_folder()}/fedllm",
+                python=python_program(),
+            ),
+            PROGRAM,
         ),
+        SUPERNODE: NewFile(_supernode(options)),
+        **{f"bin/{name}": NewFile(_guarded(name), PROGRAM) for name in PROGRAMS},
         "systemd/fedllm-supernode.service": NewFile(_unit(folder, options.name)),
         "README.md": NewFile(_readme(folder, options)),
     }
@@ -211,21 +219,19 @@ def _model(path: str) -> Path:
     return folder
 
 
-def _security(options: SiteOptions) -> str:
+def _supernode(options: SiteOptions) -> str:
+    values = {"superlink": options.server, "health-server-address": options.health_address}
     if options.insecure:
-        return "--insecure"
-    return f"--root-certificates ca.crt --auth-supernode-private-key {options.name}.key"
+        return _SUPERNODE_COMMENT + to_toml(values) + "insecure = true\n"
+    values |= {
+        "root-certificates": "ca.crt",
+        "auth-supernode-private-key": f"{options.name}.key",
+    }
+    return _SUPERNODE_COMMENT + to_toml(values)
 
 
-def _start_script(options: SiteOptions) -> str:
-    return filled(
-        "start-supernode.sh",
-        bin=program_folder(),
-        python=python_program(),
-        superlink=shlex.quote(options.server),
-        security=_security(options),
-        health=options.health_address,
-    )
+def _guarded(program: str) -> str:
+    return filled("guarded.sh", python=python_program(), program=program)
 
 
 def _unit(folder: Path, name: str) -> str:
@@ -241,16 +247,9 @@ def _unit(folder: Path, name: str) -> str:
 
 def _readme(folder: Path, options: SiteOptions) -> str:
     name = options.name
-    supernode = (
-        f"```sh\ncd {shlex.quote(str(folder))}\n"
-        'export PATH="$PWD/bin:$PATH"\n'
-        f"flower-supernode --superlink {options.server} \\\n  {_security(options)} \\\n"
-        "  --node-config node.toml --clientappio-api-address 127.0.0.1:0 --max-retries 30\n```"
-    )
     if options.insecure:
         security_rows = "| (no keys) | made with `--insecure`: no encryption, no authentication |"
         before_start = ""
-        by_hand = supernode
     else:
         security_rows = (
             f"| `{name}.pub` | this site's public key; **send it to the server's operator** |\n"
@@ -261,8 +260,6 @@ def _readme(folder: Path, options: SiteOptions) -> str:
             f"Send `{name}.pub` to the server's operator, who registers it once. Then, and at any "
             "time:\n"
         )
-        keys = f'ssh-keygen -t ecdsa -b 384 -N "" -f {name}.key && mv {name}.key.pub {name}.pub'
-        by_hand = f"```sh\n{keys}\n```\n\n{supernode}"
     return filled(
         "site.md",
         name=name,
@@ -271,7 +268,6 @@ def _readme(folder: Path, options: SiteOptions) -> str:
         health=options.health_address,
         security_rows=security_rows,
         before_start=before_start,
-        by_hand=by_hand,
     )
 
 
@@ -298,6 +294,6 @@ def _report(folder: Path, options: SiteOptions, usable: Mapping[str, tuple[int, 
         *lines,
         f"  limits     {folder / 'policy.yaml'} says what a server may ask; look it over",
         _APPROVAL[options.approval].format(folder=shlex.quote(str(folder))),
-        f"  start      {folder / 'start-supernode.sh'}",
+        f"  start      fedllm site start {shlex.quote(str(folder))}",
         f"  look       fedllm status {shlex.quote(str(folder))}",
     ]

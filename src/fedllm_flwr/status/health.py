@@ -1,8 +1,10 @@
 """gRPC health checks of Flower's processes, as grpc_health_probe makes them."""
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedllm_flwr.deployment.starting import SUPERNODE
 from fedllm_flwr.errors import ConfigError
 
 _TIMEOUT_S = 5.0
@@ -47,8 +49,11 @@ def check_health(part: str, address: str, timeout_s: float = _TIMEOUT_S) -> Heal
 
 
 def addresses(folder: Path) -> dict[str, str]:
-    """Health server addresses by process, as the start scripts of a directory name them."""
+    """Health server addresses by process, as the start files of a directory name them."""
     found = {}
+    if (supernode := folder / SUPERNODE).is_file():
+        options = tomllib.loads(supernode.read_text("utf-8"))
+        found["supernode"] = str(options[_OPTION.removeprefix("--")])
     for script in sorted(folder.glob("start-*.sh")):
         words = script.read_text("utf-8").split()
         if _OPTION in words[:-1]:

@@ -13,11 +13,6 @@ if [ -z "${LOGGED:-}" ]; then # every line gets a time, and is kept in logs/
     /bin/sh "./start-supernode.sh" "$@@"
 fi
 unset LOGGED
-# bin/ first: its flwr-clientapp runs the installed package, never code that a server has sent.
-export PATH="$PWD/bin":@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
-# gRPC would ask a proxy even for this machine's own address.
-export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
 ended=no supernode= failures=0 pause=${RESTART_S:-5}
 end() {
   ended=yes
@@ -26,14 +21,7 @@ end() {
 trap end INT TERM HUP
 while :; do
   started=$(date +%s)
-  flower-supernode \
-    --superlink @{superlink} \
-    @{security} \
-    --node-config node.toml \
-    --clientappio-api-address 127.0.0.1:0 \
-    --health-server-address @{health} \
-    --max-retries "${MAX_RETRIES:-30}" \
-    "$@@" &
+  @{fedllm} site start "$PWD" "$@@" &
   supernode=$!
   wait $supernode
   status=$?
