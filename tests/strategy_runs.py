@@ -90,13 +90,13 @@ def nodes_of(bee=None, names=SIZES):
     return nodes
 
 
-def run(config, grid, rounds=1, state=None, hooks=None, roster=None):
+def run(config, grid, rounds=1, state=None, hooks=None, roster=None, known=None):
     """Run to `rounds`; the final state and the report of every round."""
     reports = []
     told = hooks or Hooks()
     told.on_round = lambda _state, report: reports.append(report)
     strategy = STRATEGIES[config.algorithm.name](
-        config, roster or roster_of(), state or ServerState(0, START), told
+        config, roster or roster_of(), state or ServerState(0, START), told, known
     )
     strategy.start(grid, ArrayRecord(), num_rounds=rounds)
     return strategy.state, reports
@@ -104,6 +104,7 @@ def run(config, grid, rounds=1, state=None, hooks=None, roster=None):
 
 def assert_same_bits(left, right):
     assert left.round == right.round
+    assert left.clients == right.clients
     assert left.moments.keys() == right.moments.keys()
     groups = [(left.params, right.params), (left.control or {}, right.control or {})]
     for mine, other in [*groups, *((left.moments[k], right.moments[k]) for k in left.moments)]:

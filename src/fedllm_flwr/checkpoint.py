@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.messages import Acknowledged
 from fedllm_flwr.params import Array, Params
 
 _FORMAT = "2"
@@ -25,8 +26,9 @@ class ServerState:
     """Everything that a server needs to go on: the adapter after ``round`` rounds and the rest.
 
     ``moments`` holds the server optimizer's tensors by name (``m``, ``v``), ``control`` SCAFFOLD's
-    server variate c, ``reference`` the adapter of DPO's reference model, if it has one. ``run``
-    tells this run from others, also when it goes on after a stop.
+    server variate c, ``reference`` the adapter of DPO's reference model, if it has one. ``clients``
+    says of every client of the run what the server has accepted of it. ``run`` tells this run from
+    others, also when it goes on after a stop.
     """
 
     round: int
@@ -35,6 +37,7 @@ class ServerState:
     control: Params | None = None
     reference: Params | None = None
     run: str = ""
+    clients: dict[str, Acknowledged] = field(default_factory=dict)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -138,8 +141,13 @@ def save_state(directory: Path, state: ServerState, keep: int) -> Path:
     if state.reference is not None:
         groups["reference"] = state.reference
     path = state_file(directory, state.round)
-    moments = json.dumps([*state.moments])
-    save_params(path, groups, {"round": str(state.round), "moments": moments, "run": state.run})
+    metadata = {
+        "round": str(state.round),
+        "moments": json.dumps([*state.moments]),
+        "run": state.run,
+        "clients": json.dumps({name: [c.round, c.updates] for name, c in state.clients.items()}),
+    }
+    save_params(path, groups, metadata)
     for old in _newest_first(directory)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -158,7 +166,7 @@ def load_state(directory: Path) -> tuple[ServerState, list[str]]:
     warnings: list[str] = []
     for path in _newest_first(directory):
         try:
-            return _read_state(path), warnings
+            return read_state(path), warnings
         except FederationError as error:
             warnings.append(f"{error} Falling back to the checkpoint before.")
     raise FederationError(f"{directory} holds no readable checkpoint; start the run anew.")
@@ -183,19 +191,34 @@ def newest_readable(directory: Path) -> int | None:
     """Round of the newest checkpoint that can be read; None without any."""
     for path in _newest_first(directory):
         with contextlib.suppress(FederationError):
-            return _read_state(path).round
+            return read_state(path).round
     return None
 
 
-def _read_state(path: Path) -> ServerState:
+def read_state(path: Path) -> ServerState:
+    """The state in a file.
+
+    Raises:
+        FederationError: it cannot be read, or holds something else.
+    """
     groups, metadata = load_params(path)
     try:
         moments = {name: groups[f"moment.{name}"] for name in json.loads(metadata["moments"])}
-        round_number, params = int(metadata["round"]), groups["params"]
-    except (KeyError, ValueError) as error:
+        clients = {
+            name: Acknowledged(int(server_round), int(updates))
+            for name, (server_round, updates) in json.loads(metadata["clients"]).items()
+        }
+        return ServerState(
+            round=int(metadata["round"]),
+            params=groups["params"],
+            moments=moments,
+            control=groups.get("control"),
+            reference=groups.get("reference"),
+            run=metadata["run"],
+            clients=clients,
+        )
+    except (KeyError, ValueError, TypeError) as error:
         raise FederationError(f"{path} is no state of a run (no {error}).") from error
-    control, reference = groups.get("control"), groups.get("reference")
-    return ServerState(round_number, params, moments, control, reference, metadata.get("run", ""))
 
 
 def _newest_first(directory: Path) -> list[Path]:

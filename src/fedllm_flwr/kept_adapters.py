@@ -18,15 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.alone import AloneAdapters
-from fedllm_flwr.checkpoint import kept_rounds, load_params, newest_readable, state_file
+from fedllm_flwr.checkpoint import (
+    kept_rounds,
+    load_params,
+    newest_readable,
+    read_state,
+    state_file,
+)
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.config.schema import LoraConfig, ModelConfig
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.params import Params
+from fedllm_flwr.round_store import RoundStore, folder_name
 from fedllm_flwr.run_directory import RunDirectory, best_round, is_finished
 from fedllm_flwr.training.tokenizer import model_source
-from fedllm_flwr.versions import newest_file
 
 _NOTATION = "DIR, DIR@best, DIR@round=N or DIR@client=NAME"
 
@@ -213,14 +219,17 @@ def _of_clients(
             raise ConfigError(f"{typed}: round {number} is not kept; kept: {_kept(directory)}.")
         label, folders = f"round {number}", directory.alone
     found = []
-    for folder in sorted(folders.iterdir()) if folders.is_dir() else []:
-        client = AloneAdapters.name_of(folder.name)
-        if label.startswith("round"):
-            file = newest_file(folder, "adapter", number or 0)
-            if file is not None:
+    if label.startswith("round"):
+        state = read_state(state_file(directory.checkpoints, number or 0))
+        for client, acknowledged in sorted(state.clients.items()):
+            file = RoundStore(folders / folder_name(client)).file(acknowledged.round)
+            if file.is_file():
                 found.append(KeptAdapter(label, config, file, "adapter", run, client, note))
-        elif folder.is_dir():
-            found.append(KeptAdapter(label, config, folder, None, run, client))
+    else:
+        for folder in sorted(folders.iterdir()) if folders.is_dir() else []:
+            if folder.is_dir():
+                client = AloneAdapters.name_of(folder.name)
+                found.append(KeptAdapter(label, config, folder, None, run, client))
     if not found:
         raise ConfigError(f"{typed}: no client has trained an adapter there.")
     if wanted.client is None:

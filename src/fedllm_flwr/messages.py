@@ -20,13 +20,26 @@ SITE_NAME_RULE = (
 class LocalCorrection:
     """Terms added to a client's gradient: ``mu (w_i - w)`` and ``control_variates``: ``c - c_i``.
 
-    ``post_step`` is OpenFedLLM's form of the latter: after each optimizer step
-    ``w_i -= lr (c - c_i)``, and c_i by option II whatever the optimizer.
+    ``as_openfedllm`` asks for OpenFedLLM's forms of both: ``mu/2 ||w_i - w||^2`` is a part of the
+    loss and clipped with its gradient; after each optimizer step ``w_i -= lr (c - c_i)``, and c_i
+    follows option II whatever the optimizer.
     """
 
     mu: float = 0.0
     control_variates: bool = False
-    post_step: bool = False
+    as_openfedllm: bool = False
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """What the server has accepted of one client in a run.
+
+    ``round`` is that of its newest accepted update, 0 before the first, and ``updates`` their
+    number: how often the client has taken part, as far as the adapter knows.
+    """
+
+    round: int = 0
+    updates: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,11 @@ class Task:
     ``params`` is the global adapter w, ``learning_rate`` the local one of this round. In an
     ``alone`` task the client goes on from its own adapter of earlier rounds, where it has one.
     ``reference`` is the adapter of DPO's reference model; None: the base model is the reference.
-    ``run`` tells the states that a client keeps of this run from those of others.
+    ``run`` tells what a client remembers of this run from what it remembers of others.
+
+    ``acknowledged`` differs from client to client: each starts from its memory of that round, and
+    from its place in its own data after so many updates. ``oldest_checkpoint`` is the round of the
+    oldest state that the server may go back to, and with it to an older acknowledged round.
     """
 
     round: int
@@ -48,16 +65,23 @@ class Task:
     alone: bool = False
     reference: Params | None = None
     run: str = ""
+    acknowledged: Acknowledged = Acknowledged()
+    oldest_checkpoint: int = 0
 
 
 @dataclass(frozen=True)
 class Update:
-    """A client's answer: ``delta`` = w_i - w, and the number of distinct examples it used."""
+    """A client's answer: ``delta`` = w_i - w, and the number of distinct examples it used.
+
+    ``lost``: the client has no memory of the acknowledged round any more. It has started anew,
+    from c_i = 0 and from the global adapter; ``control_delta`` is then c_i+ - 0.
+    """
 
     delta: Params
     num_examples: int
     metrics: dict[str, float]
     control_delta: Params | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fedllm_flwr.alone import AloneAdapters
-from fedllm_flwr.checkpoint import ServerState, save_state
+from fedllm_flwr.checkpoint import ServerState, kept_rounds, save_state
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.evaluation.central import Scores, evaluate
@@ -22,7 +22,6 @@ from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.report import Hooks, RoundReport
 from fedllm_flwr.timings import Timings
 from fedllm_flwr.training.device import cpu_count, torch_threads
-from fedllm_flwr.versions import versions_to_keep
 
 
 class Progress:
@@ -57,8 +56,7 @@ class Progress:
         self._first_round = first_round
         self._refused = dict(refused)
         self._counted = timings.earlier  # seconds by phase that records account for
-        keep = versions_to_keep(config)
-        self.alone = AloneAdapters(directory.alone, prepared.initial, keep)
+        self.alone = AloneAdapters(directory.alone, prepared.initial)
 
     @property
     def hooks(self) -> Hooks:
@@ -66,9 +64,10 @@ class Progress:
         return Hooks(
             on_start_round=self._start_round,
             on_reply=self._reply,
-            on_update=self.alone.store,
+            on_update=self._update,
             on_round=self.finish_round,
             on_failed_round=self.note_failed_round,
+            oldest_checkpoint=self._oldest_checkpoint,
         )
 
     def _start_round(self, round: int, names: list[str]) -> None:
@@ -78,6 +77,12 @@ class Progress:
     def _reply(self, round: int, name: str, loss: float | None) -> None:
         self._board.reply(round, name, loss)
         self._console.reply(round, name, loss)
+
+    def _update(self, round: int, name: str, delta: Params, acknowledged: int) -> None:
+        self.alone.store(round, name, delta, acknowledged, self._oldest_checkpoint())
+
+    def _oldest_checkpoint(self) -> int:
+        return min(kept_rounds(self._directory.checkpoints), default=0)
 
     def start(self, state: ServerState) -> None:
         """Score the adapter that training starts from, and save it as round 0."""
@@ -133,7 +138,7 @@ class Progress:
             return {}
         if self._config.algorithm.name != "local":
             return {"eval": self._evaluate(state.params)}
-        each = self.alone.scores(report.round, self._evaluate)
+        each = self.alone.scores(state.clients, self._evaluate)
         names = next(iter(each.values())).keys()
         mean = {name: fmean(scores[name] for scores in each.values()) for name in names}
         return {"eval": mean, "local": each}
@@ -194,6 +199,8 @@ def _record(report: RoundReport, config: Config) -> Record:
     }
     if report.ignored:
         record["ignored"] = report.ignored
+    if report.lost:
+        record["lost"] = dict(sorted(report.lost.items()))
     if report.score_failures:
         record["evaluation_failures"] = dict(sorted(report.score_failures.items()))
     if report.score is not None:

@@ -78,6 +78,11 @@ class RunDirectory:
         return self.path / "clients"
 
     @property
+    def known_clients(self) -> Path:
+        """What the server knows of each client: SCAFFOLD's copies of the control variates."""
+        return self.path / "known"
+
+    @property
     def alone(self) -> Path:
         """Adapters of clients that train alone, by client and round."""
         return self.path / "alone"

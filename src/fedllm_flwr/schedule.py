@@ -28,15 +28,16 @@ def steps_per_round(training: TrainingConfig, num_examples: int) -> int:
 
 
 def draw_examples(
-    num_examples: int, count: int, server_round: int, seed: int, client: str
+    num_examples: int, count: int, updates: int, seed: int, client: str
 ) -> NDArray[np.int64]:
     """Indices of the `count` examples that a client trains on in a round.
 
-    The client's data is an endless stream of shuffled passes; round r reads the r-th window of
-    `count` examples. No example comes twice before a pass is over, whatever rounds the client
-    misses, and no state has to be kept.
+    The client's data is an endless stream of shuffled passes; after so many accepted `updates`
+    of this client, it reads the next window of `count` examples. Rounds in which it is not
+    sampled, or whose reply is lost, do not move it on: what the server has accepted of the client
+    holds no example twice before all were seen.
     """
-    start = (server_round - 1) * count
+    start = updates * count
     positions = np.arange(start, start + count)
     drawn = np.empty(count, dtype=np.int64)
     for epoch in np.unique(positions // num_examples):

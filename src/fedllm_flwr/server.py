@@ -21,6 +21,7 @@ from fedllm_flwr.progress import Progress
 from fedllm_flwr.reporting.clients import clients_table, sizes_table
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import Record, summarise
+from fedllm_flwr.round_store import folder_name
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.strategies import STRATEGIES
 from fedllm_flwr.strategies.census import discover
@@ -64,7 +65,7 @@ def serve(
         config, directory, prepared, console, timings, state.round + 1, census.refused
     )
     try:
-        final = _run_rounds(grid, config, roster, state, progress)
+        final = _run_rounds(grid, config, roster, state, progress, directory)
     except BaseException:
         progress.close(succeeded=False)
         raise
@@ -82,11 +83,18 @@ def _initial_state(
 
 
 def _run_rounds(
-    grid: Grid, config: Config, roster: Roster, state: ServerState, progress: Progress
+    grid: Grid,
+    config: Config,
+    roster: Roster,
+    state: ServerState,
+    progress: Progress,
+    directory: RunDirectory,
 ) -> ServerState:
     if state.round == 0:
         progress.start(state)
-    strategy = STRATEGIES[config.algorithm.name](config, roster, state, progress.hooks)
+    strategy = STRATEGIES[config.algorithm.name](
+        config, roster, state, progress.hooks, directory.known_clients
+    )
     strategy.start(grid, ArrayRecord({}), config.federation.num_rounds)
     return strategy.state
 
@@ -105,10 +113,10 @@ def _finish(
         summary = summarise(progress.records, timings.seconds)
         adapters = {directory.adapter: final.params}
         if config.algorithm.name == "local":
-            alone = progress.alone
             adapters = {
-                directory.adapters / alone.folder_name(name): alone.load(name, final.round)
-                for name in alone.names()
+                directory.adapters / folder_name(name): progress.alone.load(name, client)
+                for name, client in final.clients.items()
+                if client.round
             }
         for path, params in adapters.items():
             save_adapter(path, prepared.model, params, config, summary)
@@ -153,7 +161,8 @@ def _answering(final: ServerState, progress: Progress) -> tuple[Params, str]:
     if not each:
         return final.params, "with the adapter"
     best = min(each, key=lambda name: each[name]["loss"])
-    return progress.alone.load(best, final.round), f"with the adapter of {best}, the best client"
+    adapter = progress.alone.load(best, final.clients[best])
+    return adapter, f"with the adapter of {best}, the best client"
 
 
 def _title(config: Config) -> str:

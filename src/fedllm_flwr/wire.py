@@ -9,7 +9,7 @@ sends, reading it gives the dataclass or a `FederationError`.
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
@@ -24,6 +24,7 @@ from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.encoding import STORED, decode, encode
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.messages import (
+    Acknowledged,
     ClientInfo,
     Failure,
     LocalCorrection,
@@ -104,7 +105,13 @@ def wire_bytes(params: Params, dtype: str) -> int:
 
 
 def pack_task(task: Task) -> RecordDict:
-    """A `Task` as records; built once and shared by the messages of a round."""
+    """A `Task` as records."""
+    (content,) = pack_tasks(task, [task.acknowledged])
+    return content
+
+
+def pack_tasks(task: Task, clients: Iterable[Acknowledged]) -> Iterator[RecordDict]:
+    """The same `Task` for several clients; their contents share all records but one small one."""
     dtype = task.config.communication.dtype
     arrays, _ = pack_params(task.params, dtype)
     settings = ConfigRecord(
@@ -114,17 +121,20 @@ def pack_task(task: Task) -> RecordDict:
             "dtype": dtype,
             "mu": task.correction.mu,
             "control_variates": task.correction.control_variates,
-            "post_step": task.correction.post_step,
+            "as_openfedllm": task.correction.as_openfedllm,
             "alone": task.alone,
             "run": task.run,
+            "oldest_checkpoint": task.oldest_checkpoint,
             "config": _config_text(task.config),
         }
     )
-    content = RecordDict({"params": arrays, "task": settings})
+    shared = RecordDict({"params": arrays, "task": settings})
     for name in ("control", "reference"):
         if (params := getattr(task, name)) is not None:
-            content[name], _ = pack_params(params, dtype)
-    return content
+            shared[name], _ = pack_params(params, dtype)
+    for acknowledged in clients:
+        own = ConfigRecord({"round": acknowledged.round, "updates": acknowledged.updates})
+        yield RecordDict({**shared, "acknowledged": own})
 
 
 @_reading()
@@ -139,7 +149,7 @@ def unpack_task(content: RecordDict) -> Task:
     correction = LocalCorrection(
         mu=_non_negative(settings, "mu"),
         control_variates=_field(settings, "control_variates", bool),
-        post_step=_field(settings, "post_step", bool),
+        as_openfedllm=_field(settings, "as_openfedllm", bool),
     )
     control = content.array_records.get("control")
     if correction.control_variates and control is None:
@@ -147,6 +157,10 @@ def unpack_task(content: RecordDict) -> Task:
     reference = content.array_records.get("reference")
     if (server_round := _field(settings, "round", int)) < 0:
         raise FederationError(f"round={server_round} is below 0")
+    own = _settings(content, "acknowledged")
+    acknowledged = Acknowledged(_field(own, "round", int), _field(own, "updates", int))
+    if not 0 <= acknowledged.updates <= acknowledged.round <= server_round:
+        raise FederationError(f"{acknowledged} is not of round {server_round}")
     return Task(
         round=server_round,
         params=unpack_params(_arrays(content, "params"), dtype),
@@ -156,6 +170,8 @@ def unpack_task(content: RecordDict) -> Task:
         control=None if control is None else unpack_params(control, dtype),
         alone=_field(settings, "alone", bool),
         run=_field(settings, "run", str),
+        acknowledged=acknowledged,
+        oldest_checkpoint=_field(settings, "oldest_checkpoint", int),
         reference=None if reference is None else unpack_params(reference, dtype),
     )
 
@@ -166,7 +182,9 @@ def pack_update(update: Update, dtype: str) -> RecordDict:
     content = RecordDict(
         {
             "delta": arrays,
-            "update": ConfigRecord({"dtype": dtype, "num_examples": update.num_examples}),
+            "update": ConfigRecord(
+                {"dtype": dtype, "num_examples": update.num_examples, "lost": update.lost}
+            ),
             "metrics": MetricRecord(dict(update.metrics)),
         }
     )
@@ -193,6 +211,7 @@ def unpack_update(content: RecordDict) -> Update:
         delta=unpack_params(_arrays(content, "delta"), dtype),
         metrics={name: float(cast(float, value)) for name, value in metrics.items()},
         control_delta=None if control is None else unpack_params(control, dtype),
+        lost=_field(settings, "lost", bool),
     )
 
 

@@ -121,7 +121,7 @@ def check_control(control: dict[str, Vector], recorder: Recorder, states: Path) 
     """SCAFFOLD: c is the mean of all clients' c_i, and moved by what the clients sent."""
     own = np.zeros(flat(control).shape)
     for folder in states.iterdir():
-        own += flat(load_params(max(folder.glob("control-*")))[0]["control"])
+        own += flat(load_params(max(folder.glob("round-*")))[0]["control"])
     np.testing.assert_allclose(flat(control), own / NUM_CLIENTS, atol=1e-6)
     sent = np.zeros_like(own)
     for updates in recorder.updates.values():

@@ -111,7 +111,7 @@ def trl_arguments(config: Config, folder: Path, losses: dict[str, float]) -> DPO
 def drawn(config: Config, pairs: EncodedPairs) -> list[int]:
     training = config.training
     per_step = training.batch_size * training.gradient_accumulation_steps
-    return draw_examples(len(pairs), training.max_steps * per_step, 1, config.seed, "a").tolist()
+    return draw_examples(len(pairs), training.max_steps * per_step, 0, config.seed, "a").tolist()
 
 
 class PlainTrl:

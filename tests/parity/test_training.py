@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.messages import LocalCorrection, Task, Update
+from fedllm_flwr.messages import Acknowledged, LocalCorrection, Task, Update
 from fedllm_flwr.params import Params, derive_seed
 from fedllm_flwr.schedule import draw_examples
 from fedllm_flwr.training.local import train_locally
@@ -133,7 +133,7 @@ def drawn(config: Config, examples: Encoded, server_round: int = 1) -> list[list
     training = config.training
     per_step = training.batch_size * training.gradient_accumulation_steps
     count = training.max_steps * per_step
-    indices = draw_examples(len(examples), count, server_round, config.seed, "a")
+    indices = draw_examples(len(examples), count, server_round - 1, config.seed, "a")
     return indices.reshape(training.max_steps, per_step).tolist()
 
 
@@ -145,7 +145,9 @@ def start(config: Config, seed: int = 5) -> Params:
 
 
 def task(config: Config, params: Params, server_round: int = 1, **options: Any) -> Task:
-    return Task(server_round, params, LEARNING_RATE, config, **options)
+    """A task of a client whose updates of all earlier rounds were accepted."""
+    before = Acknowledged(server_round - 1, server_round - 1)
+    return Task(server_round, params, LEARNING_RATE, config, acknowledged=before, **options)
 
 
 def run(asked: Task, examples: Encoded, state: Path) -> Update:
@@ -280,18 +282,20 @@ def test_openfedllm_corrects_after_the_step_and_uses_option_two(
     params = start(config)
     c = control(params, 1)
 
-    correction = replace(SCAFFOLD, post_step=True)
+    correction = replace(SCAFFOLD, as_openfedllm=True)
     update = run(task(config, params, correction=correction, control=c), examples, tmp_path)
     plain = PlainClient(config, examples, params)
     steps = drawn(config, examples)
-    expected = _train_with_post_step(plain, steps, c)
+    expected = _train_and_correct_after_the_step(plain, steps, c)
     assert_near(update.delta, expected)
     assert update.control_delta is not None
     option_two = {n: -c[n] - expected[n] / (len(steps) * LEARNING_RATE) for n in c}
     assert_near(update.control_delta, option_two, TOLERANCE / LEARNING_RATE)
 
 
-def _train_with_post_step(plain: PlainClient, steps: list[list[int]], c: Params) -> Params:
+def _train_and_correct_after_the_step(
+    plain: PlainClient, steps: list[list[int]], c: Params
+) -> Params:
     optimizer = torch.optim.AdamW(plain.weights.values(), lr=LEARNING_RATE, weight_decay=0.0)
     for batch in steps:
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.encoding import from_bfloat16_bits, to_bfloat16_bits
-from fedllm_flwr.messages import ClientInfo, Failure, LocalCorrection, Task, Update
+from fedllm_flwr.messages import Acknowledged, ClientInfo, Failure, LocalCorrection, Task, Update
 from fedllm_flwr.params import Params
 from fedllm_flwr.wire import (
     pack_failure,
@@ -112,7 +112,7 @@ def test_transposed_and_double_tensors_arrive_as_float32(params: Params) -> None
     server_round=st.integers(0, 2**31),
     learning_rate=st.floats(0, 1),
     mu=st.floats(0, 1e6),
-    post_step=st.booleans(),
+    as_openfedllm=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
 def test_task_arrives(
@@ -121,11 +121,16 @@ def test_task_arrives(
     server_round: int,
     learning_rate: float,
     mu: float,
-    post_step: bool,
+    as_openfedllm: bool,
     dtype: str,
 ) -> None:
-    correction = LocalCorrection(mu, control is not None, post_step)
-    task = Task(server_round, params, learning_rate, CONFIGS[dtype], correction, control)
+    correction = LocalCorrection(mu, control is not None, as_openfedllm)
+    acknowledged = Acknowledged(server_round - server_round // 3, server_round // 2)
+    task = Task(
+        *(server_round, params, learning_rate, CONFIGS[dtype], correction, control),
+        acknowledged=acknowledged,
+        oldest_checkpoint=server_round // 4,
+    )
 
     arrived = unpack_task(pack_task(task))
 
@@ -135,6 +140,8 @@ def test_task_arrives(
         assert_same_bits(arrived.control, round_trip(control, dtype))
     assert (arrived.round, arrived.learning_rate) == (server_round, learning_rate)
     assert arrived.correction == correction
+    assert arrived.acknowledged == acknowledged
+    assert arrived.oldest_checkpoint == server_round // 4
     assert arrived.config == CONFIGS[dtype]
 
 
@@ -144,6 +151,7 @@ def test_task_arrives(
     control=st.none() | tensors(small),
     num_examples=st.integers(-(2**62), 2**62),
     metrics=st.dictionaries(st.text(min_size=1, max_size=8), st.floats(allow_nan=False)),
+    lost=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
 def test_update_arrives(
@@ -151,15 +159,18 @@ def test_update_arrives(
     control: Params | None,
     num_examples: int,
     metrics: dict[str, float],
+    lost: bool,
     dtype: str,
 ) -> None:
-    arrived = unpack_update(pack_update(Update(delta, num_examples, metrics, control), dtype))
+    sent = Update(delta, num_examples, metrics, control, lost)
+    arrived = unpack_update(pack_update(sent, dtype))
 
     assert_same_bits(arrived.delta, round_trip(delta, dtype))
     assert (arrived.control_delta is None) == (control is None)
     if control is not None and arrived.control_delta is not None:
         assert_same_bits(arrived.control_delta, round_trip(control, dtype))
     assert (arrived.num_examples, arrived.metrics) == (num_examples, metrics)
+    assert arrived.lost is lost
 
 
 @given(st.text(), st.integers(0, 2**62), st.text())

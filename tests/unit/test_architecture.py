@@ -24,7 +24,7 @@ LAYERS = (
     ("encoding", "messages", "usage"),
     ("schedule",),
     ("checkpoint",),
-    ("versions",),
+    ("round_store",),
     ("wire",),
     ("data",),
     ("strategies",),

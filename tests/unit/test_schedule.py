@@ -19,7 +19,7 @@ seeds = st.integers(0, 2**63 - 1)
 
 def stream(size: int, count: int, rounds: int, seed: int, client: str) -> list[int]:
     """What a client draws when it takes part in every round."""
-    windows = [draw_examples(size, count, r, seed, client) for r in range(1, rounds + 1)]
+    windows = [draw_examples(size, count, before, seed, client) for before in range(rounds)]
     return np.concatenate(windows).tolist()
 
 
@@ -42,14 +42,14 @@ def test_stream_does_not_depend_on_the_window(size: int, seed: int, counts: list
     assert all(drawn[:length] == streams[0][:length] for drawn in streams)
 
 
-@given(size=sizes, count=sizes, server_round=st.integers(1, 10**6), seed=seeds)
+@given(size=sizes, count=sizes, updates=st.integers(0, 10**6), seed=seeds)
 def test_a_round_needs_no_memory_of_the_others(
-    size: int, count: int, server_round: int, seed: int
+    size: int, count: int, updates: int, seed: int
 ) -> None:
-    first = draw_examples(size, count, server_round, seed, "ann")
+    first = draw_examples(size, count, updates, seed, "ann")
 
-    draw_examples(size, count, 1, seed, "bob")
-    again = draw_examples(size, count, server_round, seed, "ann")
+    draw_examples(size, count, 0, seed, "bob")
+    again = draw_examples(size, count, updates, seed, "ann")
 
     assert first.tolist() == again.tolist()
     assert first.shape == (count,)
@@ -73,7 +73,7 @@ def test_drawing_does_not_touch_the_global_generator() -> None:
     expected = np.random.random()
 
     np.random.seed(3)
-    draw_examples(10, 4, 1, 0, "ann")
+    draw_examples(10, 4, 0, 0, "ann")
 
     assert np.random.random() == expected
 

@@ -16,7 +16,7 @@ from fedllm_flwr.config.schema import (
     EvaluationConfig,
 )
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import Update
+from fedllm_flwr.messages import Acknowledged, Update
 from fedllm_flwr.strategies import STRATEGIES, Hooks
 from fedllm_flwr.wire import pack_update, unpack_task
 from memory_grid import MemoryGrid
@@ -68,24 +68,25 @@ def test_fedavg_round_weights_by_data_size_unless_told_otherwise(weighting):
 
 
 def test_scaffold_sends_and_moves_the_server_variate():
-    """Two rounds with two of three clients: c moves by sum(dc_i) / 3."""
+    """Two rounds with two of three clients: c is the mean of all three c_i."""
     config = config_of("scaffold", sample_clients=2)
     grid = MemoryGrid(nodes_of())
     state, reports = run(config, grid, rounds=2)
-    expected = {key: np.zeros(value.shape) for key, value in START.items()}
+    own = {name: {key: np.zeros_like(value) for key, value in START.items()} for name in SIZES}
     for report in reports:
         assert len(report.metrics) == 2
         for name in report.sampled:
             rng = np.random.default_rng([report.round, *name.encode()])
             for key, value in START.items():
                 change = -rng.normal(size=value.shape).astype(np.float32)
-                expected[key] += change.astype(np.float64) / 3
-    for key, value in expected.items():
-        np.testing.assert_allclose(state.control[key], value, rtol=1e-12, atol=1e-15)
+                own[name][key] = own[name][key] + change
+    for key in START:
+        mean = np.mean([own[name][key].astype(np.float64) for name in SIZES], axis=0)
+        np.testing.assert_allclose(state.control[key], mean, rtol=1e-12, atol=1e-15)
     assert reports[0].bytes_down == 2 * 2 * 10 * 4
     tasks = [unpack_task(message.content) for message in grid.sent]
     assert all(task.correction.control_variates for task in tasks)
-    assert not any(task.correction.post_step for task in tasks)
+    assert not any(task.correction.as_openfedllm for task in tasks)
     assert all(value.max() == 0 for value in tasks[0].control.values())
     assert any(value.any() for value in tasks[-1].control.values())
 
@@ -93,7 +94,7 @@ def test_scaffold_sends_and_moves_the_server_variate():
 def test_openfedllm_scaffold_tells_clients_to_correct_after_the_step():
     grid = MemoryGrid(nodes_of())
     run(config_of("scaffold", variant="openfedllm"), grid)
-    assert unpack_task(grid.sent[0].content).correction.post_step
+    assert unpack_task(grid.sent[0].content).correction.as_openfedllm
 
 
 @pytest.mark.parametrize("name", HYPER)
@@ -108,18 +109,20 @@ def test_order_of_replies_changes_no_bit(name, variant):
 @pytest.mark.parametrize("name", HYPER)
 def test_interrupted_run_continues_bit_identically(name, tmp_path):
     config = config_of(name, sample_clients=2)
+    known = tmp_path / "known"
     whole, _ = run(config, MemoryGrid(nodes_of()), rounds=5)
-    half, _ = run(config, MemoryGrid(nodes_of()), rounds=2)
+    half, _ = run(config, MemoryGrid(nodes_of()), rounds=2, known=known)
     save_state(tmp_path, half, keep=1)
     loaded, _ = load_state(tmp_path)
-    resumed, reports = run(config, MemoryGrid(nodes_of()), rounds=5, state=loaded)
+    resumed, reports = run(config, MemoryGrid(nodes_of()), rounds=5, state=loaded, known=known)
     assert_same_bits(resumed, whole)
     assert [report.round for report in reports] == [3, 4, 5]
 
 
 def test_local_keeps_the_start():
     state, _ = run(config_of("local"), MemoryGrid(nodes_of()), rounds=2)
-    assert_same_bits(state, ServerState(2, START))
+    assert_same_bits(state, ServerState(2, START, clients=state.clients))
+    assert set(state.clients.values()) == {Acknowledged(2, 2)}
 
 
 def test_local_trains_every_client_in_every_round_unless_it_is_sampled():

@@ -35,7 +35,7 @@ def set_metrics(**values):
 
 def set_count(value):
     def change(content):
-        content["update"] = ConfigRecord({"dtype": "float32", "num_examples": value})
+        content["update"] = ConfigRecord({"dtype": "float32", "num_examples": value, "lost": False})
 
     return change
 

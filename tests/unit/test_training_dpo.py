@@ -199,7 +199,7 @@ def with_micro_batches(config: Config, size: int) -> Config:
 
 def test_micro_batches_are_of_unlike_sizes(config: Config) -> None:
     """What the test above relies on."""
-    drawn = draw_examples(30, 3 * NUM_PAIRS, 1, config.seed, "a")
+    drawn = draw_examples(30, 3 * NUM_PAIRS, 0, config.seed, "a")
     batches = round_batches(drawn, random_pairs(30).lengths, 3, 2, packed=False).batches
     assert len({len(batch) for batch in batches}) > 1
 
@@ -288,7 +288,7 @@ def test_what_a_round_reports(config: Config, tmp_path: Path) -> None:
     """Tokens are those of both rows of a pair; a pair that is drawn twice counts once."""
     pairs = random_pairs(6)
     update = round_of(config, pairs, tmp_path)
-    twice = np.concatenate([np.arange(6), draw_examples(6, NUM_PAIRS, 1, config.seed, "a")[6:]])
+    twice = np.concatenate([np.arange(6), draw_examples(6, NUM_PAIRS, 0, config.seed, "a")[6:]])
     expected = sum(len(tokens) for i in twice for tokens, _ in pairs[int(i)])
     metrics = update.metrics
     assert (update.num_examples, metrics["steps"]) == (6, 1.0)

@@ -12,7 +12,7 @@ from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
-from fedllm_flwr.messages import LocalCorrection, Task, Update
+from fedllm_flwr.messages import Acknowledged, LocalCorrection, Task, Update
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.local import train_locally
 from fedllm_flwr.training.model import load_model
@@ -22,7 +22,9 @@ MakeExamples = Callable[..., Encoded]
 
 
 def task(config: Config, server_round: int = 1) -> Task:
-    return Task(server_round, load_model(config).initial, 1e-2, config)
+    """A task of a client whose updates of all earlier rounds were accepted."""
+    before = Acknowledged(server_round - 1, server_round - 1)
+    return Task(server_round, load_model(config).initial, 1e-2, config, acknowledged=before)
 
 
 def client(name: str, examples: Encoded) -> ClientData:
@@ -61,7 +63,7 @@ def test_rounds_clients_and_seeds_draw_other_examples_and_other_dropout(
         params = load_model(config).initial
         tasks = [
             (Task(1, params, 1e-2, config), "a"),
-            (Task(2, params, 1e-2, config), "a"),
+            (Task(2, params, 1e-2, config, acknowledged=Acknowledged(1, 1)), "a"),
             (Task(1, params, 1e-2, config), "b"),
             (Task(1, params, 1e-2, replace(config, seed=1)), "a"),
         ]

@@ -14,7 +14,7 @@ from fedllm_flwr.checkpoint import load_params
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.pairs import EncodedPairs
-from fedllm_flwr.messages import Task, Update
+from fedllm_flwr.messages import Acknowledged, Task, Update
 from fedllm_flwr.params import Params, add
 from fedllm_flwr.schedule import draw_examples
 from fedllm_flwr.training.local import train_locally
@@ -104,12 +104,12 @@ def test_the_adapter_works_again_after_the_reference(
 
 
 def test_kept_values_equal_fresh_ones_however_they_were_padded(
-    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
+    model: AdaptedModel, pairs: EncodedPairs
 ) -> None:
     """Drawn in two rounds, with other neighbours and other padding than all at once."""
     order = np.random.default_rng(0).permutation(len(pairs))
-    ReferenceCache(tmp_path, 1, 100).of(model, None, pairs, order[:13])
-    kept = ReferenceCache(tmp_path, 2, 700).of(model, None, pairs, order)
+    _, remembered = ReferenceCache(100).of(model, None, pairs, order[:13])
+    kept, _ = ReferenceCache(700, remembered).of(model, None, pairs, order)
     for batch_tokens in (1, 2048):
         fresh = reference_log_probs(model, None, pairs, batch_tokens)
         np.testing.assert_allclose(kept, fresh, rtol=0, atol=1e-5 * float(np.abs(fresh).max()))
@@ -121,57 +121,29 @@ def answer_lengths(pairs: EncodedPairs) -> np.ndarray:
     return np.array([[int(supervised.sum()) for _, supervised in pairs[i]] for i in range(30)])
 
 
-def test_each_pair_is_computed_once(
-    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
-) -> None:
+def test_each_pair_is_computed_once(model: AdaptedModel, pairs: EncodedPairs) -> None:
     seen: set[int] = set()
-    for server_round in range(1, 8):
-        drawn = draw_examples(len(pairs), 8, server_round, 0, "a")
+    remembered: Params | None = None
+    for updates in range(7):
+        drawn = draw_examples(len(pairs), 8, updates, 0, "a")
         with counted_rows(model) as rows:
-            ReferenceCache(tmp_path, server_round, 300).of(model, None, pairs, drawn)
+            _, remembered = ReferenceCache(300, remembered).of(model, None, pairs, drawn)
         assert sum(rows) == 2 * len(set(drawn.tolist()) - seen)
         seen |= set(drawn.tolist())
     assert len(seen) == len(pairs)  # the last rounds computed nothing
-    assert len(list(tmp_path.iterdir())) <= 2
 
 
-def test_a_repeated_round_gives_the_same_bits(
-    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
-) -> None:
-    def values(server_round: int, drawn: list[int]) -> bytes:
-        cache = ReferenceCache(tmp_path, server_round, 100)
-        return cache.of(model, None, pairs, np.array(drawn)).tobytes()
+def test_a_repeated_round_gives_the_same_bits(model: AdaptedModel, pairs: EncodedPairs) -> None:
+    _, first = ReferenceCache(100).of(model, None, pairs, np.array([0, 1, 2, 3]))
 
-    values(1, [0, 1, 2, 3])
-    second = values(2, [3, 9, 20])
+    def second() -> bytes:
+        values, _ = ReferenceCache(100, first).of(model, None, pairs, np.array([3, 9, 20]))
+        return values.tobytes()
+
+    before = second()
     with counted_rows(model) as rows:
-        assert values(2, [3, 9, 20]) == second
+        assert second() == before
     assert sum(rows) == 4  # computed again, with the same neighbours as then
-
-
-def test_lost_values_are_computed_again(
-    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path
-) -> None:
-    cache = ReferenceCache(tmp_path, 1, 300)
-    before = cache.of(model, None, pairs, everything(pairs))
-    (file,) = tmp_path.iterdir()
-    file.unlink()
-    with counted_rows(model) as rows:
-        after = ReferenceCache(tmp_path, 2, 300).of(model, None, pairs, everything(pairs))
-    assert sum(rows) == 60
-    np.testing.assert_array_equal(after, before)
-
-
-def test_damaged_values_are_computed_again_and_named(
-    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    before = ReferenceCache(tmp_path, 1, 300).of(model, None, pairs, everything(pairs))
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-9])
-    with caplog.at_level(logging.WARNING):
-        after = ReferenceCache(tmp_path, 2, 300).of(model, None, pairs, everything(pairs))
-    np.testing.assert_array_equal(after, before)
-    assert f"{file} is not used" in caplog.text
 
 
 def other_tokens(pairs: EncodedPairs) -> EncodedPairs:
@@ -194,37 +166,40 @@ def test_values_of_other_pairs_are_not_used(
     change: Callable[[EncodedPairs], EncodedPairs],
     model: AdaptedModel,
     pairs: EncodedPairs,
-    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ReferenceCache(tmp_path, 1, 300).of(model, None, pairs, everything(pairs))
-    (file,) = tmp_path.iterdir()
+    _, remembered = ReferenceCache(300).of(model, None, pairs, everything(pairs))
     others = change(pairs)
     with caplog.at_level(logging.WARNING):
-        values = ReferenceCache(tmp_path, 2, 300).of(model, None, others, everything(others))
+        values, _ = ReferenceCache(300, remembered).of(model, None, others, everything(others))
     np.testing.assert_array_equal(values, reference_log_probs(model, None, others, 300))
-    assert f"{file} is not used" in caplog.text
+    assert "remembered log-probabilities are not used" in caplog.text
 
 
 def test_values_of_another_reference_are_not_used(
-    model: AdaptedModel, pairs: EncodedPairs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: AdaptedModel, pairs: EncodedPairs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A site may keep one state directory for several runs."""
-    adapters = [None, random_adapter(model, 2), random_adapter(model, 3)]
-    for server_round, adapter in enumerate(adapters, start=1):
-        cache = ReferenceCache(tmp_path, server_round, 300)
+    remembered: Params | None = None
+    for adapter in (None, random_adapter(model, 2), random_adapter(model, 3)):
+        cache = ReferenceCache(300, remembered)
         with caplog.at_level(logging.WARNING):
-            values = cache.of(model, adapter, pairs, everything(pairs))
+            values, remembered = cache.of(model, adapter, pairs, everything(pairs))
         expected = reference_log_probs(model, adapter, pairs, 300)
         np.testing.assert_array_equal(values, expected)
-    assert caplog.text.count("is not used") == 3  # round 1's for round 2, both for round 3
+    assert caplog.text.count("are not used") == 2
+
+
+def task_of(server_round: int, params: Params, config: Config, **options: Any) -> Task:
+    """A task of a client whose updates of all earlier rounds were accepted."""
+    before = Acknowledged(server_round - 1, server_round - 1)
+    return Task(server_round, params, 1e-2, config, acknowledged=before, **options)
 
 
 def federate(config: Config, pairs: EncodedPairs, folder: Path, **options: Any) -> list[Update]:
     """Three rounds of FedAvg over one client: each starts where the one before ended."""
     params, updates = load_model(config).initial, []
     for server_round in (1, 2, 3):
-        task = Task(server_round, params, 1e-2, config, **options)
+        task = task_of(server_round, params, config, **options)
         updates.append(train_locally(task, ClientData("a", pairs, pairs), folder))
         params = add(params, updates[-1].delta)
     return updates
@@ -236,7 +211,7 @@ def test_the_reference_stays_the_base_over_rounds(
     updates = federate(config, pairs, tmp_path)
     base, drawn = one_by_one(base_model(config), pairs), drawn_until(config, pairs)
     for server_round in (2, 3):
-        stored = load_params(tmp_path / f"reference-{server_round:05d}.safetensors")[0]
+        stored = load_params(tmp_path / f"round-{server_round:05d}.safetensors")[0]
         kept = stored["reference"]
         assert set(np.flatnonzero(kept["known"])) == drawn[server_round]
         chosen = sorted(drawn[server_round])
@@ -250,9 +225,28 @@ def test_the_reference_stays_the_base_over_rounds(
 def drawn_until(config: Config, pairs: EncodedPairs) -> dict[int, set[int]]:
     drawn: dict[int, set[int]] = {0: set()}
     for server_round in (1, 2, 3):
-        now = draw_examples(len(pairs), 8, server_round, config.seed, "a").tolist()
+        now = draw_examples(len(pairs), 8, server_round - 1, config.seed, "a").tolist()
         drawn[server_round] = drawn[server_round - 1] | set(now)
     return drawn
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_what_is_lost_on_disk_is_computed_again(
+    damage: str, config: Config, pairs: EncodedPairs, tmp_path: Path
+) -> None:
+    whole = federate(config, pairs, tmp_path / "whole")
+    params = load_model(config).initial
+    first = train_locally(task_of(1, params, config), ClientData("a", pairs, pairs), tmp_path)
+    (file,) = tmp_path.glob("round-*")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-9])
+    asked = task_of(2, add(params, first.delta), config)
+    update = train_locally(asked, ClientData("a", pairs, pairs), tmp_path)
+    assert not update.lost  # nothing that the server would have to know of
+    for name, value in whole[1].delta.items():
+        np.testing.assert_allclose(update.delta[name], value, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
@@ -270,11 +264,11 @@ def test_margins_of_every_round_are_against_the_same_reference(
         reference = one_by_one(model.peft, pairs)
     params = random_adapter(model, 6)
     for server_round in (1, 2, 3):
-        task = Task(server_round, params, 1e-2, config, reference=adapter)
+        task = task_of(server_round, params, config, reference=adapter)
         update = train_locally(task, ClientData("a", pairs, pairs), tmp_path)
         model.load(params)
         rewards = config.dpo.beta * (one_by_one(model.peft, pairs) - reference)
-        drawn = draw_examples(len(pairs), 4, server_round, config.seed, "a")
+        drawn = draw_examples(len(pairs), 4, server_round - 1, config.seed, "a")
         margins = (rewards[:, 0] - rewards[:, 1])[drawn]
         assert update.metrics["margin"] == pytest.approx(margins.mean(), abs=1e-4)
         assert update.metrics["accuracy"] == (margins > 0).mean()

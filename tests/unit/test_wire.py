@@ -103,14 +103,24 @@ def test_float16_refuses_what_it_cannot_hold_and_passes_nan_and_inf() -> None:
 
 
 FIELDS = {
-    "task": ["round", "learning_rate", "dtype", "mu", "control_variates", "post_step", "config"],
-    "update": ["dtype", "num_examples"],
+    "task": [
+        "round",
+        "learning_rate",
+        "dtype",
+        "mu",
+        "control_variates",
+        "as_openfedllm",
+        "config",
+    ],
+    "update": ["dtype", "num_examples", "lost"],
+    "acknowledged": ["round", "updates"],
     "query": ["config", "version"],
     "info": ["name", "num_examples", "version"],
     "failure": ["kind", "reason", "client"],
 }
 MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
     "task": (task_content, unpack_task),
+    "acknowledged": (task_content, unpack_task),
     "update": (update_content, unpack_update),
     "query": (lambda: pack_query(CONFIG), unpack_query),
     "info": (lambda: pack_info(ClientInfo("ann", 3, "0.1")), unpack_info),
@@ -145,6 +155,7 @@ def test_missing_or_mistyped_field_is_named(message: str, field: str) -> None:
         ("task", "task"),
         ("task", "params"),
         ("task", "control"),
+        ("task", "acknowledged"),
         ("update", "update"),
         ("update", "delta"),
         ("update", "metrics"),
@@ -183,6 +194,10 @@ def test_failure_of_another_kind_is_refused() -> None:
         ("task", "mu", -0.5, "mu=-0.5"),
         ("task", "control_variates", 1, "control_variates=1 is no truth value"),
         ("task", "dtype", "float64", "unknown wire dtype 'float64'"),
+        ("acknowledged", "round", 4, r"Acknowledged(round=4, updates=0) is not of round 3"),
+        ("acknowledged", "updates", 1, r"Acknowledged(round=0, updates=1) is not of round 3"),
+        ("acknowledged", "updates", -1, r"Acknowledged(round=0, updates=-1) is not of round 3"),
+        ("update", "lost", 0, "lost=0 is no truth value"),
         ("update", "num_examples", "7", "num_examples='7' is no whole number"),
         ("update", "num_examples", 7.0, "num_examples=7.0 is no whole number"),
         ("update", "num_examples", False, "num_examples=False is no whole number"),

@@ -4,7 +4,8 @@ A record is plain data: ``round``, ``seconds``, and where they apply ``learning_
 ``clients`` and ``failures`` by client name, ``bytes_up``, ``bytes_down``, ``eval`` (metrics on the
 held-out records, on evaluated rounds only) and ``client_eval``. ``refused`` has the clients that
 could not take part in this start, ``evaluation_failures`` those that did not score the adapter,
-``ignored`` what counts for no client; ``failed`` marks the round that a run stopped in.
+``lost`` those that have lost their memory of the round given and started anew, ``ignored`` what
+counts for no client; ``failed`` marks the round that a run stopped in.
 ``phases`` has the seconds by phase since the record before: start-up, training, federation,
 evaluation, and the checkpoint that was saved after that record.
 """

@@ -81,11 +81,16 @@ class RoundTable:
         return f"{record['round']:>6}  {self._clients(record):<{self._clients_width}}{cells}"
 
     def failures(self, record: Record) -> list[str]:
-        """Why each client of this round that gave no usable reply did not, and what else was."""
+        """Why clients of this round gave no usable reply, who started anew, and what else was."""
         failures: Mapping[str, str] = record.get("failures") or {}
         lines = [f"{name}: {reason}" for name, reason in sorted(failures.items())]
         unscored: Mapping[str, str] = record.get("evaluation_failures") or {}
         lines += [f"{name}: no scores, {reason}" for name, reason in sorted(unscored.items())]
+        lost: Mapping[str, int] = record.get("lost") or {}
+        lines += [
+            f"{name}: it has lost what it kept of round {before}, and started anew"
+            for name, before in sorted(lost.items())
+        ]
         return [f"{' ' * _INDENT}{one_line(line)}" for line in lines + record.get("ignored", [])]
 
     def _clients(self, record: Record) -> str:

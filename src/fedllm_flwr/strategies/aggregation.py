@@ -9,19 +9,27 @@ from fedllm_flwr.strategies.replies import check_metrics
 
 
 class Aggregator:
-    """Adds valid updates to running sums and drops them; refuses the others."""
+    """Adds valid updates to running sums and drops them; refuses the others.
+
+    Args:
+        reference: the adapter, for names and shapes.
+        sizes: numbers of examples that the clients have announced, by name.
+        weight_of: weight of a client's update in the mean.
+        control_change: what a client's update adds to the sum of the control variates; None
+            without them.
+    """
 
     def __init__(
         self,
         reference: Params,
         sizes: Mapping[str, int],
         weight_of: Callable[[str, Update], float],
-        with_control: bool,
+        control_change: Callable[[str, Update], Params] | None,
     ) -> None:
         self._reference = reference
         self._sizes = sizes
         self._weight_of = weight_of
-        self._with_control = with_control
+        self._control_change = control_change
         self.delta = RunningMean()
         self.control_delta = RunningMean()
 
@@ -38,15 +46,17 @@ class Aggregator:
             )
         check_metrics(update.metrics)
         check_like(update.delta, self._reference)
-        if self._with_control:
-            self._add_control(update.control_delta)
+        if self._control_change is not None:
+            self._add_control(name, update, self._control_change)
         self.delta.add(update.delta, self._weight_of(name, update))
 
-    def _add_control(self, control_delta: Params | None) -> None:
-        if control_delta is None:
+    def _add_control(
+        self, name: str, update: Update, change: Callable[[str, Update], Params]
+    ) -> None:
+        if update.control_delta is None:
             raise FederationError("its control variate is missing")
         try:
-            check_like(control_delta, self._reference)
+            check_like(update.control_delta, self._reference)
+            self.control_delta.add(change(name, update), 1.0)
         except FederationError as error:
             raise FederationError(f"control variate: {error}") from error
-        self.control_delta.add(control_delta, 1.0)

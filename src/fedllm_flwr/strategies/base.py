@@ -1,10 +1,12 @@
 """The mechanics of a round, once: sampling, sending, streaming aggregation, state, evaluation."""
 
 import random
+import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,17 +19,18 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import FederationError, NotFiniteError
-from fedllm_flwr.messages import LocalCorrection, Task, Update
+from fedllm_flwr.messages import Acknowledged, LocalCorrection, Task, Update
 from fedllm_flwr.params import Params, check_like, derive_seed, full_like
 from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.aggregation import Aggregator
 from fedllm_flwr.strategies.census import Census
+from fedllm_flwr.strategies.control_copies import ControlCopies
 from fedllm_flwr.strategies.exchange import Roster, check_roster, receive, send, time_to_live
 from fedllm_flwr.strategies.inbox import NO_TENSORS, Expected, Inbox, open_inbox
 from fedllm_flwr.strategies.moments import Moments
 from fedllm_flwr.strategies.replies import Asked, read_scores, read_update
 from fedllm_flwr.strategies.report import Hooks, RoundReport
-from fedllm_flwr.wire import pack_params, pack_task, wire_bytes
+from fedllm_flwr.wire import pack_params, pack_tasks, wire_bytes
 
 
 class FederatedStrategy(Strategy):
@@ -37,9 +40,12 @@ class FederatedStrategy(Strategy):
         roster: the clients that take part, by name.
         state: where to go on from; ``state.round`` rounds are done already.
         hooks: called at the start of a round, after each reply and at the end of a round.
+        known_clients: directory for what the server has to know of each client (SCAFFOLD); a
+            temporary one unless given.
 
     Raises:
-        FederationError: the clients are too few, or announce too many examples.
+        FederationError: the clients are too few, or announce too many examples, or what a run that
+            goes on has known of a client is gone.
     """
 
     default_weighting: ClassVar[Mapping[str, str]] = {
@@ -49,11 +55,20 @@ class FederatedStrategy(Strategy):
     clients_alone: ClassVar[bool] = False  # whether clients go on from their own adapters
 
     def __init__(
-        self, config: Config, roster: Roster, state: ServerState, hooks: Hooks | None = None
+        self,
+        config: Config,
+        roster: Roster,
+        state: ServerState,
+        hooks: Hooks | None = None,
+        known_clients: Path | None = None,
     ) -> None:
         self.config = config
         self.roster = roster
         self.hooks = hooks or Hooks()
+        if known_clients is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="fedllm-known-clients-")
+            known_clients = Path(self._temporary.name)
+        self._control_copies = ControlCopies(known_clients, state.params)
         self.state = self._prepared(state)
         self._asked = Asked({}, roster)
         self._report = RoundReport(state.round, [])
@@ -67,7 +82,7 @@ class FederatedStrategy(Strategy):
 
     def local_correction(self) -> LocalCorrection:
         """Terms that clients add to their gradient; the proximal one is open to all algorithms."""
-        return LocalCorrection(mu=self.algorithm.mu)
+        return LocalCorrection(mu=self.algorithm.mu, as_openfedllm=self.as_openfedllm)
 
     def control_step(self, control: Params, change: Params) -> Params:
         """New control variate from `change` = sum_i(dc_i) / N (float64), where there is one."""
@@ -112,6 +127,7 @@ class FederatedStrategy(Strategy):
             reference=self.state.reference,
             run=self.state.run,
             alone=self.clients_alone,
+            oldest_checkpoint=self._oldest_checkpoint(),
         )
         self._report = RoundReport(
             server_round, names, bytes_down=self._bytes(down=True) * len(names)
@@ -131,7 +147,7 @@ class FederatedStrategy(Strategy):
             reference=self.state.params,
             sizes={name: client.info.num_examples for name, client in self.roster.items()},
             weight_of=self._weight,
-            with_control=self.local_correction().control_variates,
+            control_change=None if self.state.control is None else self._control_change,
         )
         for reply in replies:
             self._take(reply, aggregator)
@@ -214,16 +230,33 @@ class FederatedStrategy(Strategy):
         return result
 
     def _prepared(self, state: ServerState) -> ServerState:
-        """Give SCAFFOLD its zero control variate at the start: float64, c stays the c_i's mean."""
-        if self.local_correction().control_variates and state.control is None:
-            return replace(state, control=full_like(state.params, 0.0))
-        return state
+        """The state with an entry for every client, and SCAFFOLD's c (float64) as their mean.
+
+        A client that is new when a run goes on has c_i = 0; one that is away keeps its share.
+        """
+        known = sorted({*state.clients, *self.roster})
+        clients = {name: state.clients.get(name, Acknowledged()) for name in known}
+        control = state.control
+        if self.local_correction().control_variates:
+            self._control_copies.require(clients)
+            if control is None:
+                control = full_like(state.params, 0.0)
+            elif state.clients and len(clients) > len(state.clients):
+                share = len(state.clients) / len(clients)
+                control = {name: value * share for name, value in control.items()}
+        return replace(state, clients=clients, control=control)
+
+    def _oldest_checkpoint(self) -> int:
+        oldest = self.hooks.oldest_checkpoint()
+        return self.state.round if oldest is None else oldest
 
     def _messages(self, task: Task, message_type: str, names: list[str]) -> list[Message]:
-        content = pack_task(task)
         ttl = time_to_live(self.config.federation.round_timeout_s)
-        node_ids = [self.roster[name].node_id for name in names]
-        return [Message(content, node_id, message_type, ttl=ttl) for node_id in node_ids]
+        contents = pack_tasks(task, (self.state.clients[name] for name in names))
+        return [
+            Message(content, self.roster[name].node_id, message_type, ttl=ttl)
+            for name, content in zip(names, contents, strict=True)
+        ]
 
     def _exchange(
         self,
@@ -257,6 +290,11 @@ class FederatedStrategy(Strategy):
             "uniform": 1.0,
         }[self.weighting]
 
+    def _control_change(self, name: str, update: Update) -> Params:
+        """c_i+ - c_i of an update, c_i being what the server has accepted of the client."""
+        acknowledged, oldest = self.state.clients[name].round, self._oldest_checkpoint()
+        return self._control_copies.accept(name, update, self._report.round, acknowledged, oldest)
+
     def _sender(self, reply: Message) -> str | None:
         """Name of the client of a reply; None, and a note, if it counts for no client."""
         try:
@@ -281,8 +319,11 @@ class FederatedStrategy(Strategy):
         report.metrics[name] = update.metrics
         report.num_examples[name] = update.num_examples
         report.bytes_up += self._bytes()
+        before = self.state.clients[name]
+        if update.lost and before.round:
+            report.lost[name] = before.round
         if self.clients_alone:
-            self.hooks.on_update(report.round, name, update.delta)
+            self.hooks.on_update(report.round, name, update.delta, before.round)
         self.hooks.on_reply(report.round, name, update.metrics["loss"])
 
     def _note_missing(
@@ -307,6 +348,17 @@ class FederatedStrategy(Strategy):
             ) from error
         control = state.control
         if control is not None:
-            change = aggregator.control_delta.sum_over(len(self.roster))
+            change = aggregator.control_delta.sum_over(len(state.clients))
             control = self.control_step(control, change)
-        return replace(state, round=server_round, params=params, moments=moments, control=control)
+        accepted = {
+            name: Acknowledged(server_round, state.clients[name].updates + 1)
+            for name in self._report.metrics
+        }
+        return replace(
+            state,
+            round=server_round,
+            params=params,
+            moments=moments,
+            control=control,
+            clients=state.clients | accepted,
+        )

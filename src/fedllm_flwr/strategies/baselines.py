@@ -1,5 +1,7 @@
 """The two baselines that a federation is compared with: every client alone, and no federation."""
 
+from pathlib import Path
+
 from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
@@ -33,11 +35,16 @@ class Centralized(FedAvg):
     """One client that holds all the data: FedAvg over it is training without a federation."""
 
     def __init__(
-        self, config: Config, roster: Roster, state: ServerState, hooks: Hooks | None = None
+        self,
+        config: Config,
+        roster: Roster,
+        state: ServerState,
+        hooks: Hooks | None = None,
+        known_clients: Path | None = None,
     ) -> None:
         if len(roster) != 1:
             raise FederationError(
                 f"algorithm=centralized takes one client that holds all the data, got "
                 f"{len(roster)}; set federation.num_clients=1 and partition=iid."
             )
-        super().__init__(config, roster, state, hooks)
+        super().__init__(config, roster, state, hooks, known_clients)

@@ -14,7 +14,8 @@ class RoundReport:
 
     ``metrics``, ``num_examples`` and ``failures`` are those of training; ``scores`` and
     ``score_failures`` those of the clients' evaluation of the new adapter, if there was one.
-    ``ignored`` are replies and nodes that count for no client, such as a second one.
+    ``ignored`` are replies and nodes that count for no client, such as a second one; ``lost`` names
+    clients that have started anew, each with the round of which its memory is lost.
     """
 
     round: int
@@ -24,6 +25,7 @@ class RoundReport:
     failures: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     diverged: set[str] = field(default_factory=set)  # those of the failures with NaN or Inf
+    lost: dict[str, int] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     num_scored: dict[str, int] = field(default_factory=dict)
     score_failures: dict[str, str] = field(default_factory=dict)
@@ -64,16 +66,19 @@ class Hooks:
     """What the server does around a round; every hook may be left out.
 
     ``on_start_round(round, names)`` before the messages are sent, ``on_reply(round, name, loss)``
-    after each reply (loss None: it could not be used), ``on_update(round, name, delta)`` for each
-    update that was accepted where clients train alone, ``on_round(state, report)`` at the end,
-    ``on_failed_round(report)`` instead where too few replies could be used.
+    after each reply (loss None: it could not be used), ``on_update(round, name, delta,
+    acknowledged)`` for each update that was accepted where clients train alone, with the round of
+    the client's update before, ``on_round(state, report)`` at the end, ``on_failed_round(report)``
+    instead where too few replies could be used. ``oldest_checkpoint()`` is the round of the oldest
+    state that the server may go back to; None: it never goes back.
     """
 
     on_start_round: Callable[[int, list[str]], None] = lambda *_: None
     on_reply: Callable[[int, str, float | None], None] = lambda *_: None
-    on_update: Callable[[int, str, Params], None] = lambda *_: None
+    on_update: Callable[[int, str, Params, int], None] = lambda *_: None
     on_round: Callable[[ServerState, RoundReport], None] = lambda *_: None
     on_failed_round: Callable[[RoundReport], None] = lambda *_: None
+    oldest_checkpoint: Callable[[], int | None] = lambda: None
 
 
 def _mean_loss(

@@ -19,6 +19,10 @@ class Scaffold(FedAvg):
     dc_i = c_i+ - c_i. N counts all clients, sampled or not; the mean is over those that
     replied, all alike.
 
+    c is the mean of the c_i that the server has accepted. A client starts from the c_i of the round
+    that the server acknowledges, so a reply that is lost, late or refused changes neither. A client
+    that has lost its c_i starts from zero and says so; its old share is taken out of c.
+
     c_i+ = c_i - c + (w - w_i) / (K lr) (option II), which under SGD is the mean raw gradient over
     the K local steps; under AdamW, where w - w_i is no sum of gradients, clients take that mean.
 
@@ -33,7 +37,7 @@ class Scaffold(FedAvg):
     def local_correction(self) -> LocalCorrection:
         """Control variates, and the proximal term if there is one."""
         return LocalCorrection(
-            mu=self.algorithm.mu, control_variates=True, post_step=self.as_openfedllm
+            mu=self.algorithm.mu, control_variates=True, as_openfedllm=self.as_openfedllm
         )
 
     def control_step(self, control: Params, change: Params) -> Params:

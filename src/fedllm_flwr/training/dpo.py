@@ -30,7 +30,13 @@ from fedllm_flwr.training.batches import (
 from fedllm_flwr.training.log_probs import share_above_zero, token_log_probs
 from fedllm_flwr.training.model import AdaptedModel
 from fedllm_flwr.training.reference import LogProbs
-from fedllm_flwr.training.trainer import Trained, run, training_arguments
+from fedllm_flwr.training.trainer import (
+    Penalty,
+    Trained,
+    run,
+    training_arguments,
+    with_penalty,
+)
 
 
 def train_dpo(
@@ -43,6 +49,7 @@ def train_dpo(
     learning_rate: float,
     seed: int,
     callbacks: list[TrainerCallback],
+    penalty: Penalty = lambda: None,
 ) -> Trained:
     """Train the adapter in place, one optimizer step per ``batches.per_step`` micro-batches.
 
@@ -56,7 +63,7 @@ def train_dpo(
     arguments = training_arguments(
         DPOConfig, model, batches, training, learning_rate, seed, **_dpo_arguments(dpo)
     )
-    trainer = _PreferenceTrainer(model, arguments, batches, pairs, reference, callbacks)
+    trainer = _PreferenceTrainer(model, arguments, batches, pairs, reference, callbacks, penalty)
     with _without_dropout(model.peft) if dpo.disable_dropout else nullcontext():
         trained = run(trainer, model)
     return Trained(trained.loss, trained.steps, trainer.means())
@@ -84,6 +91,7 @@ class _PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         pairs: EncodedPairs,
         reference: LogProbs,
         callbacks: list[TrainerCallback],
+        penalty: Penalty,
     ) -> None:
         Trainer.__init__(
             self,
@@ -95,6 +103,7 @@ class _PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by per_step
         self._batches = batches
+        self._penalty = penalty
         self._scored = _AnswersOf(model)
         self._margins: list[torch.Tensor] = []  # of each micro-batch's pairs, in order
         for name in ("beta", "label_smoothing", "use_weighting", "ld_alpha"):
@@ -124,7 +133,7 @@ class _PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         self._margins.append(self.beta * (chosen - rejected - of_reference))
         num_pairs = len(inputs["input_ids"]) // 2
         share: float = num_pairs * self._batches.per_step / self._batches.items_per_step
-        return loss * share
+        return with_penalty(loss * share, self._penalty, 1.0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's own; TRL's adds the offloading of activations."""

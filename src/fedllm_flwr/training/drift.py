@@ -1,8 +1,13 @@
 """Client-side corrections of the gradient, as one callback for unmodified trainers.
 
 FedProx (Li et al. 2020) adds mu (w_i - w) to the gradient, SCAFFOLD (Karimireddy et al. 2020)
-adds c - c_i. Both are added after gradient clipping, so that max_grad_norm bounds the gradient of
-the client's own loss and the correction stays whole.
+adds c - c_i. Neither paper clips. Here both are added after gradient clipping, so that
+max_grad_norm bounds the gradient of the client's own loss and the correction stays whole: inside,
+a pull of mu ||w_i - w|| that exceeds the norm would be cut, and would shrink the client's own
+gradient with it; c - c_i would no longer cancel the drift.
+
+OpenFedLLM has the proximal term in the loss, where it is clipped with it, and subtracts
+lr (c - c_i) from the weights after each step (`LocalCorrection.as_openfedllm`).
 """
 
 from typing import Any
@@ -19,6 +24,9 @@ Tensors = dict[str, torch.Tensor]
 
 class DriftCorrection(TrainerCallback):
     """Adds mu (w_i - w) + (c - c_i) to the gradient, and averages the uncorrected one.
+
+    ``steps`` counts the optimizer's steps without those that a gradient scaler (float16) has
+    skipped because the gradient had overflown: they move no weight, and their gradient is NaN.
 
     Args:
         parameters: the adapter's parameters by name, at the global adapter w.
@@ -47,33 +55,49 @@ class DriftCorrection(TrainerCallback):
         self._gradient_sum: Tensors = (
             {name: torch.zeros_like(p) for name, p in parameters.items()} if self._drift else {}
         )
-        self._steps = 0
+        self.steps = 0
+        self._skipped = False
+
+    def penalty(self) -> torch.Tensor | None:
+        """mu/2 ||w_i - w||^2, where it is a part of the loss."""
+        if not (self._start and self._correction.as_openfedllm):
+            return None
+        squares = [(p - self._start[name]).square().sum() for name, p in self._parameters.items()]
+        return torch.stack(squares).sum() * (self._correction.mu / 2)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct the gradient, clipped already, before the optimizer sees it."""
-        self._steps += 1
+        self._skipped = args.fp16 and not self._finite()
+        if self._skipped:
+            return
+        self.steps += 1
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
             if self._gradient_sum:
                 self._gradient_sum[name] += parameter.grad
-            if self._start:
+            if self._start and not self._correction.as_openfedllm:
                 offset = parameter.detach() - self._start[name]
                 parameter.grad.add_(offset, alpha=self._correction.mu)
-            if self._drift and not self._correction.post_step:
+            if self._drift and not self._correction.as_openfedllm:
                 parameter.grad.add_(self._drift[name])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """OpenFedLLM's form of SCAFFOLD: w_i -= lr (c - c_i) after the optimizer's step."""
-        if not (self._drift and self._correction.post_step):
+        if self._skipped or not (self._drift and self._correction.as_openfedllm):
             return
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.sub_(self._drift[name], alpha=self._learning_rate)
 
+    def _finite(self) -> bool:
+        """Whether no gradient is infinite or NaN: what the scaler takes a step on."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+
     def mean_gradient(self) -> Params:
         """Mean over the steps of the client's own, clipped, uncorrected gradient."""
         return {
-            name: (total / max(1, self._steps)).cpu().numpy().astype(np.float32)
+            name: (total / max(1, self.steps)).cpu().numpy().astype(np.float32)
             for name, total in self._gradient_sum.items()
         }

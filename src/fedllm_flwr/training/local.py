@@ -15,17 +15,17 @@ from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
 from fedllm_flwr.messages import Task, Update
-from fedllm_flwr.params import derive_seed, subtract
+from fedllm_flwr.params import Params, derive_seed, subtract
 from fedllm_flwr.schedule import draw_examples, steps_per_round
 from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.control import ClientControl
 from fedllm_flwr.training.device import micro_batch_size, torch_threads
 from fedllm_flwr.training.drift import DriftCorrection
+from fedllm_flwr.training.memory import ClientMemory
 from fedllm_flwr.training.model import AdaptedModel, hide_libraries, load_model
-from fedllm_flwr.training.reference import ReferenceCache
+from fedllm_flwr.training.reference import LogProbs, ReferenceCache
 from fedllm_flwr.training.sft import train_sft
 from fedllm_flwr.training.trainer import Trained
-from fedllm_flwr.versions import newest_version, store_version, versions_to_keep
 
 Drawn = NDArray[np.int64]
 
@@ -34,8 +34,8 @@ def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
     """Train the task's adapter on the client's examples and return what changed.
 
     Args:
-        state_dir: where this client keeps its state of the run: SCAFFOLD's control variate, and
-            its own adapter where clients train alone.
+        state_dir: where this client remembers the run: SCAFFOLD's control variate, its own adapter
+            where clients train alone, and the reference's log-probabilities of DPO.
 
     Raises:
         FedLLMError: the data or the model cannot be used as asked.
@@ -53,13 +53,19 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     model = load_model(config)
     model.check_received(task)
     _check_fit(data, model, config)
-    own = newest_version(state_dir, "adapter", task.round, task.params) if task.alone else None
+    wanted = {"control"} if task.control is not None else set()
+    memory = ClientMemory.recall(task, state_dir, wanted | ({"adapter"} if task.alone else set()))
+    kept: dict[str, Params] = {}
     drawn = _draw(task, data)
     batches = _batches(task, data, model, drawn)
-    optimise = _dpo if isinstance(data.train, EncodedPairs) else _sft
-    train = optimise(task, data, model, drawn, state_dir)
-    model.load(own or task.params)
-    control = ClientControl.of(task, state_dir)
+    if isinstance(data.train, EncodedPairs):
+        cache = ReferenceCache(config.evaluation.batch_tokens, memory.groups.get("reference"))
+        reference, kept["reference"] = cache.of(model, task.reference, data.train, drawn)
+        train = _dpo(task, data.train, model, reference)
+    else:
+        train = _sft(task, data.train, model)
+    model.load(memory.groups.get("adapter", task.params))
+    control = ClientControl.of(task, memory.groups.get("control"))
     drift = DriftCorrection(model.trainable(), task.correction, control.drift(), task.learning_rate)
     result = train(
         batches=batches,
@@ -67,20 +73,25 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
         learning_rate=task.learning_rate,
         seed=derive_seed(config.seed, "dropout", task.round, data.name),
         callbacks=[drift],
+        penalty=drift.penalty,
     )
     trained = model.params()
-    if task.alone:
-        store_version(state_dir, "adapter", task.round, trained, versions_to_keep(config))
     delta = subtract(trained, task.params)
-    control_delta = control.finish(delta, drift.mean_gradient(), result.steps)
+    own_control, control_delta = control.finish(delta, drift.mean_gradient(), drift.steps)
+    if own_control is not None:
+        kept["control"] = own_control
+    if task.alone:
+        kept["adapter"] = trained
+    ClientMemory.keep(task, state_dir, kept)
     return Update(
         delta=delta,
         num_examples=len(np.unique(drawn)),
         control_delta=control_delta,
+        lost=memory.lost,
         metrics={
             "loss": result.loss,
             **result.metrics,
-            "steps": float(result.steps),
+            "steps": float(drift.steps),
             "tokens": float(batches.num_tokens),
             "computed_tokens": float(batches.computed_tokens),
             "seconds": time.monotonic() - started,
@@ -111,7 +122,8 @@ def _draw(task: Task, data: ClientData) -> Drawn:
     training, count = task.config.training, len(data.train)
     per_step = training.batch_size * training.gradient_accumulation_steps
     total = steps_per_round(training, count) * per_step
-    return draw_examples(count, total, task.round, task.config.seed, data.name)
+    updates = task.acknowledged.updates
+    return draw_examples(count, total, updates, task.config.seed, data.name)
 
 
 def _batches(task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn) -> RoundBatches:
@@ -129,26 +141,18 @@ def _batches(task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn) ->
     )
 
 
-def _sft(
-    task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn, state_dir: Path
-) -> Callable[..., Trained]:
+def _sft(task: Task, examples: Encoded, model: AdaptedModel) -> Callable[..., Trained]:
     """Instruction tuning of `model`, once the rest of the arguments is known."""
-    assert isinstance(data.train, Encoded)
-    return partial(train_sft, model, data.train, packed=_packed(task.config, model))
+    return partial(train_sft, model, examples, packed=_packed(task.config, model))
 
 
 def _dpo(
-    task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn, state_dir: Path
+    task: Task, pairs: EncodedPairs, model: AdaptedModel, reference: LogProbs
 ) -> Callable[..., Trained]:
     """Preference optimisation of `model`, against the reference model's log-probabilities."""
     from fedllm_flwr.training.dpo import train_dpo  # TRL is needed here alone
 
-    config, pairs = task.config, data.train
-    assert isinstance(pairs, EncodedPairs)
-    keep = versions_to_keep(config)
-    cache = ReferenceCache(state_dir, task.round, config.evaluation.batch_tokens, keep)
-    reference = cache.of(model, task.reference, pairs, drawn)
-    return partial(train_dpo, model, pairs, reference, dpo=config.dpo)
+    return partial(train_dpo, model, pairs, reference, dpo=task.config.dpo)
 
 
 def _packed(config: Config, model: AdaptedModel) -> bool:

@@ -5,23 +5,21 @@ a copy of the global adapter of some round.
 """
 
 import hashlib
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.data.pairs import EncodedPairs
-from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.log_probs import answer_log_probs
 from fedllm_flwr.training.model import AdaptedModel
-from fedllm_flwr.versions import newest_usable, store_version
 
 LogProbs = NDArray[np.float32]
 
-_KIND = "reference"
+logger = logging.getLogger(__name__)
 
 
 def reference_log_probs(
@@ -41,17 +39,15 @@ def reference_log_probs(
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """A client's reference log-probabilities, kept on its disk from round to round.
+    """A client's reference log-probabilities, remembered from round to round.
 
-    Only pairs that a round draws are computed, and only those that no earlier round has drawn: the
-    reference costs at most one forward pass a pair in a whole run. What a round computes depends
-    on the rounds before alone, so that a repeated round gives the same bits.
+    Only pairs that a round draws are computed, and only those that no acknowledged round has
+    drawn: the reference costs one forward pass a pair in a whole run. What a round computes
+    depends on the acknowledged rounds alone, so that a repeated round gives the same bits.
     """
 
-    directory: Path
-    server_round: int
     batch_tokens: int
-    keep: int = 2
+    remembered: Params | None = None
 
     def of(
         self,
@@ -59,35 +55,30 @@ class ReferenceCache:
         reference: Params | None,
         pairs: EncodedPairs,
         drawn: NDArray[np.int64],
-    ) -> LogProbs:
-        """Values of the `drawn` pairs in an array for all, (pairs, 2); the model is left changed.
+    ) -> tuple[LogProbs, Params]:
+        """Values of the `drawn` pairs in an array for all, (pairs, 2), and what to remember.
 
-        Raises:
-            FederationError: they cannot be stored.
+        The model is left changed.
         """
         identity = _identity(model, reference, pairs)
-        values, known = self._load(pairs, identity)
+        values = np.zeros((len(pairs), 2), np.float32)
+        known = np.zeros(len(pairs), np.bool_)
+        if self.remembered is not None:
+            if np.array_equal(self.remembered.get("identity", ()), identity):
+                values = self.remembered["values"].copy()
+                known = self.remembered["known"].astype(np.bool_)
+            else:
+                logger.warning(
+                    "remembered log-probabilities are not used: they are of other pairs or of "
+                    "another reference model"
+                )
         missing = np.setdiff1d(drawn, np.flatnonzero(known))
         if len(missing):
             values[missing] = reference_log_probs(
                 model, reference, pairs.take(missing), self.batch_tokens
             )
             known[missing] = True
-            stored = {"values": values, "known": known.astype(np.float32), "identity": identity}
-            store_version(self.directory, _KIND, self.server_round, stored, self.keep)
-        return values
-
-    def _load(
-        self, pairs: EncodedPairs, identity: NDArray[np.float32]
-    ) -> tuple[LogProbs, NDArray[np.bool_]]:
-        def check(params: Params) -> None:
-            if not np.array_equal(params.get("identity", ()), identity):
-                raise FederationError("it belongs to other pairs or another reference model")
-
-        stored = newest_usable(self.directory, _KIND, self.server_round, check)
-        if stored is None:
-            return np.zeros((len(pairs), 2), np.float32), np.zeros(len(pairs), np.bool_)
-        return stored["values"].copy(), stored["known"].astype(np.bool_)
+        return values, {"values": values, "known": known.astype(np.float32), "identity": identity}
 
 
 def _identity(

@@ -20,7 +20,13 @@ from fedllm_flwr.training.batches import (
     needed_logits,
 )
 from fedllm_flwr.training.model import AdaptedModel
-from fedllm_flwr.training.trainer import BareTrainer, Trained, run, training_arguments
+from fedllm_flwr.training.trainer import (
+    BareTrainer,
+    Penalty,
+    Trained,
+    run,
+    training_arguments,
+)
 
 Collator = Callable[[list[MicroBatch]], dict[str, torch.Tensor]]
 
@@ -34,6 +40,7 @@ def train_sft(
     seed: int,
     packed: bool,
     callbacks: list[TrainerCallback],
+    penalty: Penalty = lambda: None,
 ) -> Trained:
     """Train the adapter in place, one optimizer step per ``batches.per_step`` micro-batches.
 
@@ -44,6 +51,7 @@ def train_sft(
         ModelError: the model computes only means over a batch, which do not add up to a step's.
     """
     trainer = BareTrainer(
+        penalty,
         model=model.peft,
         args=training_arguments(TrainingArguments, model, batches, training, learning_rate, seed),
         train_dataset=batches,

@@ -1,7 +1,7 @@
 """What all local training has in common: arguments of transformers' Trainer, and one run of it."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +13,8 @@ from fedllm_flwr.training.batches import RoundBatches
 from fedllm_flwr.training.model import AdaptedModel
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Penalty = Callable[[], torch.Tensor | None]
+"""A term of the loss that depends on the adapter alone, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,37 @@ class Trained:
 
 
 class BareTrainer(Trainer):
-    """transformers' Trainer without its count of operations, which walks all modules each time."""
+    """transformers' Trainer without its count of operations, which walks all modules each time.
+
+    Args:
+        penalty: a term of a step's loss. It is clipped with the rest, and not reported.
+    """
+
+    def __init__(self, penalty: Penalty, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._penalty = penalty
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """A micro-batch's share of the sum over the step."""
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        assert isinstance(loss, torch.Tensor)  # no outputs were asked for
+        return with_penalty(loss, self._penalty, 1 / self.args.gradient_accumulation_steps)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted."""
         return 0
+
+
+def with_penalty(loss: torch.Tensor, penalty: Penalty, share: float) -> torch.Tensor:
+    """`loss` with the gradient of so large a `share` of the penalty, and with its own value."""
+    term = penalty()
+    return loss if term is None else loss + share * (term - term.detach())
 
 
 def training_arguments(
