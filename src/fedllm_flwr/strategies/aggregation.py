@@ -59,4 +59,4 @@ class Aggregator:
             check_like(update.control_delta, self._reference)
             self.control_delta.add(change(name, update), 1.0)
         except FederationError as error:
-            raise FederationError(f"control variate: {error}") from error
+            raise type(error)(f"control variate: {error}") from error
