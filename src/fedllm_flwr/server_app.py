@@ -7,6 +7,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm_flwr.crash_log import explain_crash
+from fedllm_flwr.deployment.flower import DRY_RUN
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import FederationError, FedLLMError
 
@@ -22,12 +23,19 @@ def main(grid: Grid, context: Context) -> None:
         FedLLMError: after its one line is printed, so that Flower marks the run as failed.
     """
     from fedllm_flwr.config.compose import from_run_config
+    from fedllm_flwr.dry_run import rehearse
     from fedllm_flwr.reporting.console import Console, print_error
     from fedllm_flwr.run import run_on_grid
 
+    asked = dict(context.run_config)
+    is_dry = asked.pop(DRY_RUN, "") == "yes"
     try:
         with Console(interactive=False) as console:
-            run_on_grid(from_run_config(context.run_config), grid, console, context.run_id)
+            config = from_run_config(asked)
+            if is_dry:
+                rehearse(config, grid, console)
+            else:
+                run_on_grid(config, grid, console, context.run_id)
     except FedLLMError as error:
         print_error(str(error))
         _keep_trace_away(error)

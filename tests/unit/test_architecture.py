@@ -52,7 +52,7 @@ LAYERS = (
     ("server", "deployment"),
     ("site",),
     ("resident", "disclosure"),
-    ("client_app", "server_app", "engines", "run"),
+    ("client_app", "server_app", "engines", "run", "dry_run"),
     ("checks", "doctor", "multirun", "comparison", "status"),
     ("benchmark",),
     ("cli",),
@@ -64,7 +64,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "flwr": (
         (
             *("wire", "strategies", "server", "site", "resident", "disclosure"),
-            *("client_app", "server_app", "engines", "run", "guard"),
+            *("client_app", "server_app", "engines", "run", "dry_run", "guard"),
         ),
         ("cli",),
     ),

@@ -191,10 +191,14 @@ def test_words_of_a_server_cannot_steer_a_terminal(
 ) -> None:
     asked = replace(CONFIG, data=replace(CONFIG.data, name="\x1b[2Jnothing to see"))
     ask(asked)
+    model = replace(CONFIG.model, path="\x1b[2J/nothing")
+    ask(replace(asked, model=model))
     cli.main(["site", "requests", str(site), "--full"])
-    ask(replace(asked, data=replace(asked.data, template="\x1b[2J")))
+    cli.main(["site", "log", str(site)])
 
-    assert "\x1b" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nothing to see" in shown
+    assert "\x1b" not in shown
 
 
 @pytest.mark.parametrize("value", ["sometimes", "1", "[every-run]"])

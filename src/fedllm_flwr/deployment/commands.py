@@ -18,6 +18,9 @@ def add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     run = add(steps, "run", _server_run, "run on the sites: server run <dir> [key=value] ...")
     run.add_argument("directory", help="directory of server init; the server must be running")
     run.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
+    run.add_argument(
+        "--dry-run", action="store_true", help="ask the sites and show the plan; train nothing"
+    )
 
     prune = add(steps, "prune", _server_prune, "forget old runs in superlink.db; outputs/ stays")
     prune.add_argument("directory", help="directory of server init")
@@ -157,7 +160,7 @@ def _server_register(arguments: argparse.Namespace) -> int:
 def _server_run(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.submission import run_on_server
 
-    return run_on_server(arguments.directory, arguments.overrides)
+    return run_on_server(arguments.directory, arguments.overrides, arguments.dry_run)
 
 
 def _server_unregister(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from fedllm_flwr.deployment.directory import FLWR_HOME, absolute
 from fedllm_flwr.errors import ConfigError, FederationError
 
 CONNECTION = "federation"  # name of the SuperLink connection in Flower's configuration
+DRY_RUN = "dry-run"  # key of a run's configuration: "yes" asks the sites and trains nothing
 _LIMIT_S = 180.0  # for an answer
 
 

@@ -8,6 +8,7 @@ from contextlib import chdir
 from pathlib import Path
 
 from fedllm_flwr.deployment.flower import (
+    DRY_RUN,
     flwr_command,
     flwr_environment,
     last_json,
@@ -27,8 +28,10 @@ _PAUSE_S = 3.0  # between two looks at a SuperLink that does not answer
 _PATIENCE_S = 600.0  # for a SuperLink that is being started again
 
 
-def run_on_server(directory: str | Path, overrides: Sequence[str]) -> int:
+def run_on_server(directory: str | Path, overrides: Sequence[str], dry_run: bool = False) -> int:
     """Submit a run to the server of `directory` and print its log until it has ended.
+
+    With `dry_run` the sites are asked and nothing is trained; 1 then says that it could not start.
 
     The run belongs to the SuperLink: it goes on if this process ends, and this process goes on
     while the SuperLink is started again.
@@ -46,7 +49,7 @@ def run_on_server(directory: str | Path, overrides: Sequence[str]) -> int:
     if not keys & _DECIDE_ON_SITES:
         asked.append(_ALL_SITES)
     _check(folder, asked)
-    run_id = _submit(folder, asked)
+    run_id = _submit(folder, asked, dry_run)
     print(f"Submitted as run {run_id}.", flush=True)
     return _follow(folder, run_id)
 
@@ -59,11 +62,12 @@ def _check(folder: Path, overrides: Sequence[str]) -> None:
         compose(overrides)
 
 
-def _submit(folder: Path, overrides: Sequence[str]) -> str:
+def _submit(folder: Path, overrides: Sequence[str], dry_run: bool) -> str:
     """Id of the new run."""
     with tempfile.TemporaryDirectory() as temporary:
         run_config = Path(temporary) / "run.toml"
-        run_config.write_text(to_toml({"overrides": joined(overrides)}), "utf-8")
+        asked = {"overrides": joined(overrides), DRY_RUN: "yes" if dry_run else ""}
+        run_config.write_text(to_toml(asked), "utf-8")
         command = flwr_command("run", str(folder / "app"))
         options = ["--run-config", str(run_config), "--format", "json"]
         done = _flwr(folder, [*command, *options])
