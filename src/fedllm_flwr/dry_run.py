@@ -5,14 +5,17 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
+from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.registration import registered_sites
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.messages import ClientInfo
 from fedllm_flwr.planning import make_plan
 from fedllm_flwr.preparation import prepare
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.strategies.census import Census
+from fedllm_flwr.strategies.exchange import Client
 
 _PAUSE_S = 0.5
 
@@ -38,9 +41,13 @@ def rehearse(config: Config, grid: Grid, console: Console) -> None:
             break
         time.sleep(_PAUSE_S)
     roster = dict(sorted(census.clients.items()))
-    if roster:
+    planned = roster | {
+        node.label: Client(node_id, ClientInfo(node.label, 0, __version__))
+        for node_id, node in census.waiting.items()
+    }
+    if planned:
         nowhere = RunDirectory(Path("nothing, this is a dry run"))
-        console.plan(make_plan(config, prepared, roster, nowhere, 1, prepared.warnings))
+        console.plan(make_plan(config, prepared, planned, nowhere, 1, prepared.warnings))
     for line in _lines(census):
         console.note(line)
     away = [*census.missing, *census.silent]

@@ -48,6 +48,15 @@ def unused_columns(rows: Preprocessed, mapping: Mapping, roles: Iterable[str]) -
     return sorted(columns_present(rows) - used)
 
 
+def used_columns(rows: Preprocessed, mapping: Mapping, roles: Iterable[str]) -> list[str]:
+    """``role=column`` for every role whose column the source has; turns of a chat are alone."""
+    present, columns = columns_present(rows), mapping.columns
+    is_chat = "messages" in roles and columns.messages is not None
+    pairs = [(role, getattr(columns, role)) for role in (("messages",) if is_chat else roles)]
+    pairs += [("label", mapping.label.name)] if mapping.label else []
+    return [f"{role}={column}" for role, column in pairs if column in present]
+
+
 def resolve_attributes(mapping: Mapping, present: Collection[str]) -> Mapping:
     """The mapping without attributes that may be absent and are; refuses those that may not."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.config.schema import EMBEDDED_DATA, DataConfig
-from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
+from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns, used_columns
 from fedllm_flwr.data.faults import NAMED_IN_ERRORS, Faults, refuse_faults
 from fedllm_flwr.data.files import FileRecords, Record, read_parts
 from fedllm_flwr.data.kinds import RecordKind
@@ -30,6 +30,7 @@ class SourceReport:
     unscored: int  # usable, but the answer is none of data.labels (0 without a label set)
     unused_columns: tuple[str, ...]
     left_out: tuple[str, ...] = ()  # where the first empty and bad ones are
+    used_columns: tuple[str, ...] = ()  # role=column
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def load_records(
         duplicates=sum(row is None for row in preprocessed),
         unscored=kind.count_unscored(records) if data.labels else 0,
         unused_columns=tuple(unused_columns(preprocessed, mapping, kind.roles)),
+        used_columns=tuple(used_columns(preprocessed, mapping, kind.roles)),
         left_out=tuple([*broken_lines, *left_out][:NAMED_IN_ERRORS]),
     )
     return Loaded(records, report)

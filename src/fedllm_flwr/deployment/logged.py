@@ -9,6 +9,7 @@ import ctypes
 import logging
 import logging.handlers
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LARGEST_FILE = 10 * 2**20  # bytes
 _OLD_FILES = 5
 _PATIENCE_S = 2.0  # for output of children that outlive the program
@@ -62,7 +64,7 @@ def _copy(source: IO[bytes], target: IO[str], kept: logging.Handler) -> None:
     for handler in (shown, kept):
         handler.setFormatter(formatter)
     for line in source:
-        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        text = _COLOURS.sub("", line.decode("utf-8", "replace").rstrip("\r\n"))
         record = logging.LogRecord("", logging.INFO, "", 0, text, None, None)
         shown.handle(record)
         kept.handle(record)

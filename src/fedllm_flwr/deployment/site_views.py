@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.reporting.text import format_bytes, shorten
 
 _SHOWN_DIFFERENCES = 12
+_SILENT_S = 120.0  # without a question, after which a server no longer asks
 _LONGEST_LINE = 500  # characters
 
 
@@ -98,6 +99,8 @@ def _request_lines(request: Request, known: Sequence[Request], full: bool) -> li
         if request.is_waiting
         else f"{request.decision} {local_time(request.decided)} by {request.by}"
     )
+    if request.is_waiting and _is_silent(request):
+        state += ", not any more: its run has ended, or was a dry run"
     lines = [f"{request.id}  run {request.run} from {request.server or 'the server'}   {state}"]
     lines += [f"  {line}" for line in in_words(request.settings)]
     approved = [r for r in known if r.decision == APPROVED and r.id != request.id]
@@ -106,6 +109,12 @@ def _request_lines(request: Request, known: Sequence[Request], full: bool) -> li
     if full:
         lines += [f"    {line}" for line in json.dumps(request.settings, indent=1).splitlines()]
     return lines
+
+
+def _is_silent(request: Request) -> bool:
+    """Whether the server has stopped asking."""
+    since = datetime.now(UTC) - datetime.fromisoformat(request.last_asked)
+    return since.total_seconds() > _SILENT_S
 
 
 def _compared(request: Request, last: Request) -> list[str]:
