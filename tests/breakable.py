@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from deployments import SMALL
 from fedllm_flwr.data.sources import DEMO
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
@@ -160,7 +161,14 @@ class Deployment:
         ca = None if self.insecure else str(self.folder / "ca.crt")
         address = f"{dial or self.host}:{self.fleet_port}"
         options = SiteOptions(
-            name, str(data), address, ca, device="cpu", insecure=self.insecure, approval="automatic"
+            name,
+            str(data),
+            address,
+            ca,
+            device="cpu",
+            insecure=self.insecure,
+            approval="automatic",
+            policy=SMALL,
         )
         init_site(self.root / name, options)
         if not self.insecure:

@@ -16,6 +16,11 @@ from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
 from processes import BIN, environment, free_ports, nothing_left, relatives, started, wait_for
 
+# Limits of a site with the few records of a test, which draws as a simulated client does.
+SMALL = (
+    *(f"min_records_per_{what}=1" for what in ("step", "round", "score")),
+    "secret_draws=false",
+)
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -74,6 +79,7 @@ def make_site(
         device="cpu",
         insecure=ca is None,
         approval="automatic",
+        policy=SMALL,
     )
     init_site(folder / name, options)
     return folder / name

@@ -91,6 +91,7 @@ class ClientInfo:
     name: str
     num_examples: int
     version: str
+    model: str = ""  # base model of a site: embedded, id@commit, or sha256:... of its directory
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
-from urllib.parse import quote
 
 from flwr.app import RecordDict
 
 from fedllm_flwr import __version__
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.schema import Device
+from fedllm_flwr.config.schema import DataConfig, Device, OnBadRecord, Preprocessing
+from fedllm_flwr.data.encode import KEEP
 from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
-from fedllm_flwr.deployment.node import site_columns
-from fedllm_flwr.deployment.policy import read_policy
+from fedllm_flwr.deployment.fingerprint import model_fingerprint
+from fedllm_flwr.deployment.ledger import Ledger
+from fedllm_flwr.deployment.node import site_columns, site_threads
+from fedllm_flwr.deployment.policy import Policy, site_policy
+from fedllm_flwr.deployment.state import SiteState, site_state
 from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
 from fedllm_flwr.messages import ClientInfo, Failure
 from fedllm_flwr.wire import (
@@ -87,10 +90,14 @@ def _train(content: RecordDict, site: Site) -> RecordDict:
     from fedllm_flwr.training.local import train_locally
 
     task = unpack_task(content)
-    config = _own(task.config, site, task.round)
-    data = _data(config, site)
+    policy = _policy(site)
+    config = _own(task.config, site, policy, task.round, task.run)
+    policy.check_tensors(task.params)
+    data = _data(config, site, policy)
+    policy.check_records(config, len(data.train), len(data.held_out))
     state_dir = state_folder(site, data.name, task.run)
     if not site.is_simulated:
+        _state(site).make_room(task.run, policy.state_days, policy.max_state_gb)
         _check_unchanged(config, state_dir)
     update = train_locally(replace(task, config=config), data, state_dir)
     return pack_update(update, config.communication.dtype)
@@ -101,21 +108,38 @@ def _evaluate(content: RecordDict, site: Site) -> RecordDict:
     from fedllm_flwr.evaluation.client import evaluate_locally
 
     task = unpack_task(content)
-    config = _own(task.config, site, task.round)
-    data = _data(config, site)
+    policy = _policy(site)
+    config = _own(task.config, site, policy, task.round, task.run)
+    policy.check_tensors(task.params)
+    data = _data(config, site, policy)
+    policy.check_records(config, len(data.train), len(data.held_out))
     scores = evaluate_locally(replace(task, config=config), data)
     return pack_scores(scores, len(data.held_out))
 
 
 def _query(content: RecordDict, site: Site) -> RecordDict:
-    """Say who this node is and how many examples it holds."""
+    """Say who this node is and how many examples it holds; a site says it once in a run.
+
+    A site's number follows from its file, its settings and the task alone: no record is left out
+    for its length, whatever template or length the server asks for.
+    """
     from fedllm_flwr.fit import check_site_fit
 
-    config = _own(unpack_query(content), site)
-    data = _data(config, site)
-    if not site.is_simulated:  # the server has checked what it simulates
+    asked = unpack_query(content)
+    policy = _policy(site)
+    config = _own(asked, site, policy)
+    if site.is_simulated:
+        data = _data(config, site, policy)
+        return pack_info(ClientInfo(data.name, len(data.train), __version__))
+    ledger, run_id = Ledger(_state(site).ledger), str(site.run_id)
+    info = ledger.answer(run_id)
+    if info is None:
+        data = _data(config, site, policy)
+        policy.check_records(config, len(data.train), len(data.held_out))
         check_site_fit(config, data.train)
-    return pack_info(ClientInfo(data.name, len(data.train), __version__))
+        info = ClientInfo(data.name, len(data.train), __version__, _model_identity(config, site))
+        ledger.keep_answer(run_id, info)
+    return pack_info(info)
 
 
 _ANSWERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
@@ -170,11 +194,22 @@ def _reason(error: Exception, site: Site) -> str:
     return f"{kind}; {more}"
 
 
-def _own(config: Config, site: Site, server_round: int = 0) -> Config:
-    """The server's configuration with what only this site decides: its paths and its device.
+def _policy(site: Site) -> Policy:
+    """The site's own; a simulated client's data are the server's."""
+    return Policy.unlimited() if site.is_simulated else site_policy(site.node_config)
+
+
+def _own(
+    config: Config, site: Site, policy: Policy, server_round: int = 0, run: str = ""
+) -> Config:
+    """The server's configuration with what only this site decides.
+
+    That is the data, how they are read and which of them count, the model's directory, the device
+    and the number of threads.
 
     Args:
         server_round: that is asked for, 0 before the first.
+        run: what the server's tasks call the run.
 
     Raises:
         RefusedError: the site has no data, or the server names a model by a local path, asks for
@@ -193,23 +228,35 @@ def _own(config: Config, site: Site, server_round: int = 0) -> Config:
             "this site's node config lacks data-path; start its SuperNode with "
             '--node-config \'client-name="..." data-path="..."\''
         )
-    if "policy-path" in own:
-        policy = read_policy(Path(str(own["policy-path"])))
-        policy.check(config, server_round)
-        _require_approval(policy.approval, config, site)
-    data = replace(
-        config.data,
-        path=str(own["data-path"]),
-        columns=site_columns(own, config.data.columns),
-        eval_path=None,
-        eval_split=None,
-        max_samples=None,
-    )
+    model_path = _model_path(config, own)
+    policy.check(config, server_round, has_own_model="model-path" in own)
+    if config.data.truncation == "drop":
+        raise RefusedError(
+            "the site refuses data.truncation=drop: how many records it trains on would depend on "
+            "their lengths; use right or left"
+        )
+    _require_approval(policy.approval, config, site)
+    Ledger(_state(site).ledger).count(str(site.run_id), config, policy, run)
+    cuts_left = config.data.truncation == "left" and config.task.name == "sft"
     return replace(
         config,
-        data=data,
-        model=replace(config.model, path=_model_path(config, own)),
+        data=DataConfig(
+            name=config.data.name,
+            path=str(own["data-path"]),
+            columns=site_columns(own),
+            preprocessing=cast(Preprocessing, own.get("preprocessing", "none")),
+            on_bad_record=cast(OnBadRecord, own.get("on-bad-record", "error")),
+            template=config.data.template,
+            truncation="left" if cuts_left else KEEP,
+            validation_fraction=config.data.validation_fraction,
+        ),
+        model=replace(
+            config.model,
+            path=model_path,
+            revision=None if "model-path" in own else config.model.revision,
+        ),
         training=replace(config.training, device=cast(Device, own.get("device", "auto"))),
+        federation=replace(config.federation, client_cpus=site_threads(own)),
     )
 
 
@@ -247,23 +294,39 @@ def _model_path(config: Config, own: NodeConfig) -> str:
     return str(own.get("model-path", path))
 
 
-def _data(config: Config, site: Site) -> "ClientData":
+def _model_identity(config: Config, site: Site) -> str:
+    """What tells the base model that the site trains on from others."""
+    if "model-path" in site.node_config:
+        folder = Path(config.model.path).expanduser()
+        return model_fingerprint(folder, _state(site).root / "model.json")
+    revision = config.model.revision
+    return config.model.path if revision is None else f"{config.model.path}@{revision}"
+
+
+def _data(config: Config, site: Site, policy: Policy) -> "ClientData":
     from fedllm_flwr.data.client import simulated_client, site_client
     from fedllm_flwr.training.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     if site.is_simulated:
         return simulated_client(config, tokenizer, int(site.node_config["partition-id"]))
-    return site_client(config, tokenizer, site.name)
+    state = _state(site)
+    secret = state.secret() if policy.secret_draws else ""
+    return site_client(config, tokenizer, site.name, state.tokens, secret)
+
+
+def _state(site: Site) -> SiteState:
+    """What a site with data of its own keeps on its disk."""
+    from fedllm_flwr.data.client import cache_dir
+
+    return site_state(site.node_config, cache_dir() / "sites")
 
 
 def state_folder(site: Site, name: str, run: str) -> Path:
-    """Where this client keeps its state of the run; a simulation's own directory is of one run."""
+    """Where a client keeps its state of the run; a simulation's own directory is of one run."""
     from fedllm_flwr.data.client import cache_dir
 
-    if "state-dir" in site.node_config:
-        # The server names the run: quoted, and without the dots that would lead out of the folder.
-        folder = quote(run, safe="").replace(".", "%2E") or "run"
-        return Path(str(site.node_config["state-dir"])).expanduser() / folder / name
+    if not site.is_simulated:
+        return _state(site).folder(run, name)
     default = os.environ.get("FEDLLM_STATE_DIR", cache_dir() / "state" / str(site.run_id))
     return Path(default).expanduser() / name

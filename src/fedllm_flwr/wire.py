@@ -254,6 +254,7 @@ def unpack_info(content: RecordDict) -> ClientInfo:
         name=_field(record, "name", str),
         num_examples=_field(record, "num_examples", int),
         version=_field(record, "version", str),
+        model=_field(record, "model", str),
     )
 
 

@@ -30,7 +30,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("os.getppid", os.getpid)  # the SuperNode of this test
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield Site({"client-name": "ward", "data-path": str(DEMO), "state-dir": str(tmp_path)}, 1, 7)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("min_records_per_step: 1\nmin_records_per_round: 1\napproval: automatic\n")
+    node = {"client-name": "ward", "data-path": str(DEMO), "state-dir": str(tmp_path)}
+    yield Site({**node, "policy-path": str(policy)}, 1, 7)
     for process in residents(tmp_path):
         process.kill()
         process.wait()

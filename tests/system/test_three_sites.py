@@ -120,7 +120,7 @@ def test_sites_train_as_simulated_clients_do(
     expected = computed(simulation, {name: simulation / "clients" / name for name in SITES})
     run = load_state(real / "checkpoints")[0].run
     root = federation.folder.parent
-    found = computed(real, {name: root / name / "state" / run / name for name in SITES})
+    found = computed(real, {name: root / name / "state" / "runs" / run / name for name in SITES})
     with_state = kind is PAIRS or "algorithm=scaffold" in overrides
     assert with_state == any(key.startswith(SITES) for key in found)
     assert found.keys() == expected.keys()

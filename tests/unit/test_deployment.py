@@ -270,9 +270,7 @@ def test_flower_reads_the_node_config(tmp_path: Path, options: Options, toy_mode
         "site-dir": str(tmp_path / "site"),
         "server-address": "fl.example.org:9192",
     }
-    # Whatever columns a server names, the site's own stay.
-    asked = ColumnsConfig(instruction="name", output="diagnosis", messages="notes", label="ward")
-    assert site_columns(read, asked) == ColumnsConfig(instruction="the question")
+    assert site_columns(read) == ColumnsConfig(instruction="the question")
 
 
 SYSTEMD = shutil.which("systemd-analyze")
@@ -325,13 +323,11 @@ def test_node_config_holds_any_text() -> None:
 
 
 def test_site_columns_of_a_plain_node_config() -> None:
-    server = ColumnsConfig(output="answer", label="kind")
-
-    assert site_columns({"client-name": "a"}, server) == server
-    changed = site_columns({"columns.input": "context"}, server)
-    assert changed == ColumnsConfig(output="answer", label="kind", input="context")
+    """A node that was started by hand: roles that it does not name have the package's defaults."""
+    assert site_columns({"client-name": "a"}) == ColumnsConfig()
+    assert site_columns({"columns.input": "context"}) == ColumnsConfig(input="context")
     with pytest.raises(ConfigError, match=r"unknown columns\.inptu"):
-        site_columns({"columns.inptu": "context"}, server)
+        site_columns({"columns.inptu": "context"})
 
 
 def test_site_starts_with_tls_and_its_key(tmp_path: Path, server: Path, options: Options) -> None:

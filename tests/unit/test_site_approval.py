@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
+from deployments import SMALL
 from fedllm_flwr import cli
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
@@ -41,7 +42,9 @@ def site(tmp_path: Path) -> Path:
     """A site's directory, whose policy lets every run wait."""
     data = tmp_path / "notes.jsonl"
     data.write_text('{"instruction": "Why?", "output": "Because."}\n' * 40)
-    options = SiteOptions("ward", str(data), "fl.example.org:9092", device="cpu", insecure=True)
+    options = SiteOptions(
+        "ward", str(data), "fl.example.org:9092", device="cpu", insecure=True, policy=SMALL
+    )
     init_site(tmp_path / "site", options)
     return tmp_path / "site"
 

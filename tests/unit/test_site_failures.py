@@ -28,7 +28,8 @@ def asked(tmp_path: Path) -> Callable[[Path], Failure | None]:
     known = replace(CONFIG, data=replace(CONFIG.data, name="jsonl", labels=[]))
 
     def ask(data: Path) -> Failure | None:
-        site = Site({"client-name": "ward", "data-path": str(data), "device": "cpu"}, 1, 7)
+        node = {"client-name": "ward", "data-path": str(data), "state-dir": str(tmp_path / "state")}
+        site = Site(node, 1, 7)
         reply = answer("query", pack_query(known), site)
         if (failure := unpack_failure(reply)) is None:
             unpack_info(reply)

@@ -21,7 +21,7 @@ def test_state_of_any_run_lies_below_the_state_folder(run: str, tmp_path: Path) 
     folder = state_folder(site, "ward", run)
 
     assert folder.resolve() == folder
-    assert folder.parent.parent == tmp_path / "state"
+    assert folder.parent.parent == tmp_path / "state" / "runs"
 
 
 def test_states_of_two_runs_lie_apart(tmp_path: Path) -> None:
@@ -39,7 +39,8 @@ def test_model_of_a_server_is_no_local_path(
     asked = replace(CONFIG, model=replace(CONFIG.model, path=path))
     data = tmp_path / "notes.jsonl"
     data.write_text('{"instruction": "Why?", "output": "Because."}\n')
-    site = Site({"client-name": "ward", "data-path": str(data)}, 1, 7)
+    node = {"client-name": "ward", "data-path": str(data), "state-dir": str(tmp_path / "state")}
+    site = Site(node, 1, 7)
 
     failure = unpack_failure(answer("query", pack_query(asked), site))
     assert failure is not None

@@ -75,6 +75,7 @@ DpoLoss = Literal[
     "sigmoid_norm",
 ]
 Template = Literal["alpaca", "vicuna", "chat"]
+OnBadRecord = Literal["error", "skip"]
 Preprocessing = Literal["none", "alpaca", "fingpt", "medalpaca", "mathinstruct", "hh_rlhf"]
 Partition = Literal["iid", "dirichlet", "natural", "pathological", "size"]
 
@@ -186,11 +187,12 @@ class DataConfig:
         lt=1,
         description="held out of the training records when no eval set is given",
     )
-    truncation: Literal["right", "left", "drop"] = Field(
+    truncation: Literal["right", "left", "drop", "keep"] = Field(
         default="right",
-        description="right: cut the answer's end | left: cut the prompt's start | drop",
+        description="right: cut the answer's end, leave out what has none left | left: cut the "
+        "prompt's start | drop | keep: as right, or as left where none would be left",
     )
-    on_bad_record: Literal["error", "skip"] = "error"
+    on_bad_record: OnBadRecord = "error"
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

@@ -57,11 +57,15 @@ def encode_cached(
     max_length: int,
     truncation: str = "right",
     cache_dir: Path | None = None,
+    most_files: int | None = None,
 ) -> Examples:
     """``codec.encode`` of a data set, from ``cache_dir`` where the same was encoded before.
 
     A broken cache file is made anew and a directory that cannot be written is done without;
     both are logged.
+
+    Args:
+        most_files: how many files ``cache_dir`` keeps, the newest ones; None: all.
     """
     records = list(zip(*(dataset[column][:] for column in codec.columns), strict=True))
     if cache_dir is None:
@@ -79,9 +83,17 @@ def encode_cached(
     encoded = codec.encode(records, tokenizer, template, max_length, truncation)
     try:
         save_encoded(codec, encoded, path)
+        if most_files is not None:
+            _keep_newest(cache_dir, most_files)
     except OSError as error:
         logger.warning("encoded examples are not cached: %s", error)
     return encoded
+
+
+def _keep_newest(folder: Path, count: int) -> None:
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    for file in files[:-count]:
+        file.unlink(missing_ok=True)
 
 
 def save_encoded(codec: Codec[Examples], encoded: Examples, path: Path) -> None:

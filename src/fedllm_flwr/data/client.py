@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SITE_CACHE_FILES = 4  # lengths and templates that a server has asked for; each holds all records
+
 
 @dataclass(frozen=True)
 class ClientData:
@@ -34,6 +36,15 @@ class ClientData:
     name: str
     train: Examples
     held_out: Examples
+    secret: str = ""  # of a site: with the seed, it decides which records are drawn
+
+    def draw_name(self, count: int) -> str:
+        """The client in the seed of a draw of `count` records.
+
+        With a secret, other counts draw other records: no server that asks for one record more,
+        or holds one more back, gets two sets of which it knows that they differ by one.
+        """
+        return f"{self.name} {self.secret} {count}" if self.secret else self.name
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,19 @@ def _encoded(keyed: _Keyed) -> Examples:
     return encode_records(keyed.config, keyed.tokenizer, source.train)
 
 
-def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Dataset") -> Examples:
-    """Encode a data set of the task's kind as the configuration says, cached on disk."""
+def encode_records(
+    config: Config,
+    tokenizer: Tokenizer,
+    records: "datasets.Dataset",
+    cache: Path | None = None,
+    most_files: int | None = None,
+) -> Examples:
+    """Encode a data set of the task's kind as the configuration says, cached on disk.
+
+    Args:
+        cache: folder of the cached files; None: that of the user.
+        most_files: how many it keeps; None: all.
+    """
     encoded: Examples = encode_cached(
         KINDS[config.task.name].codec,
         records,
@@ -104,7 +126,8 @@ def encode_records(config: Config, tokenizer: Tokenizer, records: "datasets.Data
         config.data.template,
         config.training.max_length,
         config.data.truncation,
-        cache_dir() / "tokens",
+        cache_dir() / "tokens" if cache is None else cache,
+        most_files,
     )
     return encoded
 
@@ -157,11 +180,18 @@ def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> Client
     return _with_held_out(names[index], data.encoded, mine, config)
 
 
-def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
-    """The examples of a site, whose own file is ``config.data.path``."""
-    encoded = _site(_Keyed.of(config, tokenizer), data_identity(config))
+def site_client(
+    config: Config, tokenizer: Tokenizer, name: str, cache: Path | None = None, secret: str = ""
+) -> ClientData:
+    """The examples of a site, whose own file is ``config.data.path``.
+
+    Args:
+        cache: folder for its tokenised records; None: that of the user.
+        secret: of the site, for its draws.
+    """
+    encoded = _site(_Keyed.of(config, tokenizer), data_identity(config), cache)
     require_examples(config, name, len(encoded))
-    return _with_held_out(name, encoded, np.arange(len(encoded)), config)
+    return _with_held_out(name, encoded, np.arange(len(encoded)), config, secret)
 
 
 def data_identity(config: Config) -> str:
@@ -182,22 +212,25 @@ def _digest(file: Path, size: int, modified_ns: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _site(keyed: _Keyed, identity: str) -> Examples:
+def _site(keyed: _Keyed, identity: str, cache: Path | None) -> Examples:
     assert keyed.tokenizer is not None
     records = load_site_data(keyed.config)
-    encoded = encode_records(keyed.config, keyed.tokenizer, records)
+    encoded = encode_records(keyed.config, keyed.tokenizer, records, cache, _SITE_CACHE_FILES)
     for line in losses(keyed.config, encoded):
         logger.warning("%s", line)
     return encoded
 
 
 def _with_held_out(
-    name: str, encoded: Examples, mine: NDArray[np.int64], config: Config
+    name: str, encoded: Examples, mine: NDArray[np.int64], config: Config, secret: str = ""
 ) -> ClientData:
     """Hold a seeded part back, at least one example, if clients are asked to evaluate."""
     count = 0
     if config.evaluation.clients and len(mine) > 1:
         count = max(1, round(len(mine) * config.data.validation_fraction))
-    generator = np.random.default_rng(derive_seed(config.seed, "held out", name))
+    whole = ClientData(name, encoded, encoded, secret)
+    generator = np.random.default_rng(derive_seed(config.seed, "held out", whole.draw_name(count)))
     chosen = np.sort(generator.permutation(len(mine))[:count])
-    return ClientData(name, encoded.take(np.delete(mine, chosen)), encoded.take(mine[chosen]))
+    return replace(
+        whole, train=encoded.take(np.delete(mine, chosen)), held_out=encoded.take(mine[chosen])
+    )

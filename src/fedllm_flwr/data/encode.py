@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,8 @@ from fedllm_flwr.data.templates import Segment, Tokenizer, render, render_prompt
 from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
 from fedllm_flwr.errors import ConfigError
 
-TRUNCATIONS = ("right", "left", "drop")
+KEEP: Literal["keep"] = "keep"  # every record counts, however long; what sites do
+TRUNCATIONS = ("right", "left", "drop", KEEP)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _truncate(
     if len(tokens) > max_length:
         if truncation == "drop":
             return None
-        if truncation == "left":
+        if truncation == "left" or (truncation == KEEP and not supervised[:max_length].any()):
             tokens, supervised = _cut_left(tokens, supervised, max_length, bos)
         tokens, supervised = tokens[:max_length], supervised[:max_length]
     return (tokens, supervised) if supervised.any() else None

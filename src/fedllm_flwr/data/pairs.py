@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.data.encode import Encoded, cut_start, flatten, require_truncation
+from fedllm_flwr.data.encode import KEEP, Encoded, cut_start, flatten, require_truncation
 from fedllm_flwr.data.preferences import Pair
 from fedllm_flwr.data.templates import Tokenizer, render_answers
 from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
@@ -105,7 +105,8 @@ def encode_pairs(
 
     The prompt's tokens are those that ``encode_prompts`` gives. Of a pair that is too long, the
     prompt loses its start, but keeps half of ``max_length``; answers lose their end only where
-    they are longer than what the prompt leaves. truncation=drop leaves such pairs out.
+    they are longer than what the prompt leaves. truncation=drop leaves such pairs out, keep
+    leaves none out, not even those whose answers are equal after the cut.
     Raises ConfigError for unknown options and ModelError for an unusable tokenizer.
     """
     require_truncation(truncation)
@@ -121,7 +122,8 @@ def encode_pairs(
     for i, whole in enumerate(_by_pair(tokenise(rendered, tokenizer))):
         fitted = _fit(whole, max_length, tokenizer.bos_token_id)
         lost = [len(before) - len(after) for before, after in zip(whole, fitted, strict=True)]
-        if (any(lost) and truncation == "drop") or np.array_equal(fitted.chosen, fitted.rejected):
+        is_equal = truncation != KEEP and np.array_equal(fitted.chosen, fitted.rejected)
+        if is_equal or (any(lost) and truncation == "drop"):
             continue
         losses.add(*lost)
         kept += [_row(fitted.prompt, fitted.chosen), _row(fitted.prompt, fitted.rejected)]

@@ -72,7 +72,7 @@ def _add_membership(steps: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
     """``fedllm site <step>``; `add` makes a parser for one step."""
-    text = "a site of a real federation: init, start, requests, approve, decline, log"
+    text = "a site of a real federation: init, start, requests, approve, decline, log, forget"
     site = commands.add_parser("site", help=text, description=text)
     steps = site.add_subparsers(required=True, metavar="step")
 
@@ -90,6 +90,14 @@ def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", ad
         help="which column of the data plays a role, as instruction=question",
     )
     init.add_argument("--model-path", help="this site's own copy of the base model")
+    init.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a limit of policy.yaml in the place of its default, as min_records_per_round=20 or "
+        "allowed_models=[org/model@<commit>]",
+    )
     init.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     init.add_argument(
         "--health-port",
@@ -128,6 +136,11 @@ def _add_decisions(steps: "argparse._SubParsersAction[argparse.ArgumentParser]",
     log.add_argument("directory", help="directory of site init")
     log.add_argument("--run", help="this run alone; its id, or the first digits")
     log.add_argument("--json", action="store_true", help="print the entries as JSON lines")
+
+    forget = add(steps, "forget", _site_forget, "remove what a site keeps of its runs and records")
+    forget.add_argument("directory", help="directory of site init")
+    forget.add_argument("run", nargs="?", help="Flower's id of a run, or its folder in state/runs")
+    forget.add_argument("--all", action="store_true", help="of every run, and tokenised records")
 
 
 def _add_insecure(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +225,13 @@ def _site_start(arguments: argparse.Namespace) -> int:
     start_supernode(arguments.directory, arguments.options)
 
 
+def _site_forget(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.state import forget
+
+    print("\n".join(forget(arguments.directory, arguments.run, arguments.all)))
+    return 0
+
+
 def _site_init(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.site import SiteOptions, init_site
 
@@ -226,6 +246,7 @@ def _site_init(arguments: argparse.Namespace) -> int:
         insecure=arguments.insecure,
         health_port=arguments.health_port,
         approval=arguments.approval,
+        policy=arguments.policy,
     )
     print("\n".join(init_site(arguments.directory, options)))
     return 0

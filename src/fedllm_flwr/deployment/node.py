@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -41,10 +42,10 @@ def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def site_columns(node_config: Mapping[str, object], columns: ColumnsConfig) -> ColumnsConfig:
-    """The server's `columns` with those that the site's node config names for its own file.
+def site_columns(node_config: Mapping[str, object]) -> ColumnsConfig:
+    """The columns that a site's node config names for its own file, else the package's defaults.
 
-    A role without a column is written as "": the server's choice of one does not count either.
+    A role without a column is written as "". The server's choice does not count.
 
     Raises:
         ConfigError: a role that does not exist.
@@ -59,7 +60,23 @@ def site_columns(node_config: Mapping[str, object], columns: ColumnsConfig) -> C
             f"this site's node config: unknown {COLUMNS}{shown(unknown[0])}; roles are "
             f"{', '.join(ROLES)}"
         )
-    return replace(columns, **own)
+    return replace(ColumnsConfig(), **own)
+
+
+def site_threads(node_config: Mapping[str, object]) -> int:
+    """CPU threads of a site's training: its own `threads`, else OMP_NUM_THREADS, else every CPU.
+
+    Raises:
+        ConfigError: no whole number above 0.
+    """
+    given = node_config.get("threads", os.environ.get("OMP_NUM_THREADS"))
+    if given is None:
+        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        return len(cpus) or os.cpu_count() or 1
+    text = str(given).partition(",")[0]
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"this site's node config: threads={shown(given)}: give 1 or more")
+    return int(text)
 
 
 def every_role(columns: Mapping[str, str]) -> dict[str, str]:

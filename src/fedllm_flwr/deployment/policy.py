@@ -1,89 +1,247 @@
-"""What a site lets a server ask of it: ``policy.yaml``, read and enforced at the site."""
+"""What a site lets a server ask of it: ``policy.yaml``, read and enforced at the site.
+
+A site whose operator has written no policy has this one's defaults.
+"""
 
 import difflib
-from collections.abc import Callable, Mapping
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
+from fedllm_flwr.config.schema import ModelConfig
+from fedllm_flwr.deployment.approval import AUTOMATIC, EVERY_RUN, RULES
 from fedllm_flwr.errors import ConfigError, RefusedError
 
 TASKS = ("sft", "dpo")
+OPTIMIZERS = ("adamw", "sgd")
 ANY = "any"
+EMBEDDED = "embedded"  # in allowed_models: the small model of the package
+OWN = "own"  # in allowed_models: the directory that node.toml names with model-path
+LINEAR_LAYERS = (
+    *("auto", "all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"),
+    *("query_key_value", "Wqkv", "c_attn", "query", "key", "value", "dense"),
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj"),
+    *("dense_h_to_4h", "dense_4h_to_h", "in_proj"),
+)
+"""Values of lora.target_modules that stand for attention and MLP layers of transformer blocks."""
+
+_PINNED = re.compile(r"[^/\s@]+/[^/\s@]+@[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Policy:
     """A site's limits; None means that the site sets no limit.
 
-    Messages of `check` go to the server: they hold what it asked and what is allowed, nothing of
-    the site's data or paths.
+    Texts of its refusals go to the server: they hold what it asked and what is allowed, nothing
+    of the site's data or paths.
     """
 
-    allowed_models: tuple[str, ...] | None = None  # values of model.path
-    tasks: tuple[str, ...] | None = None  # values of task.name
-    max_steps: int | None = None  # optimizer steps per round
-    max_epochs: float | None = None  # passes over the data per round, where steps are not counted
-    max_batch_size: int | None = None  # examples per optimizer step
-    max_rounds: int | None = None
-    max_length: int | None = None  # tokens of one example
-    max_lora_rank: int | None = None
+    allowed_models: tuple[str, ...] | None = (EMBEDDED, OWN)  # or id@commit
+    tasks: tuple[str, ...] | None = TASKS  # values of task.name
+    optimizers: tuple[str, ...] | None = ("adamw",)  # with SGD an update is a gradient
+    target_modules: tuple[str, ...] | None = LINEAR_LAYERS  # values of lora.target_modules
+    min_records_per_step: int | None = 8  # records behind one optimizer step
+    min_records_per_round: int | None = 64  # different records behind one update
+    min_records_per_score: int | None = 32  # held-out records behind one score
+    min_length: int | None = 16  # tokens that an example may have at least
+    max_length: int | None = 4096  # tokens of one example
+    max_steps: int | None = 1000  # optimizer steps per round
+    max_epochs: float | None = 5.0  # passes over the data per round, where steps are not counted
+    max_batch_size: int | None = 256  # examples per optimizer step
+    max_batch_tokens: int | None = 65_536  # tokens of one forward pass in evaluation
+    max_rounds: int | None = 500
+    max_lora_rank: int | None = 128
+    max_checkpoint_every: int | None = 25  # rounds; a client keeps twice as many versions
+    max_messages_per_run: int | None = 1200
+    max_messages_per_day: int | None = 5000
+    max_state_gb: float | None = 20.0  # GB of state and tokens on disk
+    state_days: float | None = 30.0  # after which the state of a run that is silent is removed
+    secret_draws: bool = True  # which records are in a step does not follow from the seed alone
     approval: str = EVERY_RUN  # which runs wait for the operator: see deployment/approval.py
 
-    def check(self, config: Config, round: int) -> None:
+    @classmethod
+    def unlimited(cls) -> "Policy":
+        """The policy of a simulated client, whose data are the server's."""
+        limits = {field.name: None for field in fields(cls) if field.name not in _RULES}
+        return cls(**limits, secret_draws=False, approval=AUTOMATIC)
+
+    def check(self, config: Config, round: int, has_own_model: bool = False) -> None:
         """Refuse a request that exceeds a limit.
 
         Args:
             config: as the server sent it, before the site's own values replace any of it.
             round: of the request; 0 before the first.
+            has_own_model: whether the site trains on a directory of its own.
 
         Raises:
             RefusedError: names key, asked value, limit and who can change it.
         """
-        self._check_choice("allowed_models", "model.path", config.model.path)
+        self._check_model(config.model, has_own_model)
         self._check_choice("tasks", "task", config.task.name)
-        training, federation = config.training, config.federation
-        batch = training.batch_size * training.gradient_accumulation_steps
-        largest = training.micro_batch_size or 0
-        asked: dict[str, tuple[str, float]] = {
-            "max_batch_size": ("training.batch_size x gradient_accumulation_steps", batch),
-            "max_rounds": ("federation.num_rounds", max(federation.num_rounds, round)),
-            "max_length": ("training.max_length", training.max_length),
-            "max_lora_rank": ("lora.r", config.lora.r),
-        }
-        if largest > batch:
-            asked["max_batch_size"] = ("training.micro_batch_size", largest)
-        if training.max_steps > 0:
-            asked["max_steps"] = ("training.max_steps", training.max_steps)
-        else:
-            asked["max_epochs"] = ("training.num_epochs", training.num_epochs)
-        for name, (key, value) in asked.items():
-            self._check_limit(name, key, value)
+        self._check_choice("optimizers", "training.optimizer", config.training.optimizer)
+        targets = config.lora.target_modules
+        for target in targets if isinstance(targets, list) else [targets]:
+            self._check_choice("target_modules", "lora.target_modules", target)
+        for name, (key, asked) in _LIMITS.items():
+            value = asked(config, round)
+            if value is not None:
+                self._check_limit(name, key, value)
 
-    def _check_choice(self, name: str, key: str, value: str) -> None:
+    def check_records(self, config: Config, num_train: int, num_held_out: int) -> None:
+        """Refuse what would rest on too few of the site's records.
+
+        Args:
+            num_train: records to train on.
+            num_held_out: records that are held back for scores.
+
+        Raises:
+            RefusedError: names the limit, and not the number of records.
+        """
+        for name in ("min_records_per_step", "min_records_per_round"):
+            limit: int | None = getattr(self, name)
+            if limit is not None and num_train < limit:
+                raise _refused("to train", f"it holds fewer records than its {name}", str(limit))
+        training = config.training
+        drawn = num_train * training.num_epochs if training.max_steps < 1 else None
+        if drawn is not None:
+            self._check_limit("min_records_per_round", "training.num_epochs x records", drawn)
+        least = self.min_records_per_score
+        if config.evaluation.clients and least is not None and num_held_out < least:
+            asked = f"data.validation_fraction={config.data.validation_fraction}"
+            relation = "it holds back fewer records than its min_records_per_score"
+            raise _refused(f"evaluation.clients=true with {asked}", relation, str(least))
+
+    def check_tensors(self, names: Iterable[str]) -> None:
+        """Refuse adapters of layers that the policy does not allow, whatever selected them.
+
+        Args:
+            names: PEFT state-dict names, as ``base_model.model.h.0.attn.c_attn.lora_A.weight``.
+
+        Raises:
+            RefusedError: the first name outside the transformer blocks.
+        """
+        if self.target_modules is None:
+            return
+        listed = set(self.target_modules) - set(LINEAR_LAYERS)
+        for name in names:
+            module = re.sub(r"\.(lora_\w+|base_layer)(\.\w+)*$", "", name).rpartition(".")[2]
+            in_block = re.search(r"\.\d+\.", name) and "lora_embedding" not in name
+            if not in_block and module not in listed:
+                relation = "it is outside of the transformer blocks"
+                raise _refused(f"an adapter of {shown(name)}", relation, "target_modules")
+
+    def _check_model(self, model: ModelConfig, has_own_model: bool) -> None:
+        allowed = self.allowed_models
+        if allowed is None or (has_own_model and OWN in allowed):
+            return
+        asked = model.path if model.revision is None else f"{model.path}@{model.revision}"
+        commits = {entry.partition("@")[0]: entry.partition("@")[2] for entry in allowed}
+        commit = commits.get(model.path)
+        if model.path in (EMBEDDED, OWN):
+            is_allowed = model.path == EMBEDDED and EMBEDDED in allowed
+        elif has_own_model:  # which is used whatever the server names
+            is_allowed = commit is not None and model.revision in (None, commit)
+        else:
+            is_allowed = commit is not None and model.revision == commit
+            if commit is not None and model.revision is None:
+                raise _refused(
+                    f"model.path={model.path} without a commit",
+                    "ask for model.revision as in its allowed_models",
+                    commit,
+                )
+        if not is_allowed:
+            relation = "it is not among its allowed_models"
+            raise _refused(f"model.path={shown(asked)}", relation, ", ".join(allowed))
+
+    def _check_choice(self, name: str, key: str, value: Any) -> None:
         allowed: tuple[str, ...] | None = getattr(self, name)
         if allowed is not None and value not in allowed:
-            raise _refused(key, value, f"is not among its {name}", ", ".join(allowed))
+            relation = f"it is not among its {name}"
+            raise _refused(f"{key}={shown(value)}", relation, ", ".join(allowed))
 
     def _check_limit(self, name: str, key: str, value: float) -> None:
         limit: float | None = getattr(self, name)
+        if limit is None:
+            return
+        is_least = name.startswith("min_")
         # "not <=" also refuses NaN.
-        if limit is not None and not value <= limit:
-            raise _refused(key, value, f"is above its {name}", f"{limit:g}")
+        if not (value >= limit if is_least else value <= limit):
+            relation = f"it is {'below' if is_least else 'above'} its {name}"
+            raise _refused(f"{key}={shown(value)}", relation, f"{limit:g}")
 
 
-def _refused(key: str, value: object, relation: str, limit: str) -> RefusedError:
+def _batch(config: Config) -> int:
+    return config.training.batch_size * config.training.gradient_accumulation_steps
+
+
+def _counts_steps(config: Config) -> bool:
+    return config.training.max_steps > 0
+
+
+_STEP = "training.batch_size x gradient_accumulation_steps"
+# Limit -> the key that a refusal names, and what a request asks of it; None: nothing.
+_LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
+    "min_records_per_step": (_STEP, lambda config, _: _batch(config)),
+    "min_records_per_round": (
+        f"training.max_steps x {_STEP.removeprefix('training.')}",
+        lambda config, _: (
+            config.training.max_steps * _batch(config) if _counts_steps(config) else None
+        ),
+    ),
+    "min_length": ("training.max_length", lambda config, _: config.training.max_length),
+    "max_length": ("training.max_length", lambda config, _: config.training.max_length),
+    "max_steps": (
+        "training.max_steps",
+        lambda config, _: config.training.max_steps if _counts_steps(config) else None,
+    ),
+    "max_epochs": (
+        "training.num_epochs",
+        lambda config, _: None if _counts_steps(config) else config.training.num_epochs,
+    ),
+    "max_batch_size": (
+        "training.batch_size x gradient_accumulation_steps, or micro_batch_size",
+        lambda config, _: max(_batch(config), config.training.micro_batch_size or 0),
+    ),
+    "max_batch_tokens": (
+        "evaluation.batch_tokens",
+        lambda config, _: config.evaluation.batch_tokens,
+    ),
+    "max_rounds": (
+        "federation.num_rounds",
+        lambda config, round: max(config.federation.num_rounds, round),
+    ),
+    "max_lora_rank": ("lora.r", lambda config, _: config.lora.r),
+    "max_checkpoint_every": ("checkpoint.every", lambda config, _: config.checkpoint.every),
+}
+
+
+def _refused(asked: str, relation: str, limit: str) -> RefusedError:
     return RefusedError(
-        f"the site refuses {key}={shown(value)}: it {relation} ({limit}); ask for less, or let "
-        "the site's operator change this site's policy.yaml"
+        f"the site refuses {asked}: {relation} ({limit}); ask within that, or let the site's "
+        "operator change this site's policy.yaml"
     )
 
 
+def site_policy(node_config: Mapping[str, object]) -> Policy:
+    """The policy that a site's node config names with policy-path.
+
+    Without one, as where a SuperNode was started by hand, the limits are the safe defaults, and
+    no run waits for approval: there is no directory to keep requests in.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    path = node_config.get("policy-path")
+    return Policy(approval=AUTOMATIC) if path is None else read_policy(str(path))
+
+
 def read_policy(path: str | Path) -> Policy:
-    """Read ``policy.yaml``; a key that is left out, or null, sets no limit.
+    """Read ``policy.yaml``; a key that is left out has its default, one that is null no limit.
 
     Raises:
         ConfigError: the file is missing or no YAML, a key is unknown, or a value has another type.
@@ -109,6 +267,41 @@ def read_policy(path: str | Path) -> Policy:
     return Policy(**{_known(file, key): _value(file, key, values[key]) for key in values})
 
 
+def new_policy(assignments: Sequence[str], **values: object) -> dict[str, str]:
+    """The values of a new site's ``policy.yaml``: defaults, `values`, then the operator's own.
+
+    Args:
+        assignments: ``key=value`` of ``--policy``, the value as in YAML.
+
+    Raises:
+        ConfigError: not of this form, an unknown key or a value that cannot be.
+    """
+    import yaml
+
+    file = Path("--policy")
+    policy: dict[str, object] = {**vars(Policy()), **values}
+    for assignment in assignments:
+        key, equals, text = (part.strip() for part in assignment.partition("="))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if not equals:
+            raise ConfigError(f"--policy {shown(assignment)}: write key=value, as max_rounds=50")
+        policy[_known(file, key)] = _value(file, key, value)
+    return {key: _as_yaml(value) for key, value in policy.items()}
+
+
+def _as_yaml(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return textwrap.fill(f"[{', '.join(map(str, value))}]", 96, subsequent_indent="  ")
+    if isinstance(value, str | bool):
+        return str(value).lower()
+    return f"{value:.12g}"
+
+
 def _refuse_repeated(file: Path, text: str) -> None:
     """A key may stand only once: YAML would let the last one win unseen."""
     import yaml
@@ -132,9 +325,9 @@ def _known(file: Path, key: Any) -> str:
 def _value(file: Path, key: str, value: Any) -> Any:
     if value is None and key == "approval":
         return EVERY_RUN
-    if value is None or (key == "allowed_models" and value == ANY):
-        return None
     reader: Callable[[Any], Any] = _READERS.get(key, _whole_number)
+    if key not in _RULES and (value is None or (key in _LISTS and value == ANY)):
+        return None
     try:
         return reader(value)
     except ValueError as error:
@@ -149,11 +342,32 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _task_names(value: Any) -> tuple[str, ...]:
+def _models(value: Any) -> tuple[str, ...]:
     names = _names(value)
-    if unknown := [name for name in names if name not in TASKS]:
-        raise ValueError(f"names no task with {shown(unknown[0])}; tasks are {', '.join(TASKS)}")
+    for name in names:
+        if name not in (EMBEDDED, OWN) and not _PINNED.fullmatch(name):
+            raise ValueError(
+                f"names {shown(name)}; give {EMBEDDED}, {OWN} (the directory of model-path) or a "
+                "hub id with its commit of 40 digits, as org/model@0e9e39f2...; a name without a "
+                "commit can become another model, whose tokenizer or template reads records"
+            )
     return names
+
+
+def _choices(*choices: str) -> Callable[[Any], tuple[str, ...]]:
+    def read(value: Any) -> tuple[str, ...]:
+        names = _names(value)
+        if unknown := [name for name in names if name not in choices]:
+            raise ValueError(f"names {shown(unknown[0])}; there are {', '.join(choices)}")
+        return names
+
+    return read
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
 
 
 def _rule(value: Any) -> str:
@@ -176,11 +390,19 @@ def _whole_number(value: Any) -> int:
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "approval": _rule,
-    "allowed_models": _names,
-    "tasks": _task_names,
+    "allowed_models": _models,
+    "tasks": _choices(*TASKS),
+    "optimizers": _choices(*OPTIMIZERS),
+    "target_modules": _names,
     "max_epochs": _number,
+    "max_state_gb": _number,
+    "state_days": _number,
+    "secret_draws": _truth,
 }
+_RULES = ("secret_draws", "approval")  # which null does not lift
+_LISTS = ("allowed_models", "tasks", "optimizers", "target_modules")
 
 
 def _wrong(file: Path, reason: str) -> ConfigError:
-    return ConfigError(f"this site's {file.name}: {reason}.", "its policy file cannot be read")
+    whose = "" if file.name.startswith("--") else "this site's "
+    return ConfigError(f"{whose}{file.name}: {reason}.", "its policy file cannot be read")

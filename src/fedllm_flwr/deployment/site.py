@@ -27,6 +27,7 @@ from fedllm_flwr.deployment.directory import (
 )
 from fedllm_flwr.deployment.keys import key_fingerprint, make_key_pair
 from fedllm_flwr.deployment.node import DEVICES, every_role, parse_columns, to_toml
+from fedllm_flwr.deployment.policy import new_policy
 from fedllm_flwr.deployment.starting import SUPERNODE
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.guard import PROGRAMS
@@ -57,6 +58,7 @@ class SiteOptions:
     insecure: bool = False
     health_port: int | None = None  # None: one that follows from the name
     approval: str = EVERY_RUN  # which runs wait for the operator
+    policy: Sequence[str] = ()  # key=value in the place of the policy's defaults
 
     @property
     def health_address(self) -> str:
@@ -90,12 +92,14 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
     authority = _read_authority(options)
     columns = parse_columns(options.columns)
     usable = count_usable(absolute(options.data), columns)
+    models = ("embedded",) if options.model_path is None else ("own",)
+    policy = new_policy(
+        options.policy, tasks=tuple(usable), allowed_models=models, approval=options.approval
+    )
     files = {
         "node.toml": NewFile(_node_config(folder, options, columns)),
-        "policy.yaml": NewFile(
-            filled("policy.yaml", tasks=f"[{', '.join(usable)}]", approval=options.approval)
-        ),
-        "state/README": NewFile("Training state of this site between rounds, one folder a run.\n"),
+        "policy.yaml": NewFile(filled("policy.yaml", **policy)),
+        "state/README": NewFile(filled("state.md")),
         "start-supernode.sh": NewFile(
             filled(
                 "start-supernode.sh",

@@ -13,7 +13,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.data.client import ClientData
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.data.pairs import EncodedPairs
-from fedllm_flwr.errors import ConfigError, DataError, ModelError
+from fedllm_flwr.errors import ConfigError, DataError, ModelError, RefusedError
 from fedllm_flwr.messages import Task, Update
 from fedllm_flwr.params import Params, derive_seed, subtract
 from fedllm_flwr.schedule import draw_examples, steps_per_round
@@ -110,11 +110,16 @@ def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
             "its model's tokenizer is not the one that the model was made with",
         )
     context = getattr(model.peft.get_base_model().config, "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise ConfigError(
-            f"training.max_length={config.training.max_length}, but the model takes {context} "
-            f"tokens and {data.name} has {longest} in an example; set training.max_length={context}"
-        )
+    asked = (
+        f"training.max_length={config.training.max_length}, but the model takes {context} tokens"
+    )
+    remedy = f"set training.max_length={context}"
+    if context is not None and config.federation.engine == "deployment":
+        # Whether an example of the site is so long is not for the server to learn.
+        if config.training.max_length > context:
+            raise RefusedError(f"{asked}; {remedy}")
+    elif context is not None and longest > context:
+        raise ConfigError(f"{asked} and {data.name} has {longest} in an example; {remedy}")
 
 
 def _draw(task: Task, data: ClientData) -> Drawn:
@@ -123,7 +128,7 @@ def _draw(task: Task, data: ClientData) -> Drawn:
     per_step = training.batch_size * training.gradient_accumulation_steps
     total = steps_per_round(training, count) * per_step
     updates = task.acknowledged.updates
-    return draw_examples(count, total, updates, task.config.seed, data.name)
+    return draw_examples(count, total, updates, task.config.seed, data.draw_name(total))
 
 
 def _batches(task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn) -> RoundBatches:

@@ -1,0 +1,206 @@
+"""What a site keeps on its disk: state of runs, tokenised records, and how all of it goes again."""
+
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.errors import ConfigError, FederationError, RefusedError
+
+_DAY_S = 86_400
+_GB = 10**9
+_SECRET_BYTES = 32
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """The directory of a site's state.
+
+    ``runs/<run>/<client>/`` holds what a client keeps between the rounds of a run (control
+    variates, adapters of its own, reference log-probabilities), ``tokens/`` its tokenised records,
+    ``ledger/`` what it has been asked and has told (see `Ledger`), ``secret`` what decides with
+    the seed which records are drawn.
+    """
+
+    root: Path
+
+    @property
+    def runs(self) -> Path:
+        """A folder for each run."""
+        return self.root / "runs"
+
+    @property
+    def tokens(self) -> Path:
+        """The tokenised records."""
+        return self.root / "tokens"
+
+    @property
+    def ledger(self) -> Path:
+        """What each run has asked."""
+        return self.root / "ledger"
+
+    def folder(self, run: str, client: str) -> Path:
+        """Where a client keeps its state of a run, whatever a server calls the run.
+
+        The name is quoted, and without the dots that would lead out of the folder.
+        """
+        return self.runs / (_quoted(run) or "run") / client
+
+    def secret(self) -> str:
+        """A random text that never leaves the site; made at the first call.
+
+        Raises:
+            FederationError: it cannot be written.
+        """
+        file = self.root / "secret"
+        with contextlib.suppress(OSError):
+            if known := file.read_text("ascii").strip():
+                return known
+        made = secrets.token_hex(_SECRET_BYTES)
+        write_atomically(file, f"{made}\n".encode())
+        with contextlib.suppress(OSError):
+            file.chmod(0o600)
+        return made
+
+    def make_room(self, run: str, days: float | None, limit_gb: float | None) -> None:
+        """Remove what belongs to silent runs, and refuse a task where the rest is too large.
+
+        Args:
+            run: the task's, which stays.
+            days: since a run's last message, after which its state is removed; None: never.
+            limit_gb: of all state; None: no limit.
+
+        Raises:
+            RefusedError: the state of the runs that are left exceeds the limit.
+        """
+        if days is not None:
+            oldest = time.time() - days * _DAY_S
+            current = _quoted(run) or "run"
+            for folder in [*_children(self.runs), *_children(self.tokens)]:
+                if folder.name != current and _newest(folder) < oldest:
+                    _remove(folder)
+        used = sum(file.stat().st_size for top in (self.runs, self.tokens) for file in _files(top))
+        if limit_gb is not None and used > limit_gb * _GB:
+            raise RefusedError(
+                f"the site refuses to train: its state takes more than its max_state_gb "
+                f"({limit_gb:g}); let its operator run `fedllm site forget` or raise the limit in "
+                "policy.yaml"
+            )
+
+    def forget(self, runs: list[str] | None) -> list[str]:
+        """Remove the state of runs; None: of all, with all tokenised records.
+
+        Returns:
+            What was removed, for the site's operator.
+
+        Raises:
+            ConfigError: there is no state of such a run.
+            FederationError: the file system refuses.
+        """
+        if runs is None:
+            doomed = [*_children(self.runs), *_children(self.tokens)]
+            log = self.root / "trainer.log"
+        else:
+            doomed = [self.runs / _quoted(run) for run in runs if _quoted(run)]
+            doomed = [folder for folder in doomed if folder.is_dir()]
+            log = None
+        lines = []
+        for path in doomed:
+            size = sum(file.stat().st_size for file in _files(path))
+            kind = (
+                "tokenised records" if path.parent == self.tokens else f"state of run {path.name}"
+            )
+            try:
+                _remove(path)
+            except OSError as error:
+                raise FederationError(f"cannot remove {path}: {error.strerror}.") from error
+            lines.append(f"Removed {kind} ({size / 1e6:.1f} MB).")
+        if log is not None and log.is_file():
+            log.write_bytes(b"")  # a trainer that runs goes on writing to it
+            lines.append(f"Emptied {log}.")
+        return lines
+
+
+def site_state(node_config: Mapping[str, object], default: Path) -> SiteState:
+    """The state directory that a site's node config names with state-dir.
+
+    Args:
+        default: a folder for sites that name none; each has its own in it, by its name.
+    """
+    if "state-dir" in node_config:
+        return SiteState(Path(str(node_config["state-dir"])).expanduser())
+    return SiteState(default / (_quoted(str(node_config.get("client-name", ""))) or "site"))
+
+
+def forget(directory: str, run: str | None, everything: bool) -> list[str]:
+    """``fedllm site forget``: remove a run's state at a site, or the state of all.
+
+    Args:
+        directory: of ``site init``.
+        run: Flower's id of the run, or the name of its folder in ``state/runs``.
+
+    Raises:
+        ConfigError: no such directory or run, or neither run nor everything.
+    """
+    import tomllib
+
+    from fedllm_flwr.deployment.ledger import Ledger
+
+    file = Path(directory).expanduser() / "node.toml"
+    try:
+        node = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no node config"
+        raise ConfigError(f"{file}: {reason}; give the directory of `fedllm site init`") from None
+    if (run is None) != everything:
+        raise ConfigError(
+            "give either a run (those of state/runs, or Flower's id of one) or --all, which also "
+            "removes the tokenised records"
+        )
+    state = SiteState(Path(str(node.get("state-dir", file.parent / "state"))).expanduser())
+    if run is None:
+        lines = state.forget(None)
+    else:
+        lines = state.forget([run, *Ledger(state.ledger).runs_of(run)])
+        if not lines:
+            there = ", ".join(folder.name for folder in _children(state.runs)) or "none"
+            raise ConfigError(f"{run}: no state of such a run here; there are: {there}")
+    return [
+        *(lines or ["Nothing was kept."]),
+        "A trainer that is running holds tokenised records in memory until it has been idle for "
+        "its idle-timeout-s (ten minutes); end the site's SuperNode to end it now.",
+        "What has left the site is not undone: adapters that were trained on its records are "
+        "with the server.",
+    ]
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="").replace(".", "%2E")
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _files(top: Path) -> Iterator[Path]:
+    if top.is_file():
+        yield top
+    elif top.is_dir():
+        yield from (file for file in top.rglob("*") if file.is_file())
+
+
+def _newest(top: Path) -> float:
+    """When anything in it was last written, in seconds since 1970."""
+    return max((file.stat().st_mtime for file in _files(top)), default=top.stat().st_mtime)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
