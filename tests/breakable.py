@@ -201,6 +201,7 @@ class Deployment:
                 "federation.engine=deployment",
                 f"federation.num_clients={sites}",
                 f"federation.sample_clients={sites}",
+                "federation.min_replies=1",
                 *QUICK,
                 f"output_dir={output}",
             )

@@ -83,7 +83,7 @@ def test_all_clients_fail(tmp_path: Path) -> None:
     with pytest.raises(FederationError) as caught:
         run_intercepted(tmp_path / "run", _raising(*clients), EVERYONE)
     message = str(caught.value)
-    assert message.startswith("round 1: 0 of 3 replies could be used, federation.min_replies=1. ")
+    assert message.startswith("round 1: 0 of 3 replies could be used, federation.min_replies=2. ")
     assert all(f"{name}: " in message for name in clients)
     assert message.endswith(
         f"(the start is saved; go on with: fedllm run resume={tmp_path / 'run'})"

@@ -246,6 +246,45 @@ def test_fedprox_adds_the_gradient_of_the_proximal_term(
     assert max(float(np.abs(plain[n] - expected[n]).max()) for n in plain) > 20 * TOLERANCE
 
 
+@pytest.mark.parametrize("mu", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("parts", [{}, {"micro_batch_size": 2}], ids=["whole", "in parts"])
+def test_openfedllm_clips_the_proximal_term_with_the_loss(
+    mu: float,
+    parts: dict[str, int],
+    make_config: MakeConfig,
+    random_examples: MakeExamples,
+    tmp_path: Path,
+) -> None:
+    """loss += mu/2 * norm(param - global)**2 for each parameter, and one clipping of it all."""
+    config = make_config(**settings(optimizer="sgd", max_grad_norm=0.05, max_steps=6, **parts))
+    examples, params = random_examples(50), start(config)
+
+    def loop(as_openfedllm: bool) -> Params:
+        plain = PlainClient(config, examples, params, mu=mu)
+        optimizer = torch.optim.SGD(plain.weights.values(), lr=1.0)
+        for batch in drawn(config, examples):
+            optimizer.zero_grad()
+            loss = plain.step_loss(batch)
+            if as_openfedllm:
+                for name, weight in plain.weights.items():
+                    loss = loss + mu / 2 * torch.norm(weight - torch.tensor(params[name])) ** 2
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.weights.values(), 0.05)
+            if not as_openfedllm:
+                plain._add_proximal_gradient()
+            optimizer.step()
+        return {n: w.detach().numpy() - params[n] for n, w in plain.weights.items()}
+
+    updates = {}
+    for as_openfedllm in (True, False):
+        correction = LocalCorrection(mu=mu, as_openfedllm=as_openfedllm)
+        asked = replace(task(config, params, correction=correction), learning_rate=1.0)
+        updates[as_openfedllm] = run(asked, examples, tmp_path).delta
+        assert_near(updates[as_openfedllm], loop(as_openfedllm))
+    apart = [np.abs(updates[True][n] - updates[False][n]).max() for n in params]
+    assert max(apart) > 20 * TOLERANCE
+
+
 SCAFFOLD = LocalCorrection(control_variates=True)
 
 

@@ -227,6 +227,28 @@ def test_too_few_replies_end_the_run_and_name_clients_and_reasons():
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "usable", "goes_on"),
+    [(1, 1, True), (2, 2, True), (2, 1, False), (3, 2, True), (4, 2, False), (4, 3, True)],
+)
+def test_a_round_needs_more_than_half_of_those_asked(asked, usable, goes_on):
+    """One survivor of four would take the step of a whole round."""
+    names = {f"client-{i}": 10 for i in range(asked)}
+    roster = roster_of(names)
+    nodes = {
+        client.node_id: honest(name) if i < usable else lambda message: None
+        for i, (name, client) in enumerate(roster.items())
+    }
+    config = config_of(min_replies=None, timeout_s=0.1)
+    if goes_on:
+        state, _ = run(config, MemoryGrid(nodes), roster=roster)
+        assert state.round == 1
+        return
+    needed = asked // 2 + 1
+    with pytest.raises(FederationError, match=rf"{usable} of {asked} .*min_replies={needed}\. "):
+        run(config, MemoryGrid(nodes), roster=roster)
+
+
 def test_more_replies_wanted_than_clients_sampled():
     with pytest.raises(FederationError, match=r"min_replies=3 exceeds the 2 of 3 clients"):
         run(config_of(min_replies=3, sample_clients=2), MemoryGrid(nodes_of()))

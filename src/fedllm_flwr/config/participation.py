@@ -17,6 +17,15 @@ def num_sampled(config: Config, num_clients: int) -> int:
     return max(1, round(federation.sample_fraction * num_clients))
 
 
+def min_replies(config: Config, num_clients: int) -> int:
+    """Usable replies that a round needs: more than half of the clients asked, unless it is said.
+
+    With fewer, the round would be that of a few clients, and take the step of a full one.
+    """
+    chosen = config.federation.min_replies
+    return num_sampled(config, num_clients) // 2 + 1 if chosen is None else chosen
+
+
 def describe_local(config: Config) -> str:
     """In which rounds the clients of ``algorithm=local`` trained, for below a table."""
     chosen = config.algorithm.participation

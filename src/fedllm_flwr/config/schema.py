@@ -319,7 +319,11 @@ class FederationConfig:
     min_clients: Whole | None = Field(
         default=None, gt=0, description="clients that must be there at the start; null: all of them"
     )
-    min_replies: Whole = Field(default=1, gt=0, description="usable replies that a round needs")
+    min_replies: Whole | None = Field(
+        default=None,
+        gt=0,
+        description="usable replies that a round needs; null: more than half of those asked",
+    )
     round_timeout_s: Real = Field(
         default=3600.0, gt=0, description="seconds until a round closes with the replies that came"
     )

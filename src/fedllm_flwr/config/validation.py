@@ -83,7 +83,7 @@ def check_client_counts(config: Config, clients: int) -> None:
             f"{clients}; lower it."
         )
     per_round = num_sampled(config, clients)
-    if federation.min_replies > per_round:
+    if federation.min_replies is not None and federation.min_replies > per_round:
         raise ConfigError(
             f"federation.min_replies={federation.min_replies} exceeds the {per_round} clients "
             "sampled per round; lower it or sample more clients."

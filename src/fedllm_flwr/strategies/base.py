@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.participation import num_sampled
+from fedllm_flwr.config.participation import min_replies, num_sampled
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.messages import Acknowledged, LocalCorrection, Task, Update
@@ -152,7 +152,8 @@ class FederatedStrategy(Strategy):
         for reply in replies:
             self._take(reply, aggregator)
         self._note_missing(self._report.sampled, self._report.metrics, self._report.failures)
-        self._report.require(self.config.federation.min_replies, self.hooks.on_failed_round)
+        needed = min_replies(self.config, len(self.roster))
+        self._report.require(needed, self.hooks.on_failed_round)
         self.state = self._next_state(server_round, aggregator)
         loss = self._report.loss
         arrays, _ = pack_params(self.state.params, "float32")

@@ -10,7 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.participation import num_sampled
+from fedllm_flwr.config.participation import min_replies, num_sampled
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo
 from fedllm_flwr.params import LARGEST_WEIGHT
@@ -174,10 +174,10 @@ def check_roster(roster: Roster, config: Config) -> None:
     Raises:
         FederationError: names the numbers.
     """
-    min_replies, sampled = config.federation.min_replies, num_sampled(config, len(roster))
-    if roster and min_replies > sampled:
+    needed, sampled = min_replies(config, len(roster)), num_sampled(config, len(roster))
+    if roster and needed > sampled:
         raise FederationError(
-            f"federation.min_replies={min_replies} exceeds the {sampled} of "
+            f"federation.min_replies={needed} exceeds the {sampled} of "
             f"{len(roster)} clients sampled per round; lower it or sample more clients."
         )
     examples = sum(client.info.num_examples for client in roster.values())

@@ -44,7 +44,8 @@ def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
         return dtype
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    computes_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if computes_bfloat16 else torch.float16
 
 
 def resolve_attention(requested: str, device: torch.device) -> str:
