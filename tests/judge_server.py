@@ -1,5 +1,6 @@
 """A server on the loopback that speaks OpenAI's chat protocol, with faults on demand."""
 
+import gzip
 import hashlib
 import json
 import socket
@@ -34,7 +35,8 @@ class JudgeServer:
     `faults` are used up one per chat request, in order of arrival; then `reply` answers. A fault is
     a status code, a pair of status code and headers, or a word: timeout, reset, truncated (a body
     shorter than announced, or a stream without its end), garbage (a body that is no JSON), empty
-    (no choices), malformed (no verdict in the reply), usage (no token counts).
+    (no choices), redirect, endless (64 MB), bomb (gzip of 256 MB), echo (an error that quotes the
+    key and colours it), malformed (no verdict in the reply), usage (no token counts).
     """
 
     reply: Callable[[Messages], str] = verdict
@@ -43,6 +45,7 @@ class JudgeServer:
     models: Sequence[str] | None = ("judge-1",)
     delay_s: float = 0.0
     hang_s: float = 5.0
+    elsewhere: str = ""  # where a redirect leads
     requests: list[dict[str, Any]] = field(default_factory=list)  # as they arrived
     times: list[float] = field(default_factory=list)
     completed: Counter[str] = field(default_factory=Counter)  # whole replies by conversation
@@ -131,6 +134,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.connection.close()
             self.close_connection = True
+        elif fault == "redirect":
+            self._send(307, b"", "text/plain", {"Location": self.state.elsewhere})
+        elif fault == "endless":
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.close_connection = True
+            for _ in range(64):
+                self.wfile.write(b" " * 2**20)
+        elif fault == "bomb":
+            body = gzip.compress(b" " * 2**28, 1)
+            self._send(200, body, "application/json", {"Content-Encoding": "gzip"})
+        elif fault == "echo":
+            said = f"\x1b[31mno\x07 such key: {self.headers['Authorization']}\x1b[0m\u202e"
+            self._error(400, said)
         elif fault == "garbage":
             self._send(200, b"<html>Bad gateway</html>", "text/html")
         elif fault == "empty":

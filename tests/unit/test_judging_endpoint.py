@@ -256,3 +256,51 @@ def test_declined_is_no_verdict_even_if_it_looks_like_one(
 
     verdicts, _ = judge_all(cases(1), Strict("judge-1"), tmp_path / "v.jsonl", attempts=3)
     assert verdicts == [Verdict(None, 1)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_redirect_is_not_followed(stream: bool, server: JudgeServer) -> None:
+    """Neither the questions nor the key reach a host that nobody has named."""
+    with judge_server() as other:
+        server.elsewhere = f"{other.url}/chat/completions"
+        server.faults = ["redirect"] * 9
+        with pytest.raises(JudgeError, match=r"HTTP 307, it redirects to 127\.0\.0\.1:\d+; check"):
+            ask_one(judge(stream=stream))
+        assert other.requests == []
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("endless", "longer than 8388608 bytes"), ("bomb", r"an encoding \(gzip\)")],
+)
+def test_an_answer_has_a_bounded_length(
+    fault: str, message: str, stream: bool, server: JudgeServer
+) -> None:
+    server.faults = [fault] * 9
+    with pytest.raises(JudgeError, match=message):
+        ask_one(judge(stream=stream))
+    assert len(server.requests) == 1
+
+
+def test_neither_the_key_nor_colours_are_printed(server: JudgeServer) -> None:
+    server.faults = ["echo"]
+    with pytest.raises(JudgeError) as caught:
+        ask_one(judge())
+    assert "such key: Bearer [the key]" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_names_of_models_are_printed_without_colours(server: JudgeServer) -> None:
+    server.models = ["\x1b[31mred", "x" * 10_000]
+    with pytest.raises(ConfigError) as caught:
+        judge().check()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_password_in_the_address_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://me:pass@judge.org/v1?api-key=hidden#x")
+    assert judge().url == "https://judge.org/v1"

@@ -1,8 +1,12 @@
 """Frames between a ClientApp and the resident trainer."""
 
+import contextlib
+import json
+import os
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,9 @@ from hypothesis import strategies as st
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.resident.protocol import receive_frame, send_frame
+from fedllm_flwr.resident.worker import serve
+from fedllm_flwr.wire import unpack_failure
+from processes import wait_for
 
 DTYPES = st.sampled_from(["float32", "int16", "float64", "uint8"])
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -77,6 +84,70 @@ def test_other_bytes_are_refused(frame: bytes) -> None:
         left.sendall(frame)
         with pytest.raises(FederationError, match="message of this package"):
             receive_frame(right)
+
+
+HEADER = {"fields": {}, "arrays": [], "empty": [], "config": {}, "metric": {}}
+WRONG = {
+    "no object": b"[]",
+    "a number": b"7",
+    "fields of another type": json.dumps({**HEADER, "fields": [1]}).encode(),
+    "records of another type": json.dumps({**HEADER, "config": [1]}).encode(),
+    "a value that no record takes": json.dumps({**HEADER, "config": {"a": {"b": {}}}}).encode(),
+    "arrays of another type": json.dumps({**HEADER, "arrays": 5}).encode(),
+    "a negative size": json.dumps(
+        {**HEADER, "arrays": [["a", "b", "f", [1], "numpy.ndarray", -1]]}
+    ).encode(),
+    "no size": json.dumps(
+        {**HEADER, "arrays": [["a", "b", "f", [1], "numpy.ndarray", "many"]]}
+    ).encode(),
+    "an exabyte that never comes": json.dumps(
+        {**HEADER, "arrays": [["a", "b", "f", [1], "numpy.ndarray", 2**60]]}
+    ).encode(),
+    "nested without end": b"[" * 10**6,
+    "no kind": json.dumps(HEADER).encode(),
+    "a site of another type": json.dumps(
+        {**HEADER, "fields": {"kind": "query", "node_config": [], "run_id": 1, "node_id": 2}}
+    ).encode(),
+    "a run of another type": json.dumps(
+        {**HEADER, "fields": {"kind": "query", "node_config": {}, "run_id": "x", "node_id": 2}}
+    ).encode(),
+    "a kind that does not exist": json.dumps(
+        {**HEADER, "fields": {"kind": "shutdown", "node_config": {}, "run_id": 1, "node_id": 2}}
+    ).encode(),
+}
+
+
+def test_no_frame_ends_the_trainer(tmp_path: Path) -> None:
+    """One after the other to a real one, which answers a message after each."""
+    path = tmp_path / "trainer.sock"
+    ended = threading.Event()
+
+    def trainer() -> None:
+        serve(path, os.getpid(), idle_timeout_s=2.0)
+        ended.set()
+
+    threading.Thread(target=trainer, daemon=True).start()
+    question = {"kind": "query", "node_config": {"client-name": "a"}, "run_id": 1, "node_id": 2}
+    for name, header in WRONG.items():
+        with connected(path) as peer, contextlib.suppress(OSError):
+            peer.sendall(struct.pack(">Q", len(header)) + header)
+            peer.shutdown(socket.SHUT_WR)
+            peer.recv(1)
+        with connected(path) as peer:
+            send_frame(peer, question, RecordDict())
+            failure = unpack_failure(receive_frame(peer)[1])
+        assert failure is not None, name
+        assert failure.kind == "FederationError", name  # the question lacks what a query holds
+    assert ended.wait(60)
+
+
+def connected(path: Path) -> socket.socket:
+    """A connection to a trainer that may still be starting."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(60)
+    assert wait_for(path.exists, 60)
+    peer.connect(str(path))
+    return peer
 
 
 def test_a_peer_that_leaves_in_the_middle_is_noticed() -> None:

@@ -1,5 +1,6 @@
 """Programs that try to harm, to escape or to cheat; each really runs."""
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -57,6 +58,37 @@ ALWAYS = {
         "import os, time\nfor _ in range(3): os.fork()\nx = b'1' * 2**27\ntime.sleep(60)",
         "memory",
         "all its processes together",
+    ),
+    "shared memory": Case(
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "libc.shmat.restype = ctypes.c_void_p\n"
+        "for _ in range(16):\n"
+        "  segment = libc.shmget(0, 2**26, 0o1600)\n"
+        "  if segment < 0: raise OSError(os.strerror(ctypes.get_errno()))\n"
+        "  place = libc.shmat(segment, None, 0)\n"
+        "  ctypes.memset(place, 1, 2**26); libc.shmdt(ctypes.c_void_p(place))\n"
+        "  libc.shmctl(segment, 0, None)",
+        "failed",
+        "Operation not permitted",
+    ),
+    "message queues": Case(
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "if libc.msgget(0, 0o1600) < 0: raise OSError(os.strerror(ctypes.get_errno()))",
+        "failed",
+        "Operation not permitted",
+    ),
+    "files in memory": Case(
+        "import os\nfor _ in range(40):\n  d = os.memfd_create('x')\n"
+        "  for _ in range(15): os.write(d, bytes(2**20))",
+        "failed",
+        "Operation not permitted",
+    ),
+    "calls by another ABI": Case(
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "if libc.syscall(0x40000000 + 29, 0, 4096, 0o1600) < 0:\n"
+        "  raise OSError(os.strerror(ctypes.get_errno()))",
+        "failed",
+        "Operation not permitted" if os.uname().machine == "x86_64" else "",
     ),
     "output flood": Case("while True: print('x' * 10000)", "failed", "printed more than"),
     "output flood of children": Case(

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError, FedLLMError, JudgeError
 from fedllm_flwr.judging.judge import DECLINED, MAX_TOKENS, Ask, Record, Reply, temperature
+from fedllm_flwr.judging.transport import AnswerRefusedError, check_answer
 
 if TYPE_CHECKING:
     import openai
@@ -47,9 +49,10 @@ class EndpointJudge:
 
     @property
     def url(self) -> str:
-        """Where it is, without a password."""
+        """Where it is, without a password or what else a query may hold."""
         parts = urlsplit(os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
+        return shown(bare.geturl())
 
     def check(self) -> None:
         """Look the model up, where the endpoint has a list of its models."""
@@ -74,11 +77,11 @@ class EndpointJudge:
                 if error.status_code in (404, 405, 501):  # it has no list: the first question tells
                     return
                 raise self._failure(error) from error
-            except (openai.OpenAIError, TimeoutError) as error:
+            except (openai.OpenAIError, TimeoutError, AnswerRefusedError) as error:
                 raise self._failure(error) from error
         if names and self.model not in names:
             close = difflib.get_close_matches(self.model, names, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(names[:5])}."
+            hint = f"Did you mean {shown(close[0])!r}?" if close else f"It has {shown(names[:5])}."
             raise ConfigError(f"--judge-model {self.model}: {self.url} has no such model. {hint}")
 
     async def _ask_all(self, todo: Iterator[Ask], record: Record) -> None:
@@ -131,7 +134,7 @@ class EndpointJudge:
             if may_adapt and self._adapts_to(error):
                 return await self._ask(client, ask, gate, may_adapt - 1)
             raise self._failure(error) from error
-        except (openai.OpenAIError, TimeoutError, TruncatedError) as error:
+        except (openai.OpenAIError, TimeoutError, TruncatedError, AnswerRefusedError) as error:
             raise self._failure(error) from error
 
     async def _request(self, client: "openai.AsyncOpenAI", ask: Ask) -> Reply:
@@ -187,7 +190,16 @@ class EndpointJudge:
                 f"--judge-model {self.model}: set OPENAI_API_KEY, or OPENAI_BASE_URL for an "
                 "endpoint of your own, or give the directory of a local model."
             )
-        return openai.AsyncOpenAI(api_key=key, base_url=own, max_retries=0, timeout=self.timeout_s)
+        return openai.AsyncOpenAI(
+            api_key=key,
+            base_url=own,
+            max_retries=0,
+            timeout=self.timeout_s,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, event_hooks={"response": [check_answer]}
+            ),
+        )
 
     def _adapts_to(self, error: "openai.BadRequestError") -> bool:
         """Whether the model refuses a parameter that it can be asked without."""
@@ -202,8 +214,13 @@ class EndpointJudge:
         """One line: what failed, and what to do."""
         import openai
 
+        refused = error if isinstance(error, AnswerRefusedError) else error.__cause__
+        if isinstance(refused, AnswerRefusedError):
+            error = refused
         message, remedy = _message(error), "run the same command again; what was judged is kept."
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        if isinstance(error, AnswerRefusedError):
+            remedy = "check OPENAI_BASE_URL."
+        elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             remedy = "check OPENAI_API_KEY and OPENAI_BASE_URL."
         elif isinstance(error, openai.NotFoundError | openai.BadRequestError):
             remedy = "check --judge-model and OPENAI_BASE_URL."
@@ -224,9 +241,12 @@ def _reply(text: str | None, reason: str | None, usage: Any) -> Reply:
 
 
 def _message(error: BaseException) -> str:
-    """What the server says, on one line, shortened."""
+    """What the server says, on one line, shortened, printable and without the key."""
     status = getattr(error, "status_code", None)
     body: Any = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
-    text = " ".join(str(said or error or type(error).__name__).split())[:200].rstrip(".")
+    text = " ".join(str(said or error or type(error).__name__).split())
+    if key := os.environ.get("OPENAI_API_KEY"):
+        text = text.replace(key, "[the key]")
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)[:200].rstrip(".")
     return f"HTTP {status}, {text}" if status and said else text

@@ -15,6 +15,8 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
+from fedllm_flwr.judging.transport import AnswerRefusedError
+
 TRIES = 7  # of one request: with doubling waits about half a minute in all
 LONGEST_WAIT_S = 300.0  # that a server may ask for; a longer one ends the command
 FIRST_WAIT_S, LONGEST_BACKOFF_S = 0.5, 30.0
@@ -30,6 +32,8 @@ def is_passing(error: BaseException) -> bool:
     """
     import openai
 
+    if isinstance(error.__cause__, AnswerRefusedError):
+        return False
     if isinstance(error, TruncatedError | TimeoutError | openai.APIResponseValidationError):
         return True
     if isinstance(error, openai.APIStatusError):

@@ -15,6 +15,7 @@ from fedllm_flwr.errors import FederationError
 
 _LENGTH = struct.Struct(">Q")
 _LARGEST_HEADER = 64 * 2**20  # bytes
+_PART = 2**20  # bytes that are read at once
 _RECORDS: dict[str, type[ConfigRecord] | type[MetricRecord]] = {
     "config": ConfigRecord,
     "metric": MetricRecord,
@@ -65,6 +66,8 @@ def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], RecordDict
             content[name] = ArrayRecord()
         arrays: dict[str, dict[str, Array]] = {}
         for record_name, name, dtype, shape, stype, size in header["arrays"]:
+            if type(size) is not int or size < 0:
+                raise ValueError(f"a tensor of {size} bytes")
             data = _receive(connection, size)
             array = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
             arrays.setdefault(record_name, {})[name] = array
@@ -73,17 +76,20 @@ def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], RecordDict
         for kind, make in _RECORDS.items():
             for name, values in header[kind].items():
                 content[name] = make(values)
-        return header["fields"], content
-    except (ValueError, KeyError, TypeError) as error:
+        fields = header["fields"]
+        if not isinstance(fields, dict):
+            raise TypeError("its fields are no object")
+        return fields, content
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FederationError(f"not a message of this package ({error})") from error
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        count = connection.recv_into(view[done:])
-        if count == 0:
+    """`size` bytes; memory is taken for those that have come, whatever was announced."""
+    data = bytearray()
+    while len(data) < size:
+        part = connection.recv(min(size - len(data), _PART))
+        if not part:
             raise EOFError("the connection was closed")
-        done += count
+        data += part
     return bytes(data)

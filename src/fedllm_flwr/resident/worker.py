@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import FederationError
@@ -22,6 +23,7 @@ from fedllm_flwr.site import Site, answer
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+_MESSAGE_S = 300.0  # for a message to come, once a peer has connected
 
 
 def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
@@ -40,7 +42,6 @@ def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
                 with connection:
-                    connection.settimeout(None)
                     _answer(connection)
                 last = time.monotonic()
 
@@ -48,11 +49,28 @@ def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
 def _answer(connection: socket.socket) -> None:
     """One message and its answer; a peer that is gone, or sends no message, is left alone."""
     try:
+        connection.settimeout(_MESSAGE_S)
         fields, content = receive_frame(connection)
-        site = Site(fields["node_config"], fields["run_id"], fields["node_id"])
-        send_frame(connection, {}, answer(fields["kind"], content, site))
-    except (OSError, EOFError, FederationError, KeyError) as error:
+        kind, site = _asked(fields)
+        connection.settimeout(None)
+        send_frame(connection, {}, answer(kind, content, site))
+    except (OSError, EOFError, FederationError) as error:
         logger.warning("a message was dropped: %s", error)
+
+
+def _asked(fields: dict[str, Any]) -> tuple[str, Site]:
+    """The kind of a message and the site that it is for.
+
+    Raises:
+        FederationError: a field is missing or of another type.
+    """
+    kinds = {"kind": str, "node_config": dict, "run_id": int, "node_id": int}
+    for name, kind in kinds.items():
+        if not isinstance(fields.get(name), kind):
+            raise FederationError(
+                f"not a message of this package (its {name} is no {kind.__name__})"
+            )
+    return fields["kind"], Site(fields["node_config"], fields["run_id"], fields["node_id"])
 
 
 def _end_with(parent: int, path: Path) -> None:

@@ -126,6 +126,7 @@ def _become(
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     linux.forgo_privileges()
+    linux.forbid_uncounted_memory()
     linux.die_with_parent()
     environment = {**_ENVIRONMENT, "HOME": directory, "TMPDIR": directory}
     arguments = [order["python"], "-I", "-S", "-c", text, *order["packages"]]
