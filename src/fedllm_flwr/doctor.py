@@ -49,13 +49,6 @@ def run_checks(
         yield from group()
 
 
-def main_text(checks: Sequence[Check]) -> str:
-    """The findings as aligned lines, remedies under theirs, and a verdict."""
-    width = max((len(check.name) for check in checks), default=0)
-    lines = [line for check in checks for line in check_lines(check, width)]
-    return "\n".join([*lines, "", verdict(checks)])
-
-
 def check_lines(check: Check, width: int = NAME_WIDTH) -> list[str]:
     """One finding: a line, and its remedy on a second one."""
     lines = [f"  {check.status:<4}  {check.name:<{width}}  {one_line(check.detail)}"]

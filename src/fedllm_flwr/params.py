@@ -1,7 +1,7 @@
 """Named adapter tensors and their arithmetic. NumPy only; tensors are paired by name."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -119,11 +119,3 @@ class RunningMean:
             name: (self._coarse[name] * _COARSE + self._fine[name] * _FINE) / denominator
             for name in self._coarse
         }
-
-
-def global_norm(params: Mapping[str, Array]) -> float:
-    """Euclidean norm over all tensors."""
-    squares: Iterable[float] = (
-        float(np.square(params[name].astype(np.float64)).sum()) for name in sorted(params)
-    )
-    return float(np.sqrt(sum(squares)))

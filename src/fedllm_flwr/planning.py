@@ -3,6 +3,7 @@
 from typing import Any
 
 from fedllm_flwr import __version__
+from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import EMBEDDED_DATA
@@ -10,9 +11,9 @@ from fedllm_flwr.params import num_values
 from fedllm_flwr.preparation import Prepared
 from fedllm_flwr.reporting.plan import Plan
 from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.strategies import STRATEGIES
 from fedllm_flwr.strategies.exchange import Roster
 from fedllm_flwr.training.device import describe_device
-from fedllm_flwr.wire import wire_bytes
 
 
 def make_plan(
@@ -42,7 +43,7 @@ def make_plan(
         warnings=warnings,
         **_clients(config, roster),
         **_work(config),
-        **_wire(config, prepared),
+        **_wire(config, prepared, roster),
         **_evaluation(config, prepared),
     )
 
@@ -67,12 +68,15 @@ def _work(config: Config) -> dict[str, Any]:
     }
 
 
-def _wire(config: Config, prepared: Prepared) -> dict[str, Any]:
-    dtype = config.communication.dtype
-    copies = 2 if config.algorithm.name == "scaffold" else 1
-    one = wire_bytes(prepared.initial, dtype)
-    down = copies + (prepared.reference is not None)
-    return {"wire_dtype": dtype, "bytes_down": down * one, "bytes_up": copies * one}
+def _wire(config: Config, prepared: Prepared, roster: Roster) -> dict[str, Any]:
+    """What the algorithm's own messages will hold, with its control variate if it has one."""
+    start = ServerState(0, prepared.initial, reference=prepared.reference)
+    rule = STRATEGIES[config.algorithm.name](config, roster, start)
+    return {
+        "wire_dtype": config.communication.dtype,
+        "bytes_down": rule.message_bytes(down=True),
+        "bytes_up": rule.message_bytes(),
+    }
 
 
 def _evaluation(config: Config, prepared: Prepared) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedllm_flwr.data.files import read_records
+from fedllm_flwr.data.files import BadLine, Record, read_parts, refuse
 from fedllm_flwr.errors import DataError
 
 RECORDS = [
@@ -42,6 +42,12 @@ WRITERS = {
     ),
     "saved": lambda path: datasets.Dataset.from_list(RECORDS).save_to_disk(str(path)),
 }
+
+
+def read_records(
+    path: Path, split: str | None = None, on_bad_line: BadLine = refuse
+) -> list[Record]:
+    return [record for part in read_parts(path, split, on_bad_line) for record in part.records]
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -31,7 +31,7 @@ from fedllm_flwr.checks.system import (
     check_ray,
     check_sandbox,
 )
-from fedllm_flwr.doctor import exit_status, main_text, run_checks
+from fedllm_flwr.doctor import check_lines, exit_status, run_checks, verdict
 from fedllm_flwr.sandbox.programs import Containment, containment
 
 OK, WARN, FAIL = (
@@ -51,14 +51,16 @@ def test_only_a_failure_makes_the_exit_status_one() -> None:
 
 
 def test_text_has_one_line_per_finding_and_per_remedy() -> None:
-    lines = main_text([Check("python", "ok", "3.11"), WARN, FAIL]).splitlines()
-
-    assert lines[0].split() == ["ok", "python", "3.11"]
-    assert lines[1].split() == ["warn", "warn", "detail", "of", "it"]
-    assert lines[2].strip() == "do this"
-    assert lines[-1] == "Not ready: fail failed."
-    assert main_text([OK, WARN]).endswith("Ready, with warnings: warn.")
-    assert main_text([OK]).endswith("\nReady.")
+    assert [line.split() for line in check_lines(Check("python", "ok", "3.11"))] == [
+        ["ok", "python", "3.11"]
+    ]
+    first, remedy = check_lines(WARN)
+    assert first.split() == ["warn", "warn", "detail", "of", "it"]
+    assert remedy.strip() == "do this"
+    assert remedy.index("do") == first.index("detail")
+    assert verdict([OK, WARN, FAIL]) == "Not ready: fail failed."
+    assert verdict([OK, WARN]) == "Ready, with warnings: warn."
+    assert verdict([OK]) == "Ready."
 
 
 def test_this_environment_meets_the_requirements() -> None:

@@ -39,7 +39,6 @@ PLAN = Plan(
     eval_every=5,
     eval_metrics=("loss", "accuracy"),
     model_note="embedded",
-    data_note="finance headlines",
     client_names=["banking", "energy", "metals-and-mining"],
 )
 START: dict[str, Any] = {
@@ -111,7 +110,7 @@ def test_plan_shows_every_number() -> None:
     text = out.getvalue()
     for part in (
         "fedllm-flwr 0.1  ·  fedavg  ·  sft  ·  tiny (1.9 M parameters, embedded)",
-        "demo (finance headlines, 10 clients by desk)",
+        "demo (10 clients by desk)",
         "41,472 LoRA parameters (2.2 %)",
         "82.9 kB down + 82.9 kB up per client and round (bfloat16)",
         "12 x 4 of 10 clients, 10 steps of 16",

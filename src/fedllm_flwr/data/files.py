@@ -40,13 +40,6 @@ def refuse(message: str) -> None:
     raise DataError(message, "a line of its data file is broken")
 
 
-def read_records(
-    path: Path, split: str | None = None, on_bad_line: BadLine = refuse
-) -> list[Record]:
-    """All records of a file or directory, in file order; arguments and errors of `read_parts`."""
-    return [record for part in read_parts(path, split, on_bad_line) for record in part.records]
-
-
 def read_parts(
     path: Path, split: str | None = None, on_bad_line: BadLine = refuse
 ) -> list[FileRecords]:

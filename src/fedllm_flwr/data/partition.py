@@ -34,11 +34,6 @@ class Partition:
         """Number of clients."""
         return len(self.names)
 
-    @property
-    def num_unassigned(self) -> int:
-        """Records of no client: a pathological partition may leave classes unused."""
-        return len(self.train) - sum(len(rows) for rows in self.indices)
-
     def client(self, i: int) -> "datasets.Dataset":
         """The records of client ``i``."""
         return self.train.select(self.indices[i])

@@ -39,7 +39,6 @@ class Plan:
     eval_metrics: tuple[str, ...] = ("loss",)  # what will be known of them
     client_eval: bool = False  # whether clients score the adapter, too
     model_note: str | None = None  # "embedded", "nf4"
-    data_note: str | None = None  # "finance headlines"
     first_round: int = 1  # above 1 for a resumed run
     client_names: list[str] = field(default_factory=list)  # where known; sets column widths
     warnings: list[str] = field(default_factory=list)
@@ -60,7 +59,7 @@ def _title(plan: Plan) -> list[str]:
         algorithm,
         plan.task,
         f"{plan.model_name} ({', '.join(note for note in model_notes if note)})",
-        f"{plan.data_name} ({', '.join(note for note in (plan.data_note, clients) if note)})",
+        f"{plan.data_name} ({clients})",
     ]
 
 

@@ -130,7 +130,7 @@ class FederatedStrategy(Strategy):
             oldest_checkpoint=self._oldest_checkpoint(),
         )
         self._report = RoundReport(
-            server_round, names, bytes_down=self._bytes(down=True) * len(names)
+            server_round, names, bytes_down=self.message_bytes(down=True) * len(names)
         )
         return self._messages(task, MessageType.TRAIN, names)
 
@@ -277,7 +277,7 @@ class FederatedStrategy(Strategy):
         with_control = self.local_correction().control_variates
         return Expected.like(delta=params, **({"control_delta": params} if with_control else {}))
 
-    def _bytes(self, down: bool = False) -> int:
+    def message_bytes(self, down: bool = False) -> int:
         """Bytes of tensors from one client in a round, or `down` to it."""
         state = self.state
         copies = 1 + (state.control is not None) + (down and state.reference is not None)
@@ -319,7 +319,7 @@ class FederatedStrategy(Strategy):
             return
         report.metrics[name] = update.metrics
         report.num_examples[name] = update.num_examples
-        report.bytes_up += self._bytes()
+        report.bytes_up += self.message_bytes()
         before = self.state.clients[name]
         if update.lost and before.round:
             report.lost[name] = before.round

@@ -20,6 +20,7 @@ from fedllm_flwr.suites.results import RunOptions, Samples
 
 _HASHED_WHOLE = 64 * 2**20  # bytes; of larger files both ends and the size are hashed
 _END = 2**20
+_PACKAGE = Path(__file__).parents[1]
 
 
 def default_cache() -> Path:
@@ -76,7 +77,7 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
     return {
         "task": task,
         "files": files_identity(own if not task.folder else ()),
-        "code": _code_identity(),
+        "code": code_identity(),
         "data": files_identity(data),
         "limit": options.limit,
         "shots": options.shots,
@@ -86,10 +87,13 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
 
 
 @cache
-def _code_identity() -> str:
-    """A hash of what reads data, writes prompts and scores answers, in the version at hand."""
-    package = Path(__file__).parents[1]
-    parts = ("suites", "coding", "judging")
+def code_identity(package: Path = _PACKAGE) -> str:
+    """A hash of what reads data, writes prompts, makes tokens of them, computes and scores answers.
+
+    In the version at hand: templates, tokens and choices are in ``data``, greedy answers in
+    ``evaluation``, log-probabilities and the model itself in ``training``.
+    """
+    parts = ("suites", "coding", "judging", "data", "evaluation", "training")
     return files_identity(file for part in parts for file in sorted((package / part).rglob("*.py")))
 
 

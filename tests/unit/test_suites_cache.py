@@ -1,0 +1,37 @@
+"""What an entry of the cache of scores is found by."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import fedllm_flwr
+from fedllm_flwr.suites.cache import code_identity
+
+PACKAGE = Path(fedllm_flwr.__file__).parent
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "data/templates.py",
+        "data/tokens.py",
+        "data/choices.py",
+        "training/log_probs.py",
+        "training/model.py",
+        "evaluation/answers.py",
+        "suites/likelihood.py",
+        "suites/tasks/finance.py",
+    ],
+)
+def test_scores_are_made_anew_when_the_code_behind_them_changes(
+    module: str, tmp_path: Path
+) -> None:
+    """Prompts, tokens, log-probabilities and the reading of answers, in any of their modules."""
+    changed = tmp_path / "package"
+    for part in ("suites", "coding", "judging", "data", "evaluation", "training"):
+        shutil.copytree(PACKAGE / part, changed / part)
+    assert code_identity(changed) == code_identity(PACKAGE)
+    code_identity.cache_clear()
+    (changed / module).write_text((changed / module).read_text() + "\n# another version\n")
+    assert code_identity(changed) != code_identity(PACKAGE)
