@@ -1,6 +1,7 @@
 """The structure of the package: who may import whom, and what stays lazy."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -245,3 +246,25 @@ def test_import_is_light(module: str, heavy: set[str]) -> None:
 
     assert NAME in imported
     assert sorted(imported & heavy) == []
+
+
+PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation")
+
+
+def test_non_public_names_of_flower_are_those_in_the_decisions() -> None:
+    """Imported names, and modules that are named in texts, outside Flower's public packages."""
+    used = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                used |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                used |= {node.value} if re.fullmatch(r"flwr(\.\w+)+", node.value) else set()
+    public = re.compile(rf"({'|'.join(map(re.escape, PUBLIC_FLOWER))})(\.strategy)?\.\w+")
+    flower = {name for name in used if name.split(".")[0] == "flwr" and not public.fullmatch(name)}
+    text = (PACKAGE.parents[1] / "docs/decisions.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `") and "flwr." in line]
+    listed = set(re.findall(r"`(flwr\.[\w.]+)`", "\n".join(rows)))
+    assert listed == flower
