@@ -1,9 +1,10 @@
 """Adapters on disk: exported for PEFT, and read back to start from."""
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from fedllm_flwr.errors import FederationError, ModelError
 from fedllm_flwr.kept_adapters import KeptAdapter
 from fedllm_flwr.params import Params, check_like
 from fedllm_flwr.reporting.card import model_card
+from fedllm_flwr.run_directory import SCORE_FILE
 from fedllm_flwr.training.model import AdaptedModel
 
+_OLD = "old"
 _WEIGHTS = "adapter_model.safetensors"
 _SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 
@@ -31,18 +34,47 @@ def save_adapter(
     Raises:
         FederationError: it cannot be written.
     """
-    model.load(params)
+    with _replacing(path) as fresh:
+        _export(fresh, model, params, config, summary)
+
+
+def save_best(
+    path: Path,
+    model: AdaptedModel,
+    adapters: Params | Mapping[str, Params],
+    config: Config,
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the adapter of the best round so far, with that round and its scores beside it.
+
+    Args:
+        adapters: tensors; or of clients that train alone, tensors by the name of a folder, of
+            which each gets one below `path`.
+        summary: up to that round; its ``best`` is written to ``score.json``.
+
+    Raises:
+        FederationError: it cannot be written; an older one is still there.
+    """
+    several = {key: value for key, value in adapters.items() if isinstance(value, dict)}
+    with _replacing(path) as fresh:
+        for name, params in several.items():
+            _export(fresh / name, model, params, config, summary)
+        if not several:
+            _export(fresh, model, {**adapters}, config, summary)  # type: ignore[dict-item]
+        (fresh / SCORE_FILE).write_text(json.dumps(summary["best"]) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `path`, as a whole, when the block ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             fresh = Path(folder) / path.name
-            model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
-            _sort_settings(fresh / "adapter_config.json")
-            dtype = str(model.dtype).removeprefix("torch.")
-            card = model_card(config, summary, config.model.path, dtype)
-            (fresh / "README.md").write_text(card, encoding="utf-8")
-            give_usual_mode(fresh, like="README.md")
-            shutil.rmtree(path, ignore_errors=True)
+            fresh.mkdir()
+            yield fresh
+            if path.exists():
+                path.replace(Path(folder) / _OLD)
             fresh.replace(path)
     except (OSError, SafetensorError) as error:
         raise FederationError(f"cannot write {path}: {error}.") from error
@@ -54,6 +86,26 @@ def _sort_settings(file: Path) -> None:
     named = ("target_modules", "exclude_modules", "modules_to_save")
     settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
     file.write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
+
+
+def recover(path: Path) -> None:
+    """Put back what a process that was killed between two renames had moved away from `path`."""
+    for folder in path.parent.glob(f".{path.name}.*"):
+        if not path.exists() and (folder / _OLD).is_dir():
+            (folder / _OLD).replace(path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export(
+    fresh: Path, model: AdaptedModel, params: Params, config: Config, summary: Mapping[str, Any]
+) -> None:
+    model.load(params)
+    model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
+    _sort_settings(fresh / "adapter_config.json")
+    dtype = str(model.dtype).removeprefix("torch.")
+    card = model_card(config, summary, config.model.path, dtype)
+    (fresh / "README.md").write_text(card, encoding="utf-8")
+    give_usual_mode(fresh, like="README.md")
 
 
 def give_usual_mode(folder: Path, like: str) -> None:

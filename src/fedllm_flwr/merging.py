@@ -147,7 +147,12 @@ def _write(model: AdaptedModel, params: Params, output: Path) -> Difference:
         give_usual_mode(fresh, like="config.json")
         merged.to("meta")  # room for the one that is read back
         written = AutoModelForCausalLM.from_pretrained(
-            fresh, dtype=dtype, attn_implementation=attention, device_map={"": device}
+            fresh,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
         )
         difference = Difference.of(_logits(written.eval(), device), expected)
         if not difference.relative <= _TOLERANCE[dtype]:

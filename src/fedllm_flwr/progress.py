@@ -1,13 +1,22 @@
 """The record of a run while it goes on: evaluation, metrics log, checkpoints and the console."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fedllm_flwr.adapters import recover, save_best
 from fedllm_flwr.alone import AloneAdapters
-from fedllm_flwr.checkpoint import ServerState, kept_rounds, save_state
+from fedllm_flwr.checkpoint import (
+    ServerState,
+    kept_rounds,
+    read_state,
+    save_state,
+    state_file,
+)
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.evaluation.central import Scores, evaluate
@@ -15,9 +24,11 @@ from fedllm_flwr.liveness import RoundBoard
 from fedllm_flwr.params import Params
 from fedllm_flwr.preparation import Prepared, evaluation_threads
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.reporting.metrics import MetricsLog, Record, read_metrics
+from fedllm_flwr.reporting.metrics import MetricsLog, Record, read_metrics, summarise
 from fedllm_flwr.reporting.trackers import Tracker, open_trackers
-from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.reporting.validation import best_record, has_converged
+from fedllm_flwr.round_store import folder_name
+from fedllm_flwr.run_directory import RunDirectory, best_round
 from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.report import Hooks, RoundReport
 from fedllm_flwr.timings import Timings
@@ -68,6 +79,7 @@ class Progress:
             on_round=self.finish_round,
             on_failed_round=self.note_failed_round,
             oldest_checkpoint=self._oldest_checkpoint,
+            has_converged=self.has_converged,
         )
 
     def _start_round(self, round: int, names: list[str]) -> None:
@@ -92,6 +104,8 @@ class Progress:
         self._add(record)
         with self._timings.phase("checkpoints"):
             save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
+        if self._is_best(0):
+            self._save_best(state)
 
     def finish_round(self, state: ServerState, report: RoundReport) -> None:
         """Evaluate if it is time, write the round down, then save the state.
@@ -106,9 +120,57 @@ class Progress:
         if last or (every and report.round % every == 0):
             record |= self._scores(state, report)
         self._add(record)
-        if last or report.round % config.checkpoint.every == 0:
+        last = last or self.has_converged()
+        is_best = self._is_best(report.round)
+        if last or is_best or report.round % config.checkpoint.every == 0:
             with self._timings.phase("checkpoints"):
                 save_state(self._directory.checkpoints, state, config.checkpoint.keep)
+        if is_best:  # after its state: a run that goes on finds it in the checkpoint
+            self._save_best(state)
+
+    def has_converged(self) -> bool:
+        """Whether ``training.early_stopping`` ends the run here."""
+        return has_converged(self.records, self._config.training.early_stopping)
+
+    def restore_best(self) -> list[str]:
+        """Make the best adapter that of the records, after a stop; returns what could not be done.
+
+        It differs where the process was killed between two files, or where rounds are run again.
+        """
+        best, path = best_record(self.records), self._best_path
+        recover(path)
+        if best is None or best["round"] == best_round(self._directory):
+            return []
+        try:
+            self._save_best(read_state(state_file(self._directory.checkpoints, best["round"])))
+        except FederationError:
+            shutil.rmtree(path, ignore_errors=True)
+            return [f"the adapter of round {best['round']}, the best so far, is not kept"]
+        return []
+
+    @property
+    def _best_path(self) -> Path:
+        alone = self._config.algorithm.name == "local"
+        return self._directory.adapters_best if alone else self._directory.adapter_best
+
+    def _is_best(self, server_round: int) -> bool:
+        best = best_record(self.records)
+        return best is not None and best["round"] == server_round
+
+    def _save_best(self, state: ServerState) -> None:
+        adapters: Params | dict[str, Params] = state.params
+        if self._config.algorithm.name == "local":
+            adapters = {
+                folder_name(name): self.alone.load(name, client)
+                for name, client in state.clients.items()
+                if client.round
+            }
+            if not adapters:  # no client has trained yet
+                return
+        records = [record for record in self.records if record["round"] <= state.round]
+        summary = summarise(records, self._timings.seconds)
+        with self._timings.phase("checkpoints"):
+            save_best(self._best_path, self._prepared.model, adapters, self._config, summary)
 
     def note_failed_round(self, report: RoundReport) -> None:
         """Write down who failed and why, where the run cannot go on; it resumes at this round."""

@@ -1,22 +1,27 @@
 """One run, from a configuration to its closing table."""
 
 import contextlib
+import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp import Grid
 
-from fedllm_flwr.checkpoint import newest_round
+from fedllm_flwr.checkpoint import newest_round, write_atomically
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.client import cache_dir, divided_data
+from fedllm_flwr.data.digest import records_digest
+from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.engines import find_engine
 from fedllm_flwr.engines.resources import check_machine
-from fedllm_flwr.errors import DivergedError, FedLLMError, RunInterrupted
+from fedllm_flwr.errors import DataError, DivergedError, FedLLMError, RunInterrupted
 from fedllm_flwr.fit import check_fit
 from fedllm_flwr.liveness import held
 from fedllm_flwr.reporting.console import Console
@@ -28,10 +33,13 @@ from fedllm_flwr.reporting.metrics import (
     summarise,
     write_summary,
 )
+from fedllm_flwr.reporting.table import is_past_best
 from fedllm_flwr.reporting.trackers import check_trackers
 from fedllm_flwr.run_directory import (
     RunDirectory,
     already_finished,
+    best_round,
+    continue_with,
     create,
     discard,
     how_to_go_on,
@@ -78,6 +86,33 @@ def run_on_grid(config: Config, grid: Grid, console: Console, run_id: int) -> Ru
     return _carry_out(config, console, time.monotonic(), engine)
 
 
+def check_data(directory: RunDirectory, config: Config) -> None:
+    """Write down which records a new run has, and refuse others when it goes on.
+
+    Raises:
+        DataError: names the file, and both digests.
+    """
+    if config.federation.engine == "deployment":  # each site looks after its own
+        records = {"data.eval_path": load_evaluation_data(config)}
+    else:
+        source = divided_data(config)[0]
+        records = {"data.path": source.train, "data.eval_path": source.eval}
+    now = {key: records_digest(some) for key, some in records.items() if some is not None}
+    if not directory.data.is_file():
+        write_atomically(directory.data, json.dumps(now, indent=2).encode())
+        return
+    before = json.loads(directory.data.read_text(encoding="utf-8"))
+    for key, digest in now.items():
+        if before.get(key, digest) != digest:
+            path = config.data.path if key == "data.path" else config.data.eval_path
+            raise DataError(
+                f"{key}={shown(path or config.data.path or config.data.hub_id)}: its records are "
+                f"not those that the run in {directory.path} was begun with (SHA-256 {digest[:12]} "
+                f"now, {before[key][:12]} then), and going on would mix two experiments; bring "
+                "them back, or start a new run."
+            )
+
+
 @contextlib.contextmanager
 def _state_dir_of(run_id: int) -> Iterator[None]:
     """Let simulated clients find the run's directory, though their processes may be older."""
@@ -100,13 +135,23 @@ def _carry_out(
 ) -> RunDirectory:
     """Open the run's directory, serve its rounds, and close with the table of results."""
     check_trackers(config.tracking)
-    directory = reopen(config) if config.resume else create(config)
+    if config.resume:
+        directory, notes = reopen(config)
+        for line in notes:
+            console.note(line)
+    else:
+        directory = create(config)
     os.environ["FEDLLM_STATE_DIR"] = str(directory.client_states.resolve())
     timings = Timings(_earlier(directory) if config.resume else None)
     with held(directory):
+        if config.resume:
+            check_data(directory, config)
+            continue_with(directory, config)
         with _saying_how_to_go_on(directory, config):
             from fedllm_flwr.server import serve
 
+            if not config.resume:
+                check_data(directory, config)
             timings.seconds["start-up"] += time.monotonic() - started
             engine(lambda grid: serve(grid, config, directory, console, timings))
         _close(config, directory, console, timings, time.monotonic() - started)
@@ -117,10 +162,10 @@ def _finished_before(config: Config, console: Console) -> RunDirectory | None:
     """The directory of a run that has nothing left to do, after saying so; None for another."""
     if config.resume is None:
         return None
-    directory, num_rounds = reopen(config), config.federation.num_rounds
+    directory, _ = reopen(config)
     if not is_finished(directory, config):
         return None
-    console.note(already_finished(directory, num_rounds))
+    console.note(already_finished(directory, config))
     return directory
 
 
@@ -141,9 +186,9 @@ def _close(
     shown = _named_anywhere(directory, config)
     console.closing(
         summary,
-        _paths(shown),
+        _paths(shown, summary["rounds"]),
         rows=_rows_alone(records),
-        next_commands=_next_commands(shown, config),
+        next_commands=_next_commands(shown, config, summary),
         label=_LABELS.get(config.algorithm.name, "federated"),
         first=name_of_start(config.init_adapter),
         since_resumed=seconds if timings.earlier else None,
@@ -202,23 +247,29 @@ def _named_anywhere(directory: RunDirectory, config: Config) -> RunDirectory:
     return RunDirectory(directory.path.resolve())
 
 
-def _paths(directory: RunDirectory) -> dict[str, Path]:
+def _paths(directory: RunDirectory, last_round: int) -> dict[str, Path]:
     """What a finished run has written, by label."""
     if directory.adapter.is_dir():
         trained = {"adapter": directory.adapter}
     else:
         trained = {"adapters": directory.adapters}
     also = {"curves": directory.curves, "log": directory.metrics, "answers": directory.answers}
+    if (best := best_round(directory)) is not None and best != last_round:
+        each = directory.adapters_best
+        trained |= {f"best (round {best})": each if each.is_dir() else directory.adapter_best}
     return trained | {label: path for label, path in also.items() if path.is_file()}
 
 
-def _next_commands(directory: RunDirectory, config: Config) -> list[str]:
+def _next_commands(
+    directory: RunDirectory, config: Config, summary: Mapping[str, Any]
+) -> list[str]:
     command = "fedllm run task=dpo" if config.task.name == "dpo" else "fedllm run"
     if not directory.adapter.is_dir():
         return [f"{command} algorithm=fedavg"]
     example = _EXAMPLES.get(config.data.name, "...")
     other = "fedprox" if config.algorithm.name != "fedprox" else "fedavg"
-    generate = f'fedllm generate {directory.path} "{example}"'
+    chosen = "@best" if is_past_best(summary) else ""
+    generate = f'fedllm generate {directory.path}{chosen} "{example}"'
     at_sites = config.federation.engine == "deployment"
     return [generate] if at_sites else [generate, f"{command} algorithm={other}"]
 

@@ -14,12 +14,16 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_run, to_yaml
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.reporting.metrics import read_metrics
+from fedllm_flwr.reporting.validation import has_converged
+from fedllm_flwr.schedule import cosine_learning_rate
 
 # Options that may change when a stopped run goes on. The rule: none of them decides who trains on
 # what, or enters a number that is trained or aggregated, so that the run ends in the bits of one
-# that had the new value from the start. Two are the user's own wish: more rounds, and how many
-# replies a round needs. Whatever is not named here, a new key included, stays as it was:
-# evaluation.clients holds records back from training, data.eval_path decides whether some are.
+# that had the new value from the start. Some are the user's own wish: more rounds or an earlier
+# end, the learning rate's curve over them, how many replies a round needs. Whatever is not named
+# here, a new key included, stays as it was: evaluation.clients holds records back from training,
+# data.eval_path decides whether some are.
 _FREE_TO_CHANGE = {
     "federation.num_rounds",
     "federation.engine",
@@ -44,6 +48,8 @@ _FREE_TO_CHANGE = {
     "tracking.wandb",
     "tracking.mlflow",
     "tracking.project",
+    "training.early_stopping",
+    "training.schedule_rounds",
     "output_dir",
     "resume",
 }
@@ -66,6 +72,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON record per round."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """Digests of the records that the run was begun with."""
+        return self.path / "data.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -158,8 +169,10 @@ def create(config: Config) -> RunDirectory:
     return directory
 
 
-def reopen(config: Config) -> RunDirectory:
+def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
     """The directory of the run that ``config.resume`` names, if `config` goes on with it.
+
+    Nothing is written; see `continue_with`. What the user should know of it comes in lines.
 
     Raises:
         ConfigError: it holds no run, or an option differs that would change the result.
@@ -189,16 +202,49 @@ def reopen(config: Config) -> RunDirectory:
             f"federation.num_rounds={config.federation.num_rounds}: the run in {directory.path} "
             f"has done {last} rounds; ask for more, or drop it."
         )
+    return directory, _about_schedule(saved, config, last)
+
+
+def continue_with(directory: RunDirectory, config: Config) -> None:
+    """Make `config`, which `reopen` has checked, that of the run."""
+    saved = load_run(directory.path, str(directory.path))
     goes_on = replace(config, output_dir=saved.output_dir, resume=None)
     write_atomically(directory.config, to_yaml(goes_on).encode())
-    return directory
+
+
+def _about_schedule(saved: Config, config: Config, last: int) -> list[str]:
+    """A line where the rounds to come get another learning rate than they would have had."""
+    old = saved.training.schedule_rounds or saved.federation.num_rounds
+    new = config.training.schedule_rounds or config.federation.num_rounds
+    if old == new or last >= config.federation.num_rounds:
+        return []
+    training = replace(config.training, schedule_rounds=None)
+    then, now = (cosine_learning_rate(training, last + 1, span) for span in (old, new))
+    if then == now:
+        return []
+    return [
+        f"the learning rate now follows a cosine over {new} rounds instead of {old}: {now:.1e} in "
+        f"round {last + 1}, where the curve so far has {then:.1e}; training.schedule_rounds={old} "
+        "keeps that curve"
+    ]
 
 
 def is_finished(directory: RunDirectory, config: Config) -> bool:
     """Whether all rounds are done and their results written."""
     trained = directory.adapter.is_dir() or directory.adapters.is_dir()
-    written = trained and directory.summary.is_file()
-    return written and newest_round(directory.checkpoints) == config.federation.num_rounds
+    if not (trained and directory.summary.is_file()):
+        return False
+    last = newest_round(directory.checkpoints)
+    return last == config.federation.num_rounds or stopped_early(directory, config)
+
+
+def stopped_early(directory: RunDirectory, config: Config) -> bool:
+    """Whether ``training.early_stopping`` has ended the run at its newest checkpoint."""
+    patience, last = config.training.early_stopping, newest_round(directory.checkpoints)
+    if patience is None or last is None or not directory.metrics.is_file():
+        return False
+    done = [record for record in read_metrics(directory.metrics) if record["round"] <= last]
+    return has_converged(done, patience)
 
 
 def best_round(directory: RunDirectory) -> int | None:
@@ -209,12 +255,19 @@ def best_round(directory: RunDirectory) -> int | None:
     return None
 
 
-def already_finished(directory: RunDirectory, num_rounds: int) -> str:
+def already_finished(directory: RunDirectory, config: Config) -> str:
     """What to tell whoever wants to go on with a finished run."""
-    command = shlex.quote(f"resume={directory.path}")
+    command = f"fedllm run {shlex.quote(f'resume={directory.path}')}"
+    num_rounds, last = config.federation.num_rounds, newest_round(directory.checkpoints)
+    if last != num_rounds:
+        patience = config.training.early_stopping
+        return (
+            f"{directory.path}: already finished (training.early_stopping={patience} ended it "
+            f"after round {last} of {num_rounds}); to go on: {command} training.early_stopping=null"
+        )
     return (
         f"{directory.path}: already finished ({num_rounds} round{'s' * (num_rounds != 1)}); to go "
-        f"on, raise their number: fedllm run {command} federation.num_rounds={2 * num_rounds}"
+        f"on, raise their number: {command} federation.num_rounds={2 * num_rounds}"
     )
 
 
@@ -231,7 +284,10 @@ def discard(directory: RunDirectory) -> None:
     """Remove what a run has left that stopped before its first checkpoint; no other run."""
     if newest_round(directory.checkpoints) is not None:
         return
-    leftovers = (directory.config, directory.clients, directory.metrics, directory.lock)
+    leftovers = (
+        *(directory.config, directory.data, directory.clients),
+        *(directory.metrics, directory.lock),
+    )
     for path in leftovers:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something else is in it

@@ -13,10 +13,13 @@ def cosine_learning_rate(training: TrainingConfig, server_round: int, num_rounds
     """Local learning rate of a round (from 1): half a cosine from the initial to the minimal one.
 
     lr_r = lr_min + (lr - lr_min) (1 + cos(pi (r - 1) / R)) / 2, constant within the round (the
-    schedule of OpenFedLLM).
+    schedule of OpenFedLLM). R is ``training.schedule_rounds``, else all rounds; after it the rate
+    stays at its minimum.
     """
+    num_rounds = training.schedule_rounds or num_rounds
+    place = min(1.0, (server_round - 1) / num_rounds)
     low, high = training.min_learning_rate, training.learning_rate
-    return low + (high - low) * (1 + math.cos(math.pi * (server_round - 1) / num_rounds)) / 2
+    return low + (high - low) * (1 + math.cos(math.pi * place)) / 2
 
 
 def steps_per_round(training: TrainingConfig, num_examples: int) -> int:

@@ -12,6 +12,7 @@ from fedllm_flwr.adapters import save_adapter
 from fedllm_flwr.checkpoint import ServerState, load_state, write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.registration import registered_sites
+from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
 from fedllm_flwr.fit import scored_on_one
 from fedllm_flwr.params import Params
@@ -21,6 +22,7 @@ from fedllm_flwr.progress import Progress
 from fedllm_flwr.reporting.clients import clients_table, sizes_table
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import Record, summarise
+from fedllm_flwr.reporting.validation import why_stopped
 from fedllm_flwr.round_store import folder_name
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.strategies import STRATEGIES
@@ -45,6 +47,7 @@ def serve(
     with timings.phase("start-up"):
         console.status("loading data and model")
         prepared = prepare(config)
+        _check_early_stopping(config, prepared)
         state, warnings = _initial_state(config, directory, prepared)
         is_deployment = config.federation.engine == "deployment"
         console.status("waiting for the sites" if is_deployment else "starting the clients")
@@ -65,12 +68,25 @@ def serve(
         config, directory, prepared, console, timings, state.round + 1, census.refused
     )
     try:
+        for line in progress.restore_best() if state.round else ():
+            console.note(line)
         final = _run_rounds(grid, config, roster, state, progress, directory)
+        if final.round < config.federation.num_rounds:
+            console.note(why_stopped(progress.records, final.round))
     except BaseException:
         progress.close(succeeded=False)
         raise
     progress.close(succeeded=True)
     _finish(config, directory, prepared, final, progress, console, timings)
+
+
+def _check_early_stopping(config: Config, prepared: Prepared) -> None:
+    patience = config.training.early_stopping
+    if patience is not None and prepared.evaluation is None and not config.evaluation.clients:
+        raise ConfigError(
+            f"training.early_stopping={patience} needs scores, and there are no held-out records; "
+            "give data.eval_path, or evaluation.clients=true."
+        )
 
 
 def _initial_state(

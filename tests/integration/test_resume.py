@@ -15,7 +15,7 @@ from fedllm_flwr import cli
 from fedllm_flwr.checkpoint import load_state, newest_round
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.describe import keys
-from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
+from fedllm_flwr.errors import ConfigError, DataError, FederationError, RunInterrupted
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.run import run_simulation
 from fedllm_flwr.run_directory import _FREE_TO_CHANGE
@@ -262,3 +262,48 @@ def test_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFix
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has done all its rounds."""
     return run_tiny(tmp_path_factory.mktemp("finished") / "run", "algorithm=fedavg").path
+
+
+def test_other_records_are_refused(tmp_path: Path) -> None:
+    """In simulation, too; the run went on with them without a word."""
+    file = tmp_path / "records.jsonl"
+    lines = [
+        json.dumps({"instruction": f"Say {i}.", "output": f"Number {i}."}) + "\n" for i in range(40)
+    ]
+    file.write_text("".join(lines))
+    data = ("data=jsonl", f"data.path={file}", "data.max_samples=null", "evaluation.every=1")
+    run = run_tiny(tmp_path / "run", *data, "federation.num_rounds=1")
+    before, saved = outcome(run), run.config.read_text()
+    file.write_text("".join(lines).replace("Number 7", "Number 8"))
+    with pytest.raises(DataError) as caught:
+        resume(run.path, "federation.num_rounds=2")
+    assert str(caught.value).startswith(
+        f"data.path={file}: its records are not those that the run in {run.path} was begun with"
+    )
+    assert outcome(run) == before
+    assert run.config.read_text() == saved  # a refused resume changes nothing
+    file.write_text("\n".join(lines))  # another layout of the same records
+    assert records(resume(run.path, "federation.num_rounds=2"))[-1]["round"] == 2
+
+
+RATES = ("training.learning_rate=1e-3", "training.min_learning_rate=1e-5")
+
+
+@pytest.mark.parametrize("span", [4, 2])
+def test_extension_says_what_becomes_of_the_learning_rate(
+    span: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a cosine over 4 rounds is at 5.05e-4 in round 3; that over 2 has reached its end."""
+    run_tiny(tmp_path / "run", *RATES)
+    typed = [f"resume={tmp_path / 'run'}", "federation.num_rounds=4"]
+    keeps = ["training.schedule_rounds=2"] if span == 2 else []
+    with Console(interactive=False) as console:
+        run_simulation(compose([*typed, *keeps]), console, 0.0)
+    said = (
+        "the learning rate now follows a cosine over 4 rounds instead of 2: 5.1e-04 in round 3, "
+        "where the curve so far has 1.0e-05; training.schedule_rounds=2 keeps that curve"
+    )
+    assert (said in " ".join(capsys.readouterr().out.split())) == (span == 4)
+    third, fourth = (5.05e-4, 1e-5 + 9.9e-4 * (1 - 0.5**0.5) / 2) if span == 4 else (1e-5, 1e-5)
+    found = [record.get("learning_rate") for record in records(tmp_path / "run")[1:]]
+    assert found == pytest.approx([1e-3, 5.05e-4, third, fourth])

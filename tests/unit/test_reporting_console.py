@@ -50,6 +50,7 @@ SUMMARY: dict[str, Any] = {
     "base": {"loss": 2.871, "accuracy": 0.341, "macro_f1": 0.214},
     "final": {"loss": 0.431, "accuracy": 0.911, "macro_f1": 0.902},
     "best": {"round": 12, "loss": 0.431},
+    "rounds": 12,
     "seconds": 58.2,
     "phases": {
         "training": 33.3,

@@ -236,6 +236,16 @@ class TrainingConfig:
     min_learning_rate: Real = Field(
         default=1e-6, ge=0, description="end of the cosine over the rounds"
     )
+    schedule_rounds: Whole | None = Field(
+        default=None,
+        gt=0,
+        description="rounds that the cosine spans; null: federation.num_rounds",
+    )
+    early_stopping: Whole | None = Field(
+        default=None,
+        gt=0,
+        description="evaluations without a better one that end a run; null: it goes to its end",
+    )
     max_steps: Whole = Field(
         default=10, description="optimizer steps per round; -1: count num_epochs instead"
     )

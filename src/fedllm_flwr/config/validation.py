@@ -15,6 +15,7 @@ def validate(config: Config) -> None:
         ConfigError: names the key, its value and what to use instead.
     """
     _check_training(config)
+    _check_early_stopping(config)
     _check_clients(config)
     _check_partition(config)
     _check_columns(config)
@@ -48,6 +49,23 @@ def _check_training(config: Config) -> None:
         raise ConfigError(
             "training.max_grad_norm=0 with training.dtype=float16: clipping is what scales the "
             "gradient back before the correction is added; use a norm > 0, or bfloat16."
+        )
+
+
+def _check_early_stopping(config: Config) -> None:
+    """Refuse it where no round but the last would be scored."""
+    patience, evaluation = config.training.early_stopping, config.evaluation
+    if patience is None:
+        return
+    if evaluation.central and not evaluation.every:
+        raise ConfigError(
+            f"training.early_stopping={patience} waits for evaluations, and evaluation.every=0 has "
+            "none between start and end; set evaluation.every=1."
+        )
+    if not evaluation.central and not evaluation.clients:
+        raise ConfigError(
+            f"training.early_stopping={patience} needs scores: set evaluation.central=true or "
+            "evaluation.clients=true."
         )
 
 

@@ -74,10 +74,19 @@ class _Keyed:
     def of(cls, config: Config, tokenizer: Tokenizer | None = None) -> "_Keyed":
         """The key for a configuration's records, or with a tokenizer for its examples."""
         parts = [config.task, config.data, config.partition, config.federation.num_clients]
-        parts += [config.seed]
+        parts += [config.seed, _stamps(config.data.path), _stamps(config.data.eval_path)]
         if tokenizer is not None:
             parts += [config.model, config.training.max_length]
         return cls(repr(parts), config, tokenizer)
+
+
+def _stamps(path: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a local file, or of the files in a directory."""
+    place = Path(path or "").expanduser()
+    if path is None or not place.exists():
+        return []
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def divided_data(config: Config) -> tuple[FederatedData, Partition]:

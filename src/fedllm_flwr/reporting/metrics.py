@@ -22,6 +22,7 @@ from typing import Any
 
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.errors import DataError, FederationError
+from fedllm_flwr.reporting.validation import best_record
 
 Record = dict[str, Any]
 
@@ -100,12 +101,12 @@ def summarise(
     if seconds is not None and seconds > covered:
         phases["rest"] = phases.get("rest", 0.0) + seconds - covered
     evaluated = [item for item in records if item.get("eval")]
-    scored = [item for item in evaluated if _finite(item["eval"].get("loss"))]
-    best = min(scored, key=lambda item: float(item["eval"]["loss"]), default=None)
+    best = best_record(records)
+    scores = None if best is None else best.get("eval") or {"loss": best["client_eval"]["loss"]}
     return {
         "base": evaluated[0]["eval"] if evaluated else None,
         "final": evaluated[-1]["eval"] if evaluated else None,
-        "best": None if best is None else {"round": best["round"], **best["eval"]},
+        "best": None if best is None else {"round": best["round"], **(scores or {})},
         "rounds": max((int(item["round"]) for item in records), default=0),
         "seconds": covered if seconds is None else seconds,
         "phases": phases,
@@ -173,7 +174,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)

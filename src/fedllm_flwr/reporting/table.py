@@ -1,5 +1,6 @@
 """The table of rounds and the closing table, as lines of text."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +131,22 @@ def summary_rows(
     summary: Mapping[str, Any], extra: Sequence[tuple[str, Metrics]], label: str, first: str
 ) -> list[tuple[str, Metrics]]:
     """What training started from, called `first`, `extra` rows, the result called `label`, and the
-    best round where a later one got worse.
+    best round where that is not the last.
     """
     base, final, best = summary.get("base"), summary.get("final"), summary.get("best")
     rows = [(first, base)] if base else []
     rows += extra
     if final:
         rows.append((label, final))
-    if best and final and (final.get("loss") or 0.0) > 1.01 * best["loss"]:
+    if best and final and best["round"] != summary.get("rounds"):
         rows.append((f"best (round {best['round']})", best))
     return rows
+
+
+def is_past_best(summary: Mapping[str, Any]) -> bool:
+    """Whether a round before the last was clearly better, by 1 % of the loss."""
+    final, best = summary.get("final"), summary.get("best")
+    return bool(best and final and (final.get("loss") or math.inf) > 1.01 * best["loss"])
 
 
 def finished_line(summary: Mapping[str, Any], since_resumed: float | None = None) -> str:

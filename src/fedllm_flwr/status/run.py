@@ -12,6 +12,7 @@ from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.liveness import CurrentRound, Holder, current_round, holder
 from fedllm_flwr.reporting.metrics import Record, read_metrics
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
+from fedllm_flwr.reporting.validation import best_record, validation_losses
 from fedllm_flwr.run_directory import RunDirectory, how_to_go_on, is_finished
 
 _MOST_NAMES = 10  # in a line
@@ -39,6 +40,8 @@ class RunStatus:
     seconds_per_round: float | None  # mean
     bytes: int  # up and down, all rounds
     failures: int  # replies missing or refused, all rounds
+    best_round: int | None  # whose adapter is kept as the best
+    best_loss: float | None  # its loss on held-out records
     current: CurrentRound | None
     last: Record | None
 
@@ -63,6 +66,10 @@ class RunStatus:
                 f"  all rounds  {mean} each, {format_bytes(self.bytes)}, "
                 f"{self.failures} {'reply' if self.failures == 1 else 'replies'} missing or refused"
             )
+        if self.best_round is not None:
+            lines.append(
+                f"  best        round {self.best_round}, eval loss {fixed(self.best_loss, 3)}"
+            )
         if not self.is_well:
             kept = how_to_go_on(RunDirectory(Path(self.path)))
             lines.append(f"  {kept or 'nothing is saved; start it anew'}")
@@ -70,7 +77,9 @@ class RunStatus:
 
     def _headline(self) -> str:
         where = f" (process {self.pid} on {self.host})" if self.state == "running" else ""
-        text = f"{self.state}, {self.round} of {self.num_rounds} rounds of {self.algorithm} on "
+        early = self.state == "finished" and self.round < self.num_rounds
+        done = f"{'stopped early after ' if early else ''}{self.round} of {self.num_rounds}"
+        text = f"{self.state}, {done} rounds of {self.algorithm} on "
         return f"{text}{self.data}{where}{f': {one_line(self.error)}' if self.error else ''}"
 
 
@@ -86,6 +95,8 @@ def run_status(path: Path) -> RunStatus:
     finished = [item for item in records if not item.get("failed")]
     rounds = [item for item in finished if item["round"] > 0]
     who = holder(directory)
+    best = best_record(finished)
+    losses = dict(validation_losses(finished))
     return RunStatus(
         path=str(path),
         state=_state(directory, config, who),
@@ -100,6 +111,8 @@ def run_status(path: Path) -> RunStatus:
         seconds_per_round=sum(item["seconds"] for item in rounds) / len(rounds) if rounds else None,
         bytes=sum(item.get("bytes_up", 0) + item.get("bytes_down", 0) for item in rounds),
         failures=sum(len(item.get("failures") or {}) for item in records),
+        best_round=None if best is None else int(best["round"]),
+        best_loss=None if best is None else losses[best["round"]],
         current=current_round(directory),
         last=finished[-1] if finished else None,
     )

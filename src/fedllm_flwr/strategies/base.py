@@ -211,6 +211,8 @@ class FederatedStrategy(Strategy):
         census = Census(grid, self.config, self.roster, closed=True, inbox=inbox)
         timeout_s = self.config.federation.round_timeout_s if timeout is None else timeout
         for current in range(self.state.round + 1, num_rounds + 1):
+            if self.hooks.has_converged():
+                break
             started = time.monotonic()
             self.roster = census.settled()
             messages = self.configure_train(current, result.arrays, ConfigRecord(), grid)

@@ -71,6 +71,7 @@ class Hooks:
     the client's update before, ``on_round(state, report)`` at the end, ``on_failed_round(report)``
     instead where too few replies could be used. ``oldest_checkpoint()`` is the round of the oldest
     state that the server may go back to; None: it never goes back.
+    ``has_converged()`` before a round is whether the run is to end early.
     """
 
     on_start_round: Callable[[int, list[str]], None] = lambda *_: None
@@ -79,6 +80,7 @@ class Hooks:
     on_round: Callable[[ServerState, RoundReport], None] = lambda *_: None
     on_failed_round: Callable[[RoundReport], None] = lambda *_: None
     oldest_checkpoint: Callable[[], int | None] = lambda: None
+    has_converged: Callable[[], bool] = lambda: False
 
 
 def _mean_loss(
