@@ -97,6 +97,7 @@ def _train(content: RecordDict, site: Site) -> RecordDict:
     policy.check_records(config, len(data.train), len(data.held_out))
     state_dir = state_folder(site, data.name, task.run)
     if not site.is_simulated:
+        policy.check_kept(task.round, task.oldest_checkpoint)
         _state(site).make_room(task.run, policy.state_days, policy.max_state_gb)
         _check_unchanged(config, state_dir)
     update = train_locally(replace(task, config=config), data, state_dir)

@@ -160,7 +160,13 @@ LIMITS: list[tuple[str, object, dict[str, object], dict[str, object], str]] = [
         {"evaluation__batch_tokens": 2**40},
         "evaluation.batch_tokens=1099511627776",
     ),
-    ("max_checkpoint_every", 5, {"checkpoint__every": 5}, {"checkpoint__every": 6}, "every=6"),
+    (
+        "max_rounds_kept",
+        9,
+        {"checkpoint__every": 3},
+        {"checkpoint__every": 4},
+        "checkpoint.every x (checkpoint.keep + 1)=12",
+    ),
     ("tasks", ("sft",), {"task__name": "sft"}, {"task__name": "dpo"}, "task=dpo"),
     (
         "optimizers",

@@ -341,7 +341,10 @@ TOO_FEW = {
         "min_records_per_score",
     ),
     "memory of an evaluation": ({"evaluation__batch_tokens": 2**40}, "max_batch_tokens"),
-    "every version kept": ({"checkpoint__every": 10**6}, "max_checkpoint_every"),
+    "every version kept": (
+        {"checkpoint__every": 10**6, "federation__num_rounds": 400},
+        "max_rounds_kept",
+    ),
 }
 
 
@@ -435,7 +438,7 @@ def test_a_runs_name_leads_to_no_other_file(site: Site, tmp_path: Path, run: str
     kept = files_below(tmp_path / "state" / "runs")
     assert {name.split("/")[1] for name in kept} == {"ward"}
     assert {name.rpartition("/")[2] for name in kept} == {
-        "control-00001.safetensors",
+        "round-00001.safetensors",
         "data.sha256",
     }
 
@@ -453,6 +456,13 @@ def test_state_is_bounded_and_expires(with_policy: Callable[..., Site], tmp_path
         os.utime(path, (ten_days, ten_days))
     trained(site, task(asking()))
     assert not old.exists()
+
+
+def test_versions_do_not_pile_up(with_policy: Callable[..., Site]) -> None:
+    """Whatever checkpoints the server says that it could go back to."""
+    site = with_policy("max_rounds_kept: 3")
+    reason = refused(answer("train", task(asking(checkpoint__keep=1), 4), site)).reason
+    assert "rounds since the oldest checkpoint=4: it is above its max_rounds_kept (3)" in reason
 
 
 def test_cache_holds_few_copies_of_the_records(site: Site, tmp_path: Path) -> None:

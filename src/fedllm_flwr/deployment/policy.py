@@ -56,7 +56,7 @@ class Policy:
     max_batch_tokens: int | None = 65_536  # tokens of one forward pass in evaluation
     max_rounds: int | None = 500
     max_lora_rank: int | None = 128
-    max_checkpoint_every: int | None = 25  # rounds; a client keeps twice as many versions
+    max_rounds_kept: int | None = 100  # rounds of which the client keeps its state
     max_messages_per_run: int | None = 1200
     max_messages_per_day: int | None = 5000
     max_state_gb: float | None = 20.0  # GB of state and tokens on disk
@@ -115,6 +115,15 @@ class Policy:
             asked = f"data.validation_fraction={config.data.validation_fraction}"
             relation = "it holds back fewer records than its min_records_per_score"
             raise _refused(f"evaluation.clients=true with {asked}", relation, str(least))
+
+    def check_kept(self, server_round: int, oldest_checkpoint: int) -> None:
+        """Refuse a task for which the states of too many rounds would have to be kept.
+
+        Raises:
+            RefusedError: names the limit.
+        """
+        kept = server_round - oldest_checkpoint
+        self._check_limit("max_rounds_kept", "rounds since the oldest checkpoint", kept)
 
     def check_tensors(self, names: Iterable[str]) -> None:
         """Refuse adapters of layers that the policy does not allow, whatever selected them.
@@ -183,6 +192,12 @@ def _counts_steps(config: Config) -> bool:
     return config.training.max_steps > 0
 
 
+def _rounds_kept(config: Config, _: int) -> int:
+    """Rounds of state that a client keeps so that the server may go back to its checkpoints."""
+    back = config.checkpoint.every * (config.checkpoint.keep + 1)
+    return min(back, config.federation.num_rounds)
+
+
 _STEP = "training.batch_size x gradient_accumulation_steps"
 # Limit -> the key that a refusal names, and what a request asks of it; None: nothing.
 _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
@@ -216,7 +231,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
         lambda config, round: max(config.federation.num_rounds, round),
     ),
     "max_lora_rank": ("lora.r", lambda config, _: config.lora.r),
-    "max_checkpoint_every": ("checkpoint.every", lambda config, _: config.checkpoint.every),
+    "max_rounds_kept": ("checkpoint.every x (checkpoint.keep + 1)", _rounds_kept),
 }
 
 
