@@ -1,9 +1,11 @@
 """How a site's SuperNode is started: guarded, or not at all."""
 
+import stat
 from pathlib import Path
 
 import pytest
 
+from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
 from fedllm_flwr.deployment.starting import supernode_command
 from fedllm_flwr.errors import ConfigError
@@ -74,3 +76,19 @@ def test_no_readme_shows_another_way(site: Path) -> None:
     assert f"    fedllm site start '{site}'" in readme
     assert "fedllm site start" in (templates / "server.md").read_text()
     assert 'site start "$PWD"' in (site / "start-supernode.sh").read_text()
+
+
+def test_other_users_cannot_enter_a_sites_directory(tmp_path: Path) -> None:
+    """Key, state, requests and audit log lie below it."""
+    data, server = tmp_path / "notes.jsonl", tmp_path / "server"
+    data.write_text('{"instruction": "Why?", "output": "Because."}\n')
+    init_server(server, ["fl.org"])
+    folder = tmp_path / "site"
+    init_site(folder, SiteOptions("a", str(data), "fl.org:9092", str(server / "ca.crt")))
+
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "a.key").stat().st_mode) == 0o600
+    open_to_all = [
+        file for file in folder.rglob("*") if file.is_dir() and file.stat().st_mode & 0o77
+    ]
+    assert open_to_all == []
