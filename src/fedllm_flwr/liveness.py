@@ -11,8 +11,10 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
+
+import psutil
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.run_directory import RunDirectory
@@ -24,7 +26,8 @@ _TRIES, _PAUSE_S = 10, 0.05  # someone who looks holds the lock for a moment
 class Holder:
     """What the process of a run has written into ``run.lock``.
 
-    ``error`` is what it ended with; empty while it runs, and where it was killed.
+    ``error`` is what it ended with; empty while it runs, and where it was killed. ``command`` goes
+    on with the run, given ``resume=``; ``flower_run`` is Flower's id of it in a deployment.
     """
 
     pid: int
@@ -32,6 +35,20 @@ class Holder:
     started: float  # seconds since 1970
     error: str = ""
     is_alive: bool = False
+    command: str = "fedllm run"
+    flower_run: str = ""
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether the process has ended without a word; False where another machine ran it."""
+        if self.is_alive or self.error or self.host != socket.gethostname():
+            return False
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
 
 
 @dataclass
@@ -78,20 +95,28 @@ class RoundBoard:
 
 
 @contextlib.contextmanager
-def held(directory: RunDirectory) -> Iterator[None]:
+def held(
+    directory: RunDirectory, command: str = "fedllm run", flower_run: str = ""
+) -> Iterator[None]:
     """Hold the run's lock, so that it is seen to be alive and no second process goes on with it.
+
+    Args:
+        command: goes on with the run, given ``resume=``.
+        flower_run: Flower's id of the run in a deployment.
 
     Raises:
         FederationError: another process is at this run.
     """
     with directory.lock.open("a+", encoding="utf-8") as file:
         _lock(file, directory)
-        me = Holder(os.getpid(), socket.gethostname(), time.time())
+        me = Holder(
+            os.getpid(), socket.gethostname(), time.time(), command=command, flower_run=flower_run
+        )
         _write_holder(file, me)
         try:
             yield
         except BaseException as error:
-            _write_holder(file, Holder(me.pid, me.host, me.started, _said(error)))
+            _write_holder(file, replace(me, error=_said(error)))
             raise
         for path in (directory.current_round, directory.lock):
             path.unlink(missing_ok=True)

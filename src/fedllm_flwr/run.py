@@ -83,7 +83,7 @@ def run_on_grid(config: Config, grid: Grid, console: Console, run_id: int) -> Ru
         with _state_dir_of(run_id):
             main(grid)
 
-    return _carry_out(config, console, time.monotonic(), engine)
+    return _carry_out(config, console, time.monotonic(), engine, str(run_id))
 
 
 def check_data(directory: RunDirectory, config: Config) -> None:
@@ -132,6 +132,7 @@ def _carry_out(
     console: Console,
     started: float,
     engine: Callable[[Callable[[Grid], None]], None],
+    flower_run: str = "",
 ) -> RunDirectory:
     """Open the run's directory, serve its rounds, and close with the table of results."""
     check_trackers(config.tracking)
@@ -143,11 +144,12 @@ def _carry_out(
         directory = create(config)
     os.environ["FEDLLM_STATE_DIR"] = str(directory.client_states.resolve())
     timings = Timings(_earlier(directory) if config.resume else None)
-    with held(directory):
+    command = _resuming_command(config)
+    with held(directory, command, flower_run):
         if config.resume:
             check_data(directory, config)
             continue_with(directory, config)
-        with _saying_how_to_go_on(directory, config):
+        with _saying_how_to_go_on(directory, command):
             from fedllm_flwr.server import serve
 
             if not config.resume:
@@ -214,8 +216,15 @@ def _rows_alone(records: list[Record]) -> list[tuple[str, Scores]]:
     return [(f"best ({best})", each[best]), (f"worst ({worst})", each[worst])]
 
 
+def _resuming_command(config: Config) -> str:
+    """What goes on with a stopped run, given ``resume=``; a server's app runs in its directory."""
+    if config.federation.engine == "deployment":
+        return f"fedllm server run {shlex.quote(str(Path.cwd()))}"
+    return "fedllm run"
+
+
 @contextlib.contextmanager
-def _saying_how_to_go_on(directory: RunDirectory, config: Config) -> Iterator[None]:
+def _saying_how_to_go_on(directory: RunDirectory, command: str) -> Iterator[None]:
     """Add to a failure or an interrupt what is kept of the run, and the command to go on."""
     try:
         yield
@@ -225,9 +234,7 @@ def _saying_how_to_go_on(directory: RunDirectory, config: Config) -> Iterator[No
             f"a lower training.learning_rate than {config.training.learning_rate:g}."
         ) from error
     except (FedLLMError, KeyboardInterrupt) as error:
-        is_deployment = config.federation.engine == "deployment"
-        command = f"fedllm server run {shlex.quote(str(Path.cwd()))}" if is_deployment else None
-        kept = how_to_go_on(directory, command or "fedllm run")
+        kept = how_to_go_on(directory, command)
         if kept is None:
             discard(directory)
         if isinstance(error, KeyboardInterrupt):

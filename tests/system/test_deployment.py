@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from deployments import Federation, command_of, make_site, rounds_of, running_federation
 from fedllm_flwr.deployment.certificates import issue_ca
-from processes import relatives, started, wait_for
+from processes import named, relatives, started, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +134,39 @@ def test_run_goes_on_when_the_superlink_is_killed(federation: Federation, tmp_pa
     clients = (output / "clients.csv").read_text()
     assert all(name in clients for name in SITES)
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_killed_app_of_the_server_is_said_at_once_with_the_command_that_goes_on(
+    federation: Federation, tmp_path: Path
+) -> None:
+    """Flower itself notices after a minute, and says nothing."""
+    output = tmp_path / "run"
+    with ThreadPoolExecutor(1) as pool:
+        submitted = pool.submit(_server_run, federation, output, 3)
+        assert wait_for(lambda: len(rounds_of(output)) > 1, 300)
+        [app] = named(relatives(federation.folder.parent), "flwr-serverapp")
+        app.kill()
+        killed = time.monotonic()
+        followed = submitted.result()
+        seconds = time.monotonic() - killed
+
+    said = followed.stderr.strip()
+    assert (followed.returncode, seconds < 30) == (1, True), followed.stdout + said
+    assert "was killed or has crashed without a word" in said
+    advised = said.split("go on with: ")[1].split()
+    assert advised == ["fedllm", "server", "run", str(federation.folder), f"resume={output}"]
+    status = federation.run("fedllm", "status", str(output))
+    assert " ".join(advised) in status.stdout
+
+    done = federation.run(*advised)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record["round"] for record in rounds_of(output)] == [0, 1, 2, 3]
+
+
+def test_status_knows_sites_by_name(federation: Federation) -> None:
+    online = f"2 online: {', '.join(SITES)}"
+    assert wait_for(lambda: federation.nodes() == ["online", "online"], 90)
+    assert online in federation.run("fedllm", "status", str(federation.folder)).stdout
 
 
 def test_site_refuses_what_its_policy_forbids(federation: Federation, tmp_path: Path) -> None:

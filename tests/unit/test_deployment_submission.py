@@ -1,17 +1,34 @@
 """`fedllm server run`: what it refuses before a SuperLink is asked, and how overrides travel."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm_flwr import cli
+from fedllm_flwr.checkpoint import ServerState, save_state
 from fedllm_flwr.config.overrides import split_overrides
 from fedllm_flwr.deployment import submission
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.submission import joined, run_on_server
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.liveness import held
+from fedllm_flwr.run_directory import RunDirectory
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from fedllm_flwr.liveness import held
+from fedllm_flwr.run_directory import RunDirectory
+with held(RunDirectory(Path(sys.argv[1])), *sys.argv[2:]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @settings(max_examples=50, deadline=None)
@@ -59,10 +76,40 @@ def test_all_sites_take_part_unless_the_run_says_otherwise(
     submitted: list[str] = []
     monkeypatch.setattr(submission, "_check", lambda folder, asked: None)
     monkeypatch.setattr(submission, "_submit", lambda folder, asked: submitted.extend(asked) or "1")
-    monkeypatch.setattr(submission, "_follow", lambda folder, run_id: 0)
+    monkeypatch.setattr(submission, "_follow", lambda folder, run_id, output_dir: 0)
     assert run_on_server(server, overrides) == 0
     assert [text for text in submitted if "sample_fraction" in text] == fraction
     assert "federation.engine=deployment" in submitted
+
+
+@pytest.mark.parametrize("place", ["outputs/run", "elsewhere"])
+def test_killed_app_is_noticed_by_its_lock(server: Path, place: str) -> None:
+    """While it lives, and where another run holds the lock, nothing is said."""
+    directory = RunDirectory(server / place)
+    save_state(directory.checkpoints, ServerState(3, {"w": np.zeros(2, np.float32)}), 2)
+    named = None if place.startswith("outputs") else place
+    command = [sys.executable, "-c", HOLDING, str(directory.path), "fedllm server run x", "77"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        submission._refuse_killed(server, "77", named)
+        process.send_signal(signal.SIGKILL)
+    submission._refuse_killed(server, "78", named)
+    with pytest.raises(FederationError) as error:
+        submission._refuse_killed(server, "77", named)
+    assert str(error.value) == (
+        f"run 77: the server's app (process {process.pid}) was killed or has crashed without a "
+        "word, out of memory perhaps; round 3 is saved; go on with: fedllm server run "
+        f"{server} resume={directory.path}"
+    )
+
+
+def test_app_that_ended_by_an_error_was_not_killed(server: Path) -> None:
+    directory = RunDirectory(server / "outputs" / "run")
+    directory.path.mkdir(parents=True)
+    with pytest.raises(FederationError), held(directory, "fedllm server run x", "77"):
+        raise FederationError("round 2: no replies")
+    submission._refuse_killed(server, "77", None)
 
 
 def test_directory_of_no_server_is_refused(

@@ -44,7 +44,7 @@ import sys, time
 from pathlib import Path
 from fedllm_flwr.liveness import held
 from fedllm_flwr.run_directory import RunDirectory
-with held(RunDirectory(Path(sys.argv[1]))):
+with held(RunDirectory(Path(sys.argv[1])), *sys.argv[2:]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -112,6 +112,21 @@ def test_killed_run_has_stopped(run: RunDirectory, capsys: pytest.CaptureFixture
     assert code == NOT_WELL
     assert "stopped, 1 of 2 rounds" in said
     assert f"round 1 is saved; go on with: fedllm run resume={run.path}" in said
+
+
+def test_killed_deployment_names_the_servers_command(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go_on = "fedllm server run /srv/fl-server"
+    command = [sys.executable, "-c", HOLDING, str(run.path), go_on, "4711"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGKILL)
+    code, said = status(capsys, str(run.path))
+
+    assert code == NOT_WELL
+    assert f"round 1 is saved; go on with: {go_on} resume={run.path}" in said
 
 
 def test_failed_run_says_with_what(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:

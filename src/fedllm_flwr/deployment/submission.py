@@ -1,11 +1,15 @@
 """Hand a run to a federation's server, show its log, and end with its outcome."""
 
+import queue
+import shlex
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
 from pathlib import Path
+from typing import IO
 
 from fedllm_flwr.deployment.flower import (
     DRY_RUN,
@@ -16,6 +20,8 @@ from fedllm_flwr.deployment.flower import (
 )
 from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.liveness import holder
+from fedllm_flwr.run_directory import RunDirectory, how_to_go_on
 
 _ENGINE = "federation.engine=deployment"
 _ALL_SITES = "federation.sample_fraction=1"  # unless the run says something of it
@@ -41,25 +47,31 @@ def run_on_server(directory: str | Path, overrides: Sequence[str], dry_run: bool
 
     Raises:
         ConfigError: no server's directory, or overrides that cannot be.
-        FederationError: the SuperLink does not take the run, or is gone for good.
+        FederationError: the SuperLink does not take the run, or is gone for good, or the server's
+            app has ended without a word.
     """
     folder = server_folder(directory)
     keys = {text.partition("=")[0] for text in overrides}
     asked = [*overrides, *([] if _ENGINE in overrides else [_ENGINE])]
     if not keys & _DECIDE_ON_SITES:
         asked.append(_ALL_SITES)
-    _check(folder, asked)
+    output_dir = _check(folder, asked)
     run_id = _submit(folder, asked, dry_run)
     print(f"Submitted as run {run_id}.", flush=True)
-    return _follow(folder, run_id)
+    return _follow(folder, run_id, output_dir)
 
 
-def _check(folder: Path, overrides: Sequence[str]) -> None:
-    """Compose the configuration where the server's app will: paths are relative to `folder`."""
+def _check(folder: Path, overrides: Sequence[str]) -> str | None:
+    """Compose the configuration where the server's app will: paths are relative to `folder`.
+
+    Returns:
+        The run's directory, if the configuration names it.
+    """
     from fedllm_flwr.config.compose import compose
 
     with chdir(folder):
-        compose(overrides)
+        config = compose(overrides)
+    return config.resume or config.output_dir
 
 
 def _submit(folder: Path, overrides: Sequence[str], dry_run: bool) -> str:
@@ -92,18 +104,33 @@ def _quoted(text: str) -> str:
     return '"\'"'.join(f"'{part}'" for part in text.split("'"))
 
 
-def _follow(folder: Path, run_id: str) -> int:
-    """Print the run's log to its end, over restarts of the SuperLink; its exit status."""
-    shown, heard = 0, time.monotonic()
+def _follow(folder: Path, run_id: str, output_dir: str | None) -> int:
+    """Print the run's log to its end, over restarts of the SuperLink; its exit status.
+
+    Raises:
+        FederationError: the server's app has ended without a word, or the SuperLink is gone.
+    """
+    shown, heard, said_why = 0, time.monotonic(), False
     while True:
-        for number, line in enumerate(_log(folder, run_id)):
+        number = 0
+        for line in _log(folder, run_id):
+            if line is None:
+                _refuse_killed(folder, run_id, output_dir)
+                continue
             heard = time.monotonic()
-            if number >= shown:  # each look starts at the beginning
+            number += 1
+            if number > shown:  # each look starts at the beginning
                 print(line, end="", flush=True)
-                shown = number + 1
+                said_why = said_why or line.startswith("error:")
+                shown = number
         status = _status(folder, run_id)
+        if status == "finished:completed":
+            return 0
         if status.startswith("finished"):
-            return 0 if status == "finished:completed" else 1
+            if not said_why:
+                raise FederationError(_without_a_word(folder, run_id, output_dir, status))
+            return 1
+        _refuse_killed(folder, run_id, output_dir)
         if status:
             heard = time.monotonic()
         elif time.monotonic() - heard > _PATIENCE_S:
@@ -114,8 +141,58 @@ def _follow(folder: Path, run_id: str) -> int:
         time.sleep(_PAUSE_S)
 
 
-def _log(folder: Path, run_id: str) -> Iterator[str]:
-    """Lines of the run's log from its beginning, as they come, until it or the connection ends."""
+def _run_directory(folder: Path, run_id: str, output_dir: str | None) -> RunDirectory | None:
+    """The directory whose lock names this run; None without one, as before the app has begun."""
+    named = [folder / Path(output_dir).expanduser()] if output_dir is not None else []
+    for path in named or (folder / "outputs").glob("*"):
+        directory = RunDirectory(path.resolve())
+        who = holder(directory)
+        if who is not None and who.flower_run == run_id:
+            return directory
+    return None
+
+
+def _refuse_killed(folder: Path, run_id: str, output_dir: str | None) -> None:
+    """Say at once that the server's app was killed; Flower notices it after a minute.
+
+    Raises:
+        FederationError: it was; names the command that goes on with the run.
+    """
+    directory = _run_directory(folder, run_id, output_dir)
+    who = None if directory is None else holder(directory)
+    if directory is not None and who is not None and who.was_killed:
+        raise FederationError(
+            f"run {run_id}: the server's app (process {who.pid}) was killed or has crashed without "
+            f"a word, out of memory perhaps; {_how_to_go_on(folder, directory)}"
+        )
+
+
+def _without_a_word(folder: Path, run_id: str, output_dir: str | None, status: str) -> str:
+    directory = _run_directory(folder, run_id, output_dir)
+    if directory is not None:
+        kept = _how_to_go_on(folder, directory)
+    else:
+        kept = f"what start-superexec.sh has printed says more; runs are in {folder / 'outputs'}"
+    return f"run {run_id} ended as {status}, and the server's app has not said why; {kept}"
+
+
+def _how_to_go_on(folder: Path, directory: RunDirectory) -> str:
+    command = f"fedllm server run {shlex.quote(str(folder))}"
+    return how_to_go_on(directory, command) or "nothing was saved yet, start it anew"
+
+
+def _log(folder: Path, run_id: str) -> Iterator[str | None]:
+    """Lines of the run's log from its beginning, as they come, until it or the connection ends.
+
+    None after each second without one.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read(stream: IO[str]) -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
     with subprocess.Popen(
         flwr_command("log", run_id),
         env=flwr_environment(folder),
@@ -123,11 +200,22 @@ def _log(folder: Path, run_id: str) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         text=True,
     ) as process:
+        assert process.stdout is not None
+        reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
+        reader.start()
         try:
-            assert process.stdout is not None
-            yield from process.stdout
+            while True:
+                try:
+                    line = lines.get(timeout=1.0)
+                except queue.Empty:
+                    yield None
+                    continue
+                if line is None:
+                    return
+                yield line
         finally:
             process.terminate()
+            reader.join(5.0)
 
 
 def _status(folder: Path, run_id: str) -> str:

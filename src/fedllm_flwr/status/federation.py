@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedllm_flwr.deployment.flower import ask_flower, is_server
+from fedllm_flwr.deployment.registration import registered_sites
 from fedllm_flwr.deployment.server import SITE_KEYS
 from fedllm_flwr.deployment.site_views import site_requests
 from fedllm_flwr.errors import FederationError
@@ -22,8 +23,8 @@ class FederationStatus:
     path: str
     health: list[Health]
     registered: list[str] = field(default_factory=list)  # names of the sites' keys
-    online: int = 0  # sites
-    offline: int = 0
+    online: list[str] = field(default_factory=list)  # names, or node ids of what has no key here
+    offline: list[str] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)  # id, status, seconds; newest first
     problem: str = ""  # why Flower's own lists could not be had
     newest: RunStatus | None = None  # in outputs/
@@ -45,8 +46,11 @@ class FederationStatus:
         if self.problem:
             lines.append(f"  {self.problem}")
         elif self.registered or self.online or self.offline:
-            known = f"; registered: {', '.join(self.registered)}" if self.registered else ""
-            lines.append(f"  sites       {self.online} online, {self.offline} offline{known}")
+            lines.append(f"  sites       {_counted('online', self.online)}")
+            lines.append(f"              {_counted('offline', self.offline)}")
+            unknown = sorted({*self.registered} - {*self.online, *self.offline})
+            if unknown:
+                lines.append(f"              {_counted('not known to the SuperLink', unknown)}")
         if self.waiting:
             lines.append(
                 f"  approval    {len(self.waiting)} waiting ({', '.join(self.waiting)}): "
@@ -76,7 +80,7 @@ def federation_status(folder: Path) -> FederationStatus:
     if down:
         return FederationStatus(str(folder), health, registered, newest=newest)
     try:
-        states = [str(node["status"]) for node in _listed(folder, "nodes", "supernode", "list")]
+        nodes = _listed(folder, "nodes", "supernode", "list")
         runs = _listed(folder, "runs", "list")
     except FederationError as error:
         return FederationStatus(str(folder), health, registered, problem=str(error), newest=newest)
@@ -84,14 +88,26 @@ def federation_status(folder: Path) -> FederationStatus:
         path=str(folder),
         health=health,
         registered=registered,
-        online=states.count("online"),
-        offline=len(states) - states.count("online"),
+        online=_names(folder, [node for node in nodes if node["status"] == "online"]),
+        offline=_names(folder, [node for node in nodes if node["status"] != "online"]),
         runs=[
             {"id": run["run-id"], "status": run["status"], "seconds": float(run["elapsed"])}
             for run in runs
         ],
         newest=newest,
     )
+
+
+def _names(folder: Path, nodes: list[dict[str, Any]]) -> list[str]:
+    """Names of nodes in order; a node without a registered key is called by its id."""
+    sites = registered_sites(folder)
+    ids = [int(node["node-id"]) for node in nodes]
+    return sorted(sites.get(node_id, f"node {node_id}") for node_id in ids)
+
+
+def _counted(state: str, names: list[str]) -> str:
+    listed = one_line(", ".join(names))
+    return f"{len(names)} {state}: {listed}" if names else f"0 {state}"
 
 
 def _listed(folder: Path, what: str, *command: str) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class RunStatus:
     best_loss: float | None  # its loss on held-out records
     current: CurrentRound | None
     last: Record | None
+    command: str = "fedllm run"  # goes on with the run, given resume=
 
     @property
     def is_well(self) -> bool:
@@ -71,7 +72,7 @@ class RunStatus:
                 f"  best        round {self.best_round}, eval loss {fixed(self.best_loss, 3)}"
             )
         if not self.is_well:
-            kept = how_to_go_on(RunDirectory(Path(self.path)))
+            kept = how_to_go_on(RunDirectory(Path(self.path).resolve()), self.command)
             lines.append(f"  {kept or 'nothing is saved; start it anew'}")
         return lines
 
@@ -115,6 +116,7 @@ def run_status(path: Path) -> RunStatus:
         best_loss=None if best is None else losses[best["round"]],
         current=current_round(directory),
         last=finished[-1] if finished else None,
+        command=who.command if who else Holder.command,
     )
 
 
