@@ -39,7 +39,8 @@ class Federation:
 
     def superlink(self) -> psutil.Process:
         """The server's SuperLink."""
-        [found] = [p for p in relatives(self.folder.parent) if "flower-superlink" in command_of(p)]
+        name = "fedllm_flwr.deployment.superlink"
+        [found] = [p for p in relatives(self.folder.parent) if name in command_of(p)]
         return found
 
     def statuses(self) -> list[str]:

@@ -67,7 +67,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("wire", "strategies", "server", "site", "resident", "disclosure"),
             *("client_app", "server_app", "engines", "run", "dry_run", "guard"),
         ),
-        ("cli",),
+        ("cli", "deployment"),
     ),
     "hydra": (("config", "cli"), ()),
     "omegaconf": (("config", "cli"), ()),

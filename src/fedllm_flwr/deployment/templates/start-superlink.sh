@@ -14,7 +14,8 @@ export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
 if [ -e superlink.db ]; then
   fedllm server prune "$PWD" --days "${KEEP_RUNS_DAYS:-90}" || true
 fi
-exec flower-superlink \
+# flower-superlink, waiting longer for its database than Flower's own (5 s).
+exec @{python} -P -m fedllm_flwr.deployment.superlink \
   --database superlink.db \
   --isolation process --superexec-auth-secret-file superexec.secret \
   --serverappio-api-address @{appio} \
