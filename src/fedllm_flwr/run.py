@@ -149,7 +149,7 @@ def _carry_out(
         if config.resume:
             check_data(directory, config)
             continue_with(directory, config)
-        with _saying_how_to_go_on(directory, command):
+        with _saying_how_to_go_on(directory, config, command):
             from fedllm_flwr.server import serve
 
             if not config.resume:
@@ -224,7 +224,7 @@ def _resuming_command(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def _saying_how_to_go_on(directory: RunDirectory, command: str) -> Iterator[None]:
+def _saying_how_to_go_on(directory: RunDirectory, config: Config, command: str) -> Iterator[None]:
     """Add to a failure or an interrupt what is kept of the run, and the command to go on."""
     try:
         yield
@@ -242,7 +242,7 @@ def _saying_how_to_go_on(directory: RunDirectory, command: str) -> Iterator[None
             raise RunInterrupted(f"interrupted; {kept}") from error
         raise type(error)(f"{error} ({kept})" if kept else str(error)) from error
     except Exception:
-        if how_to_go_on(directory) is None:
+        if how_to_go_on(directory, command) is None:
             discard(directory)
         raise
 

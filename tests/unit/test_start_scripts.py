@@ -1,6 +1,7 @@
 """The start scripts keep their processes running, whatever ends them, with bounded pauses."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -31,8 +32,15 @@ def ending(program: Path, log: Path, statuses: str) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
+    """Its script starts the program ``supernode`` of its directory in the place of `site start`."""
     data = str(DEMO / "train.jsonl")
     init_site(tmp_path / "site", SiteOptions("a", data, "localhost:9092", insecure=True))
+    script = tmp_path / "site" / "start-supernode.sh"
+    text, count = re.subn(
+        r"^  \S+ site start .*&$", "  ./supernode &", script.read_text(), flags=re.M
+    )
+    assert count == 1
+    script.write_text(text)
     return tmp_path / "site"
 
 
@@ -61,7 +69,7 @@ def ended(
 def test_site_is_started_again_whatever_its_status(site: Path, tmp_path: Path) -> None:
     """A SuperNode ends with 0 when its server has failed (flwr 1.31)."""
     log = tmp_path / "log"
-    ending(site / "bin" / "flower-supernode", log, "0 1 0")
+    ending(site / "supernode", log, "0 1 0")
     done, seconds = ended(site / "start-supernode.sh", {"RESTARTS": "2"})
 
     assert log.read_text().count("start") == 3
@@ -72,7 +80,7 @@ def test_site_is_started_again_whatever_its_status(site: Path, tmp_path: Path) -
 
 
 def test_pauses_are_bounded(site: Path, tmp_path: Path) -> None:
-    ending(site / "bin" / "flower-supernode", tmp_path / "log", "7 7 7 7 7")
+    ending(site / "supernode", tmp_path / "log", "7 7 7 7 7")
     done, _ = ended(site / "start-supernode.sh", {"RESTARTS": "4", "RESTART_MAX_S": "1"})
     assert done.stderr.count("starting it again in 1 s") == 4
     assert done.returncode == 7
@@ -80,7 +88,7 @@ def test_pauses_are_bounded(site: Path, tmp_path: Path) -> None:
 
 def test_ending_the_script_ends_the_site(site: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    ending(site / "bin" / "flower-supernode", log, "0 stay")
+    ending(site / "supernode", log, "0 stay")
     with subprocess.Popen(
         [str(site / "start-supernode.sh")], env={**os.environ, **QUICK}
     ) as script:

@@ -121,7 +121,7 @@ def _follow(folder: Path, run_id: str, output_dir: str | None) -> int:
             number += 1
             if number > shown:  # each look starts at the beginning
                 print(line, end="", flush=True)
-                said_why = said_why or line.startswith("error:")
+                said_why = said_why or "error: " in line
                 shown = number
         status = _status(folder, run_id)
         if status == "finished:completed":
