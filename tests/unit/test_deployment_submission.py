@@ -75,7 +75,9 @@ def test_all_sites_take_part_unless_the_run_says_otherwise(
 ) -> None:
     submitted: list[str] = []
     monkeypatch.setattr(submission, "_check", lambda folder, asked: None)
-    monkeypatch.setattr(submission, "_submit", lambda folder, asked: submitted.extend(asked) or "1")
+    monkeypatch.setattr(
+        submission, "_submit", lambda folder, asked, dry_run: submitted.extend(asked) or "1"
+    )
     monkeypatch.setattr(submission, "_follow", lambda folder, run_id, output_dir: 0)
     assert run_on_server(server, overrides) == 0
     assert [text for text in submitted if "sample_fraction" in text] == fraction
