@@ -77,7 +77,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "transformers": (("training", "evaluation", "suites", "merging"), ("data",)),
     "peft": (("training", "evaluation"), ()),
-    "trl": (("training", "evaluation"), ()),
+    "trl": ((), ()),
     "bitsandbytes": (("training",), ("checks",)),
     "datasets": ((), ("data", "suites", "coding", "fit")),
     "lm_eval": ((), ("suites",)),

@@ -1,21 +1,16 @@
 """Direct preference optimisation (Rafailov et al. 2023) of the adapter on one client's pairs.
 
-The losses are those of TRL's DPOTrainer. Its constructor is not used: it would copy the adapter
-of the round as the reference, round a quantized model's adapter to bfloat16, tokenise anew and
-patch the model's forward in every round. What its loss needs is set here instead, with
-log-probabilities of the reference model that were computed before.
+The reference model's log-probabilities are given: the reference stays the same for the whole run,
+so that they are computed once per client.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from fedllm_flwr.config.schema import DpoConfig as DpoSettings
 from fedllm_flwr.config.schema import TrainingConfig
@@ -29,8 +24,10 @@ from fedllm_flwr.training.batches import (
 )
 from fedllm_flwr.training.log_probs import share_above_zero, token_log_probs
 from fedllm_flwr.training.model import AdaptedModel
+from fedllm_flwr.training.preference_losses import LOSSES, ScoredPairs
 from fedllm_flwr.training.reference import LogProbs
 from fedllm_flwr.training.trainer import (
+    BareTrainer,
     Penalty,
     Trained,
     run,
@@ -59,146 +56,86 @@ def train_dpo(
 
     Args:
         reference: log p_ref of chosen and rejected answers of the drawn pairs, (pairs, 2).
+
+    Returns:
+        Loss, and over the round's pairs, as they were when trained on: ``accuracy``, the share
+        whose chosen answer has the higher reward, ties counting half, and ``margin``, the mean
+        difference of the rewards beta log pi / pi_ref.
     """
-    arguments = training_arguments(
-        DPOConfig, model, batches, training, learning_rate, seed, **_dpo_arguments(dpo)
+    trainer = PreferenceTrainer(
+        dpo,
+        batches,
+        model.selects_logits,
+        penalty,
+        model=model.peft,
+        args=training_arguments(model, batches, training, learning_rate, seed),
+        train_dataset=batches,
+        data_collator=lambda items: _collate(model, pairs, reference, items[0]),
+        callbacks=callbacks,
     )
-    trainer = _PreferenceTrainer(model, arguments, batches, pairs, reference, callbacks, penalty)
     with _without_dropout(model.peft) if dpo.disable_dropout else nullcontext():
         trained = run(trainer, model)
-    return Trained(trained.loss, trained.steps, trainer.means())
+    margins = torch.cat(trainer.margins).double().cpu().numpy()
+    metrics = {"accuracy": share_above_zero(margins), "margin": float(margins.mean())}
+    return Trained(trained.loss, trained.steps, metrics)
 
 
-def _dpo_arguments(dpo: DpoSettings) -> dict[str, Any]:
-    """TRL's arguments of the loss; the SFT term is a second loss with a weight."""
-    losses = [dpo.loss_type]
-    return {
-        "beta": dpo.beta,
-        "loss_type": [*losses, "sft"] if dpo.sft_weight else losses,
-        "loss_weights": [1.0, dpo.sft_weight] if dpo.sft_weight else None,
-        "label_smoothing": dpo.label_smoothing,
-    }
+class PreferenceTrainer(BareTrainer):
+    """Minimises a loss of pairs, whose rows are the chosen answers and then the rejected ones.
 
-
-class _PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's loss on micro-batches of pairs that are tokenised already."""
+    ``margins`` are those of the pairs so far: differences of their rewards.
+    """
 
     def __init__(
         self,
-        model: AdaptedModel,
-        args: DPOConfig,
+        dpo: DpoSettings,
         batches: RoundBatches,
-        pairs: EncodedPairs,
-        reference: LogProbs,
-        callbacks: list[TrainerCallback],
+        selects_logits: bool,
         penalty: Penalty,
+        **arguments: Any,
     ) -> None:
-        Trainer.__init__(
-            self,
-            model=model.peft,
-            args=args,
-            train_dataset=batches,
-            data_collator=lambda items: _collate(model, pairs, reference, items[0]),
-            callbacks=callbacks,
-        )
+        super().__init__(penalty, **arguments)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by per_step
+        self.margins: list[Tensor] = []  # of each micro-batch's pairs, in order
+        self._dpo = dpo
         self._batches = batches
-        self._penalty = penalty
-        self._scored = _AnswersOf(model)
-        self._margins: list[torch.Tensor] = []  # of each micro-batch's pairs, in order
-        for name in ("beta", "label_smoothing", "use_weighting", "ld_alpha"):
-            setattr(self, name, getattr(args, name))
-        self.f_divergence_type = args.f_divergence_type
-        self.f_alpha_divergence_coef = args.f_alpha_divergence_coef
-        self.loss_types: list[str] = args.loss_type
-        self.loss_weights = args.loss_weights or [1.0] * len(self.loss_types)
-        self.precompute_ref_logps = True
-        self.ref_model = None
-        self.aux_loss_enabled = False
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
-        self._total_train_tokens = 0
-        self._tp_size = 1
+        self._selects_logits = selects_logits
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """A micro-batch's share of the mean over the step's pairs, times ``per_step``."""
-        loss: torch.Tensor = self._compute_loss(self._scored.through(model), inputs, False)
-        chosen, rejected = self._scored.answers.chunk(2)
-        of_reference = inputs["ref_chosen_logps"] - inputs["ref_rejected_logps"]
-        self._margins.append(self.beta * (chosen - rejected - of_reference))
-        num_pairs = len(inputs["input_ids"]) // 2
-        share: float = num_pairs * self._batches.per_step / self._batches.items_per_step
+        reference = inputs.pop("reference")  # (2 * pairs,)
+        labels = inputs.pop("labels")  # (2 * pairs, longest)
+        wanted = labels[:, 1:]
+        if self._selects_logits:
+            needed = needed_logits({"labels": labels})
+            wanted, inputs["logits_to_keep"] = needed["shift_labels"], needed["logits_to_keep"]
+        logits = model(**inputs, use_cache=False).logits[:, : wanted.shape[1]]
+        log_probs = token_log_probs(logits, wanted)
+        tokens = (wanted != IGNORED).sum(1)
+        scored = ScoredPairs(*log_probs.sum(1).chunk(2), *reference.chunk(2), *tokens.chunk(2))
+        beta, num_pairs = self._dpo.beta, len(labels) // 2
+        loss = LOSSES[self._dpo.loss_type](scored, beta, self._dpo.label_smoothing).mean()
+        if self._dpo.sft_weight:
+            chosen = log_probs[:num_pairs].sum() / tokens[:num_pairs].sum()
+            loss = loss - self._dpo.sft_weight * chosen
+        self.margins.append(beta * scored.h.detach())
+        share = num_pairs * self._batches.per_step / self._batches.items_per_step
         return with_penalty(loss * share, self._penalty, 1.0)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Trainer's own; TRL's adds the offloading of activations."""
-        loss: torch.Tensor = Trainer.training_step(self, *args, **kwargs)
-        return loss
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted."""
-        return 0
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Nothing is logged; `means` says what there is to say."""
-
-    def means(self) -> dict[str, float]:
-        """Reward accuracy and margin over the round's pairs, as they were when trained on."""
-        margins = torch.cat(self._margins).double().cpu().numpy()
-        return {"accuracy": share_above_zero(margins), "margin": float(margins.mean())}
-
-
-class _AnswersOf:
-    """Stands in for the model in TRL's loss: log-probabilities at the answers' tokens alone.
-
-    TRL computes the logits of all positions on CPUs, and entropies and the like for its log,
-    which are zero here.
-    """
-
-    def __init__(self, model: AdaptedModel) -> None:
-        self._selects_logits = model.selects_logits
-        self.answers = torch.zeros(0)  # log p of the last batch's answers, (rows,)
-
-    def through(self, module: nn.Module) -> Any:
-        """A callable with the signature that TRL uses."""
-
-        def scored(labels: torch.Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
-            wanted, kept = labels[:, 1:], torch.arange(labels.shape[1] - 1)
-            if self._selects_logits:
-                chosen = needed_logits({"labels": labels})
-                wanted, kept = chosen["shift_labels"], chosen["logits_to_keep"]
-                inputs["logits_to_keep"] = kept
-            logits = module(**inputs).logits[:, : wanted.shape[1]]
-            nothing = torch.zeros(labels[:, 1:].shape, device=logits.device)
-            log_probs = nothing.clone()
-            log_probs[:, kept] = token_log_probs(logits, wanted)
-            self.answers = log_probs.detach().sum(1)
-            return SimpleNamespace(
-                log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
-            )
-
-        return scored
 
 
 def _collate(
     model: AdaptedModel, pairs: EncodedPairs, reference: LogProbs, batch: MicroBatch
-) -> dict[str, torch.Tensor]:
-    """TRL's inputs: the rows of the chosen answers, then those of the rejected ones."""
+) -> dict[str, Tensor]:
+    """The rows of the chosen answers, then those of the rejected ones; ``reference`` likewise."""
     rows = [2 * i for i in batch] + [2 * i + 1 for i in batch]
     inputs = collate_padded(pairs.rows, rows, model.pad_id)
-    labels = inputs.pop("labels")
-    chosen, rejected = torch.from_numpy(reference[batch]).unbind(1)
-    return {
-        **inputs,
-        "completion_mask": (labels != IGNORED).long(),
-        "ref_chosen_logps": chosen,
-        "ref_rejected_logps": rejected,
-    }
+    return {**inputs, "reference": torch.from_numpy(reference[batch]).T.flatten()}
 
 
 @contextmanager

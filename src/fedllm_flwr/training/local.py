@@ -155,7 +155,7 @@ def _dpo(
     task: Task, pairs: EncodedPairs, model: AdaptedModel, reference: LogProbs
 ) -> Callable[..., Trained]:
     """Preference optimisation of `model`, against the reference model's log-probabilities."""
-    from fedllm_flwr.training.dpo import train_dpo  # TRL is needed here alone
+    from fedllm_flwr.training.dpo import train_dpo
 
     return partial(train_dpo, model, pairs, reference, dpo=task.config.dpo)
 

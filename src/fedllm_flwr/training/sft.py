@@ -7,7 +7,7 @@ TRL's SFTTrainer computes entropies and token accuracies in every step; on small
 from collections.abc import Callable
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.data.encode import Encoded
@@ -53,7 +53,7 @@ def train_sft(
     trainer = BareTrainer(
         penalty,
         model=model.peft,
-        args=training_arguments(TrainingArguments, model, batches, training, learning_rate, seed),
+        args=training_arguments(model, batches, training, learning_rate, seed),
         train_dataset=batches,
         data_collator=_collator(model, examples, packed),
         callbacks=callbacks,

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -12,7 +12,6 @@ from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.training.batches import RoundBatches
 from fedllm_flwr.training.model import AdaptedModel
 
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Penalty = Callable[[], torch.Tensor | None]
 """A term of the loss that depends on the adapter alone, if there is one."""
 
@@ -64,17 +63,15 @@ def with_penalty(loss: torch.Tensor, penalty: Penalty, share: float) -> torch.Te
 
 
 def training_arguments(
-    kind: type[Arguments],
     model: AdaptedModel,
     batches: RoundBatches,
     training: TrainingConfig,
     learning_rate: float,
     seed: int,
-    **more: Any,
-) -> Arguments:
+) -> TrainingArguments:
     """Arguments for one round: a fresh optimizer at a constant rate, nothing written or logged."""
     on_cuda = model.device.type == "cuda"
-    arguments = kind(
+    arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # the Trainer makes it; nothing is written there
         per_device_train_batch_size=1,
         gradient_accumulation_steps=batches.per_step,
@@ -98,7 +95,6 @@ def training_arguments(
         dataloader_pin_memory=False,
         average_tokens_across_devices=False,
         logging_nan_inf_filter=False,  # a diverged client's loss is NaN, not the last good one
-        **more,
     )
     if arguments.n_gpu > 1:  # one client, one device: no DataParallel on a machine with several
         arguments._n_gpu = 1
@@ -119,7 +115,6 @@ def run(trainer: Trainer, model: AdaptedModel) -> Trained:
 
 def _checkpointing(model: AdaptedModel, training: TrainingConfig) -> dict[str, Any]:
     if not model.gradient_checkpointing(training.gradient_checkpointing):
-        # DPOConfig switches it on by default.
         return {"gradient_checkpointing": False}
     return {
         "gradient_checkpointing": True,
