@@ -4,12 +4,16 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
 from fedllm_flwr import cli
 from fedllm_flwr.checkpoint import load_params
+from fedllm_flwr.config import Config
+from fedllm_flwr.run import run_simulation
+from fedllm_flwr.run_directory import RunDirectory
 from tiny_runs import ADAPTER, outcome, records, run_tiny, tiny
 
 WholeRun = Callable[..., Path]
@@ -104,6 +108,9 @@ def test_multirun(
     for row, run in zip(rows, runs, strict=True):
         final = json.loads((run / "summary.json").read_text())["final"]
         assert float(row["loss"]) == pytest.approx(final["loss"], abs=1e-4)
+    assert [(row["algorithm"], row["seed"]) for row in rows] == [
+        (algorithm, seed) for algorithm in ("fedavg", "scaffold") for seed in "12"
+    ]
     assert outcome(runs[0])[ADAPTER] != outcome(runs[1])[ADAPTER]
     assert capsys.readouterr().err == ""
 
@@ -122,6 +129,52 @@ def test_multirun_goes_on_after_a_failed_run(
     assert failed["loss"] == ""
     assert float(good["loss"]) > 0
     assert "lower training.learning_rate than 1e+15" in capsys.readouterr().err
+
+
+def test_a_stopped_sweep_keeps_its_rows_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C lost the table, and nothing could be gone on with."""
+    monkeypatch.chdir(tmp_path)
+    sweep = tiny("federation.engine=inprocess", "task=dpo", "federation.num_rounds=1")
+    sweep += ["seed=1,2,3", "output_dir=seeds"]
+    calls: list[str] = []
+
+    def interrupted(config: Config, *rest: Any) -> RunDirectory:
+        calls.append(str(config.output_dir))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_simulation(config, *rest)
+
+    monkeypatch.setattr("fedllm_flwr.multirun.run_simulation", interrupted)
+    assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 130
+    how = "fedllm run --multirun resume=seeds"
+    assert f"interrupted; 1 of 3 runs are done, go on with: {how}" in capsys.readouterr().err
+    [row] = _rows("seeds")
+    assert (row["run"], row["seed"]) == ("seed=1", "1")
+    final = json.loads(Path("seeds/0-seed=1/summary.json").read_text())["final"]
+    assert float(row["margin"]) == pytest.approx(final["margin"], abs=1e-4)
+
+    assert cli.main(["status", "seeds"]) == 3
+    shown = capsys.readouterr().out
+    assert shown.startswith("seeds: sweep, 1 of 3 runs finished, 2 waiting\n")
+    assert f"go on with: {how}" in shown
+    assert cli.main(["run", "--quiet", "--multirun", "resume=seeds", "seed=4,5"]) == 2
+    assert "seed=4,5: a sweep goes on with its own overrides" in capsys.readouterr().err
+
+    assert cli.main(["run", "--quiet", "--multirun", "resume=seeds"]) == 0
+    assert [Path(call).name for call in calls[2:]] == ["1-seed=2", "2-seed=3"]
+    assert [row["seed"] for row in _rows("seeds")] == ["1", "2", "3"]
+    capsys.readouterr()
+    assert cli.main(["status", "seeds", "--watch", "0.1"]) == 0  # it ends with the sweep
+    assert capsys.readouterr().out.startswith("seeds: sweep, 3 of 3 runs finished\n")
+    assert cli.main(["run", "--multirun", *sweep]) == 2
+    assert "output_dir=seeds holds a sweep already" in capsys.readouterr().err
+
+
+def _rows(sweep: str) -> list[dict[str, str]]:
+    with Path(sweep, "results.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_multirun_is_refused_as_a_whole_where_one_run_cannot_work(

@@ -112,6 +112,44 @@ def test_comparison_names_every_curve(tmp_path: Path) -> None:
         assert share_of(color, tmp_path / "compare.png") > 0
 
 
+def test_a_line_that_lies_on_another_is_seen(tmp_path: Path) -> None:
+    """FedProx with a small mu hid FedAvg: one solid line upon the other."""
+    curve = [(i, 1.0 / (1 + i), 1.0 / (1 + i), 1.0 / (1 + i)) for i in range(13)]
+    shares = {}
+    for names in (["fedavg"], ["fedavg", "fedprox"]):
+        plots.plot_comparison(dict.fromkeys(names, curve), tmp_path / "compare.png")
+        shares[len(names)] = share_of(plots.PALETTE[0], tmp_path / "compare.png")
+        assert share_of(plots.PALETTE[len(names) - 1], tmp_path / "compare.png") > 0
+    assert shares[2] > 0.3 * shares[1]
+
+
+def test_axis_is_logarithmic_where_the_start_flattens_the_rest() -> None:
+    def curve(*means: float) -> Any:
+        return np.array([(i, mean, mean, mean) for i, mean in enumerate(means)], dtype=float)
+
+    assert plots._flattened([curve(2.9, 0.5, 0.43), curve(2.9, 0.6, 0.40)])
+    assert not plots._flattened([curve(0.34, 0.8, 0.91)])  # an accuracy
+    assert not plots._flattened([curve(-8.0, 0.5, 2.0)])  # margins have no logarithm
+    assert not plots._flattened([])
+
+
+def test_labels_of_lines_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends that coincide get names one above the other."""
+    offsets: list[float] = []
+    label_ends = plots._label_ends
+
+    def measured(axis: Any, ends: Any) -> None:
+        label_ends(axis, ends)
+        offsets.extend(text.xyann[1] for text in axis.texts)  # points above the line's end
+
+    monkeypatch.setattr(plots, "_label_ends", measured)
+    curves = {f"rule-{i}": [(0, 2.0, 2, 2), (5, 1.0, 1, 1)] for i in range(9)}
+    plots.plot_comparison(curves, tmp_path / "compare.png", caption="Lines: one seed.")
+    assert len(offsets) == 9
+    assert min(np.diff(sorted(offsets))) > 9  # points: a line of text of size 9
+    assert sum(offsets) == pytest.approx(0, abs=1)  # as many above as below
+
+
 def test_table_of_clients_holds_every_count() -> None:
     text = clients_table([stats("a,b", negative=3, positive=1), stats("c", neutral=2)])
 

@@ -1,5 +1,6 @@
 """`fedllm status`: what it says of runs, servers and sites, and its exit status."""
 
+import contextlib
 import json
 import os
 import re
@@ -233,3 +234,50 @@ def test_directories_of_operators(tmp_path: Path, capsys: pytest.CaptureFixture[
         code, said = status(capsys, str(tmp_path / folder))
         assert code == NOT_WELL
         assert "NOT serving: nothing answers there" in said
+
+
+def test_comparison(run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was said to hold no run."""
+    root = tmp_path / "both"
+    names = ["fedavg-seed0", "fedavg-seed1"]
+    (root / "runs").mkdir(parents=True)
+    (root / "compare.json").write_text(json.dumps({"runs": names}))
+    run.path.rename(root / "runs" / names[0])
+    begun = RunDirectory(root / "runs" / names[0])
+    code, shown = status(capsys, str(root))
+    assert code == NOT_WELL
+    assert shown.splitlines() == [
+        f"{root}: comparison, 0 of 2 runs finished, 1 stopped, 1 waiting",
+        "  fedavg-seed0  stopped    round 1 of 2",
+        "  fedavg-seed1  waiting",
+        f"  go on with: fedllm compare resume={root}",
+    ]
+    with held(begun):
+        code, shown = status(capsys, str(root), "--json")
+        found = json.loads(shown)
+        assert (code, found["well"], found["state"]) == (0, True, "running")
+        assert found["runs"]["fedavg-seed0"]["round"] == 1
+        assert found["runs"]["fedavg-seed1"] is None
+
+
+def test_watch_looks_again_until_the_run_has_ended(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    with contextlib.ExitStack() as running:
+        running.enter_context(held(run))
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                finish(run)
+                running.close()
+
+        monkeypatch.setattr("fedllm_flwr.status.command.time.sleep", pause)
+        code, shown = status(capsys, str(run.path), "--watch", "0.5")
+    assert code == 0
+    assert pauses == [0.5, 0.5]
+    heads = [line.split(": ")[1] for line in shown.splitlines() if "of 2 rounds" in line]
+    states = [head.split(",")[0] for head in heads]
+    assert states == ["running", "running", "finished"]
+    assert cli.main(["status", str(run.path), "--watch", "0"]) == 2

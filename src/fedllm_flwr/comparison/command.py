@@ -49,7 +49,8 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
     config = jobs[0].config
     check_machine(config)
     first_refusal([job.config for job in jobs if not job.done])
-    saved = json.dumps({"options": options, "overrides": own}, indent=2)
+    names = [job.directory.path.name for job in jobs]
+    saved = json.dumps({"options": options, "overrides": own, "runs": names}, indent=2)
     write_atomically(root / _SAVED, saved.encode())
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
     done = sum(job.done for job in jobs)
@@ -185,6 +186,11 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
         note += f" Local: {describe_local(local[0])}; best and worst client by loss."
     write_atomically(root / "compare.md", as_markdown(rows, metric, note).encode())
     write_atomically(root / "compare.csv", as_csv(rows).encode())
-    plot_comparison(curves(outcomes, metric), root / "compare.png", f"{metric} on held-out records")
+    caption = "Lines: " + (f"mean over {seeds} seeds" if seeds > 1 else "one seed")
+    caption += ", marked where it was scored."
+    caption += " Bands: lowest to highest seed." if seeds > 1 else ""
+    caption += " local: mean over its clients' own adapters." if local else ""
+    label = f"{metric} on held-out records"
+    plot_comparison(curves(outcomes, metric), root / "compare.png", label, caption)
     print(f"\n{as_text(rows, metric)}\n{note}")
     print(f"  figure {root / 'compare.png'}   table {root / 'compare.md'}, {root / 'compare.csv'}")

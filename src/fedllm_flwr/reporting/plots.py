@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.reporting.clients import label_counts
@@ -53,6 +54,10 @@ _STYLE = {
 }
 _MARKED_ROUNDS = 30  # more points than this make a line, not marks
 _NAMED_CLIENTS = 60  # more names than this cannot be read
+_LINE_PALETTE = (*PALETTE, "#000000", "#8C510A", "#6A3D9A")
+_FLAT = 4.0  # times the lowest value: the highest one from which an axis is logarithmic
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (8, 3)))
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _LABEL_PALETTE = (*PALETTE[:6], "#F0E442", "#999999")
 
 
@@ -74,25 +79,101 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
 
 
 def plot_comparison(
-    curves: Mapping[str, Curve], path: Path, ylabel: str = "loss on held-out records (nats/token)"
+    curves: Mapping[str, Curve],
+    path: Path,
+    ylabel: str = "loss on held-out records (nats/token)",
+    caption: str = "",
 ) -> None:
     """One line per name with its spread, such as the algorithms of a comparison.
+
+    Names stand at the ends of their lines. Each line has a colour, dashes and marks of its own and
+    is thinner than those below it, so that one that lies on another is seen. The axis is
+    logarithmic where the start would flatten the rest.
+
+    Args:
+        caption: what lines and bands are; below the axes.
 
     Raises:
         FederationError: the file cannot be written.
     """
-    styles = ("-", "--", ":", "-.")
-    with figure_file(path, (7.5, 4.5)) as figure:
+    with figure_file(path, (8.0, 5.0)) as figure:
         axis = figure.subplots()
+        ends: list[tuple[float, float, str, str]] = []
         for i, (name, curve) in enumerate(curves.items()):
             rounds, mean, low, high = np.array(curve, dtype=float).reshape(-1, 4).T
-            color, style = PALETTE[i % len(PALETTE)], styles[i // len(PALETTE) % len(styles)]
-            label = shorten(one_line(name), 30)
-            axis.plot(rounds, mean, style, color=color, label=label, **_marks(len(curve)))
-            axis.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
+            color = _LINE_PALETTE[i % len(_LINE_PALETTE)]
+            depth = i / max(1, len(curves) - 1)  # 0: drawn first, 1: last
+            axis.plot(
+                rounds,
+                mean,
+                color=color,
+                linestyle=_DASHES[i % len(_DASHES)],
+                linewidth=3.2 - 2.0 * depth,
+                **_own_marks(i, len(curve), 7.5 - 3.5 * depth),
+            )
+            axis.fill_between(rounds, low, high, color=color, alpha=0.12, linewidth=0)
+            if len(curve):
+                ends.append((rounds[-1], mean[-1], shorten(one_line(name), 30), color))
+        values = [np.array(curve, dtype=float).reshape(-1, 4) for curve in curves.values()]
+        if _flattened(values):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(axis="y", which="minor", labelsize=8)
+            axis.grid(True, axis="y", which="minor", color="#eeeeee", linewidth=0.5)
+            ylabel += ", log scale"
         axis.set_ylabel(ylabel)
-        _legend_outside(axis)
         _round_axis(axis)
+        if caption:
+            figure.supxlabel(caption, fontsize=8.5, color="#444444", wrap=True)
+        _label_ends(axis, ends)
+
+
+def _own_marks(index: int, points: int, size: float) -> dict[str, Any]:
+    """The marks of a line: hollow, and on a few points only where there are many."""
+    return {
+        "marker": _MARKS[index % len(_MARKS)],
+        "markersize": size,
+        "markerfacecolor": "none",
+        "markeredgewidth": 1.2,
+        "markevery": max(1, points // 12),
+    }
+
+
+def _flattened(curves: Sequence[NDArray[np.float64]]) -> bool:
+    """Whether the highest value of (round, mean, low, high) would flatten the lowest ones."""
+    values = [curve for curve in curves if len(curve)]
+    if not values:
+        return False
+    lowest = min(float(curve[:, 1:].min()) for curve in values)
+    return lowest > 0 and max(float(curve[:, 1].max()) for curve in values) > _FLAT * lowest
+
+
+def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names to the right of the ends of lines, moved apart where they would overlap."""
+    figure = axis.figure
+    figure.draw_without_rendering()
+    height = 10.5 * figure.dpi / 72  # pixels of a line of text
+    placed = sorted((axis.transData.transform((x, y))[1], x, y, n, c) for x, y, n, c in ends)
+    heights = [pixel for pixel, *_ in placed]
+    for _ in range(200):  # neighbours that overlap push each other apart
+        for i in range(1, len(heights)):
+            missing = height - (heights[i] - heights[i - 1])
+            if missing > 0:
+                heights[i - 1] -= missing / 2
+                heights[i] += missing / 2
+    for wanted, (pixel, x, y, name, color) in zip(heights, placed, strict=True):
+        axis.annotate(
+            name,
+            xy=(x, y),
+            xytext=(14, (wanted - pixel) * 72 / figure.dpi),
+            textcoords="offset points",
+            color=color,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)},
+        )
 
 
 def plot_clients(stats: "Sequence[ClientStats]", path: Path) -> None:

@@ -5,13 +5,22 @@ import argparse
 
 def add_status(parser: argparse.ArgumentParser) -> None:
     """Add them to the command's parser."""
-    parser.add_argument("directory", nargs="?", help="of a run, of server init or of site init")
+    text = "of a run, a comparison, a sweep, of server init or of site init"
+    parser.add_argument("directory", nargs="?", help=text)
     parser.add_argument(
         "--health",
         action="append",
         default=[],
         metavar="HOST:PORT",
         help="ask a health server of Flower's; may be given several times",
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=5.0,
+        metavar="SECONDS",
+        help="look again every SECONDS (default 5) until what runs has ended",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -20,7 +29,7 @@ def status_arguments(arguments: argparse.Namespace) -> int:
     """Run the command; its exit status."""
     from fedllm_flwr.status.command import status
 
-    return status(arguments.directory, arguments.health, arguments.json)
+    return status(arguments.directory, arguments.health, arguments.json, arguments.watch)
 
 
 def add_metrics(parser: argparse.ArgumentParser) -> None:
