@@ -98,6 +98,10 @@ class ModelConfig:
         default=None, description="commit, branch or tag on the hub; null: the default branch"
     )
     attention: Attention = "auto"
+    special_tokens_as_text: Flag = Field(
+        default=True,
+        description="special tokens written out in a record (</s>) are text; false: control tokens",
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

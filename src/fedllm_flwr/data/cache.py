@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Examples = TypeVar("Examples")
 Records = Sequence[tuple[Any, ...]]  # values of a codec's columns
 
-FORMAT_VERSION = 2  # raise it whenever the same inputs give other tokens or other arrays
+FORMAT_VERSION = 3  # raise it whenever the same inputs give other tokens or other arrays
 
 
 @dataclass(frozen=True)
@@ -169,4 +169,5 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
     # The last call's settings, not properties of the tokenizer.
     backend.update(truncation=None, padding=None)
     own = [backend, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    own.append(getattr(tokenizer, "special_tokens_as_text", True))
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()

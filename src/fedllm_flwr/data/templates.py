@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from fedllm_flwr.data.records import Message
+from fedllm_flwr.data.special import marked, marked_text
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
 
 
@@ -69,10 +70,12 @@ def render(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> 
 
     ``messages`` are [system,] user, assistant, ... and end with the assistant. A prompt never
     ends in a space: the space before an answer belongs to the answer, where tokenizers put it.
+    Special tokens that are written out in a message are marked, see ``data.special``.
     Raises ConfigError for an unknown template, ModelError where the tokenizer cannot render.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError("a conversation to train on must end with an assistant turn")
+    messages = marked(messages, tokenizer)
     _require_eos_text(tokenizer)
     if template == "chat":
         return _space_to_answers(_render_chat(messages, tokenizer))
@@ -88,6 +91,8 @@ def render_answers(
     the user. Raises as ``render``.
     """
     _require_eos_text(tokenizer)
+    messages = marked(messages, tokenizer)
+    answers = [marked_text(answer, tokenizer) for answer in answers]
     if template != "chat":
         prompt = render_prompt(messages, template, tokenizer)
         end = tokenizer.eos_token
@@ -110,6 +115,7 @@ def render_prompt(messages: Sequence[Message], template: str, tokenizer: Tokeniz
     """
     if not messages or messages[-1]["role"] != "user":
         raise DataError("a prompt must end with a user turn")
+    messages = marked(messages, tokenizer)
     if template == "chat":
         return _apply(tokenizer, messages, add_generation_prompt=True).rstrip(" ")
     empty: Message = {"role": "assistant", "content": ""}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm_flwr.data.special import PlainTokenizer, has_marks
 from fedllm_flwr.data.templates import Segment, Tokenizer
 from fedllm_flwr.errors import ModelError
 
@@ -30,15 +31,37 @@ def tokenise(
             "choose a model with a tokenizer.json"
         )
     bos = _default_bos(tokenizer)
-    prompt_ends = _PromptEnds(tokenizer)
+    by_itself = _Marker(tokenizer)
+    plain: PlainTokenizer | None = None  # for texts with marks, which are rare
+    exchanged: _Marker | None = None
     for start in range(0, len(conversations), BATCH):
         batch = conversations[start : start + BATCH]
-        encodings = _encodings(["".join(part.text for part in parts) for parts in batch], tokenizer)
-        for parts, encoding in zip(batch, encodings, strict=True):
-            tokens, supervised = _mark(encoding, parts, prompt_ends) or _apart(parts, tokenizer)
+        texts = ["".join(part.text for part in parts) for parts in batch]
+        encodings = _encodings(texts, tokenizer)
+        for parts, text, encoding in zip(batch, texts, encodings, strict=True):
+            if has_marks(text):
+                plain = plain or PlainTokenizer(tokenizer)
+                exchanged = exchanged or _Marker(plain)
+                changed = [Segment(plain.exchange(part.text), part.supervised) for part in parts]
+                whole = "".join(part.text for part in changed)
+                tokens, supervised = exchanged.mark(_encodings([whole], plain)[0], changed)
+            else:
+                tokens, supervised = by_itself.mark(encoding, parts)
             if bos is not None and tokens[:1] != [bos]:
                 tokens, supervised = [bos, *tokens], [False, *supervised]
             yield np.array(tokens, np.int32), np.array(supervised, np.bool_)
+
+
+class _Marker:
+    """Marks the tokens of whole texts, with the tokens of prompt ends that it has seen."""
+
+    def __init__(self, tokenizer: Tokenizer | PlainTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_ends = _PromptEnds(tokenizer)
+
+    def mark(self, encoding: Any, parts: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+        """Tokens and marks; where a token runs across the start of an answer, of parts alone."""
+        return _mark(encoding, parts, self._prompt_ends) or _apart(parts, self._tokenizer)
 
 
 def require_eos(tokenizer: Tokenizer) -> None:
@@ -58,7 +81,7 @@ def _default_bos(tokenizer: Tokenizer) -> int | None:
     return bos if first == [bos] else None
 
 
-def _encodings(texts: list[str], tokenizer: Tokenizer) -> Any:
+def _encodings(texts: list[str], tokenizer: Tokenizer | PlainTokenizer) -> Any:
     """Encodings of the tokenizers library: ids, and character positions on request."""
     return tokenizer(
         texts,
@@ -101,7 +124,9 @@ def _token_at(encoding: Any, position: int, length: int, num_tokens: int) -> int
     return num_tokens
 
 
-def _apart(parts: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _apart(
+    parts: Sequence[Segment], tokenizer: Tokenizer | PlainTokenizer
+) -> tuple[list[int], list[bool]]:
     """Tokens and marks with every segment tokenised alone."""
     tokens: list[int] = []
     supervised: list[bool] = []
@@ -121,7 +146,7 @@ class _PromptEnds:
     across its end. All other text is tokenised without looking ahead.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer | PlainTokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokens_of_space: dict[str, list[int]] = {}
 

@@ -38,10 +38,12 @@ def model_source(model: ModelConfig) -> str:
 
 
 @lru_cache(maxsize=4)
-def _load(source: str, revision: str | None) -> Any:
+def _load(source: str, revision: str | None, special_tokens_as_text: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    tokenizer.special_tokens_as_text = special_tokens_as_text  # read by data.special
+    return tokenizer
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -52,7 +54,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     """
     source = model_source(model)
     try:
-        return _load(source, model.revision)
+        return _load(source, model.revision, model.special_tokens_as_text)
     except Exception as error:  # transformers raises many kinds; all mean that it is unusable
         raise unusable_model(model, "tokenizer", error) from error
 

@@ -1,0 +1,118 @@
+"""Special tokens that are written out in a record: text there, and control tokens in a template.
+
+A fast tokenizer turns the text ``</s>`` or ``<|eot_id|>`` into the control token wherever it finds
+it. In a record it would end an answer, or open another's turn. So rendering puts a mark in the
+place of each such text in a message, the template adds its own control tokens, and a copy of the
+tokenizer, in which marks and control tokens have changed places, gives the tokens of the whole.
+Texts without marks are left to the tokenizer itself.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from fedllm_flwr.data.records import Message
+from fedllm_flwr.errors import ModelError
+
+if TYPE_CHECKING:
+    from fedllm_flwr.data.templates import Tokenizer
+
+_FIRST_MARK = 0x10F000  # private-use characters, one for each special token
+_ANY_MARK = re.compile("[\U0010f000-\U0010fffd]")
+
+
+def marked(messages: Iterable[Message], tokenizer: "Tokenizer") -> list[Message]:
+    """The messages with a mark for each special token that is written out in them."""
+    return [
+        {**message, "content": marked_text(message["content"], tokenizer)} for message in messages
+    ]
+
+
+def marked_text(text: str, tokenizer: "Tokenizer") -> str:
+    """`text` with a mark for each special token that is written out in it.
+
+    Unless ``model.special_tokens_as_text=false``: such text then stays a control token.
+    """
+    return _special(tokenizer).mark(text) if getattr(tokenizer, _AS_TEXT, True) else text
+
+
+def has_marks(text: str) -> bool:
+    """Whether a special token is written out in `text`."""
+    return _ANY_MARK.search(text) is not None
+
+
+class PlainTokenizer:
+    """Tokenises marked text: marks as the text they stand for, control tokens as such."""
+
+    is_fast = True
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._special = _special(tokenizer)
+        self._backend = self._special.exchanged(tokenizer)
+
+    def exchange(self, text: str) -> str:
+        """Marks become the text they stand for, and control tokens become marks."""
+        return self._special.exchange(text)
+
+    def __call__(self, texts: Sequence[str], **_: Any) -> Any:
+        """Encodings of exchanged texts, without tokens around them."""
+        return SimpleNamespace(
+            encodings=self._backend.encode_batch(texts, add_special_tokens=False)
+        )
+
+
+_AS_TEXT, _KEPT = "special_tokens_as_text", "_special_tokens_of_records"
+
+
+class _Special:
+    """The special tokens of a tokenizer by their mark, and the other way round."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self.ids = {token.content: i for i, token in added.items() if token.special}
+        names = sorted(self.ids, key=lambda name: (-len(name), name))
+        self.marks = {name: chr(_FIRST_MARK + i) for i, name in enumerate(names)}
+        self._names = {mark: name for name, mark in self.marks.items()}
+        self._written = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def mark(self, text: str) -> str:
+        return self._written.sub(lambda found: self.marks[found[0]], text)
+
+    def exchange(self, text: str) -> str:
+        both = re.compile(f"{self._written.pattern}|{_ANY_MARK.pattern}")
+        other = self.marks | self._names
+        return both.sub(lambda found: other.get(found[0], found[0]), text)
+
+    def exchanged(self, tokenizer: "Tokenizer") -> Any:
+        """The tokenizers library's tokenizer with marks as its special tokens, under their ids."""
+        from tokenizers import Tokenizer as Backend
+
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend.update(truncation=None, padding=None)
+        for token in backend["added_tokens"]:
+            token["content"] = self.marks.get(token["content"], token["content"])
+        model = backend["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self.marks.get(k, k): i for k, i in model["vocab"].items()}
+        else:  # a unigram model: pieces with their scores
+            model["vocab"] = [[self.marks.get(k, k), score] for k, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = self.marks.get(model["unk_token"], model["unk_token"])
+        copy = Backend.from_str(json.dumps(backend))
+        for name, mark in self.marks.items():
+            if copy.token_to_id(mark) != self.ids[name]:
+                raise ModelError(
+                    f"the tokenizer's special token {name!r} cannot be told from the same text in "
+                    "a record; set model.special_tokens_as_text=false to take both for the token"
+                )
+        return copy
+
+
+def _special(tokenizer: "Tokenizer") -> _Special:
+    """Kept with the tokenizer, whose vocabulary does not change."""
+    if not hasattr(tokenizer, _KEPT):
+        setattr(tokenizer, _KEPT, _Special(tokenizer))
+    special: _Special = getattr(tokenizer, _KEPT)
+    return special
