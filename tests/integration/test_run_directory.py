@@ -225,3 +225,25 @@ def test_generate_answers_as_the_models_do(
     with model.disable_adapter():
         assert f"base       {greedy()}\n" in shown
     assert f"federated  {greedy()}\n" in shown
+
+
+@pytest.mark.slow
+def test_merge_of_a_quantized_run_prints_the_loss_on_both_bases(
+    whole_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = whole_run("quantization=nf4")
+    final = json.loads((run / "summary.json").read_text())["final"]
+    losses = {}
+    for onto in ("full", "quantized"):
+        output = str(tmp_path / onto)
+        assert cli.main(["merge", str(run), output, "--onto", onto]) == 0
+        shown = capsys.readouterr().out
+        [(trained, merged)] = re.findall(
+            r"^loss on held-out records: ([\d.]+) as trained \(nf4\), ([\d.]+) merged$",
+            shown,
+            re.MULTILINE,
+        )
+        assert float(trained) == pytest.approx(final["loss"], abs=1e-4)
+        losses[onto] = float(merged)
+    assert losses["quantized"] == pytest.approx(final["loss"], rel=1e-3)
+    assert losses["full"] != losses["quantized"]

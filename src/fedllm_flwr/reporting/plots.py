@@ -118,6 +118,7 @@ def plot_comparison(
         if _flattened(values):
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.get_minor_locator().set_params(subs=(2, 5))
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.tick_params(axis="y", which="minor", labelsize=8)
             axis.grid(True, axis="y", which="minor", color="#eeeeee", linewidth=0.5)
