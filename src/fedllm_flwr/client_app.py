@@ -6,6 +6,7 @@ import time
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedllm_flwr.deployment.node import choose_gpus
 from fedllm_flwr.disclosure import audited
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import RefusedError
@@ -45,6 +46,7 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
     started = time.monotonic()
     try:
         _check_guarded(site)
+        choose_gpus(site.node_config)
         content = answer_by_resident(kind, message.content, site, message.metadata.ttl)
     except Exception as error:  # Flower would send its text to the server
         logger.exception("%s failed", kind)

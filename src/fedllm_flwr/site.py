@@ -16,12 +16,13 @@ from flwr.app import RecordDict
 from fedllm_flwr import __version__
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.schema import DataConfig, Device, OnBadRecord, Preprocessing
+from fedllm_flwr.config.schema import Device
 from fedllm_flwr.data.encode import KEEP
 from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
+from fedllm_flwr.deployment.datasets import asked_dataset
 from fedllm_flwr.deployment.fingerprint import model_fingerprint
 from fedllm_flwr.deployment.ledger import Ledger
-from fedllm_flwr.deployment.node import site_columns, site_threads
+from fedllm_flwr.deployment.node import site_threads
 from fedllm_flwr.deployment.policy import Policy, site_policy
 from fedllm_flwr.deployment.state import SiteState, site_state
 from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
@@ -224,11 +225,7 @@ def _own(
     if not deployed:
         return config
     own = site.node_config
-    if "data-path" not in own:
-        raise RefusedError(
-            "this site's node config lacks data-path; start its SuperNode with "
-            '--node-config \'client-name="..." data-path="..."\''
-        )
+    dataset = asked_dataset(own, config.data.site_dataset)
     model_path = _model_path(config, own)
     policy.check(config, server_round, has_own_model="model-path" in own)
     if config.data.truncation == "drop":
@@ -236,17 +233,14 @@ def _own(
             "the site refuses data.truncation=drop: how many records it trains on would depend on "
             "their lengths; use right or left"
         )
+    policy.check_dataset(dataset.name)
     _require_approval(policy.approval, config, site)
     Ledger(_state(site).ledger).count(str(site.run_id), config, policy, run)
     cuts_left = config.data.truncation == "left" and config.task.name == "sft"
     return replace(
         config,
-        data=DataConfig(
+        data=dataset.config(
             name=config.data.name,
-            path=str(own["data-path"]),
-            columns=site_columns(own),
-            preprocessing=cast(Preprocessing, own.get("preprocessing", "none")),
-            on_bad_record=cast(OnBadRecord, own.get("on-bad-record", "error")),
             template=config.data.template,
             truncation="left" if cuts_left else KEEP,
             validation_fraction=config.data.validation_fraction,

@@ -171,6 +171,9 @@ class DataConfig:
     labels: list[Text] = Field(
         default_factory=list, description="label set, when answers are classes"
     )
+    site_dataset: str | None = Field(
+        default=None, description="deployment: the data set of each site that is asked for, by name"
+    )
     template: Template = "alpaca"
     max_samples: Whole | None = Field(
         default=None, gt=0, description="training records used; null: all"

@@ -79,7 +79,19 @@ def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", ad
     init = add(steps, "init", _site_init, "check the data; make keys, limits and a start script")
     init.add_argument("directory", help="new directory")
     init.add_argument("--name", required=True, help="how tables and logs call this site")
-    init.add_argument("--data", required=True, help="file or directory of this site's records")
+    init.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        help="file or directory of this site's records; NAME=PATH for each of several data sets",
+    )
+    init.add_argument(
+        "--preprocessing",
+        default="none",
+        help="how the data are read: none, hh_rlhf, fingpt, medalpaca, mathinstruct; default none",
+    )
+    init.add_argument("--threads", type=int, help="CPU threads; default OMP_NUM_THREADS, else all")
+    init.add_argument("--gpus", help="GPUs that training may use, as 0 or 0,1; default all")
     init.add_argument("--server", required=True, help="host:port of the server")
     init.add_argument("--ca", help="ca.crt from the server's operator")
     init.add_argument(
@@ -120,6 +132,13 @@ def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", ad
 
 
 def _add_decisions(steps: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
+    check = add(steps, "check", _site_check, "what will be learned here, with examples")
+    check.add_argument("directory", help="directory of site init")
+    check.add_argument("--model", help="directory of a model, whose tokenizer counts and renders")
+    check.add_argument("--template", default="alpaca", help="alpaca, vicuna or chat")
+    check.add_argument("--max-length", type=int, default=512, help="tokens; default 512")
+    check.add_argument("--dataset", help="one of several data sets")
+
     requests = add(steps, "requests", _site_requests, "runs that wait for this site's approval")
     requests.add_argument("directory", help="directory of site init")
     requests.add_argument("--all", action="store_true", help="those that are decided, too")
@@ -197,6 +216,20 @@ def _server_renew(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _site_check(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.deployment.site_check import check_site
+
+    lines = check_site(
+        arguments.directory,
+        arguments.model,
+        arguments.template,
+        arguments.max_length,
+        arguments.dataset,
+    )
+    print("\n".join(lines))
+    return 0
+
+
 def _site_requests(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.site_views import requests_lines
 
@@ -246,6 +279,9 @@ def _site_init(arguments: argparse.Namespace) -> int:
         insecure=arguments.insecure,
         health_port=arguments.health_port,
         approval=arguments.approval,
+        preprocessing=arguments.preprocessing,
+        threads=arguments.threads,
+        gpus=arguments.gpus,
         policy=arguments.policy,
     )
     print("\n".join(init_site(arguments.directory, options)))

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from fedllm_flwr.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 COLUMNS = "columns."  # columns.<role> = name of the column in the site's file
+_GPUS = re.compile(r"(\d{1,3}|(GPU|MIG)-[0-9A-Fa-f-]+)(,(\d{1,3}|(GPU|MIG)-[0-9A-Fa-f-]+))*")
 ROLES = tuple(field.name for field in fields(ColumnsConfig))
 
 
@@ -79,15 +81,39 @@ def site_threads(node_config: Mapping[str, object]) -> int:
     return int(text)
 
 
+def check_gpus(gpus: str | None) -> None:
+    """Refuse what CUDA_VISIBLE_DEVICES cannot be: numbers or UUIDs of devices.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if gpus is not None and not _GPUS.fullmatch(gpus):
+        raise ConfigError(f"--gpus {shown(gpus)}: give numbers of GPUs, as 0 or 0,1, or UUIDs")
+
+
+def choose_gpus(node_config: Mapping[str, object]) -> None:
+    """Let this process, and those that it starts, see the GPUs of a node config alone.
+
+    Raises:
+        ConfigError: `gpus` names no devices.
+    """
+    if "gpus" in node_config:
+        check_gpus(str(node_config["gpus"]))
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(node_config["gpus"])
+
+
 def every_role(columns: Mapping[str, str]) -> dict[str, str]:
     """Node config keys that settle all roles, so that no server chooses what is learned here."""
     settled = replace(ColumnsConfig(), **columns)
     return {f"{COLUMNS}{role}": getattr(settled, role) or "" for role in ROLES}
 
 
-def to_toml(values: Mapping[str, str | Path]) -> str:
-    """A node config file: one ``key = "value"`` per line."""
-    return "".join(f"{key} = {_toml_string(str(value))}\n" for key, value in values.items())
+def to_toml(values: Mapping[str, str | int | Path]) -> str:
+    """A node config file: one ``key = "value"`` per line, numbers without quotes."""
+    return "".join(
+        f"{key} = {value if isinstance(value, int) else _toml_string(str(value))}\n"
+        for key, value in values.items()
+    )
 
 
 def _toml_string(text: str) -> str:

@@ -43,6 +43,7 @@ class Policy:
 
     allowed_models: tuple[str, ...] | None = (EMBEDDED, OWN)  # or id@commit
     tasks: tuple[str, ...] | None = TASKS  # values of task.name
+    datasets: tuple[str, ...] | None = None  # names of the site's data sets
     optimizers: tuple[str, ...] | None = ("adamw",)  # with SGD an update is a gradient
     target_modules: tuple[str, ...] | None = LINEAR_LAYERS  # values of lora.target_modules
     min_records_per_step: int | None = 8  # records behind one optimizer step
@@ -124,6 +125,18 @@ class Policy:
         """
         kept = server_round - oldest_checkpoint
         self._check_limit("max_rounds_kept", "rounds since the oldest checkpoint", kept)
+
+    def check_dataset(self, name: str) -> None:
+        """Refuse a data set of the site that the policy does not list; "" is its only one.
+
+        Raises:
+            RefusedError: names none of the site's other data sets.
+        """
+        if self.datasets is not None and name and name not in self.datasets:
+            raise RefusedError(
+                f"the site refuses data.site_dataset={shown(name)}: it is not among its datasets; "
+                "let the site's operator change this site's policy.yaml"
+            )
 
     def check_tensors(self, names: Iterable[str]) -> None:
         """Refuse adapters of layers that the policy does not allow, whatever selected them.
@@ -409,13 +422,14 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "tasks": _choices(*TASKS),
     "optimizers": _choices(*OPTIMIZERS),
     "target_modules": _names,
+    "datasets": _names,
     "max_epochs": _number,
     "max_state_gb": _number,
     "state_days": _number,
     "secret_draws": _truth,
 }
 _RULES = ("secret_draws", "approval")  # which null does not lift
-_LISTS = ("allowed_models", "tasks", "optimizers", "target_modules")
+_LISTS = ("allowed_models", "tasks", "optimizers", "target_modules", "datasets")
 
 
 def _wrong(file: Path, reason: str) -> ConfigError:

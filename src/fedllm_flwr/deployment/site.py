@@ -5,13 +5,22 @@ import re
 import shlex
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
+from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.data.kinds import KINDS
+from fedllm_flwr.data.sources import SourceReport, load_records
 from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
 from fedllm_flwr.deployment.certificates import fingerprint, read_ca
+from fedllm_flwr.deployment.datasets import (
+    PREFIX,
+    SiteDataset,
+    checked_preprocessing,
+    named_columns,
+    named_paths,
+)
 from fedllm_flwr.deployment.directory import (
     PROGRAM,
     SECRET,
@@ -26,7 +35,7 @@ from fedllm_flwr.deployment.directory import (
     write_new,
 )
 from fedllm_flwr.deployment.keys import key_fingerprint, make_key_pair
-from fedllm_flwr.deployment.node import DEVICES, every_role, parse_columns, to_toml
+from fedllm_flwr.deployment.node import DEVICES, check_gpus, every_role, parse_columns, to_toml
 from fedllm_flwr.deployment.policy import new_policy
 from fedllm_flwr.deployment.starting import SUPERNODE
 from fedllm_flwr.errors import ConfigError, DataError
@@ -34,7 +43,8 @@ from fedllm_flwr.guard import PROGRAMS
 
 _NODE_COMMENT = "# Only this machine reads this file; none of it can be changed by a server.\n"
 _SUPERNODE_COMMENT = "# How `fedllm site start` starts this site: options of flower-supernode.\n"
-_COLUMNS_COMMENT = '\n# Which column of the data plays which role; "" for none.\n'
+_COLUMNS_COMMENT = '\n# The data, and which column plays which role; "" for none.\n'
+_DATA_COMMENT = "\n# A data set, which a server asks for with data.site_dataset=<name>.\n"
 _HEALTH_PORTS = range(9200, 9900)
 _APPROVAL = {
     "every-run": "  approve    each run waits for you: fedllm site requests {folder}",
@@ -49,16 +59,41 @@ class SiteOptions:
     """What an operator says about a site."""
 
     name: str
-    data: str  # file or directory of records
+    data: str | Sequence[str]  # file or directory of records, or NAME=PATH for each of several
     server: str  # host:port
     ca: str | None = None  # file with the server's certificate authority
-    columns: Sequence[str] = ()  # role=column
+    columns: Sequence[str] = ()  # role=column, or NAME.role=column for one of several data sets
+    preprocessing: str = "none"
     model_path: str | None = None  # this site's own copy of the base model
     device: str = "auto"
     insecure: bool = False
     health_port: int | None = None  # None: one that follows from the name
     approval: str = EVERY_RUN  # which runs wait for the operator
     policy: Sequence[str] = ()  # key=value in the place of the policy's defaults
+    threads: int | None = None  # of the CPU; None: see `node.site_threads`
+    gpus: str | None = None  # as CUDA_VISIBLE_DEVICES; None: all
+
+    @property
+    def datasets(self) -> dict[str, SiteDataset]:
+        """The data sets by name, "" for the only one.
+
+        Raises:
+            ConfigError: options that do not fit each other.
+        """
+        paths = named_paths([self.data] if isinstance(self.data, str) else self.data)
+        columns = named_columns(self.columns, list(paths))
+        preprocessing = checked_preprocessing(self.preprocessing)
+        return {
+            name: SiteDataset(
+                name,
+                {
+                    "data-path": str(absolute(path)),
+                    "preprocessing": preprocessing,
+                    **every_role(parse_columns(columns[name])),
+                },
+            )
+            for name, path in paths.items()
+        }
 
     @property
     def health_address(self) -> str:
@@ -90,14 +125,21 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
             f"--approval {shown(options.approval)}: no such rule; use one of {', '.join(RULES)}"
         )
     authority = _read_authority(options)
-    columns = parse_columns(options.columns)
-    usable = count_usable(absolute(options.data), columns)
+    check_gpus(options.gpus)
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads {options.threads}: give 1 or more")
+    found = {name: usable_records(dataset) for name, dataset in options.datasets.items()}
+    usable = {task for reports in found.values() for task in reports}
+    tasks = tuple(task for task in KINDS if task in usable)
     models = ("embedded",) if options.model_path is None else ("own",)
     policy = new_policy(
-        options.policy, tasks=tuple(usable), allowed_models=models, approval=options.approval
+        options.policy,
+        tasks=tasks,
+        allowed_models=models,
+        approval=options.approval,
     )
     files = {
-        "node.toml": NewFile(_node_config(folder, options, columns)),
+        "node.toml": NewFile(_node_config(folder, options)),
         "policy.yaml": NewFile(filled("policy.yaml", **policy)),
         "state/README": NewFile(filled("state.md")),
         "start-supernode.sh": NewFile(
@@ -119,7 +161,7 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
         files[f"{options.name}.key"] = NewFile(private, SECRET)
         files[f"{options.name}.pub"] = NewFile(public)
     write_new(folder, files)
-    return _report(folder, options, usable)
+    return _report(folder, options, found)
 
 
 def _check_address(server: str) -> None:
@@ -158,30 +200,30 @@ def _read_authority(options: SiteOptions) -> bytes | None:
     return content
 
 
-def count_usable(data: Path, columns: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-    """Task -> (usable records, all records), for the tasks that the data is fit for.
+def usable_records(dataset: SiteDataset) -> dict[str, SourceReport]:
+    """What became of a data set's records, by task that it is fit for.
 
     Raises:
-        DataError: the data cannot be read, or is fit for no task.
+        DataError: the data cannot be read, or are fit for no task.
     """
-    from fedllm_flwr.data.kinds import KINDS
-    from fedllm_flwr.data.sources import load_records
-
-    config = DataConfig(path=str(data), columns=replace(ColumnsConfig(), **columns))
-    usable: dict[str, tuple[int, int]] = {}
+    config = dataset.config()
+    reports: dict[str, SourceReport] = {}
     errors: dict[str, DataError] = {}
     for task, kind in KINDS.items():
         try:
-            report = load_records(config, kind).report
+            reports[task] = load_records(config, kind).report
         except DataError as error:
             errors[task] = error
-        else:
-            usable[task] = (report.usable, report.read)
-    if not usable:
-        raise _in_terms_of_options(
-            errors["dpo" if {"chosen", "rejected"} & set(columns) else "sft"]
-        )
-    return usable
+    if not reports:
+        named = ColumnsConfig()
+        pairs = {config.columns.chosen, config.columns.rejected} - {named.chosen, named.rejected}
+        raise _in_terms_of_options(errors["dpo" if pairs or _wants_pairs(errors) else "sft"])
+    return reports
+
+
+def _wants_pairs(errors: Mapping[str, DataError]) -> bool:
+    """Whether a file holds transcripts of preference pairs: its own error says what to do."""
+    return "hh_rlhf" in str(errors["dpo"])
 
 
 def _in_terms_of_options(error: DataError) -> DataError:
@@ -189,28 +231,35 @@ def _in_terms_of_options(error: DataError) -> DataError:
     text = re.sub(r"data\.columns\.(\w+)=", r"--column \1=", str(error))
     text = re.sub(r"data\.columns\.(\w+)", r"--column \1=...", text)
     text = re.sub(r"data\.path[:=] ?", "--data ", text)
+    text = text.replace("data.preprocessing=", "--preprocessing ")
     return DataError(text.replace("data.columns", "--column"))
 
 
-def _node_config(folder: Path, options: SiteOptions, columns: Mapping[str, str]) -> str:
-    values: dict[str, str | Path] = {
-        "client-name": options.name,
-        "data-path": absolute(options.data),
-    }
-    if options.model_path is not None:
-        values["model-path"] = _model(options.model_path)
+def _node_config(folder: Path, options: SiteOptions) -> str:
     if options.device not in DEVICES:
         raise ConfigError(
             f"--device {shown(options.device)}: no such device; choose from {', '.join(DEVICES)}"
         )
+    values: dict[str, str | int | Path] = {"client-name": options.name}
+    if options.model_path is not None:
+        values["model-path"] = _model(options.model_path)
+    values["device"] = options.device
+    if options.gpus is not None:
+        values["gpus"] = options.gpus
+    if options.threads is not None:
+        values["threads"] = options.threads
     values |= {
-        "device": options.device,
         "state-dir": folder / "state",
         "policy-path": folder / "policy.yaml",
         "site-dir": folder,  # requests for approval and the audit log
         "server-address": options.server,
     }
-    return _NODE_COMMENT + to_toml(values) + _COLUMNS_COMMENT + to_toml(every_role(columns))
+    text = _NODE_COMMENT + to_toml(values)
+    for name, dataset in options.datasets.items():
+        prefix = f"{PREFIX}{name}." if name else ""
+        keys = {f"{prefix}{key}": str(value) for key, value in dataset.keys.items()}
+        text += (_DATA_COMMENT if name else _COLUMNS_COMMENT) + to_toml(keys)
+    return text
 
 
 def _model(path: str) -> Path:
@@ -275,11 +324,23 @@ def _readme(folder: Path, options: SiteOptions) -> str:
     )
 
 
-def _report(folder: Path, options: SiteOptions, usable: Mapping[str, tuple[int, int]]) -> list[str]:
-    lines = [
-        f"{count} of {read} records of {options.data} are usable for task={task}."
-        for task, (count, read) in usable.items()
-    ]
+def _report(
+    folder: Path, options: SiteOptions, found: Mapping[str, Mapping[str, SourceReport]]
+) -> list[str]:
+    lines = []
+    for name, reports in found.items():
+        called = f" ({name})" if name else ""
+        lines += [
+            f"{report.usable} of {report.read} records of {report.source}{called} are usable for "
+            f"task={task}."
+            for task, report in reports.items()
+        ]
+        unused = set.intersection(*(set(report.unused_columns) for report in reports.values()))
+        if unused:
+            lines.append(
+                f"  NOT USED   {', '.join(sorted(unused))}: no role is mapped to these columns "
+                "(--column input=... for the context of an instruction)"
+            )
     lines.append(f"Made {folder} for site {options.name}.")
     if options.insecure:
         lines.append(
@@ -299,5 +360,6 @@ def _report(folder: Path, options: SiteOptions, usable: Mapping[str, tuple[int, 
         f"  limits     {folder / 'policy.yaml'} says what a server may ask; look it over",
         _APPROVAL[options.approval].format(folder=shlex.quote(str(folder))),
         f"  start      fedllm site start {shlex.quote(str(folder))}",
+        f"  check      fedllm site check {shlex.quote(str(folder))} shows what will be learned",
         f"  look       fedllm status {shlex.quote(str(folder))}",
     ]

@@ -1,0 +1,151 @@
+"""The data sets of a site: one without a name, or several that a server asks for by name.
+
+A node config has ``data-path``, ``preprocessing``, ``on-bad-record`` and ``columns.<role>``, or
+the same under ``datasets.<name>.`` for each of several.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.schema import DataConfig
+from fedllm_flwr.data.preprocessing import PREPROCESSING
+from fedllm_flwr.deployment.node import COLUMNS, site_columns
+from fedllm_flwr.errors import ConfigError, RefusedError
+
+PREFIX = "datasets."
+_OWN = ("data-path", "preprocessing", "on-bad-record")
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,62})=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SiteDataset:
+    """Where records of a site lie and how they are read; no server decides on any of it."""
+
+    name: str  # "" for the only one of a site
+    keys: Mapping[str, object]  # of the node config, without the prefix of a name
+
+    def config(self, **more: Any) -> DataConfig:
+        """The data section of a configuration; `more` are keys of it that a server decides on.
+
+        Raises:
+            ConfigError: a role or a preprocessing that does not exist.
+        """
+        preprocessing = str(self.keys.get("preprocessing", "none"))
+        return DataConfig(
+            path=str(self.keys["data-path"]),
+            columns=site_columns(self.keys),
+            preprocessing=cast(Any, checked_preprocessing(preprocessing)),
+            on_bad_record=cast(Any, str(self.keys.get("on-bad-record", "error"))),
+            **more,
+        )
+
+
+def site_datasets(node_config: Mapping[str, object]) -> dict[str, SiteDataset]:
+    """The data sets of a node config by name; "" names the only one.
+
+    Raises:
+        ConfigError: none, one without data-path, or both forms at once.
+    """
+    named: dict[str, dict[str, object]] = {}
+    for key, value in node_config.items():
+        if key.startswith(PREFIX):
+            name, _, rest = key.removeprefix(PREFIX).partition(".")
+            named.setdefault(name, {})[rest] = value
+    own = {
+        key: value for key, value in node_config.items() if key in _OWN or key.startswith(COLUMNS)
+    }
+    if named and own:
+        raise ConfigError(
+            f"this site's node config has {sorted(own)[0]} beside {PREFIX}*; put it under "
+            f"{PREFIX}<name>.",
+            "its node config mixes two forms of naming data; the site's log says more",
+        )
+    found = {name: SiteDataset(name, keys) for name, keys in (named or {"": own}).items()}
+    if lacking := [name for name, dataset in found.items() if "data-path" not in dataset.keys]:
+        key = f"{PREFIX}{lacking[0]}.data-path" if lacking[0] else "data-path"
+        raise RefusedError(
+            f"this site's node config lacks {key}; start its SuperNode with "
+            '--node-config \'client-name="..." data-path="..."\''
+        )
+    return dict(sorted(found.items()))
+
+
+def asked_dataset(node_config: Mapping[str, object], asked: str | None) -> SiteDataset:
+    """The data set that a server means: by its name, or the only one.
+
+    Args:
+        asked: data.site_dataset of the server's configuration.
+
+    Raises:
+        RefusedError: there is none of this name, or several and no name; names none of them.
+    """
+    datasets = site_datasets(node_config)
+    if asked is None and len(datasets) == 1:
+        return next(iter(datasets.values()))
+    if asked is None:
+        raise RefusedError(
+            "the site has several data sets; ask for one with data.site_dataset=<name>, as agreed "
+            "with its operator"
+        )
+    if asked not in datasets or not asked:
+        raise RefusedError(
+            f"the site has no data set called {shown(asked)}; agree on data.site_dataset with its "
+            "operator"
+        )
+    return datasets[asked]
+
+
+def named_paths(data: Sequence[str]) -> dict[str, str]:
+    """Name -> path, from the values of ``--data``: one path, or NAME=PATH for each of several.
+
+    Raises:
+        ConfigError: several without names, or a name given twice.
+    """
+    if len(data) == 1 and (Path(data[0]).expanduser().exists() or not _NAMED.fullmatch(data[0])):
+        return {"": data[0]}
+    paths: dict[str, str] = {}
+    for text in data:
+        match = _NAMED.fullmatch(text)
+        if match is None:
+            raise ConfigError(
+                f"--data {shown(text)}: of several data sets each needs a name, as "
+                "--data notes=/data/notes.jsonl"
+            )
+        if match[1] in paths:
+            raise ConfigError(f"--data {shown(text)}: the name {match[1]} is given twice")
+        paths[match[1]] = match[2]
+    return paths
+
+
+def named_columns(columns: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """The values of ``--column`` by data set: ``notes.instruction=question`` is for one of them.
+
+    One without a name of a data set is for all.
+    """
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for assignment in columns:
+        name, dot, rest = assignment.partition(".")
+        role_first = "=" in name
+        if dot and not role_first and name.strip() in found:
+            found[name.strip()].append(rest)
+        else:
+            for assignments in found.values():
+                assignments.append(assignment)
+    return found
+
+
+def checked_preprocessing(name: str) -> str:
+    """`name`, if it is one.
+
+    Raises:
+        ConfigError: names those there are.
+    """
+    if name not in PREPROCESSING:
+        raise ConfigError(
+            f"preprocessing={shown(name)} is unknown; use one of: {', '.join(PREPROCESSING)}"
+        )
+    return name
