@@ -263,6 +263,7 @@ def test_flower_reads_the_node_config(tmp_path: Path, options: Options, toy_mode
     assert {key: value for key, value in read.items() if key not in roles} == {
         "client-name": "hospital-a",
         "data-path": str(odd),
+        "preprocessing": "none",
         "model-path": str(toy_model),
         "device": "cpu",
         "state-dir": str(tmp_path / "site" / "state"),

@@ -171,7 +171,7 @@ class DataConfig:
     labels: list[Text] = Field(
         default_factory=list, description="label set, when answers are classes"
     )
-    site_dataset: str | None = Field(
+    site_dataset: Text | None = Field(
         default=None, description="deployment: the data set of each site that is asked for, by name"
     )
     template: Template = "alpaca"

@@ -43,7 +43,6 @@ class Policy:
 
     allowed_models: tuple[str, ...] | None = (EMBEDDED, OWN)  # or id@commit
     tasks: tuple[str, ...] | None = TASKS  # values of task.name
-    datasets: tuple[str, ...] | None = None  # names of the site's data sets
     optimizers: tuple[str, ...] | None = ("adamw",)  # with SGD an update is a gradient
     target_modules: tuple[str, ...] | None = LINEAR_LAYERS  # values of lora.target_modules
     min_records_per_step: int | None = 8  # records behind one optimizer step
@@ -63,6 +62,7 @@ class Policy:
     max_state_gb: float | None = 20.0  # GB of state and tokens on disk
     state_days: float | None = 30.0  # after which the state of a run that is silent is removed
     secret_draws: bool = True  # which records are in a step does not follow from the seed alone
+    datasets: tuple[str, ...] | None = None  # names of the site's data sets
     approval: str = EVERY_RUN  # which runs wait for the operator: see deployment/approval.py
 
     @classmethod

@@ -328,10 +328,11 @@ def _report(
     folder: Path, options: SiteOptions, found: Mapping[str, Mapping[str, SourceReport]]
 ) -> list[str]:
     lines = []
+    paths = named_paths([options.data] if isinstance(options.data, str) else options.data)
     for name, reports in found.items():
         called = f" ({name})" if name else ""
         lines += [
-            f"{report.usable} of {report.read} records of {report.source}{called} are usable for "
+            f"{report.usable} of {report.read} records of {paths[name]}{called} are usable for "
             f"task={task}."
             for task, report in reports.items()
         ]
