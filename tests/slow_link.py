@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -76,9 +77,9 @@ async def _deliver(
 @contextlib.contextmanager
 def slow_link(port: int, round_trip_s: float, bits_per_s: float) -> Iterator[SlowLink]:
     """A link to `port`; its own port is `SlowLink.port`."""
-    link, ready, end = SlowLink(port, round_trip_s / 2, bits_per_s), threading.Event(), None
-    loop = asyncio.new_event_loop()
-    end = asyncio.Event()
+    link, ready = SlowLink(port, round_trip_s / 2, bits_per_s), threading.Event()
+    loop, end = asyncio.new_event_loop(), asyncio.Event()
+    loop.set_exception_handler(lambda *_: None)  # connections end in many ways
     thread = threading.Thread(target=loop.run_until_complete, args=(link.serve(ready, end),))
     thread.start()
     try:
@@ -87,7 +88,9 @@ def slow_link(port: int, round_trip_s: float, bits_per_s: float) -> Iterator[Slo
     finally:
         loop.call_soon_threadsafe(end.set)
         thread.join(10)
-        for task in asyncio.all_tasks(loop):
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.close()
+        gc.collect()  # here, not in the middle of an import that parses code (CPython gh-106905)
