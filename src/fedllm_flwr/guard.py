@@ -7,11 +7,15 @@ site's operator has installed.
 ``flower-superexec``: Flower's own writes the token by which an app acts for its run on the app's
 command line, which every user of the machine can read. Here the app reads it from a file that
 nobody else can open (``--token-file``).
+
+``flower-supernode``: Flower's own gives its messages, on loopback, to whatever process of the
+machine asks first. Here it gives them to the SuperExec that it has started, which has a secret.
 """
 
 import atexit
 import importlib
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -24,7 +28,9 @@ from flwr.clientapp import ClientApp
 
 _RUNTIME = "flwr.supernode.runtime.run_clientapp"
 _EXECUTOR = "flwr.supercore.superexec.executor.subprocess_executor"
-PROGRAMS = ("flower-superexec", "flwr-clientapp")
+_SUPERNODE = "flwr.supernode.start_client_internal"
+PROGRAMS = ("flower-superexec", "flwr-clientapp")  # that Flower's own processes start by name
+_SECRET_BYTES = 32
 
 
 def main() -> None:
@@ -40,8 +46,13 @@ def main() -> None:
 
         hide_tokens(importlib.import_module(_EXECUTOR))
         flower_superexec()
+    elif program == "flower-supernode":
+        from flwr.supernode.cli import flower_supernode
+
+        require_secret(importlib.import_module(_SUPERNODE))
+        flower_supernode()
     else:
-        sys.exit(f"error: {program}: choose from {', '.join(PROGRAMS)}")
+        sys.exit(f"error: {program}: choose from flower-supernode, {', '.join(PROGRAMS)}")
 
 
 def confine(runtime: ModuleType) -> None:
@@ -65,8 +76,34 @@ def hide_tokens(executor: ModuleType) -> None:
 
     Exits with a message if this version of Flower starts them by other means.
     """
-    shown = SimpleNamespace(Popen=_start_unseen, DEVNULL=subprocess.DEVNULL)
-    _replace(executor, "subprocess", shown, "a run's token cannot be kept off command lines")
+
+    def start(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+        at = command.index("--token")
+        command, token = command[:at] + command[at + 2 :], command[at + 1]
+        return _start_with_file(command, "--token-file", token, **options)
+
+    unseen = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    _replace(executor, "subprocess", unseen, "a run's token cannot be kept off command lines")
+
+
+def require_secret(supernode: ModuleType) -> None:
+    """Let Flower's module `supernode` give messages to the SuperExec that it starts, and no other.
+
+    Exits with a message if this version of Flower gives them by other means.
+    """
+    otherwise = "other users of this machine cannot be kept from a site's messages"
+    secret = secrets.token_hex(_SECRET_BYTES)
+    serve = getattr(supernode, "run_clientappio_api_grpc", None)
+
+    def serve_with_secret(**options: Any) -> Any:
+        assert serve is not None
+        return serve(**{**options, "superexec_auth_secret": secret.encode()})
+
+    def start(command: list[str]) -> "subprocess.Popen[bytes]":
+        return _start_with_file(command, "--superexec-auth-secret-file", secret)
+
+    _replace(supernode, "run_clientappio_api_grpc", serve_with_secret, otherwise)
+    _replace(supernode, "subprocess", SimpleNamespace(Popen=start), otherwise)
 
 
 def _replace(module: ModuleType, name: str, value: object, otherwise: str) -> None:
@@ -92,20 +129,19 @@ def _installed(*_: Any, **__: Any) -> Callable[..., ClientApp]:
     return load
 
 
-def _start_unseen(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-    """`subprocess.Popen` of a command with ``--token TOKEN``, which becomes ``--token-file``."""
-    at = command.index("--token")
-    token = command[at + 1]
+def _start_with_file(
+    command: list[str], option: str, secret: str, **options: Any
+) -> "subprocess.Popen[bytes]":
+    """Start a command that reads `secret` from the file of an option, which no other user can."""
     if hasattr(os, "memfd_create"):  # Linux: a file without a name, gone with its last reader
-        descriptor = os.memfd_create("token", 0)
+        descriptor = os.memfd_create("secret", 0)
         path = f"/proc/self/fd/{descriptor}"
     else:
-        descriptor, path = tempfile.mkstemp(prefix="fedllm-token-")
+        descriptor, path = tempfile.mkstemp(prefix="fedllm-secret-")
         atexit.register(Path(path).unlink, missing_ok=True)
     try:
-        os.write(descriptor, token.encode())
-        command = [*command[:at], "--token-file", path, *command[at + 2 :]]
-        return subprocess.Popen(command, pass_fds=(descriptor,), **options)
+        os.write(descriptor, secret.encode())
+        return subprocess.Popen([*command, option, path], pass_fds=(descriptor,), **options)
     finally:
         os.close(descriptor)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from deployments import Federation, make_site, running_federation
@@ -111,6 +112,24 @@ def test_a_runs_token_is_on_no_command_line(federation: Federation, tmp_path: Pa
     for name in ("flwr-clientapp", "flwr-serverapp"):
         assert any(name in line for line in apps), seen
     assert [line for line in apps if "--token-file /proc/self/fd/" not in line] == []
+
+
+@pytest.mark.parametrize("call", ["PullPendingTasks", "ClaimTask", "PullTaskInput", "PullMessage"])
+def test_another_process_claims_no_message_of_a_site(federation: Federation, call: str) -> None:
+    """A SuperNode listens on loopback, where every user of its machine can ask."""
+    found = relatives(federation.folder.parent)
+    [supernode] = [one for one in found if "guard flower-supernode" in command_line(one)]
+    listening = [one.laddr.port for one in supernode.net_connections("inet") if not one.raddr]
+    refused = []
+    for port in listening:
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            channel.unary_unary(f"/flwr.proto.ClientAppIo/{call}")(b"", timeout=60)
+        refused.append(caught.value.code())
+    # One port is that of the health server, which knows no such call.
+    assert sorted(code.name for code in refused) == ["UNAUTHENTICATED", "UNIMPLEMENTED"]
 
 
 def test_an_unguarded_site_answers_only_with_trust(federation: Federation, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import fedllm_flwr
 from fedllm_flwr.client_app import app
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
-from fedllm_flwr.guard import confine, hide_tokens, is_confined
+from fedllm_flwr.guard import confine, hide_tokens, is_confined, require_secret
 from fedllm_flwr.wire import pack_query, unpack_failure
 from processes import wait_for
 
@@ -172,6 +172,9 @@ def test_an_executor_of_another_kind_is_refused() -> None:
     with pytest.raises(SystemExit) as caught:
         hide_tokens(ModuleType("flwr.new"))
     assert "token cannot be kept off command lines" in str(caught.value)
+    with pytest.raises(SystemExit) as caught:
+        require_secret(ModuleType("flwr.new"))
+    assert "other users of this machine cannot be kept from a site's messages" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,7 @@ def start_supernode(directory: str | Path, further: Sequence[str]) -> NoReturn:
     command, environment = supernode_command(folder, further)
     os.umask(0o077)
     os.chdir(folder)
-    try:
-        os.execve(command[0], command, environment)
-    except OSError as error:
-        raise ConfigError(
-            f"{command[0]}: {error.strerror}; install flwr beside this fedllm"
-        ) from None
+    os.execve(command[0], command, environment)
 
 
 def supernode_command(
@@ -69,7 +64,8 @@ def supernode_command(
     arguments += ["--max-retries", os.environ.get("MAX_RETRIES", "30")]
     for name, value in options.items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return [str(programs / "flower-supernode"), *arguments, *further], environment
+    program = [sys.executable, "-P", "-m", "fedllm_flwr.guard", "flower-supernode"]
+    return [*program, *arguments, *further], environment
 
 
 def _options(folder: Path) -> dict[str, str | bool]:
