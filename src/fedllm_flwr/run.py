@@ -21,7 +21,7 @@ from fedllm_flwr.data.digest import records_digest
 from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.engines import find_engine
 from fedllm_flwr.engines.resources import check_machine
-from fedllm_flwr.errors import DataError, DivergedError, FedLLMError, RunInterrupted
+from fedllm_flwr.errors import ConfigError, DataError, DivergedError, FedLLMError, RunInterrupted
 from fedllm_flwr.fit import check_fit
 from fedllm_flwr.liveness import held
 from fedllm_flwr.reporting.console import Console
@@ -48,6 +48,8 @@ from fedllm_flwr.run_directory import (
 )
 from fedllm_flwr.timings import Timings
 
+_NODES_S = 10.0  # seconds within which Flower's simulation has started its nodes
+
 
 def run_simulation(config: Config, console: Console, started: float) -> RunDirectory:
     """Run a configuration on the engine that ``federation.engine`` names.
@@ -72,12 +74,23 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
     )
 
 
-def run_on_grid(config: Config, grid: Grid, console: Console, run_id: int) -> RunDirectory:
-    """Run a configuration with the clients behind `grid`, which Flower has started as `run_id`."""
+def run_on_grid(
+    config: Config, grid: Grid, console: Console, run_id: int, command: str = "flwr run . --stream"
+) -> RunDirectory:
+    """Run a configuration with the clients behind `grid`, which Flower has started as `run_id`.
+
+    Args:
+        command: that has started it, for what the user should have typed.
+
+    Raises:
+        FedLLMError: with one line for the user.
+    """
     config = with_absolute_paths(config)
     if (done := _finished_before(config, console)) is not None:
         return done
     check_fit(config)
+    if config.federation.engine != "deployment":
+        _check_nodes(grid, divided_data(config)[1].num_clients, command)
 
     def engine(main: Callable[[Grid], None]) -> None:
         with _state_dir_of(run_id):
@@ -111,6 +124,22 @@ def check_data(directory: RunDirectory, config: Config) -> None:
                 f"now, {before[key][:12]} then), and going on would mix two experiments; bring "
                 "them back, or start a new run."
             )
+
+
+def _check_nodes(grid: Grid, num_clients: int, command: str) -> None:
+    """Refuse a simulation of Flower's with other nodes than the data make clients.
+
+    Raises:
+        ConfigError: with the command to paste.
+    """
+    deadline = time.monotonic() + _NODES_S
+    while (nodes := len(list(grid.get_node_ids()))) < num_clients and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if nodes != num_clients:
+        raise ConfigError(
+            f"the data make {num_clients} clients, but Flower's simulation has {nodes} nodes; run: "
+            f"{command} --federation-config 'num-supernodes={num_clients}'"
+        )
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ import contextlib
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +151,35 @@ class RunDirectory:
         return self.path / "clients.csv"
 
 
+# What a run may have left that stopped before its first checkpoint.
+_OWN_FILES = (
+    *(
+        "clients.csv",
+        "data.json",
+        "*.png",
+        "clients",
+        "metrics.jsonl",
+        "run.lock",
+        "round.json",
+        "alone",
+    ),
+    *("tensorboard", "wandb", "trackers.json", ".*"),
+)
+
+
+def foreign_files(folder: Path, own: Sequence[str]) -> list[str]:
+    """Names in a directory, if it is one, that match none of the patterns in `own`; sorted."""
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+
+
 def create(config: Config) -> RunDirectory:
     """Make the directory of a new run and write its configuration.
 
     Raises:
-        ConfigError: it holds a run already, or cannot be written.
+        ConfigError: it holds a run or other files already, or cannot be written.
     """
     path = _default_path(config) if config.output_dir is None else Path(config.output_dir)
     directory = RunDirectory(path.expanduser())
@@ -161,6 +187,11 @@ def create(config: Config) -> RunDirectory:
         raise ConfigError(
             f"output_dir={path} holds a run already; give another directory, or go on with it: "
             f"resume={path}."
+        )
+    if foreign := foreign_files(directory.path, _OWN_FILES):
+        raise ConfigError(
+            f"output_dir={path} holds other files ({', '.join(foreign[:3])}"
+            f"{', ...' if len(foreign) > 3 else ''}); give a new or an empty directory."
         )
     try:
         write_atomically(directory.config, to_yaml(config).encode())

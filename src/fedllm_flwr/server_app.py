@@ -1,6 +1,7 @@
 """The Flower ServerApp for ``flwr run``: a run config comes in, a run directory is left."""
 
 import logging
+import shlex
 import threading
 
 from flwr.app import Context
@@ -35,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
             if is_dry:
                 rehearse(config, grid, console)
             else:
-                run_on_grid(config, grid, console, context.run_id)
+                run_on_grid(config, grid, console, context.run_id, _command(context))
     except FedLLMError as error:
         print_error(str(error))
         _keep_trace_away(error)
@@ -45,6 +46,13 @@ def main(grid: Grid, context: Context) -> None:
         print_error(str(failure))
         _keep_trace_away(failure)
         raise failure from error
+
+
+def _command(context: Context) -> str:
+    """The command that has started the run, as one types it in a checkout."""
+    asked = [f'{key}="{value}"' for key, value in context.run_config.items() if value]
+    options = ["--run-config", " ".join(asked)] if asked else []
+    return shlex.join(["flwr", "run", ".", "--stream", *options])
 
 
 def _keep_trace_away(error: FedLLMError) -> None:

@@ -1,152 +1,33 @@
-"""Mistakes at the command line: status 2, one line that says what to do, before any training.
+"""Wrong inputs to every command: one line that says what to do, and nothing left behind.
 
 ``docs/errors.md`` shows each with its message. After a change of wording:
-``FEDLLM_WRITE_DOCS=1 pytest tests/integration/test_errors.py``.
+``FEDLLM_WRITE_DOCS=1 pytest tests/integration/test_errors.py``. How long each takes as a process of
+its own: ``scripts/measure_errors.py``.
 """
 
-import json
 import os
 import re
-import shlex
-import shutil
+import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from fedllm_flwr import cli
-from fedllm_flwr.config.schema import ModelConfig
-from fedllm_flwr.training.tokenizer import model_source
-from tiny_runs import run_tiny, tiny
+from tiny_runs import run_tiny
+from wrong_inputs import WRONG_INPUTS, WrongInput, make_place
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
-BASE = tiny("federation.engine=inprocess")
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """What went wrong, the overrides that the user typed, and a part of what they read."""
-
-    what: str
-    overrides: str
-    says: str
-
-
-DATA = "data=jsonl data.path="
-PAIRS = "task=dpo data=preferences data.path="
-MISTAKES = [
-    Mistake("misspelt key", "training.learning_rat=1e-4", "Did you mean 'training.learning_rate'"),
-    Mistake("misspelt choice", "algorithm=scafold", "Did you mean 'scaffold'"),
-    Mistake("wrong type", "federation.num_rounds=many", "federation.num_rounds"),
-    Mistake("learning rate of zero", "training.learning_rate=0", "must be > 0, got 0"),
-    Mistake("unknown dtype", "training.dtype=float8", "training.dtype=float8"),
-    Mistake("two quantizations", "quantization=int8 quantization=nf4", "keep one"),
-    Mistake(
-        "more sampled than there are clients",
-        "federation.num_clients=3 federation.sample_clients=4",
-        "sample at most all of them",
-    ),
-    Mistake("more clients than records", "federation.num_clients=101", "the 100 training records"),
-    Mistake("missing file", f"{DATA}note.jsonl", "Did you mean 'notes.jsonl'"),
-    Mistake("empty file", f"{DATA}empty.jsonl", "empty.jsonl"),
-    Mistake("line that is no JSON", f"{DATA}broken.jsonl", "broken.jsonl, line 3"),
-    Mistake(
-        "records that are all too long",
-        "training.max_length=16",
-        "training.max_length=16 with data.truncation=right leaves no example of any client",
-    ),
-    Mistake(
-        "labels of other records",
-        f"{DATA}notes.jsonl data.labels=[good,bad]",
-        "data.labels=[good,bad]: no held-out record has one of them as its answer",
-    ),
-    Mistake("missing column", f"{DATA}notes.jsonl data.columns.output=reply", "columns: input"),
-    Mistake(
-        "missing column to divide by",
-        f"{DATA}notes.jsonl partition=natural partition.column=ward",
-        "partition.column=ward",
-    ),
-    Mistake("model that is nowhere", "model=custom model.path=./modle", "'model'"),
-    Mistake("directory that is no model", "model=custom model.path=./folder", "config.json"),
-    Mistake("hub model without a network", "model=llama3_2_1b", "model.path="),
-    Mistake("tokenizer without end token", "model=custom model.path=./no_eos", "eos_token"),
-    Mistake("no layer of that name", "lora.target_modules=[c_attn]", "c_attn matches no layer"),
-    Mistake("no such device", "training.device=cuda", "training.device=cuda"),
-    Mistake("share of a GPU without one", "federation.client_gpus=0.5", "federation.client_gpus=0"),
-    Mistake(
-        "Ray cluster that is not there",
-        "federation.engine=ray federation.ray_address=127.0.0.1:1",
-        "federation.ray_address=127.0.0.1:1: no Ray cluster answers there",
-    ),
-    Mistake("adapter of another shape", "init_adapter=finished/adapter lora.r=4", "lora.r"),
-    Mistake("init_adapter that is none", "init_adapter=folder", "adapter_config.json"),
-    Mistake("directory of another run", "output_dir=finished", "resume=finished"),
-    Mistake("directory that cannot be", "output_dir=notes.jsonl/run", "Give another"),
-    Mistake("going on with nothing", "resume=folder", "holds no run"),
-    Mistake("going on with another option", "resume=finished lora.r=4", "lora.r=4: the run in"),
-    Mistake("tracker that is not installed", "tracking.wandb=true", "wandb"),
-    Mistake(
-        "minimal learning rate above the first",
-        "training.min_learning_rate=0.1",
-        "training.min_learning_rate=0.1 is above training.learning_rate=0.005; lower it",
-    ),
-    Mistake("pairs without a column", f"{PAIRS}one_sided.jsonl", "data.columns.rejected=rejected"),
-    Mistake("instructions for DPO", f"{PAIRS}notes.jsonl", "not preference pairs; use task=sft"),
-    Mistake("pairs for SFT", f"{DATA}pairs.jsonl", "not instructions; use task=dpo"),
-    Mistake("pairs without a difference", f"{PAIRS}equal.jsonl", "chosen equals rejected in all"),
-    Mistake("misspelt loss", "task=dpo dpo.loss_type=sigmod", "Did you mean 'sigmoid'"),
-    Mistake(
-        "label smoothing that nothing uses",
-        "task=dpo dpo.label_smoothing=0.1",
-        "no effect on dpo.loss_type=sigmoid; use one of robust",
-    ),
-    Mistake("packing of pairs", "task=dpo training.packing=true", "works with task=sft only"),
-    Mistake(
-        "reference that is no adapter",
-        "task=dpo dpo.reference_adapter=folder",
-        "dpo.reference_adapter=folder: no adapter_config.json",
-    ),
-    Mistake(
-        "reference of another shape",
-        "task=dpo dpo.reference_adapter=finished/adapter lora.r=4",
-        "lora.r",
-    ),
-]
+ALL = [row for rows in WRONG_INPUTS.values() for row in rows]
+LEAST = 120  # wrong inputs over all commands
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's directory, with what the mistakes are about."""
-    place = tmp_path_factory.mktemp("place")
-    notes = [{"instruction": f"Say {i}.", "input": "", "answer": f"{i}"} for i in range(12)]
-    lines = [json.dumps(note) for note in notes]
-    (place / "notes.jsonl").write_text("\n".join(lines).replace("answer", "output"))
-    (place / "empty.jsonl").write_text("")
-    (place / "broken.jsonl").write_text("\n".join([*lines[:2], lines[2][:-5], *lines[3:]]))
-    for file, answers in {
-        "pairs": {"chosen": "Yes, {}.", "rejected": "No {}"},
-        "one_sided": {"chosen": "Yes, {}."},
-        "equal": {"chosen": "{}", "rejected": "{}"},
-    }.items():
-        pairs = [
-            {"prompt": f"Is it {i}?"} | {side: text.format(i) for side, text in answers.items()}
-            for i in range(12)
-        ]
-        (place / f"{file}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    (place / "folder").mkdir()
-    source = Path(model_source(ModelConfig()))
-    shutil.copytree(source, place / "model")
-    for missing in ("eos", "pad"):
-        folder = place / f"no_{missing}"
-        shutil.copytree(source, folder)
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (folder / file).is_file():
-                settings = json.loads((folder / file).read_text())
-                settings.pop(f"{missing}_token", None)
-                (folder / file).write_text(json.dumps(settings))
-    run_tiny(place / "finished")
-    return place
+    folder = tmp_path_factory.mktemp("place")
+    make_place(folder)
+    return folder
 
 
 @pytest.fixture
@@ -157,28 +38,72 @@ def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def message_of(mistake: Mistake, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Status and standard error of ``fedllm run`` with the mistake in it."""
-    typed = shlex.split(mistake.overrides)
-    given = {text.partition("=")[0] for text in typed}
-    fitting = [text for text in BASE if text.partition("=")[0] not in given]
-    if "resume" in given:
-        fitting = []
-    status = cli.main(["run", "--quiet", *fitting, *typed])
-    return status, capsys.readouterr().err
+@pytest.fixture(scope="module")
+def said() -> dict[WrongInput, tuple[int, str, set[Path]]]:
+    """Status, standard error and what was left, of each wrong input that was typed already."""
+    return {}
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
-def test_mistake_costs_one_line(
-    mistake: Mistake, inside: Path, capsys: pytest.CaptureFixture[str]
+Said = dict[WrongInput, tuple[int, str, set[Path]]]
+
+
+def typed(
+    row: WrongInput, place: Path, said: Said, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, set[Path]]:
+    """What comes of a wrong input; typed once."""
+    if row not in said:
+        before = _paths(place)
+        capsys.readouterr()
+        status = cli.main(row.arguments)
+        said[row] = status, capsys.readouterr().err, _paths(place) - before
+    return said[row]
+
+
+def _paths(place: Path) -> set[Path]:
+    return {path.relative_to(place) for path in place.rglob("*")}
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: f"{row.typed} ({row.what})"[:70])
+def test_wrong_input_costs_one_line(
+    row: WrongInput, inside: Path, said: Said, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, shown = message_of(mistake, capsys)
-    assert status == 2
+    status, shown, left = typed(row, inside, said, capsys)
     assert shown.startswith("error: ")
+    assert row.says in shown
     assert shown.count("\n") == 1, shown
     assert "Traceback" not in shown
-    assert mistake.says in shown
-    assert not (inside / "outputs").exists()  # no half-made run is left
+    assert "unforeseen" not in shown
+    assert status == row.status
+    assert left == set()  # no half-made run
+
+
+def test_there_are_enough_and_of_every_command() -> None:
+    assert len(ALL) == len({row.typed for row in ALL}) >= LEAST
+    commands = {row.typed.split()[0] for row in ALL if row.typed}
+    (choices,) = (each.choices for each in cli._parser()._actions if each.choices)
+    assert commands >= set(choices)
+
+
+PROCESSES = [
+    "run --num-rounds 3",
+    "run model=custom model.path=./short_context",
+    "run output_dir=folder",
+    "status folder",
+    "evaluate --base embedded --suite finence",
+]
+
+
+@pytest.mark.parametrize("line", PROCESSES)
+def test_a_process_says_the_same(
+    line: str, inside: Path, said: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = (row for row in ALL if row.typed == line)
+    status, shown, _ = typed(row, inside, said, capsys)
+    command = [sys.executable, "-m", "fedllm_flwr.cli", *row.arguments]
+    before = _paths(inside)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (status, shown)
+    assert _paths(inside) == before
 
 
 def test_tokenizer_without_pad_token_works(inside: Path, tmp_path: Path) -> None:
@@ -187,29 +112,42 @@ def test_tokenizer_without_pad_token_works(inside: Path, tmp_path: Path) -> None
     assert directory.adapter.is_dir()
 
 
-def test_page_is_true(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [(mistake, message_of(mistake, capsys)[1]) for mistake in MISTAKES]
-    page = _page([(mistake, _portable(shown, inside)) for mistake, shown in rows])
+def test_page_is_true(inside: Path, said: Said, capsys: pytest.CaptureFixture[str]) -> None:
+    page = _page({row: typed(row, inside, said, capsys)[1] for row in ALL}, inside)
     if os.environ.get("FEDLLM_WRITE_DOCS"):
         PAGE.write_text(page)
     assert PAGE.read_text() == page
 
 
-def _portable(shown: str, place: Path) -> str:
-    """Without what differs between machines: the directory, and the numbers of one data set."""
-    return re.sub(re.escape(str(place)) + "/?", "", shown.strip())
-
-
-def _page(rows: list[tuple[Mistake, str]]) -> str:
-    intro = (
-        "# Mistakes and their messages\n\n"
-        "Every mistake ends `fedllm` with status 2 and one line on standard error, before any "
-        "training; under\n`flwr run` the same line is in the log. Each of these is run by "
-        "`tests/integration/test_errors.py`,\nwhich also writes this page.\n\n"
-        "| what is wrong | `fedllm run ...` | message |\n|---|---|---|\n"
-    )
+def _page(messages: dict[WrongInput, str], place: Path) -> str:
     lines = [
-        f"| {mistake.what} | `{mistake.overrides}` | {shown.replace('|', chr(92) + '|')} |"
-        for mistake, shown in rows
+        "# Mistakes and their messages",
+        "",
+        "Wrong use ends `fedllm` with status 2 and one line on standard error, before anything",
+        "is started, and leaves nothing behind; under `flwr run` the same line is in the log. A",
+        "run that has failed ends with status 1, an interrupted one with 130. An error that",
+        "nobody foresaw is one line, too: it names the file with its trace.",
+        "",
+        f"Each of these {len(ALL)} is typed by `tests/integration/test_errors.py`, which also",
+        "writes this page; `scripts/measure_errors.py` measures how long each takes.",
     ]
-    return intro + "\n".join(lines) + "\n"
+    for title, rows in WRONG_INPUTS.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| what is wrong | `fedllm ...` | message |",
+            "|---|---|---|",
+        ]
+        for row in rows:
+            message = _portable(messages[row], place).replace("|", "\\|")
+            lines.append(f"| {row.what} | `{row.typed or ' '}` | {message} |")
+    return "\n".join(lines) + "\n"
+
+
+def _portable(shown: str, place: Path) -> str:
+    """Without what differs between machines: directories, and the number of CPUs."""
+    text = re.sub(re.escape(str(place.resolve())) + "/?", "", shown.strip())
+    text = re.sub(re.escape(str(place)) + "/?", "", text)
+    text = re.sub(r"this machine has \d+ CPUs?", "this machine has 2 CPUs", text)
+    return re.sub(r"client_cpus=\d+ or less", "client_cpus=2 or less", text)

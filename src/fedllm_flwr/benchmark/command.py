@@ -20,6 +20,7 @@ from fedllm_flwr.config.schema import TEMPLATES
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.fit import check_evaluation_fit
 from fedllm_flwr.reporting.text import format_seconds
+from fedllm_flwr.run_directory import foreign_files
 from fedllm_flwr.suites.cache import SamplesCache, default_cache
 from fedllm_flwr.suites.catalogue import (
     SuiteTask,
@@ -196,6 +197,11 @@ def _output(request: Request) -> Path:
     path = Path(request.output or f"outputs/{stamp}-evaluate").expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output {path}: is a file; give a directory.")
+    if foreign := foreign_files(path, ("results.*", "*.png", "predictions", "work", ".*")):
+        raise ConfigError(
+            f"--output {path} holds other files ({', '.join(foreign[:3])}); give a new or an empty "
+            "directory."
+        )
     return path
 
 

@@ -18,6 +18,7 @@ from fedllm_flwr.errors import ConfigError, RunInterrupted
 from fedllm_flwr.fit import first_refusal
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.text import format_seconds
+from fedllm_flwr.run_directory import foreign_files
 from fedllm_flwr.training.device import cpu_count
 
 # Baselines first, so that the table reads from the bottom line to the upper one.
@@ -120,6 +121,11 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
     if (root / _SAVED).exists():
         raise ConfigError(
             f"output_dir={root} holds a comparison already; go on with it: resume={root}."
+        )
+    if foreign := foreign_files(root, (".*",)):
+        raise ConfigError(
+            f"output_dir={root} holds other files ({', '.join(foreign[:3])}); give a new or an "
+            "empty directory."
         )
     return root
 

@@ -196,6 +196,11 @@ def _check_device(config: Config) -> None:
             f"quantization={quantization} does not run on training.device=mps; use "
             "quantization=none or another device."
         )
+    if quantization == "int8" and config.lora.dora:
+        raise ConfigError(
+            "quantization=int8 does not train with lora.dora=true: bitsandbytes hands its scales "
+            "out once, and DoRA needs them twice; use quantization=nf4, or lora.dora=false."
+        )
     if config.model.attention != "flash_attention_2":
         return
     for key, value, remedy in (

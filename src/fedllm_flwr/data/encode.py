@@ -89,7 +89,7 @@ def encode(
     kept: list[tuple[TokenArray, Mask]] = []
     source: list[int] = []
     truncated = 0
-    for i, (tokens, supervised) in enumerate(tokenise(rendered, tokenizer)):
+    for i, (tokens, supervised) in enumerate(tokenise(rendered, tokenizer, max_length)):
         example = _truncate(tokens, supervised, max_length, truncation, tokenizer.bos_token_id)
         if example is not None:
             truncated += len(example[0]) < len(tokens)

@@ -15,6 +15,7 @@ _SHARED = 0.8  # of a held-out record's own shingles that one training record ho
 _COMMON = 0.05  # share of held-out records from which on a shingle belongs to the template
 _LEAST_OWN = 4  # shingles that a record must have for itself to be compared
 _MOST_COMPARED = 50_000  # training records that are compared shingle by shingle
+_LONGEST = 20_000  # characters of a record that are compared
 _MOST_ASKED = 1_000  # held-out records that are
 
 Shingle = tuple[str, ...]
@@ -76,7 +77,7 @@ def _texts(records: "datasets.Dataset") -> Iterator[str]:
     answers = [records[name][:] for name in ("chosen", "rejected") if name in records.column_names]
     for number, turns in enumerate(records["messages"][:]):
         parts = [turn["content"] for turn in turns] + [column[number] for column in answers]
-        yield " ".join(parts)
+        yield " ".join(parts)[:_LONGEST]
 
 
 def _words(text: str) -> list[str]:

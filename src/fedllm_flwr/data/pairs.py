@@ -22,7 +22,7 @@ class PairReport:
     num_records: int
     num_pairs: int
     prompts_cut: int  # pairs whose prompt lost its start
-    prompt_tokens_cut: int  # tokens that those prompts lost together
+    prompt_tokens_cut: int  # tokens that those prompts lost together; less what was never tokenised
     answers_cut: int  # answers that lost their end, at most two per pair
     dropped: int  # too long under truncation=drop, or two equal answers after the cut
 
@@ -119,7 +119,7 @@ def encode_pairs(
     losses = _Losses()
     kept: list[Row] = []
     source: list[int] = []
-    for i, whole in enumerate(_by_pair(tokenise(rendered, tokenizer))):
+    for i, whole in enumerate(_by_pair(tokenise(rendered, tokenizer, max_length))):
         fitted = _fit(whole, max_length, tokenizer.bos_token_id)
         lost = [len(before) - len(after) for before, after in zip(whole, fitted, strict=True)]
         is_equal = truncation != KEEP and np.array_equal(fitted.chosen, fitted.rejected)

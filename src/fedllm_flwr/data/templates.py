@@ -23,6 +23,9 @@ class Tokenizer(Protocol):
     def __call__(self, text: Any, **options: Any) -> Any:
         """Tokenise a text or a list of texts."""
 
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token."""
+
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """Render messages by the tokenizer's own template."""
 

@@ -17,13 +17,18 @@ BATCH = 1000  # texts per call of the tokenizer: bounds the memory, keeps its th
 
 
 def tokenise(
-    conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer
+    conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer, room: int | None = None
 ) -> Iterator[tuple[TokenArray, Mask]]:
     """Yield (tokens, supervised), both of shape (length,), for each list of segments.
 
     A text is tokenised as a whole, as a user of the model would. The tokens before an answer are
     the tokens of the prompt alone: where the tokenizer would merge across that boundary, the two
     sides are tokenised apart. There is one BOS if the tokenizer or the text calls for one.
+
+    Args:
+        room: tokens that the caller keeps of any segment, from its start or from its end. Of a
+            segment that is far longer, the middle is left out before it is tokenised: the tokens
+            of both ends stay what they were, and a record of a book costs no minutes.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -35,16 +40,23 @@ def tokenise(
     plain: PlainTokenizer | None = None  # for texts with marks, which are rare
     exchanged: _Marker | None = None
     for start in range(0, len(conversations), BATCH):
-        batch = conversations[start : start + BATCH]
-        texts = ["".join(part.text for part in parts) for parts in batch]
-        encodings = _encodings(texts, tokenizer)
-        for parts, text, encoding in zip(batch, texts, encodings, strict=True):
-            if has_marks(text):
+        whole = conversations[start : start + BATCH]
+        batch = (
+            list(whole) if room is None else [_shortened(parts, room, tokenizer) for parts in whole]
+        )
+        encodings = list(_encodings([_joined(parts) for parts in batch], tokenizer))
+        for i, parts in enumerate(batch):
+            if room is not None and parts is not whole[i] and len(encodings[i].ids) < 4 * room:
+                # A tokenizer that takes many characters for one token, such as all spaces in a row.
+                batch[i] = whole[i]
+                encodings[i] = _encodings([_joined(whole[i])], tokenizer)[0]
+        for parts, encoding in zip(batch, encodings, strict=True):
+            if has_marks(_joined(parts)):
                 plain = plain or PlainTokenizer(tokenizer)
                 exchanged = exchanged or _Marker(plain)
                 changed = [Segment(plain.exchange(part.text), part.supervised) for part in parts]
-                whole = "".join(part.text for part in changed)
-                tokens, supervised = exchanged.mark(_encodings([whole], plain)[0], changed)
+                text = _joined(changed)
+                tokens, supervised = exchanged.mark(_encodings([text], plain)[0], changed)
             else:
                 tokens, supervised = by_itself.mark(encoding, parts)
             if bos is not None and tokens[:1] != [bos]:
@@ -62,6 +74,34 @@ class _Marker:
     def mark(self, encoding: Any, parts: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Tokens and marks; where a token runs across the start of an answer, of parts alone."""
         return _mark(encoding, parts, self._prompt_ends) or _apart(parts, self._tokenizer)
+
+
+def _joined(parts: Sequence[Segment]) -> str:
+    return "".join(part.text for part in parts)
+
+
+def _shortened(parts: Sequence[Segment], room: int, tokenizer: Tokenizer) -> Sequence[Segment]:
+    """The segments, those that are far longer than `room` tokens without their middle.
+
+    Twice the characters that so many tokens can span stay at either end, so that what is kept lies
+    far from the cut. The same object comes back where nothing is long.
+    """
+    if max(len(part.text) for part in parts) <= 4 * (room + 1):
+        return parts
+    keep = 2 * (room + 1) * _longest_token(tokenizer)
+    if max(len(part.text) for part in parts) <= 2 * keep:
+        return parts
+    return [
+        Segment(part.text[:keep] + part.text[-keep:], part.supervised)
+        if len(part.text) > 2 * keep
+        else part
+        for part in parts
+    ]
+
+
+def _longest_token(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token; in a byte-level vocabulary a character is a byte."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def require_eos(tokenizer: Tokenizer) -> None:

@@ -5,11 +5,14 @@ import json
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
@@ -20,6 +23,8 @@ from fedllm_flwr.reporting.metrics import Record
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # keys of the section, and names of the packages
 
 logger = logging.getLogger(__name__)
+
+_CONNECT_S = 5.0  # seconds
 
 
 class Tracker(Protocol):
@@ -44,6 +49,26 @@ def check_trackers(tracking: TrackingConfig) -> None:
                 f"tracking.{name}=true, but {name} is not installed; "
                 "pip install 'fedllm-flwr[tracking]', or leave it out."
             )
+    if tracking.mlflow:
+        _check_mlflow_answers()
+
+
+def _check_mlflow_answers() -> None:
+    """MLflow itself tries an address where nothing answers again for many minutes."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    parts = urlsplit(uri)
+    proxied = parts.scheme in getproxies() and not proxy_bypass(parts.hostname or "")
+    if parts.scheme not in ("http", "https") or not parts.hostname or proxied:
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"tracking.mlflow=true: MLFLOW_TRACKING_URI={parts.scheme}://{parts.hostname}:{port} "
+            f"does not answer within {_CONNECT_S:g} s ({error.strerror or error}); "
+            f"{_REMEDIES['mlflow']}."
+        ) from error
 
 
 def open_trackers(config: Config, run_dir: Path) -> Tracker:
@@ -165,6 +190,9 @@ class _MLflow:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # Its defaults wait for 2 minutes, eight times, for a server that takes the connection.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 

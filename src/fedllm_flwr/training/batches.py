@@ -12,6 +12,10 @@ from fedllm_flwr.data.encode import Encoded
 
 IGNORED = -100  # label of tokens that do not enter the loss, as transformers has it
 
+# Examples whose cuts are chosen together; of more, neighbours in length are divided among
+# themselves, for the table of all cuts grows with the square of their number.
+_MOST_TOGETHER = 128
+
 MicroBatch = list[int]
 """Indices of the examples that go through the model together."""
 
@@ -26,7 +30,23 @@ def split_step(indices: Sequence[int], lengths: NDArray[np.int64], count: int) -
     """
     order = sorted(indices, key=lambda i: (int(lengths[i]), i))
     count = min(count, len(order))
-    padded = _padded_sizes(lengths[order], -(-len(order) // count))
+    allowed = -(-len(order) // count) * int(lengths[order[-1]])
+    groups = min(-(-len(order) // _MOST_TOGETHER), count)
+    batches: list[MicroBatch] = []
+    for group in range(groups):
+        first, last = group * count // groups, (group + 1) * count // groups
+        members = order[first * len(order) // count : last * len(order) // count]
+        batches += _divided(members, lengths, last - first, allowed)
+    return batches
+
+
+def _divided(
+    order: list[int], lengths: NDArray[np.int64], count: int, allowed: int
+) -> list[MicroBatch]:
+    """Neighbours in length cut into `count` micro-batches of at most `allowed` padded tokens."""
+    if count == 1:
+        return [order]
+    padded = _padded_sizes(lengths[order], allowed)
     # cost[i]: least padded size of the first i examples in the micro-batches so far.
     cost = np.full(len(order) + 1, np.inf)
     cost[0] = 0.0
@@ -45,12 +65,12 @@ def split_step(indices: Sequence[int], lengths: NDArray[np.int64], count: int) -
     return batches[::-1]
 
 
-def _padded_sizes(ascending: NDArray[np.int64], share: int) -> NDArray[np.float64]:
+def _padded_sizes(ascending: NDArray[np.int64], allowed: int) -> NDArray[np.float64]:
     """Padded size of the examples from `start` to `end`, shape (start, end); inf if not allowed."""
     positions = np.arange(len(ascending))
     sizes = positions[None, :] + 1 - positions[:, None]
     padded = sizes * ascending[None, :].astype(np.float64)
-    return np.where((sizes > 0) & (padded <= share * ascending[-1]), padded, np.inf)
+    return np.where((sizes > 0) & (padded <= allowed), padded, np.inf)
 
 
 @dataclass(frozen=True)

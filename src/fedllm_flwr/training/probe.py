@@ -17,12 +17,14 @@ _QUANTIZED_TOLERANCE = 0.2
 def check_computes(model: Any, config: Config) -> None:
     """Refuse a base model that yields no numbers, or whose tokens see those that follow.
 
-    Two texts of a few tokens that differ in their last one go through the model: the logits before
-    it must be finite, and the same in both.
+    No weight may be NaN or Inf: attention on CPUs passes over some of them in silence. Two texts
+    of a few tokens that differ in their last one go through the model: the logits before it must
+    be finite, and the same in both.
 
     Raises:
         ModelError: names the model and what is wrong with it.
     """
+    _check_weights(model, config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(_LENGTH).repeat(2, 1)
     tokens[1, -1] += 1
@@ -30,7 +32,13 @@ def check_computes(model: Any, config: Config) -> None:
     with torch.no_grad():
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
     if not torch.isfinite(logits).all():
-        raise _no_numbers(model, config)
+        dtype = str(model.dtype).removeprefix("torch.")
+        remedy = f"set training.dtype={'float32' if dtype != 'float32' else 'bfloat16'}"
+        raise ModelError(
+            f"model.path={config.model.path} gives NaN or Inf in {dtype}; {remedy} or another "
+            "quantization.",
+            f"its copy of the model gives NaN or Inf in {dtype}; {remedy}",
+        )
     before = logits[:, :-1]  # (2, tokens before the last, vocabulary)
     change = (before[0] - before[1]).abs().max() / before.abs().max().clamp_min(1e-9)
     quantized = config.quantization.name != "none"
@@ -47,19 +55,12 @@ def both_directions(path: str, architecture: str) -> ModelError:
     )
 
 
-def _no_numbers(model: Any, config: Config) -> ModelError:
-    """The error for logits that hold NaN or Inf: because of a weight, or of the precision."""
+def _check_weights(model: Any, config: Config) -> None:
+    """Refuse weights with NaN or Inf; a sum shows either in one pass and without a copy."""
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight).all():
-            return ModelError(
+        if weight.is_floating_point() and not weight.detach().sum(dtype=torch.float32).isfinite():
+            raise ModelError(
                 f"model.path={config.model.path}: its weights hold NaN or Inf, first in {name!r}; "
                 "copy or download the directory again.",
                 "the weights of its copy of the model hold NaN or Inf",
             )
-    dtype = str(model.dtype).removeprefix("torch.")
-    remedy = f"set training.dtype={'float32' if dtype != 'float32' else 'bfloat16'}"
-    return ModelError(
-        f"model.path={config.model.path} gives NaN or Inf in {dtype}; {remedy} or another "
-        "quantization.",
-        f"its copy of the model gives NaN or Inf in {dtype}; {remedy}",
-    )
