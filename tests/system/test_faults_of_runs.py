@@ -48,7 +48,7 @@ def ends_saying(run: Run, text: str, within_s: float = 400) -> bool:
 
 def states(federation: Deployment, run: Run) -> list[tuple[str, str, bytes]]:
     """Every site's control variates after the run's last round."""
-    last = f"control-{run.last_round():05d}.safetensors"
+    last = f"round-{run.last_round():05d}.safetensors"
     found = [path for name in SITES for path in (federation.root / name).rglob(last)]
     return sorted((path.parent.name, path.parent.parent.name, values(path)) for path in found)
 
