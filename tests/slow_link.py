@@ -91,6 +91,7 @@ def slow_link(port: int, round_trip_s: float, bits_per_s: float) -> Iterator[Slo
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks))
         loop.close()
         gc.collect()  # here, not in the middle of an import that parses code (CPython gh-106905)

@@ -61,3 +61,10 @@ def test_connections_share_the_line_and_may_stay_open_at_its_end(echo: int) -> N
             thread.join()
         assert 0.4 <= time.monotonic() - began < 3.0
     open_still.close()
+
+
+def test_link_ends_with_and_without_connections(echo: int) -> None:
+    with slow_link(echo, round_trip_s=0.01, bits_per_s=1e6) as link:
+        port = link.port
+    with pytest.raises(OSError, match=r"refused"):
+        socket.create_connection(("127.0.0.1", port))
