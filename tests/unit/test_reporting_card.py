@@ -4,7 +4,6 @@ import ast
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import DataConfig, PartitionConfig
 from fedllm_flwr.data.templates import render
 from fedllm_flwr.reporting.card import model_card
+from toy_tokenizers import byte_level
 
 SUMMARY: dict[str, Any] = {
     "base": {"loss": 2.8712, "perplexity": 17.66, "accuracy": 0.341},
@@ -85,7 +85,7 @@ def test_layout_is_that_of_training(template: str) -> None:
     card = model_card(made, SUMMARY, "embedded")
     [line] = re.findall(r"^template = (.*)$", card, re.MULTILINE)
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    tokenizer = SimpleNamespace(eos_token="</s>")
+    tokenizer = byte_level(eos="</s>")
     rendered = "".join(part.text for part in render(turns, template, tokenizer))
     assert ast.literal_eval(line).format(instruction="Why?") + " So.</s>" == rendered
     assert "followed by one space" in card
