@@ -15,7 +15,7 @@ from fedllm_flwr.preparation import prepare
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.strategies.census import Census
-from fedllm_flwr.strategies.exchange import Client
+from fedllm_flwr.strategies.exchange import Client, unlike_models
 
 _PAUSE_S = 0.5
 
@@ -47,7 +47,8 @@ def rehearse(config: Config, grid: Grid, console: Console) -> None:
     }
     if planned:
         nowhere = RunDirectory(Path("nothing, this is a dry run"))
-        console.plan(make_plan(config, prepared, planned, nowhere, 1, prepared.warnings))
+        warnings = [*prepared.warnings, *unlike_models(roster)]
+        console.plan(make_plan(config, prepared, planned, nowhere, 1, warnings))
     for line in _lines(census):
         console.note(line)
     away = [*census.missing, *census.silent]

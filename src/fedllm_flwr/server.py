@@ -27,7 +27,7 @@ from fedllm_flwr.round_store import folder_name
 from fedllm_flwr.run_directory import RunDirectory
 from fedllm_flwr.strategies import STRATEGIES
 from fedllm_flwr.strategies.census import discover
-from fedllm_flwr.strategies.exchange import Roster, check_roster
+from fedllm_flwr.strategies.exchange import Roster, check_roster, unlike_models
 from fedllm_flwr.timings import Timings
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def serve(
         sizes = {name: client.info.num_examples for name, client in roster.items()}
         table = clients_table(prepared.clients) if prepared.clients else sizes_table(sizes)
         write_atomically(directory.clients, table.encode())
-    warnings += [*prepared.warnings, *scored_on_one(config, sizes)]
+    warnings += [*prepared.warnings, *scored_on_one(config, sizes), *unlike_models(roster)]
     warnings += [f"{name} cannot take part: {why}" for name, why in sorted(census.refused.items())]
     if len(roster) < prepared.num_clients:
         warnings.append(f"starting with {len(roster)} of {prepared.num_clients} clients")

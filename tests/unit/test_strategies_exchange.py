@@ -10,7 +10,7 @@ from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.messages import ClientInfo, Failure
 from fedllm_flwr.strategies.census import Census, discover
-from fedllm_flwr.strategies.exchange import receive, send
+from fedllm_flwr.strategies.exchange import Client, receive, send, unlike_models
 from fedllm_flwr.strategies.inbox import NO_TENSORS, Expected, open_inbox
 from fedllm_flwr.wire import pack_failure, pack_info, unpack_query
 from memory_grid import MemoryGrid, superlink_error
@@ -338,3 +338,22 @@ def test_other_errors_of_the_superlink_end_the_exchange():
 
     with pytest.raises(grpc.RpcError):
         list(exchange(FullGrid({1: sending(RecordDict())}), [Message(RecordDict(), 1, "train")], 5))
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ({"a": "", "b": ""}, ""),  # simulated clients
+        ({"a": "org/m@c0ffee", "b": "org/m@c0ffee"}, ""),
+        ({"a": "sha256:11", "b": "sha256:22", "c": "sha256:11"}, "(a, c: sha256:11; b: sha256:22)"),
+        ({"a": "embedded", "b": "x\x1b[2J" + 5000 * "y"}, "x[2Jyyy"),
+    ],
+)
+def test_sites_with_other_base_models_are_named(models: dict[str, str], said: str) -> None:
+    roster = {
+        name: Client(i, ClientInfo(name, 9, __version__, model))
+        for i, (name, model) in enumerate(models.items())
+    }
+    warnings = unlike_models(roster)
+    assert len(warnings) == bool(said)
+    assert all(said in line and line.isprintable() and len(line) < 400 for line in warnings)

@@ -29,6 +29,7 @@ _TAKEN, _PUSHES = "UNIQUE constraint failed", 5
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
 _TTL_SLACK_S = 30.0  # so that the server's clock closes a round, not the SuperLink's
+_LONGEST_MODEL = 200  # characters of what a site says of its model
 _LONGEST_TEXT = 500  # characters of a client's wording that are shown
 
 # What Flower says of a node in its own codes (flwr.common.constant.ErrorCode), in an operator's
@@ -186,3 +187,16 @@ def check_roster(roster: Roster, config: Config) -> None:
             f"the clients announce {examples} examples, more than {LARGEST_WEIGHT:.0f}; look at "
             "their data files."
         )
+
+
+def unlike_models(roster: Roster) -> list[str]:
+    """A warning where sites train different base models, whose updates do not add up; else none."""
+    sites: dict[str, list[str]] = {}
+    for name, client in sorted(roster.items()):
+        model = printable(client.info.model)[:_LONGEST_MODEL] if client.info.model else ""
+        sites.setdefault(model, []).append(name)
+    sites.pop("", None)  # simulated clients share one model
+    if len(sites) < 2:
+        return []
+    groups = "; ".join(f"{', '.join(names)}: {model}" for model, names in sorted(sites.items()))
+    return [f"the sites do not train the same base model ({groups}); an average of theirs is none"]
