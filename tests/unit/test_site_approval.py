@@ -288,3 +288,42 @@ def test_message_that_cannot_be_read_is_noted(site: Path) -> None:
 def test_no_such_site(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no directory that `fedllm site init` has made"):
         site_folder(tmp_path)
+
+
+def let_it_rest(site: Path) -> None:
+    """Make all requests ones that the server asked for long ago."""
+    for file in (site / "requests").glob("*.json"):
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({**values, "last_asked": "2020-01-01T00:00:00Z"}))
+
+
+def test_request_of_a_server_that_no_longer_asks_does_not_wait(
+    site: Path, ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a dry run: it is not offered for approval, and goes when another one comes."""
+    ask(run_id=11)
+    let_it_rest(site)
+    assert cli.main(["site", "requests", str(site)]) == 0
+    assert capsys.readouterr().out.startswith("No request waits.")
+    assert cli.main(["site", "requests", str(site), "--all"]) == 0
+    assert "no longer asked" in capsys.readouterr().out
+
+    assert ask(run_id=12)
+    assert [(r.run, r.is_waiting) for r in Requests(site / "requests").all()] == [("12", True)]
+
+
+def test_server_that_asks_again_waits_again(site: Path, ask: Ask) -> None:
+    ask()
+    let_it_rest(site)
+    assert ask()
+    (request,) = Requests(site / "requests").all()
+    assert request.is_waiting
+
+
+def test_how_long_the_server_waits_is_no_setting_to_approve(site: Path, ask: Ask) -> None:
+    rule(site, "new-settings")
+    ask(run_id=11)
+    (request,) = Requests(site / "requests").all()
+    Requests(site / "requests").decide(request.id, "approved")
+    patient = replace(CONFIG.federation, start_timeout_s=86400.0)
+    assert ask(replace(CONFIG, federation=patient), run_id=12) is None

@@ -22,6 +22,8 @@ APPROVED, DECLINED = "approved", "declined"
 _ID_DIGITS = 12  # hexadecimal: too many for a server to look for a second request of the same id
 _SHORTEST_ID = 4
 _MOST_WAITING = 100  # requests; a server cannot fill the disk with more
+SILENT_S = 60.0  # without a question, after which a server no longer waits
+_SERVERS_OWN = ("start_timeout_s",)  # of the section federation: no business of a site's
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,15 @@ class Request:
     by: str = ""
 
     @property
-    def is_waiting(self) -> bool:
+    def is_undecided(self) -> bool:
         """Whether nobody has decided yet."""
         return not self.decision
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a server waits for a decision: it asks every few seconds as long as it does."""
+        since = datetime.now(UTC) - datetime.fromisoformat(self.last_asked)
+        return self.is_undecided and since.total_seconds() <= SILENT_S
 
 
 class Requests:
@@ -69,26 +77,27 @@ class Requests:
         if rule == AUTOMATIC:
             return
         settings = asdict(config)
-        digest = settings_digest(settings)
+        digest = settings_digest(_of_concern(settings))
         with self._locked():
             known = self.all()
             mine = next((r for r in known if (r.run, r.digest) == (run, digest)), None)
             if mine is None:
+                known = self._without_forgotten(known)
                 same = [r for r in known if r.digest == digest and r.decision]
                 if rule == NEW_SETTINGS and same and same[-1].decision == APPROVED:
                     return
-                if sum(request.is_waiting for request in known) >= _MOST_WAITING:
+                if sum(request.is_undecided for request in known) >= _MOST_WAITING:
                     raise ApprovalPending(f"{_MOST_WAITING} requests wait for approval at {site}")
                 identity = f"{run} {digest}".encode()
                 name = hashlib.sha256(identity).hexdigest()[:_ID_DIGITS]
                 mine = Request(name, run, server, digest, settings, _now(), _now())
-            elif mine.is_waiting:
+            elif mine.is_undecided:
                 mine = replace(mine, last_asked=_now())
-            if mine.is_waiting:
+            if mine.is_undecided:
                 self._write(mine)
         if mine.decision == DECLINED:
             raise ApprovalDeclined(f"the operator of {site} has declined this run")
-        if mine.is_waiting:
+        if mine.is_undecided:
             raise ApprovalPending(f"waiting for approval at {site}")
 
     def all(self) -> list[Request]:
@@ -143,6 +152,13 @@ class Requests:
         waiting = ", ".join(request.id for request in known if request.is_waiting)
         raise ConfigError(f"{shown(name)}: no request of this id; waiting: {waiting or 'none'}")
 
+    def _without_forgotten(self, known: list[Request]) -> list[Request]:
+        """Remove requests that nobody decided before the server stopped asking, as of dry runs."""
+        for request in known:
+            if request.is_undecided and not request.is_waiting:
+                (self.folder / f"{request.id}.json").unlink(missing_ok=True)
+        return [request for request in known if not request.is_undecided or request.is_waiting]
+
     def _write(self, request: Request) -> None:
         content = json.dumps(asdict(request), indent=1)
         write_atomically(self.folder / f"{request.id}.json", content.encode())
@@ -158,6 +174,12 @@ class Requests:
             raise FederationError(
                 f"cannot write the requests in {self.folder}: {error.strerror or error}."
             ) from error
+
+
+def _of_concern(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decision is about: the settings without those that concern the server alone."""
+    federation = {k: v for k, v in settings["federation"].items() if k not in _SERVERS_OWN}
+    return {**settings, "federation": federation}
 
 
 def in_words(settings: Mapping[str, Any]) -> list[str]:

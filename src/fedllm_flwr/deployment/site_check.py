@@ -55,7 +55,9 @@ def check_site(
     for name, found in site_datasets(node).items():
         if dataset in (None, name):
             lines += _data_lines(found, policy, tokenizer, template, max_length)
-    note = "" if path != "embedded" else ", which counts other tokens than the model you will train"
+    pinned = policy.allowed_models is None or any("@" in m for m in policy.allowed_models)
+    unlike = path == "embedded" and pinned
+    note = ", which counts other tokens than the model you will train" if unlike else ""
     lines.append(f"tokenizer   {path}{note}")
     return [*lines, *policy_lines(policy)]
 

@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.reporting.text import format_bytes, shorten
 
 _SHOWN_DIFFERENCES = 12
-_SILENT_S = 120.0  # without a question, after which a server no longer asks
 _LONGEST_LINE = 500  # characters
 
 
@@ -69,7 +68,7 @@ def site_requests(folder: Path) -> Requests:
 
 
 def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool) -> list[str]:
-    """The requests that wait, in words; with `every` those that are decided, too.
+    """The requests that wait, in words; with `every` also those decided or no longer asked.
 
     Args:
         full: all settings of each.
@@ -94,13 +93,12 @@ def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool
 
 
 def _request_lines(request: Request, known: Sequence[Request], full: bool) -> list[str]:
-    state = (
-        f"waiting since {local_time(request.asked)}, last asked {local_time(request.last_asked)}"
-        if request.is_waiting
-        else f"{request.decision} {local_time(request.decided)} by {request.by}"
-    )
-    if request.is_waiting and _is_silent(request):
-        state += ", not any more: its run has ended, or was a dry run"
+    if request.is_waiting:
+        state = f"waiting since {local_time(request.asked)}"
+    elif request.is_undecided:
+        state = f"no longer asked since {local_time(request.last_asked)}: ended, or a dry run"
+    else:
+        state = f"{request.decision} {local_time(request.decided)} by {request.by}"
     lines = [f"{request.id}  run {request.run} from {request.server or 'the server'}   {state}"]
     lines += [f"  {line}" for line in in_words(request.settings)]
     approved = [r for r in known if r.decision == APPROVED and r.id != request.id]
@@ -109,12 +107,6 @@ def _request_lines(request: Request, known: Sequence[Request], full: bool) -> li
     if full:
         lines += [f"    {line}" for line in json.dumps(request.settings, indent=1).splitlines()]
     return lines
-
-
-def _is_silent(request: Request) -> bool:
-    """Whether the server has stopped asking."""
-    since = datetime.now(UTC) - datetime.fromisoformat(request.last_asked)
-    return since.total_seconds() > _SILENT_S
 
 
 def _compared(request: Request, last: Request) -> list[str]:
