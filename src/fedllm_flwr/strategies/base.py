@@ -20,7 +20,7 @@ from fedllm_flwr.config.participation import min_replies, num_sampled
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.messages import Acknowledged, LocalCorrection, Task, Update
-from fedllm_flwr.params import Params, check_like, derive_seed, full_like
+from fedllm_flwr.params import Params, add, check_like, derive_seed, full_like
 from fedllm_flwr.schedule import cosine_learning_rate
 from fedllm_flwr.strategies.aggregation import Aggregator
 from fedllm_flwr.strategies.census import Census
@@ -85,8 +85,8 @@ class FederatedStrategy(Strategy):
         return LocalCorrection(mu=self.algorithm.mu, as_openfedllm=self.as_openfedllm)
 
     def control_step(self, control: Params, change: Params) -> Params:
-        """New control variate from `change` = sum_i(dc_i) / N (float64), where there is one."""
-        raise NotImplementedError(f"{type(self).__name__} has no control variate")
+        """c + `change`, where `change` = sum_i(dc_i) / N (float64): c stays the mean of the c_i."""
+        return add(control, change)
 
     @property
     def algorithm(self) -> AlgorithmConfig:

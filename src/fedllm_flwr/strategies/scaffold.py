@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fedllm_flwr.messages import LocalCorrection
-from fedllm_flwr.params import Params, add
 from fedllm_flwr.strategies.fedavg import FedAvg
 
 
@@ -39,7 +38,3 @@ class Scaffold(FedAvg):
         return LocalCorrection(
             mu=self.algorithm.mu, control_variates=True, as_openfedllm=self.as_openfedllm
         )
-
-    def control_step(self, control: Params, change: Params) -> Params:
-        """c + `change`, where `change` = sum_i(dc_i) / N."""
-        return add(control, change)
