@@ -18,7 +18,7 @@ from fedllm_flwr.fit import first_refusal
 from fedllm_flwr.reporting.console import Console, print_error
 from fedllm_flwr.reporting.metrics import read_metrics, summarise
 from fedllm_flwr.run import run_simulation, with_absolute_paths
-from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.run_directory import PlannedRun
 
 SWEEP = "sweep.json"  # in the directory of all runs: what was asked for, and the runs' names
 _TABLE = "results.csv"
@@ -26,22 +26,11 @@ _SCORES = ("loss", "accuracy", "macro_f1", "margin", "answer_tokens")
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Run(PlannedRun):
     """One combination: its name, its swept values by key, and its configuration."""
 
     name: str
     values: dict[str, str]
-    config: Config
-
-    @property
-    def directory(self) -> RunDirectory:
-        """Where it writes."""
-        return RunDirectory(Path(str(self.config.output_dir)))
-
-    @property
-    def done(self) -> bool:
-        """Whether it has been carried out before."""
-        return self.directory.summary.is_file()
 
 
 def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = False) -> int:
@@ -72,7 +61,7 @@ def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = Fal
         swept = [text for text in combination if text not in overrides]
         path = str(root / f"{number}-{','.join(swept)}".replace("/", "_"))
         values = dict(text.split("=", 1) for text in swept)
-        runs.append(_Run(",".join(swept), values, replace(config, output_dir=path)))
+        runs.append(_Run(",".join(swept), values, config=replace(config, output_dir=path)))
     names = [run.directory.path.name for run in runs]
     saved = {"overrides": [*overrides], "config_dir": config_dir, "runs": names}
     write_atomically(root / SWEEP, json.dumps(saved, indent=2).encode())

@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -165,6 +165,23 @@ _OWN_FILES = (
     ),
     *("tensorboard", "wandb", "trackers.json", ".*"),
 )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of several: its configuration, whose ``output_dir`` is set."""
+
+    config: Config = field(kw_only=True)
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where the run writes."""
+        return RunDirectory(Path(str(self.config.output_dir)))
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has been carried out before."""
+        return self.directory.summary.is_file()
 
 
 def foreign_files(folder: Path, own: Sequence[str]) -> list[str]:

@@ -38,7 +38,9 @@ def _outcome(algorithm: str, seed: int, accuracy: float, **local: float) -> Outc
             for name, value in local.items()
         }
     config = compose(["federation.engine=inprocess"])
-    return Outcome(Job(algorithm, seed, config), records, summarise(records, {"rounds": 3.0}))
+    return Outcome(
+        Job(algorithm, seed, config=config), records, summarise(records, {"rounds": 3.0})
+    )
 
 
 @pytest.fixture

@@ -14,26 +14,15 @@ from fedllm_flwr.config.schema import AlgorithmConfig, PartitionConfig
 from fedllm_flwr.config.validation import validate
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import ConfigError, FedLLMError
-from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.run_directory import PlannedRun, RunDirectory
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(PlannedRun):
     """One run of a comparison."""
 
     algorithm: str
     seed: int
-    config: Config
-
-    @property
-    def directory(self) -> RunDirectory:
-        """Where the run writes."""
-        return RunDirectory(Path(str(self.config.output_dir)))
-
-    @property
-    def done(self) -> bool:
-        """Whether the run has been carried out before."""
-        return self.directory.summary.is_file()
 
 
 def make_jobs(
@@ -55,7 +44,7 @@ def make_jobs(
             path = root / "runs" / f"{name}-seed{seed}"
             federation = replace(config.federation, engine="inprocess")
             seeded = replace(config, seed=seed, output_dir=str(path), federation=federation)
-            jobs.append(Job(name, seed, seeded))
+            jobs.append(Job(name, seed, config=seeded))
     return sorted(jobs, key=lambda job: (job.seed, algorithms.index(job.algorithm)))
 
 
