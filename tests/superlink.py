@@ -1,19 +1,26 @@
-"""A SuperLink's ServerAppIo API over Flower's own object store; replies arrive piece by piece."""
+"""A SuperLink's ServerAppIo API over Flower's own object store.
+
+Replies arrive piece by piece, and it may die while it takes messages.
+"""
 
 from collections.abc import Iterable
 
+import grpc
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.proto.appio_pb2 import PullAppMessagesResponse
+from flwr.common.typing import Run
+from flwr.proto.appio_pb2 import PullAppMessagesResponse, PushAppMessagesResponse
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedResponse,
     ObjectTree,
     PullObjectResponse,
+    PushObjectResponse,
 )
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.grid.grpc_grid import GrpcGrid
 
 RUN = 1
 
@@ -77,3 +84,52 @@ def asked(messages: Iterable[Message]) -> list[Message]:
         message.metadata.__dict__.update(_run_id=RUN, _src_node_id=1)
         message.metadata.__dict__["_message_id"] = message.object_id
     return stamped
+
+
+class Dead(grpc.RpcError):
+    """What a client sees of a SuperLink that finds a message's id taken."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNKNOWN
+
+    def details(self) -> str:
+        return "Exception calling application: UNIQUE constraint failed: message_ins.message_id"
+
+
+class StoredMessages:
+    """The stub of a SuperLink that dies once after storing `dies_after` messages of a push.
+
+    As over Flower's grid, the same push then finds it again, with what it has stored.
+    """
+
+    def __init__(self, dies_after: int) -> None:
+        self.store = InMemoryObjectStore()
+        self.messages: list[str] = []
+        self._left = dies_after
+
+    def grid(self) -> GrpcGrid:
+        """Flower's grid on this stub."""
+        grid = GrpcGrid(token="token")
+        grid._channel, grid._grpc_stub = object(), self
+        grid.set_run(Run.create_empty(RUN))
+        return grid
+
+    def PushMessages(self, request) -> PushAppMessagesResponse:  # noqa: N802
+        """Objects are announced, then the metadata stored, one message after the other."""
+        lacking = set()
+        pairs = zip(request.messages_list, request.message_object_trees, strict=True)
+        for proto, tree in pairs:
+            lacking |= set(self.store.preregister(RUN, tree))
+            if proto.metadata.message_id in self.messages:
+                raise Dead
+            self.messages.append(proto.metadata.message_id)
+            self._left -= 1
+            if self._left == 0:
+                return self.PushMessages(request)
+        ids = [proto.metadata.message_id for proto in request.messages_list]
+        return PushAppMessagesResponse(message_ids=ids, objects_to_push=lacking)
+
+    def PushObject(self, request) -> PushObjectResponse:  # noqa: N802
+        """An object that was announced."""
+        self.store.put(request.object_id, request.object_content)
+        return PushObjectResponse(stored=True)

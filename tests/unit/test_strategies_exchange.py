@@ -3,6 +3,7 @@
 import grpc
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
@@ -14,6 +15,7 @@ from fedllm_flwr.strategies.exchange import Client, receive, send, unlike_models
 from fedllm_flwr.strategies.inbox import NO_TENSORS, Expected, open_inbox
 from fedllm_flwr.wire import pack_failure, pack_info, unpack_query
 from memory_grid import MemoryGrid, superlink_error
+from superlink import StoredMessages
 
 CONFIG = Config(federation=FederationConfig(start_timeout_s=0.3))
 
@@ -298,37 +300,18 @@ def test_busy_database_of_the_superlink_is_asked_again():
     assert not reply.has_error()
 
 
-def test_messages_that_a_dying_superlink_had_stored_go_once_more():
-    class RestartedGrid(MemoryGrid):
-        """Stores the first message of the first batch, dies, and is asked again."""
-
-        def push_messages(self, messages):
-            messages = list(messages)
-            ids = {message.object_id for message in messages}
-            if not pushed:
-                pushed.append(ids)
-                raise Busy("(sqlite3.IntegrityError) UNIQUE constraint failed: message_ins.message")
-            assert not ids & pushed[0]
-            return super().push_messages(messages)
-
-    pushed: list[set[str]] = []
-    grid = RestartedGrid({1: sending(RecordDict()), 2: sending(RecordDict())})
-    messages = [Message(RecordDict(), node_id, "train", ttl=9) for node_id in (1, 2)]
-    replies = list(exchange(grid, messages, timeout_s=5))
-    assert sorted(reply.metadata.src_node_id for reply in replies) == [1, 2]
-    assert [message.metadata.ttl for message in grid.sent] == [9, 9]
-
-
-def test_a_superlink_that_always_finds_ids_taken_ends_the_exchange():
-    class StuckGrid(MemoryGrid):
-        def push_messages(self, messages):
-            self.pulls += 1
-            raise Busy("UNIQUE constraint failed: message_ins.message_id")
-
-    grid = StuckGrid({1: sending(RecordDict())})
-    with pytest.raises(grpc.RpcError):
-        list(exchange(grid, [Message(RecordDict(), 1, "train")], 5))
-    assert grid.pulls == 5
+@pytest.mark.parametrize("stored", [1, 2])
+def test_messages_that_a_dying_superlink_had_stored_get_their_objects(stored):
+    """A site would wait for them for ever, as the message that it was handed first."""
+    stub = StoredMessages(dies_after=stored)
+    content = RecordDict({"settings": ConfigRecord({"dtype": "float32"})})
+    messages = [Message(content, node_id, "train", ttl=9) for node_id in (7, 8, 9)]
+    sent = send(stub.grid(), messages)
+    assert list(sent.values()) == [7, 8, 9]
+    assert list(sent) == [message.object_id for message in messages] == stub.messages
+    for message in messages:
+        for object_id, part in get_all_nested_objects(message).items():
+            assert stub.store.get(object_id) == part.deflate()
 
 
 def test_other_errors_of_the_superlink_end_the_exchange():

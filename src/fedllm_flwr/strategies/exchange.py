@@ -7,7 +7,10 @@ from functools import partial
 
 import grpc
 from flwr.app import Message
+from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.superlink.grid.grpc_grid import GrpcGrid
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import min_replies, num_sampled
@@ -25,7 +28,7 @@ from fedllm_flwr.strategies.inbox import (
 )
 from fedllm_flwr.wire import unpack_failure
 
-_TAKEN, _PUSHES = "UNIQUE constraint failed", 5
+_TAKEN = "UNIQUE constraint failed"
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
 _TTL_SLACK_S = 30.0  # so that the server's clock closes a round, not the SuperLink's
@@ -72,7 +75,8 @@ def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
     Flower refuses a message to a node that has left. The gRPC grid then returns an empty id in
     its place, or no ids at all if the batch was too large; the in-memory grid leaves it out.
     """
-    batch, message_ids = _push(grid, list(messages))
+    batch = list(messages)
+    message_ids = _push(grid, batch)
     if len(message_ids) != len(batch):
         accepted = set(message_ids)
         own_ids = [message.metadata.message_id for message in batch]
@@ -81,36 +85,46 @@ def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
     return {message_id: message.metadata.dst_node_id for message_id, message in pairs if message_id}
 
 
-def _push(grid: Grid, batch: list[Message]) -> tuple[list[Message], list[str]]:
-    """Push `batch`, which the gRPC grid reads twice; what was pushed, and Flower's ids.
+def _push(grid: Grid, batch: list[Message]) -> list[str]:
+    """Push `batch`, which the gRPC grid reads twice; Flower's ids.
 
     Where a SuperLink dies between storing a message and saying so, or is too busy for a part of
-    the batch, the next try finds ids that are taken. Then all go once more under ids of their own:
-    what a client does for the first ones is lost, the round is not.
+    the batch, the next try finds ids that are taken. Each message then goes alone.
 
     Raises:
         grpc.RpcError: any other error, or one that lasts.
     """
-    for left in reversed(range(_PUSHES if batch else 0)):
-        try:
-            return batch, list(patiently(partial(grid.push_messages, batch)))
-        except grpc.RpcError as error:
-            if _TAKEN not in details_of(error) or not left:
-                raise
-        batch = [_anew(message) for message in batch]
-    return batch, []
+    if not batch:
+        return []
+    try:
+        return list(patiently(partial(grid.push_messages, batch)))
+    except grpc.RpcError as error:
+        if _TAKEN not in details_of(error) or not isinstance(grid, GrpcGrid):
+            raise
+    return [_push_rest(grid, message) for message in batch]
 
 
-def _anew(message: Message) -> Message:
-    """The same message with a time of creation, and thus an id, of its own."""
-    about = message.metadata
-    return Message(
-        message.content,
-        about.dst_node_id,
-        about.message_type,
-        ttl=about.ttl,
-        group_id=about.group_id,
-    )
+def _push_rest(grid: GrpcGrid, message: Message) -> str:
+    """Push what the SuperLink lacks of a message; Flower's id, "" if it was refused.
+
+    If its metadata are stored, its objects have to follow: a site that fetches it waits for them
+    for more than an hour, and takes no other message meanwhile.
+    """
+    try:
+        return next(iter(patiently(partial(grid.push_messages, [message]))), "")
+    except grpc.RpcError as error:
+        if _TAKEN not in details_of(error):
+            raise
+    for object_id, part in get_all_nested_objects(message).items():
+        request = PushObjectRequest(
+            node=grid.node,
+            run_id=grid.run.run_id,
+            object_id=object_id,
+            object_content=part.deflate(),
+        )
+        # One that is there already stays as it is.
+        patiently(partial(grid._stub.PushObject, request))
+    return message.metadata.message_id
 
 
 def receive(
