@@ -30,14 +30,14 @@ from transformers import TrainerCallback
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.data.client import simulated_data
+from fedllm_flwr.data.client_data import simulated_data
 from fedllm_flwr.data.pairs import EncodedPairs
-from fedllm_flwr.schedule import draw_examples
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.device import micro_batch_size, torch_threads
 from fedllm_flwr.training.batches import RoundBatches, round_batches
-from fedllm_flwr.training.device import micro_batch_size, torch_threads
 from fedllm_flwr.training.dpo import train_dpo
-from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.reference import LogProbs, reference_log_probs
+from fedllm_flwr.training.schedule import draw_examples
 
 LEARNING_RATE = 5e-4
 KEPT, FIRST, EVERY_STEP = "kept values", "first round", "in every step"  # names of the programs

@@ -13,12 +13,12 @@ from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.data.templates import Segment
 from fedllm_flwr.data.tokens import tokenise
 from fedllm_flwr.environment import prepare_environment
-from fedllm_flwr.suites.catalogue import chosen_tasks
-from fedllm_flwr.suites.harness import HarnessTasks
-from fedllm_flwr.suites.model import TextModel
-from fedllm_flwr.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.catalogue import chosen_tasks
+from fedllm_flwr.evaluation.suites.harness import HarnessTasks
+from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.training.log_probs import by_length, forward
-from fedllm_flwr.training.model import load_model
 
 
 class Recording(TextModel):

@@ -30,10 +30,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fedllm_flwr.commands.status.health import addresses, check_health
 from fedllm_flwr.data.sources import DEMO
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
-from fedllm_flwr.status.health import addresses, check_health
 
 LIMIT_S = 1800.0  # of a run
 MODES = {"process per message": False, "resident trainer": True}

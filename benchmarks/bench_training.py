@@ -38,7 +38,8 @@ from fedllm_flwr.config.schema import (
 )
 from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.data.federated import load_federated_data
-from fedllm_flwr.schedule import draw_examples
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.device import micro_batch_size, torch_threads
 from fedllm_flwr.training.batches import (
     RoundBatches,
     collate_padded,
@@ -46,8 +47,7 @@ from fedllm_flwr.training.batches import (
     round_batches,
     split_step,
 )
-from fedllm_flwr.training.device import micro_batch_size, torch_threads
-from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.training.schedule import draw_examples
 from fedllm_flwr.training.sft import train_sft
 
 LEARNING_RATE = 5e-4

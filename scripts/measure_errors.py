@@ -57,7 +57,7 @@ def _measure(row: WrongInput, place: Path) -> list[str]:
     """Type one; what is wrong with how it ended."""
     before = set(place.rglob("*"))
     started = time.monotonic()
-    command = [sys.executable, "-m", "fedllm_flwr.cli", *row.arguments]
+    command = [sys.executable, "-m", "fedllm_flwr.commands.main", *row.arguments]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started
     print(

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 
-from fedllm_flwr.checkpoint import ServerState, kept_rounds, load_state, save_state
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import (
     AlgorithmConfig,
@@ -23,16 +22,17 @@ from fedllm_flwr.config.schema import (
     FederationConfig,
     TrainingConfig,
 )
-from fedllm_flwr.messages import ClientInfo, Update
+from fedllm_flwr.federation.client_memory import ClientMemory
+from fedllm_flwr.federation.control import ClientControl
+from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.round_store import RoundStore, folder_name
+from fedllm_flwr.federation.state import ServerState, kept_rounds, load_state, save_state
+from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
+from fedllm_flwr.federation.strategies.base import FederatedStrategy
+from fedllm_flwr.federation.wire import pack_update, unpack_task
 from fedllm_flwr.params import Params, subtract
-from fedllm_flwr.round_store import RoundStore, folder_name
-from fedllm_flwr.strategies import STRATEGIES, Hooks
-from fedllm_flwr.strategies.base import FederatedStrategy
-from fedllm_flwr.strategies.exchange import Client
-from fedllm_flwr.training.control import ClientControl
 from fedllm_flwr.training.drift import DriftCorrection
-from fedllm_flwr.training.memory import ClientMemory
-from fedllm_flwr.wire import pack_update, unpack_task
 from memory_grid import MemoryGrid, superlink_error
 
 SIZE, STEPS, LEARNING_RATE = 3, 5, 0.1

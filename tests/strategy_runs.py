@@ -3,17 +3,17 @@
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 
-from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import (
     AlgorithmConfig,
     CommunicationConfig,
     FederationConfig,
 )
-from fedllm_flwr.messages import ClientInfo, Update
-from fedllm_flwr.strategies import STRATEGIES, Hooks
-from fedllm_flwr.strategies.exchange import Client
-from fedllm_flwr.wire import pack_update, unpack_task
+from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
+from fedllm_flwr.federation.wire import pack_update, unpack_task
 
 START = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,

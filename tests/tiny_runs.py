@@ -8,14 +8,14 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedllm_flwr.checkpoint import load_params
-from fedllm_flwr.client_app import app
+from fedllm_flwr.client.app import app
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.engines.inprocess import InProcessGrid
+from fedllm_flwr.federation.tensor_files import load_params
+from fedllm_flwr.federation.wire import unpack_task
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.run import run_on_grid, run_simulation
-from fedllm_flwr.run_directory import RunDirectory
-from fedllm_flwr.wire import unpack_task
+from fedllm_flwr.runs.directory import RunDirectory
+from fedllm_flwr.server.run import run_on_grid, run_simulation
+from fedllm_flwr.simulation.inprocess import InProcessGrid
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam")
 

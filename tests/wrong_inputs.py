@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedllm_flwr.config.schema import ModelConfig
-from fedllm_flwr.training.tokenizer import model_source
+from fedllm_flwr.models.tokenizer import model_source
 from tiny_runs import run_tiny, tiny
 
 BASE = tiny("federation.engine=inprocess")

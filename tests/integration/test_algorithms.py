@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from fedllm_flwr.checkpoint import load_params
-from fedllm_flwr.messages import Update
-from fedllm_flwr.wire import unpack_info, unpack_task, unpack_update
+from fedllm_flwr.federation.messages import Update
+from fedllm_flwr.federation.tensor_files import load_params
+from fedllm_flwr.federation.wire import unpack_info, unpack_task, unpack_update
 from tiny_runs import ADAPTER, ALGORITHMS, NUM_CLIENTS, WrappedApp, outcome, run_intercepted
 
 VARIANTS = ("paper", pytest.param("openfedllm", marks=pytest.mark.slow))

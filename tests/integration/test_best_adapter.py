@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr import cli
-from fedllm_flwr.adapters import load_kept
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.compose import load_yaml
 from fedllm_flwr.errors import ConfigError, RunInterrupted
 from fedllm_flwr.evaluation.central import evaluate
-from fedllm_flwr.kept_adapters import find_adapter, find_adapters
-from fedllm_flwr.preparation import evaluation_threads, held_out_records
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.runs.adapter_files import load_kept
+from fedllm_flwr.runs.kept_adapters import find_adapter, find_adapters
+from fedllm_flwr.server.preparation import evaluation_threads, held_out_records
 from tiny_runs import interrupting, outcome, records, resume, run_intercepted, run_tiny
 
 # At this learning rate the loss on held-out records is lowest after round 3.

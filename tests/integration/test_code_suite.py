@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.cli import main
-from fedllm_flwr.sandbox.programs import containment
+from fedllm_flwr.commands.main import main
+from fedllm_flwr.evaluation.sandbox.programs import containment
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,15 +11,16 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from fedllm_flwr.checkpoint import load_params, newest_round
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.data.client import simulated_client, simulated_data
+from fedllm_flwr.data.client_data import simulated_client, simulated_data
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.errors import RunInterrupted
 from fedllm_flwr.evaluation.answers import as_text, greedy_answers
+from fedllm_flwr.federation.state import newest_round
+from fedllm_flwr.federation.tensor_files import load_params
+from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.models.tokenizer import load_tokenizer, model_source
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.model import load_model
-from fedllm_flwr.training.tokenizer import load_tokenizer, model_source
 from tiny_runs import (
     ADAPTER,
     ALGORITHMS,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 from tiny_runs import run_tiny
 from wrong_inputs import WRONG_INPUTS, WrongInput, make_place
 
@@ -99,7 +99,7 @@ def test_a_process_says_the_same(
 ) -> None:
     (row,) = (row for row in ALL if row.typed == line)
     status, shown, _ = typed(row, inside, said, capsys)
-    command = [sys.executable, "-m", "fedllm_flwr.cli", *row.arguments]
+    command = [sys.executable, "-m", "fedllm_flwr.commands.main", *row.arguments]
     before = _paths(inside)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (status, shown)

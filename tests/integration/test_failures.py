@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import Update
-from fedllm_flwr.wire import pack_update, unpack_update
+from fedllm_flwr.federation.messages import Update
+from fedllm_flwr.federation.wire import pack_update, unpack_update
 from tiny_runs import WrappedApp, outcome, records, resume, run_intercepted, run_tiny, tiny
 
 EVERYONE = "federation.sample_clients=3"

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedllm_flwr.cli import main
+from fedllm_flwr.commands.main import main
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError
-from fedllm_flwr.judging.local import LocalJudge
-from fedllm_flwr.judging.options import JudgeOptions
-from fedllm_flwr.judging.panel import Case, Verdict, judge_all
-from fedllm_flwr.judging.runner import OpenEnded, check
-from fedllm_flwr.judging.verdicts import Scale
-from fedllm_flwr.suites.catalogue import all_suites
-from fedllm_flwr.suites.model import TextModel
-from fedllm_flwr.suites.results import RunOptions, Samples
-from fedllm_flwr.suites.scores import task_estimates
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.evaluation.judging.local import LocalJudge
+from fedllm_flwr.evaluation.judging.options import JudgeOptions
+from fedllm_flwr.evaluation.judging.panel import Case, Verdict, judge_all
+from fedllm_flwr.evaluation.judging.runner import OpenEnded, check
+from fedllm_flwr.evaluation.judging.verdicts import Scale
+from fedllm_flwr.evaluation.suites.catalogue import all_suites
+from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.scores import task_estimates
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+from fedllm_flwr.models.adapted_model import load_model
 from judge_server import JudgeServer, judge_server
 
 pytest.importorskip("openai")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from fedllm_flwr import cli
-from fedllm_flwr.checkpoint import load_params
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config
-from fedllm_flwr.run import run_simulation
-from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.federation.tensor_files import load_params
+from fedllm_flwr.runs.directory import RunDirectory
+from fedllm_flwr.server.run import run_simulation
 from tiny_runs import ADAPTER, outcome, records, run_tiny, tiny
 
 WholeRun = Callable[..., Path]
@@ -146,7 +146,7 @@ def test_a_stopped_sweep_keeps_its_rows_and_goes_on(
             raise KeyboardInterrupt
         return run_simulation(config, *rest)
 
-    monkeypatch.setattr("fedllm_flwr.multirun.run_simulation", interrupted)
+    monkeypatch.setattr("fedllm_flwr.commands.sweep.run_simulation", interrupted)
     assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 130
     how = "fedllm run --multirun resume=seeds"
     assert f"interrupted; 1 of 3 runs are done, go on with: {how}" in capsys.readouterr().err

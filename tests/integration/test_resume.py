@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 
-from fedllm_flwr import cli
-from fedllm_flwr.checkpoint import load_state, newest_round
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.describe import keys
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, RunInterrupted
+from fedllm_flwr.federation.state import load_state, newest_round
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.run import run_simulation
-from fedllm_flwr.run_directory import _FREE_TO_CHANGE
+from fedllm_flwr.runs.directory import _FREE_TO_CHANGE
+from fedllm_flwr.server.run import run_simulation
 from tiny_runs import (
     ADAPTER,
     ALGORITHMS,

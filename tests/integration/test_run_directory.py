@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.compose import compose, load_yaml
-from fedllm_flwr.data.client import divided_data
+from fedllm_flwr.data.client_data import divided_data
+from fedllm_flwr.models.tokenizer import model_source
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.run import run_simulation
-from fedllm_flwr.training.tokenizer import model_source
+from fedllm_flwr.server.run import run_simulation
 from tiny_runs import tiny
 
 PNG = b"\x89PNG\r\n\x1a\n"

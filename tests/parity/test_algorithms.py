@@ -13,13 +13,13 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
-from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import AlgorithmConfig
-from fedllm_flwr.messages import ClientInfo, Update
+from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.federation.strategies import STRATEGIES
 from fedllm_flwr.params import RunningMean
-from fedllm_flwr.strategies import STRATEGIES
-from fedllm_flwr.strategies.exchange import Client
 
 ROUNDS = 6
 SHAPES = {"q.lora_A": (2, 3), "q.lora_B": (3, 2), "v.lora_A": (4,)}

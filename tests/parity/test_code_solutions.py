@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.coding.problems import Problem, human_eval, mbpp
-from fedllm_flwr.sandbox.programs import Program, containment, run_programs
+from fedllm_flwr.evaluation.coding.problems import Problem, human_eval, mbpp
+from fedllm_flwr.evaluation.sandbox.programs import Program, containment, run_programs
 
 SHARED = Path(os.environ.get("FEDLLM_DATA", Path(__file__).parents[3] / "shared/data"))
 DATA = SHARED / "eval"

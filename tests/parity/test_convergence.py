@@ -8,13 +8,13 @@ the client half is written here from Karimireddy et al. 2020, Algorithm 1.
 import numpy as np
 import pytest
 
-from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import AlgorithmConfig
-from fedllm_flwr.messages import ClientInfo
+from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.federation.strategies import STRATEGIES
 from fedllm_flwr.params import RunningMean
-from fedllm_flwr.strategies import STRATEGIES
-from fedllm_flwr.strategies.exchange import Client
 
 NUM_CLIENTS, DIMENSION, STEPS, RATE = 5, 4, 10, 0.05
 _RNG = np.random.default_rng(3)

@@ -16,14 +16,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.pairs import EncodedPairs
-from fedllm_flwr.messages import Task, Update
+from fedllm_flwr.federation.messages import Task, Update
+from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params, add
-from fedllm_flwr.schedule import draw_examples
-from fedllm_flwr.training.local import train_locally
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.training.schedule import draw_examples
 from toy_pairs import random_pairs
 
 LEARNING_RATE = 1e-2

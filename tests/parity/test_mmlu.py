@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedllm_flwr.benchmark.arguments import evaluate_arguments
-from fedllm_flwr.cli import _parsed
+from fedllm_flwr.commands.evaluate.arguments import evaluate_arguments
+from fedllm_flwr.commands.main import _parsed
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 MODEL = SHARED / "models/base7m"

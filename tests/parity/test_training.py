@@ -15,14 +15,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
+from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.messages import Acknowledged, LocalCorrection, Task, Update
+from fedllm_flwr.federation.messages import Acknowledged, Task, Update
+from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params, derive_seed
-from fedllm_flwr.schedule import draw_examples
-from fedllm_flwr.training.local import train_locally
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.training.local_terms import LocalCorrection
+from fedllm_flwr.training.schedule import draw_examples
 
 LEARNING_RATE = 1e-2
 TOLERANCE = 2e-5  # absolute; AdamW moves a weight by up to 1e-2 a step, clipped SGD by 1e-3

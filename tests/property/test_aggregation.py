@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedllm_flwr.checkpoint import ServerState
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import AlgorithmConfig
-from fedllm_flwr.messages import ClientInfo
+from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.federation.strategies import STRATEGIES
 from fedllm_flwr.params import LARGEST_VALUE, RunningMean
-from fedllm_flwr.strategies import STRATEGIES
-from fedllm_flwr.strategies.exchange import Client
 
 SHAPE = (3,)
 # Any float32 a client may send, from the smallest to the largest, and sums that cancel.

@@ -8,12 +8,12 @@ from flwr.app import ArrayRecord, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm_flwr.checkpoint import ServerState
-from fedllm_flwr.messages import ClientInfo
-from fedllm_flwr.schedule import draw_examples
-from fedllm_flwr.strategies import STRATEGIES
-from fedllm_flwr.strategies.exchange import Client
-from fedllm_flwr.wire import pack_update, unpack_task
+from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.federation.strategies import STRATEGIES
+from fedllm_flwr.federation.wire import pack_update, unpack_task
+from fedllm_flwr.training.schedule import draw_examples
 from memory_grid import MemoryGrid, superlink_error
 from strategy_runs import START, config_of, update_of
 

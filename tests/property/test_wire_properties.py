@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.encoding import from_bfloat16_bits, to_bfloat16_bits
-from fedllm_flwr.messages import Acknowledged, ClientInfo, Failure, LocalCorrection, Task, Update
-from fedllm_flwr.params import Params
-from fedllm_flwr.wire import (
+from fedllm_flwr.federation.encoding import from_bfloat16_bits, to_bfloat16_bits
+from fedllm_flwr.federation.messages import Acknowledged, ClientInfo, Failure, Task, Update
+from fedllm_flwr.federation.wire import (
     pack_failure,
     pack_info,
     pack_params,
@@ -25,6 +24,8 @@ from fedllm_flwr.wire import (
     unpack_task,
     unpack_update,
 )
+from fedllm_flwr.params import Params
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 DTYPES = ("float32", "bfloat16", "float16")
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

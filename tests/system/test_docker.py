@@ -140,7 +140,7 @@ def _check_adapter(adapter: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from fedllm_flwr.training.tokenizer import EMBEDDED
+    from fedllm_flwr.models.tokenizer import EMBEDDED
 
     base = AutoModelForCausalLM.from_pretrained(EMBEDDED)
     tokens = torch.arange(8)[None]

@@ -20,6 +20,7 @@ from processes import nothing_left, wait_for
 pytestmark = pytest.mark.slow
 
 SITES = ("amber", "cedar")
+TRAINER = "fedllm_flwr.client.resident"  # module of the resident trainer
 TIMEOUT_S = 90  # of a round; a task's time to live is 30 s more
 
 
@@ -70,8 +71,8 @@ def waiting(federation: Deployment, name: str) -> list[psutil.Process]:
 
 def trainer_of(federation: Deployment, name: str) -> psutil.Process:
     """The resident trainer of a site; its next task starts one if there is none."""
-    assert wait_for(lambda: bool(federation.processes("fedllm_flwr.resident", name)), 60)
-    [trainer] = federation.processes("fedllm_flwr.resident", name)
+    assert wait_for(lambda: bool(federation.processes(TRAINER, name)), 60)
+    [trainer] = federation.processes(TRAINER, name)
     return trainer
 
 
@@ -100,7 +101,7 @@ def test_trainer_killed_over_a_task_is_started_again(federation: Deployment, run
     assert recovers(run, "amber"), run.records()[-1]
     assert run.failures("amber", now) == []
     assert "the resident trainer died over a message" in federation.sites["amber"].said()
-    assert [p.pid for p in federation.processes("fedllm_flwr.resident", "amber")] != [trainer.pid]
+    assert [p.pid for p in federation.processes(TRAINER, "amber")] != [trainer.pid]
 
 
 def test_trainer_killed_again_and_again_fails_by_name(federation: Deployment, run: Run) -> None:
@@ -112,7 +113,7 @@ def test_trainer_killed_again_and_again_fails_by_name(federation: Deployment, ru
     send(trainer, signal.SIGKILL)
 
     def killed_until_named() -> bool:
-        for other in federation.processes("fedllm_flwr.resident", "amber"):
+        for other in federation.processes(TRAINER, "amber"):
             if at_work(other):
                 send(other, signal.SIGKILL)
         return bool(run.failures("amber", now))
@@ -145,7 +146,7 @@ def test_hung_trainer_is_ended_by_the_site_itself(federation: Deployment, run: R
     assert recovers(run, "amber"), run.records()[-1]
     said = federation.sites["amber"].said()
     assert f"did not answer a train message within {TIMEOUT_S + 30} s and was ended" in said
-    assert trainer.pid not in [p.pid for p in federation.processes("fedllm_flwr.resident", "amber")]
+    assert trainer.pid not in [p.pid for p in federation.processes(TRAINER, "amber")]
 
 
 def test_data_that_change_during_a_run_are_refused(federation: Deployment, run: Run) -> None:

@@ -11,7 +11,7 @@ import pytest
 import fedllm_flwr
 from breakable import Deployment, Run, deployed, fill
 from fedllm_flwr import __version__
-from fedllm_flwr.checkpoint import load_params
+from fedllm_flwr.federation.tensor_files import load_params
 from processes import nothing_left, wait_for
 from tiny_runs import ADAPTER, outcome
 

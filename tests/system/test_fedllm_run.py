@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.checkpoint import newest_round
+from fedllm_flwr.federation.state import newest_round
 from processes import (
     interrupt_group,
     interrupt_process,

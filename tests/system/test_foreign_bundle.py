@@ -153,7 +153,7 @@ def test_an_unguarded_site_answers_only_with_trust(federation: Federation, tmp_p
         folder.mkdir()
         with started(command, site, **variables) as supernode:
             assert wait_for(lambda: federation.nodes() == ["online", "online"], 150)
-            found = answers_to(federation, folder, "fedllm_flwr.client_app:app")
+            found = answers_to(federation, folder, "fedllm_flwr.client.app:app")
             supernode.terminate()
             supernode.wait(timeout=60)
             for process in relatives(site):  # its SuperExec and trainer hold the pipes

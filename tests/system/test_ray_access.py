@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 
-from fedllm_flwr.engines.access import SPANS_MACHINES
+from fedllm_flwr.simulation.access import SPANS_MACHINES
 from processes import BIN, command_line, named, nothing_left, relatives, started, wait_for
 from tiny_runs import tiny
 

@@ -11,13 +11,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.resident import client
+from fedllm_flwr.client.resident.caller import answer_by_resident
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.messages import Task
-from fedllm_flwr.resident import client
-from fedllm_flwr.resident.client import answer_by_resident
-from fedllm_flwr.site import Site, answer
-from fedllm_flwr.training.model import load_model
-from fedllm_flwr.wire import pack_query, pack_task, unpack_failure, unpack_info, unpack_update
+from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.federation.wire import (
+    pack_query,
+    pack_task,
+    unpack_failure,
+    unpack_info,
+    unpack_update,
+)
+from fedllm_flwr.models.adapted_model import load_model
 from tiny_runs import tiny
 
 DEMO = Path(client.__file__).parents[1] / "assets" / "demo" / "test.jsonl"
@@ -92,7 +98,14 @@ def test_it_ends_when_nothing_comes(site: Site, tmp_path: Path) -> None:
 def test_it_ends_with_its_supernode(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     socket = tmp_path / "x.sock"
-    command = [sys.executable, "-m", "fedllm_flwr.resident", str(socket), str(parent.pid), "600"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedllm_flwr.client.resident",
+        str(socket),
+        str(parent.pid),
+        "600",
+    ]
     with subprocess.Popen(command) as trainer:
         assert wait_until(socket.exists)
         parent.kill()

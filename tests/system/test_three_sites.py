@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from deployments import Federation, rounds_of, running_federation
-from fedllm_flwr.checkpoint import load_params, load_state
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.data.sources import DEMO
+from fedllm_flwr.federation.state import load_state
+from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.run import run_simulation
+from fedllm_flwr.server.run import run_simulation
 from processes import wait_for
 
 pytestmark = pytest.mark.slow

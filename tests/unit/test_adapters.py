@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fedllm_flwr.adapters import save_adapter
 from fedllm_flwr.config import Config
+from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.reporting.metrics import summarise
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.runs.adapter_files import save_adapter
 
 
 def test_adapter_config_is_in_order(make_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -18,74 +18,45 @@ NAME = PACKAGE.name
 
 # From the bottom up: a module imports from its own layer and from those above it in this list.
 LAYERS = (
-    ("errors", "environment", "crash_log"),
-    ("sandbox", "guard"),
-    ("params",),
+    ("errors", "environment"),
+    ("files", "params"),
     ("config",),
-    ("encoding", "messages", "usage"),
-    ("schedule",),
-    ("checkpoint",),
-    ("round_store",),
-    ("wire",),
     ("data",),
-    ("strategies",),
+    ("models",),
     ("training",),
+    ("tasks",),
+    ("federation",),
     ("evaluation",),
-    ("suites",),
-    ("coding",),
-    ("judging",),
     ("reporting",),
-    ("fit",),
-    (
-        "adapters",
-        "run_directory",
-        "liveness",
-        "preparation",
-        "alone",
-        "progress",
-        "planning",
-        "timings",
-        "generation",
-        "merging",
-        "kept_adapters",
-        "deployment",
-    ),
-    ("server", "deployment"),
-    ("site",),
-    ("resident", "disclosure"),
-    ("client_app", "server_app", "engines", "run", "dry_run"),
-    ("checks", "doctor", "multirun", "comparison", "status"),
-    ("benchmark",),
-    ("cli",),
+    ("runs",),
+    ("deployment",),
+    ("client",),
+    ("simulation",),
+    ("server",),
+    ("commands",),
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 # Which parts import a library when they are imported, and which only inside functions.
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "flwr": (
-        (
-            *("wire", "strategies", "server", "site", "resident", "disclosure"),
-            *("client_app", "server_app", "engines", "run", "dry_run", "guard"),
-        ),
-        ("cli", "deployment"),
-    ),
-    "hydra": (("config", "cli"), ()),
-    "omegaconf": (("config", "cli"), ()),
+    "flwr": (("federation", "server", "client", "simulation", "deployment"), ("commands",)),
+    "hydra": (("config",), ("commands",)),
+    "omegaconf": (("config", "commands"), ()),
     "torch": (
-        ("training", "evaluation", "suites", "merging"),
-        ("data", "reporting", "checks"),
+        ("models", "training", "tasks", "evaluation", "client", "commands"),
+        ("data", "reporting"),
     ),
-    "transformers": (("training", "evaluation", "suites", "merging"), ("data",)),
-    "peft": (("training", "evaluation"), ()),
+    "transformers": (("models", "training", "tasks", "evaluation", "commands"), ("data",)),
+    "peft": (("models", "training", "evaluation"), ()),
     "trl": ((), ()),
-    "bitsandbytes": (("training",), ("checks",)),
-    "datasets": ((), ("data", "suites", "coding", "fit")),
-    "lm_eval": ((), ("suites",)),
+    "bitsandbytes": (("models",), ("commands",)),
+    "datasets": ((), ("data", "evaluation", "runs")),
+    "lm_eval": ((), ("evaluation",)),
     "matplotlib": ((), ("reporting",)),
-    "ray": (("engines",), ("checks", "cli")),
-    "openai": ((), ("judging",)),
-    "vllm": ((), ("judging",)),
-    "prometheus_client": ((), ("status",)),
+    "ray": (("simulation",), ("commands",)),
+    "openai": ((), ("evaluation",)),
+    "vllm": ((), ("evaluation",)),
+    "prometheus_client": ((), ("commands",)),
 }
 
 
@@ -207,7 +178,7 @@ def test_checks_see_the_imports_that_are_there() -> None:
     seen = {(found.part, found.module.split(".")[0], found.lazy) for found in all_imports()}
 
     assert ("config", "hydra", False) in seen
-    assert ("wire", "flwr", False) in seen
+    assert ("federation", "flwr", False) in seen
     assert ("data", "datasets", True) in seen
     assert {imported_part(found) for found in all_imports()} >= {"errors", "params", "config"}
 
@@ -225,14 +196,14 @@ def imported_by(statement: str) -> set[str]:
 
 
 LIGHT = [
-    ("client_app", {"torch", "transformers", "peft", "trl", "datasets", "ray", "hydra"}),
-    ("strategies", {"torch", "transformers", "peft", "trl", "datasets", "ray", "hydra"}),
-    ("wire", {"torch", "transformers", "datasets", "ray", "hydra"}),
+    ("client.app", {"torch", "transformers", "peft", "trl", "datasets", "ray", "hydra"}),
+    ("federation.strategies", {"torch", "transformers", "peft", "trl", "datasets", "ray", "hydra"}),
+    ("federation.wire", {"torch", "transformers", "datasets", "ray", "hydra"}),
     ("config.compose", {"torch", "transformers", "datasets", "ray", "flwr", "numpy"}),
     ("config.parsing", {"torch", "transformers", "datasets", "ray", "flwr", "numpy", "hydra"}),
-    ("cli", {"torch", "transformers", "datasets", "ray"}),
-    ("judging.runner", {"torch", "transformers", "datasets", "ray", "openai"}),
-    ("judging.endpoint", {"torch", "transformers", "datasets", "ray", "openai"}),
+    ("commands.main", {"torch", "transformers", "datasets", "ray"}),
+    ("evaluation.judging.runner", {"torch", "transformers", "datasets", "ray", "openai"}),
+    ("evaluation.judging.endpoint", {"torch", "transformers", "datasets", "ray", "openai"}),
 ]
 
 

@@ -8,16 +8,16 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fedllm_flwr.benchmark.arguments import evaluate_arguments
-from fedllm_flwr.benchmark.candidates import collect
-from fedllm_flwr.cli import _parsed, main
+from fedllm_flwr.commands.evaluate.arguments import evaluate_arguments
+from fedllm_flwr.commands.evaluate.candidates import collect
+from fedllm_flwr.commands.main import _parsed, main
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
-from fedllm_flwr.suites.catalogue import chosen_tasks
-from fedllm_flwr.suites.harness import HarnessTasks
-from fedllm_flwr.suites.model import TextModel
-from fedllm_flwr.suites.results import RunOptions
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.evaluation.suites.catalogue import chosen_tasks
+from fedllm_flwr.evaluation.suites.harness import HarnessTasks
+from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+from fedllm_flwr.models.adapted_model import load_model
 
 LABELS = ("negative", "neutral", "positive")
 ASKED = "Instruction: What is the sentiment of this news?\nInput: Profit of {}.\nAnswer: "
@@ -186,7 +186,7 @@ def test_what_cannot_be_evaluated(
 def test_adapters_of_two_bases_are_refused(two_adapters: list[Path], tmp_path: Path) -> None:
     file = two_adapters[1] / "adapter_config.json"
     saved = json.loads(file.read_text())
-    from fedllm_flwr.training.tokenizer import EMBEDDED
+    from fedllm_flwr.models.tokenizer import EMBEDDED
 
     file.write_text(json.dumps({**saved, "base_model_name_or_path": str(EMBEDDED)}))
     with pytest.raises(ConfigError, match="has another base model"):
@@ -238,7 +238,7 @@ def test_solved_examples_make_room_for_the_answer(make_config: object, tmp_path:
 
 
 def test_central_evaluation_scores_suites(make_config: object, data_root: Path) -> None:
-    from fedllm_flwr.suites.central import central_suites
+    from fedllm_flwr.evaluation.suites.central import central_suites
 
     config: Config = make_config(  # type: ignore[operator]
         evaluation={"suites": ["finance"], "suite_limit": 4, "data_root": str(data_root)}

@@ -6,14 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from fedllm_flwr.checkpoint import (
-    ServerState,
-    load_params,
-    load_state,
-    save_state,
-    write_atomically,
-)
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.state import ServerState, load_state, save_state
+from fedllm_flwr.federation.tensor_files import load_params
+from fedllm_flwr.files import write_atomically
 
 AWKWARD = [np.pi, -0.0, 5e-324, 1e-12, 1.0 + 2.0**-52, 1e300]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_unforeseen_error_leaves_its_trace_in_the_file_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedllm_flwr.status.command.status", lambda *_: {}["answer"])
+    monkeypatch.setattr("fedllm_flwr.commands.status.command.status", lambda *_: {}["answer"])
     assert cli.main(["status", "somewhere"]) == cli.FAILED
     shown = capsys.readouterr().err
     assert shown.startswith("error: unforeseen KeyError: 'answer'")
@@ -99,7 +99,7 @@ def test_errors_of_the_machine_say_what_to_do(
         raise error
 
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr("fedllm_flwr.status.command.status", fail)
+    monkeypatch.setattr("fedllm_flwr.commands.status.command.status", fail)
     assert cli.main(["status", "somewhere"]) == cli.FAILED
     shown = capsys.readouterr().err
     assert said in shown
@@ -109,7 +109,7 @@ def test_errors_of_the_machine_say_what_to_do(
 
 def test_reader_that_leaves_early_costs_no_trace() -> None:
     """`fedllm config --list | head`: the pipe is closed before all is written."""
-    command = [sys.executable, "-m", "fedllm_flwr.cli", "config", "--list"]
+    command = [sys.executable, "-m", "fedllm_flwr.commands.main", "config", "--list"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()

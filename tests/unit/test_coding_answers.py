@@ -2,15 +2,15 @@
 
 import pytest
 
-from fedllm_flwr.coding.answers import code_of, complete_source
-from fedllm_flwr.coding.problems import (
+from fedllm_flwr.evaluation.coding.answers import code_of, complete_source
+from fedllm_flwr.evaluation.coding.problems import (
     ds_1000,
     human_eval,
     human_eval_fix,
     human_eval_synthesize,
     mbpp,
 )
-from fedllm_flwr.sandbox.programs import containment, run_programs
+from fedllm_flwr.evaluation.sandbox.programs import containment, run_programs
 
 START = 'import math\n\n\ndef area(r):\n    """Area of a circle."""\n'
 WHOLE = "def area(r):\n    return math.pi * r * r\n"

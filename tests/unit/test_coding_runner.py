@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.coding.problems import human_eval
-from fedllm_flwr.coding.runner import CodeOptions, read_problems, score, unscored
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.sandbox.programs import Limits, containment
-from fedllm_flwr.suites.catalogue import all_suites
-from fedllm_flwr.suites.results import RunOptions
-from fedllm_flwr.suites.scores import task_estimates
+from fedllm_flwr.evaluation.coding.problems import human_eval
+from fedllm_flwr.evaluation.coding.runner import CodeOptions, read_problems, score, unscored
+from fedllm_flwr.evaluation.sandbox.programs import Limits, containment
+from fedllm_flwr.evaluation.suites.catalogue import all_suites
+from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.scores import task_estimates
 
 TASKS = {task.name: task for task in all_suites()["code"].tasks}
 DOUBLE = {

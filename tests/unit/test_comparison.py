@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.comparison.command import ORDER, compare
-from fedllm_flwr.comparison.jobs import Job, make_jobs
-from fedllm_flwr.comparison.results import Outcome, curves, deciding_metric, make_rows
-from fedllm_flwr.comparison.table import as_csv, as_markdown, as_text
+from fedllm_flwr.commands.compare.command import ORDER, compare
+from fedllm_flwr.commands.compare.jobs import Job, make_jobs
+from fedllm_flwr.commands.compare.results import Outcome, curves, deciding_metric, make_rows
+from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.errors import ConfigError

@@ -18,7 +18,7 @@ from fedllm_flwr.config.compose import (
 )
 from fedllm_flwr.config.names import group_choices
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.client import divided_data
+from fedllm_flwr.data.client_data import divided_data
 
 NEEDED = {
     "model=custom": "model.path=org/model",

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedllm_flwr.data.cache import Codec, encode_cached, load_encoded, save_encoded
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.data.kinds import KINDS
+from fedllm_flwr.data.token_cache import Codec, encode_cached, load_encoded, save_encoded
 
 OPTIONS = {"template": "vicuna", "max_length": 40, "truncation": "right"}
 

@@ -13,10 +13,10 @@ import pytest
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
 from fedllm_flwr.data import client
-from fedllm_flwr.data.cache import Codec
-from fedllm_flwr.data.client import ClientData, simulated_client, site_client
+from fedllm_flwr.data.client_data import ClientData, simulated_client, site_client
 from fedllm_flwr.data.kinds import KINDS
 from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.errors import DataError
 from toys import byte_tokenizer
 

@@ -107,7 +107,7 @@ def test_on_request_they_are_control_tokens() -> None:
 
 
 def test_cached_tokens_know_the_choice() -> None:
-    from fedllm_flwr.data.cache import _fingerprint
+    from fedllm_flwr.data.token_cache import _fingerprint
 
     tokenizer = TOKENIZERS["byte_level"]()
     before = _fingerprint(tokenizer)

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.common.config import parse_config_args
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.deployment import directory as directories
 from fedllm_flwr.deployment.certificates import issue_ca

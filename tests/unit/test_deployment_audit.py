@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.deployment.audit import AuditLog
 from fedllm_flwr.errors import FederationError
 

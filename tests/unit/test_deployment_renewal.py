@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.deployment.certificates import hosts_of, issue_ca
 from fedllm_flwr.deployment.registration import unregister_site
 from fedllm_flwr.deployment.renewal import renew_certificate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.deployment.retention import prune_runs
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.errors import ConfigError, FederationError

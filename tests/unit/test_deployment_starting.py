@@ -28,7 +28,7 @@ def test_the_guards_programs_come_first(site: Path, monkeypatch: pytest.MonkeyPa
     assert environment["PATH"].split(":")[0] == str(site / "bin")
     assert environment["PATH"].endswith(":/opt/mine")
     assert environment["FLWR_HOME"] == str(site / "flwr")
-    assert command[2:5] == ["-m", "fedllm_flwr.guard", "flower-supernode"]
+    assert command[2:5] == ["-m", "fedllm_flwr.deployment.programs", "flower-supernode"]
     said = " ".join(command[1:])
     assert "--superlink fl.org:9092 --health-server-address 127.0.0.1:9333 --insecure" in said
     assert "--clientappio-api-address 127.0.0.1:0" in said

@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm_flwr import cli
-from fedllm_flwr.checkpoint import ServerState, save_state
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.overrides import split_overrides
 from fedllm_flwr.deployment import submission
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.submission import joined, run_on_server
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.liveness import held
-from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.federation.state import ServerState, save_state
+from fedllm_flwr.runs.directory import RunDirectory
+from fedllm_flwr.runs.lock import held
 
 HOLDING = """
 import sys, time
 from pathlib import Path
-from fedllm_flwr.liveness import held
-from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.runs.lock import held
+from fedllm_flwr.runs.directory import RunDirectory
 with held(RunDirectory(Path(sys.argv[1])), *sys.argv[2:]):
     print("held", flush=True)
     time.sleep(60)

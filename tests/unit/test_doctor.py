@@ -12,15 +12,15 @@ from typing import Literal
 import psutil
 import pytest
 
-from fedllm_flwr.checks import Check
-from fedllm_flwr.checks.compute import (
+from fedllm_flwr.commands.checks import Check
+from fedllm_flwr.commands.checks.compute import (
     check_devices,
     check_packages,
     check_quantization,
     package_check,
     quantization_error,
 )
-from fedllm_flwr.checks.system import (
+from fedllm_flwr.commands.checks.system import (
     captured_by_proxy,
     check_assets,
     check_commands,
@@ -31,8 +31,8 @@ from fedllm_flwr.checks.system import (
     check_ray,
     check_sandbox,
 )
-from fedllm_flwr.doctor import check_lines, exit_status, run_checks, verdict
-from fedllm_flwr.sandbox.programs import Containment, containment
+from fedllm_flwr.commands.doctor import check_lines, exit_status, run_checks, verdict
+from fedllm_flwr.evaluation.sandbox.programs import Containment, containment
 
 OK, WARN, FAIL = (
     Check(status, status, "detail\nof it", "do this") for status in ("ok", "warn", "fail")

@@ -9,11 +9,11 @@ from flwr.app import Message, RecordDict
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.dry_run import rehearse
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import ClientInfo, Failure
+from fedllm_flwr.federation.messages import ClientInfo, Failure
+from fedllm_flwr.federation.wire import pack_failure, pack_info
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.wire import pack_failure, pack_info
+from fedllm_flwr.server.dry_run import rehearse
 from memory_grid import Handler, MemoryGrid
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.engines import resources
-from fedllm_flwr.engines.resources import check_machine, join_cluster
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.simulation import resources
+from fedllm_flwr.simulation.resources import check_machine, join_cluster
 
 MakeConfig = Callable[..., Config]
 CPUS = len(os.sched_getaffinity(0))

@@ -9,9 +9,9 @@ import pytest
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.evaluation.answers import as_text, greedy_answers
-from fedllm_flwr.suites.decoding import Decoding, write_answers
+from fedllm_flwr.evaluation.suites.decoding import Decoding, write_answers
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.training.log_probs import answer_log_probs
-from fedllm_flwr.training.model import AdaptedModel, load_model
 from toy_pairs import greedy, one_by_one, random_pairs
 
 MakeConfig = Callable[..., Config]

@@ -8,8 +8,10 @@ import datasets
 import numpy as np
 import pytest
 
+from fedllm_flwr.client.local_evaluation import evaluate_locally
+from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.evaluation.central import (
@@ -18,11 +20,9 @@ from fedllm_flwr.evaluation.central import (
     evaluate,
     make_evaluation_set,
 )
-from fedllm_flwr.evaluation.client import evaluate_locally
 from fedllm_flwr.evaluation.scoring import score_choices, score_tokens
-from fedllm_flwr.messages import Task
-from fedllm_flwr.training.local import train_locally
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.models.adapted_model import load_model
 
 LABELS = ["bad", "good", "so-so"]
 MakeConfig = Callable[..., Config]

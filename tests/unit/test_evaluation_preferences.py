@@ -10,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fedllm_flwr.client.local_evaluation import evaluate_locally
 from fedllm_flwr.config import Config, changed
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.pairs import encode_pairs
 from fedllm_flwr.data.preferences import Pair
 from fedllm_flwr.data.templates import render_prompt
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.evaluation.answers import as_text
-from fedllm_flwr.evaluation.client import evaluate_locally
 from fedllm_flwr.evaluation.preferences import (
     PreferenceSet,
     make_preference_set,
     preference_scores,
     side_by_side,
 )
-from fedllm_flwr.messages import Task
+from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.reference import reference_log_probs
 from toy_pairs import greedy, one_by_one, random_pairs
 

@@ -12,7 +12,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.data.choices import EncodedChoices, encode_choices, one_begins_another
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.evaluation.scoring import by_length, score_choices, score_tokens
-from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 
 STORIES = Path(__file__).parents[3] / "shared/data/models/stories260k"
 needs_stories = pytest.mark.skipif(

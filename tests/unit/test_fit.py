@@ -10,19 +10,19 @@ import pytest
 
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.schema import ModelConfig
-from fedllm_flwr.data.client import simulated_data
+from fedllm_flwr.data.client_data import simulated_data
 from fedllm_flwr.data.encode import encode
 from fedllm_flwr.data.overlap import overlap
 from fedllm_flwr.data.records import Messages
-from fedllm_flwr.engines.inprocess import InProcessGrid
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.fit import fit_warnings, scored_on_one
+from fedllm_flwr.models.base_facts import ModelKey, base_facts
+from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.reporting import trackers
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.run import run_on_grid
-from fedllm_flwr.training.base_facts import ModelKey, base_facts
+from fedllm_flwr.runs.fit import fit_warnings, scored_on_one
+from fedllm_flwr.server.run import run_on_grid
+from fedllm_flwr.simulation.inprocess import InProcessGrid
 from fedllm_flwr.training.batches import split_step
-from fedllm_flwr.training.tokenizer import load_tokenizer
 from tiny_runs import tiny
 
 
@@ -82,9 +82,9 @@ def test_clients_that_score_on_one_record_are_named() -> None:
 def test_flower_simulation_of_another_size_is_refused_with_the_line_to_paste(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedllm_flwr.client_app import app
+    from fedllm_flwr.client.app import app
 
-    monkeypatch.setattr("fedllm_flwr.run._NODES_S", 0.0)
+    monkeypatch.setattr("fedllm_flwr.server.run._NODES_S", 0.0)
     config = compose(tiny("federation.engine=inprocess", f"output_dir={tmp_path / 'run'}"))
     grid = InProcessGrid(app, 10)
     with pytest.raises(ConfigError, match=r"flwr run x --federation-config 'num-supernodes=3'"):

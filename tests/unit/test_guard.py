@@ -14,11 +14,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.cli.install import install_from_fab
 
 import fedllm_flwr
-from fedllm_flwr.client_app import app
+from fedllm_flwr.client.app import app
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
-from fedllm_flwr.guard import confine, hide_tokens, is_confined, require_secret
-from fedllm_flwr.wire import pack_query, unpack_failure
+from fedllm_flwr.deployment.programs import confine, hide_tokens, is_confined, require_secret
+from fedllm_flwr.federation.wire import pack_query, unpack_failure
 from processes import wait_for
 
 PACKAGE = Path(fedllm_flwr.__file__).parent

@@ -11,11 +11,11 @@ import torch
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
+from fedllm_flwr.evaluation.judging.answers import Answered, answer_all
+from fedllm_flwr.evaluation.judging.questions import Question
+from fedllm_flwr.evaluation.judging.writing import Answer, ModelWriter, Request
 from fedllm_flwr.evaluation.sampling import SeededSampling
-from fedllm_flwr.judging.answers import Answered, answer_all
-from fedllm_flwr.judging.questions import Question
-from fedllm_flwr.judging.writing import Answer, ModelWriter, Request
-from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 
 MakeConfig = Callable[..., Config]
 

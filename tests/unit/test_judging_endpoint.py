@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fedllm_flwr.errors import ConfigError, FedLLMError, JudgeError
-from fedllm_flwr.judging import retries
-from fedllm_flwr.judging.endpoint import EndpointJudge
-from fedllm_flwr.judging.judge import DECLINED, Ask, Reply
-from fedllm_flwr.judging.panel import Case, Usage, Verdict, judge_all
-from fedllm_flwr.judging.verdicts import Scale
+from fedllm_flwr.evaluation.judging import retries
+from fedllm_flwr.evaluation.judging.endpoint import EndpointJudge
+from fedllm_flwr.evaluation.judging.judge import DECLINED, Ask, Reply
+from fedllm_flwr.evaluation.judging.panel import Case, Usage, Verdict, judge_all
+from fedllm_flwr.evaluation.judging.verdicts import Scale
 from judge_server import JudgeServer, judge_server, verdict
 
 pytest.importorskip("openai")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedllm_flwr.judging.refusals import refuses_advbench, refuses_openfedllm
-from fedllm_flwr.judging.verdicts import Scale, read_verdict
+from fedllm_flwr.evaluation.judging.refusals import refuses_advbench, refuses_openfedllm
+from fedllm_flwr.evaluation.judging.verdicts import Scale, read_verdict
 
 RATINGS = [
     ("Rating: [[7]]", 7.0),

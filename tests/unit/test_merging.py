@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fedllm_flwr import cli
-from fedllm_flwr.adapters import save_adapter
+from fedllm_flwr.commands import main as cli
+from fedllm_flwr.commands.merge import Difference, merge
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, ModelError
-from fedllm_flwr.kept_adapters import KeptAdapter
-from fedllm_flwr.merging import Difference, merge
+from fedllm_flwr.models.adapted_model import load_beside
 from fedllm_flwr.params import Params
 from fedllm_flwr.reporting.metrics import summarise
-from fedllm_flwr.training.model import load_beside
+from fedllm_flwr.runs.adapter_files import save_adapter
+from fedllm_flwr.runs.kept_adapters import KeptAdapter
 from toys import write_toy_model
 
 TARGETS: dict[str, Any] = {
@@ -153,7 +153,7 @@ def test_a_merge_that_differs_is_refused_and_leaves_nothing(
 ) -> None:
     """As it went before shared embeddings were separated."""
     kept = adapted(make_config, base, tmp_path / "adapter", ["lm_head"], "none")
-    monkeypatch.setattr("fedllm_flwr.merging._untie", lambda _: None)
+    monkeypatch.setattr("fedllm_flwr.commands.merge._untie", lambda _: None)
     with pytest.raises(ModelError, match="is not the adapted one, its logits differ by"):
         list(merge(kept, tmp_path / "merged"))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedllm_flwr.planning import _wire
-from fedllm_flwr.strategies import STRATEGIES
-from fedllm_flwr.strategies.scaffold import Scaffold
+from fedllm_flwr.federation.strategies import STRATEGIES
+from fedllm_flwr.federation.strategies.scaffold import Scaffold
+from fedllm_flwr.server.planning import _wire
 from memory_grid import MemoryGrid
 from strategy_runs import START, config_of, nodes_of, roster_of, run
 

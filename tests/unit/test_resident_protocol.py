@@ -14,10 +14,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm_flwr.client.resident.protocol import receive_frame, send_frame
+from fedllm_flwr.client.resident.worker import serve
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.resident.protocol import receive_frame, send_frame
-from fedllm_flwr.resident.worker import serve
-from fedllm_flwr.wire import unpack_failure
+from fedllm_flwr.federation.wire import unpack_failure
 from processes import wait_for
 
 DTYPES = st.sampled_from(["float32", "int16", "float64", "uint8"])

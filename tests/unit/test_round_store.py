@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedllm_flwr.federation.round_store import RoundStore, folder_name
 from fedllm_flwr.params import Params
-from fedllm_flwr.round_store import RoundStore, folder_name
 
 
 def groups(value: float) -> dict[str, Params]:

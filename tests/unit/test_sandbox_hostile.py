@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedllm_flwr.sandbox.client import Limits, Outcome, Program, Watcher
-from fedllm_flwr.sandbox.programs import containment
+from fedllm_flwr.evaluation.sandbox.launcher import Limits, Outcome, Program, Watcher
+from fedllm_flwr.evaluation.sandbox.programs import containment
 
 LIMITS = Limits(wall_s=20, cpu_s=1, memory_bytes=300 * 2**20)
 SHORT = replace(LIMITS, wall_s=0.7)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fedllm_flwr.sandbox.programs import (
+from fedllm_flwr.evaluation.sandbox.programs import (
     Limits,
     Program,
     containment,

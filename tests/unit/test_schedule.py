@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import AlgorithmConfig, Config, FederationConfig, TrainingConfig
-from fedllm_flwr.schedule import cosine_learning_rate, draw_examples, steps_per_round
+from fedllm_flwr.training.schedule import cosine_learning_rate, draw_examples, steps_per_round
 
 sizes = st.integers(1, 60)
 seeds = st.integers(0, 2**63 - 1)

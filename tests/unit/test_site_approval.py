@@ -11,7 +11,9 @@ import pytest
 from flwr.app import RecordDict
 
 from deployments import SMALL
-from fedllm_flwr import cli
+from fedllm_flwr.client.disclosure import audited
+from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.deployment.approval import Requests
@@ -19,11 +21,9 @@ from fedllm_flwr.deployment.audit import AuditLog, Entry
 from fedllm_flwr.deployment.policy import read_policy
 from fedllm_flwr.deployment.site import SiteOptions, init_site
 from fedllm_flwr.deployment.site_views import node_config, site_folder
-from fedllm_flwr.disclosure import audited
 from fedllm_flwr.errors import ApprovalPending, ConfigError
-from fedllm_flwr.messages import ClientInfo, Failure, Task, Update
-from fedllm_flwr.site import Site, answer
-from fedllm_flwr.wire import (
+from fedllm_flwr.federation.messages import ClientInfo, Failure, Task, Update
+from fedllm_flwr.federation.wire import (
     pack_info,
     pack_query,
     pack_task,

@@ -17,24 +17,25 @@ import torch
 from flwr.app import RecordDict
 from safetensors.torch import load_file
 
-from fedllm_flwr import cli
+from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, FederationConfig
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.errors import FedLLMError
-from fedllm_flwr.messages import ClientInfo, Failure, LocalCorrection, Task, Update
-from fedllm_flwr.params import Params
-from fedllm_flwr.site import Site, answer
-from fedllm_flwr.training import local
-from fedllm_flwr.training.model import load_model
-from fedllm_flwr.training.tokenizer import EMBEDDED
-from fedllm_flwr.wire import (
+from fedllm_flwr.federation.messages import ClientInfo, Failure, Task, Update
+from fedllm_flwr.federation.wire import (
     pack_query,
     pack_task,
     unpack_failure,
     unpack_info,
     unpack_update,
 )
+from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.models.tokenizer import EMBEDDED
+from fedllm_flwr.params import Params
+from fedllm_flwr.training import local
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 NUM_RECORDS = 100
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr import cli
+from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import DataConfig, FederationConfig
 from fedllm_flwr.deployment.datasets import named_columns, named_paths, site_datasets
@@ -18,9 +19,8 @@ from fedllm_flwr.deployment.site import SiteOptions, init_site
 from fedllm_flwr.deployment.site_check import check_site
 from fedllm_flwr.deployment.site_views import node_config
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.messages import ClientInfo, Failure
-from fedllm_flwr.site import Site, answer
-from fedllm_flwr.wire import pack_query, unpack_failure, unpack_info
+from fedllm_flwr.federation.messages import ClientInfo, Failure
+from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info
 
 CONFIG = Config(federation=FederationConfig(engine="deployment", num_clients=1))
 HH = Path(__file__).parents[3] / "shared" / "data" / "dpo" / "hh_rlhf_helpful_base.jsonl.gz"

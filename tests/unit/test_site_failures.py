@@ -10,13 +10,13 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from fedllm_flwr import __version__
+from fedllm_flwr.client.requests import Site, answer, failed
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
-from fedllm_flwr.data.client import data_identity
+from fedllm_flwr.data.client_data import data_identity
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
-from fedllm_flwr.messages import Failure
-from fedllm_flwr.site import Site, answer, failed
-from fedllm_flwr.wire import pack_query, unpack_failure, unpack_info
+from fedllm_flwr.federation.messages import Failure
+from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info
 
 CONFIG = Config(federation=FederationConfig(engine="deployment", num_clients=1))
 RECORD = '{"instruction": "SECRET", "input": "", "output": "SECRET too"}\n'

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fedllm_flwr.client.requests import Site, answer, state_folder
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
-from fedllm_flwr.site import Site, answer, state_folder
-from fedllm_flwr.wire import pack_query, unpack_failure
+from fedllm_flwr.federation.wire import pack_query, unpack_failure
 
 CONFIG = Config(federation=FederationConfig(engine="deployment", num_clients=1))
 

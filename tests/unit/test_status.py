@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 from flwr.supercore.grpc_health import run_health_server_grpc_no_tls
 
-from fedllm_flwr import cli, liveness
-from fedllm_flwr.checkpoint import ServerState, save_state
+from fedllm_flwr.commands import main as cli
+from fedllm_flwr.commands.status.command import NOT_WELL
+from fedllm_flwr.commands.status.health import addresses, check_health
 from fedllm_flwr.config.compose import compose, to_yaml
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
 from fedllm_flwr.errors import ConfigError, FederationError
-from fedllm_flwr.liveness import RoundBoard, held
-from fedllm_flwr.run_directory import RunDirectory
-from fedllm_flwr.status.command import NOT_WELL
-from fedllm_flwr.status.health import addresses, check_health
+from fedllm_flwr.federation.state import ServerState, save_state
+from fedllm_flwr.runs import lock as liveness
+from fedllm_flwr.runs.directory import RunDirectory
+from fedllm_flwr.runs.lock import RoundBoard, held
 
 RECORDS = [
     {"round": 0, "seconds": 0.0},
@@ -43,8 +44,8 @@ RECORDS = [
 HOLDING = """
 import sys, time
 from pathlib import Path
-from fedllm_flwr.liveness import held
-from fedllm_flwr.run_directory import RunDirectory
+from fedllm_flwr.runs.lock import held
+from fedllm_flwr.runs.directory import RunDirectory
 with held(RunDirectory(Path(sys.argv[1])), *sys.argv[2:]):
     print("held", flush=True)
     time.sleep(60)
@@ -273,7 +274,7 @@ def test_watch_looks_again_until_the_run_has_ended(
                 finish(run)
                 running.close()
 
-        monkeypatch.setattr("fedllm_flwr.status.command.time.sleep", pause)
+        monkeypatch.setattr("fedllm_flwr.commands.status.command.time.sleep", pause)
         code, shown = status(capsys, str(run.path), "--watch", "0.5")
     assert code == 0
     assert pauses == [0.5, 0.5]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr import cli
+from fedllm_flwr.commands import main as cli
+from fedllm_flwr.commands.status.exporter import start_metrics
 from fedllm_flwr.deployment.audit import AuditLog
 from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.status.exporter import start_metrics
 from processes import free_ports
 
 pytest.importorskip("prometheus_client")

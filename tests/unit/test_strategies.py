@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
-from fedllm_flwr.checkpoint import ServerState, load_state, save_state
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.schema import (
@@ -16,9 +15,10 @@ from fedllm_flwr.config.schema import (
     EvaluationConfig,
 )
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import Acknowledged, Update
-from fedllm_flwr.strategies import STRATEGIES, Hooks
-from fedllm_flwr.wire import pack_update, unpack_task
+from fedllm_flwr.federation.messages import Acknowledged, Update
+from fedllm_flwr.federation.state import ServerState, load_state, save_state
+from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
+from fedllm_flwr.federation.wire import pack_update, unpack_task
 from memory_grid import MemoryGrid
 from strategy_runs import (
     HYPER,

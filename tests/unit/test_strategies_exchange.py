@@ -9,11 +9,11 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import ClientInfo, Failure
-from fedllm_flwr.strategies.census import Census, discover
-from fedllm_flwr.strategies.exchange import Client, receive, send, unlike_models
-from fedllm_flwr.strategies.inbox import NO_TENSORS, Expected, open_inbox
-from fedllm_flwr.wire import pack_failure, pack_info, unpack_query
+from fedllm_flwr.federation.census import Census, discover
+from fedllm_flwr.federation.exchange import Client, receive, send, unlike_models
+from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
+from fedllm_flwr.federation.messages import ClientInfo, Failure
+from fedllm_flwr.federation.wire import pack_failure, pack_info, unpack_query
 from memory_grid import MemoryGrid, superlink_error
 from superlink import StoredMessages
 
@@ -131,8 +131,8 @@ ASKED_AGAIN = {
 
 @pytest.mark.parametrize("case", ASKED_AGAIN)
 def test_node_that_could_not_answer_is_asked_again(case, monkeypatch):
-    monkeypatch.setattr("fedllm_flwr.strategies.census._APPROVAL_S", 0.05)
-    monkeypatch.setattr("fedllm_flwr.strategies.census._AGAIN_FIRST_S", 0.05)
+    monkeypatch.setattr("fedllm_flwr.federation.census._APPROVAL_S", 0.05)
+    monkeypatch.setattr("fedllm_flwr.federation.census._AGAIN_FIRST_S", 0.05)
     answers, told = [], []
 
     def back(message):

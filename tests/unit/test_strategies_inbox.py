@@ -9,11 +9,11 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
-from fedllm_flwr.messages import ClientInfo
-from fedllm_flwr.strategies.census import Census
-from fedllm_flwr.strategies.exchange import failure_reason, receive
-from fedllm_flwr.strategies.inbox import NO_TENSORS, Expected, SuperLinkInbox
-from fedllm_flwr.wire import pack_info, pack_params
+from fedllm_flwr.federation.census import Census
+from fedllm_flwr.federation.exchange import failure_reason, receive
+from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, SuperLinkInbox
+from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.wire import pack_info, pack_params
 from memory_grid import MemoryGrid
 from superlink import RUN, StoredReplies, asked
 
@@ -75,7 +75,7 @@ def test_reply_that_began_in_time_may_complete_after_it():
 
 def test_reply_that_breaks_off_is_given_up(monkeypatch):
     """A site that dies while it sends leaves a reply whose parts never come."""
-    monkeypatch.setattr("fedllm_flwr.strategies.inbox._UPLOAD_S", 0.2)
+    monkeypatch.setattr("fedllm_flwr.federation.inbox._UPLOAD_S", 0.2)
     stub = StoredReplies()
     (reply,) = replies_to(content=lambda: RecordDict({"a": ConfigRecord({"b": 1})}))
     message_id = stub.begin(reply)

@@ -7,9 +7,9 @@ import pytest
 from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import Failure
-from fedllm_flwr.strategies.report import Hooks
-from fedllm_flwr.wire import pack_failure
+from fedllm_flwr.federation.messages import Failure
+from fedllm_flwr.federation.report import Hooks
+from fedllm_flwr.federation.wire import pack_failure
 from memory_grid import MemoryGrid, superlink_error
 from strategy_runs import (
     SIZES,

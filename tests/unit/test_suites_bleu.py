@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm_flwr.suites.bleu import bleu, bleu_counts
-from fedllm_flwr.suites.statistics import estimate
-from fedllm_flwr.suites.tasks.code import conala, concode, python_tokens, written_code
+from fedllm_flwr.evaluation.suites.bleu import bleu, bleu_counts
+from fedllm_flwr.evaluation.suites.statistics import estimate
+from fedllm_flwr.evaluation.suites.tasks.code import conala, concode, python_tokens, written_code
 
 sacrebleu = pytest.importorskip("sacrebleu")  # comes with the harness
 texts = st.lists(st.sampled_from("abcd"), min_size=1, max_size=12)

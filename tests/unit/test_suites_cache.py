@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import fedllm_flwr
-from fedllm_flwr.suites.cache import code_identity
+from fedllm_flwr.evaluation.suites.score_cache import code_identity
 
 PACKAGE = Path(fedllm_flwr.__file__).parent
 

@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset
 
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.suites.statistics import estimate
-from fedllm_flwr.suites.tasks.extraction import (
+from fedllm_flwr.evaluation.suites.statistics import estimate
+from fedllm_flwr.evaluation.suites.tasks.extraction import (
     RELATIONS,
     finred,
     match_counts,

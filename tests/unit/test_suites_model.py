@@ -10,10 +10,10 @@ import torch
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.evaluation.answers import as_text, greedy_answers
-from fedllm_flwr.suites.decoding import Decoding
-from fedllm_flwr.suites.likelihood import Question, score_questions
-from fedllm_flwr.suites.model import TextModel
-from fedllm_flwr.training.model import AdaptedModel, load_model
+from fedllm_flwr.evaluation.suites.decoding import Decoding
+from fedllm_flwr.evaluation.suites.likelihood import Question, score_questions
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 
 MakeConfig = Callable[..., Config]
 

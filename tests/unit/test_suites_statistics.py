@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from fedllm_flwr.suites.catalogue import Average, Metric, SuiteTask
-from fedllm_flwr.suites.scores import average_estimate, task_estimates
-from fedllm_flwr.suites.statistics import RESAMPLES, Estimate, estimate, mean_of, over_seeds
+from fedllm_flwr.evaluation.suites.catalogue import Average, Metric, SuiteTask
+from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimates
+from fedllm_flwr.evaluation.suites.statistics import (
+    RESAMPLES,
+    Estimate,
+    estimate,
+    mean_of,
+    over_seeds,
+)
 
 LABELS = ["negative", "neutral", "positive"]
 

@@ -9,19 +9,24 @@ import datasets
 import pytest
 
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.suites.catalogue import all_suites, chosen_suites, chosen_tasks
-from fedllm_flwr.suites.harness import _load
-from fedllm_flwr.suites.local_data import READERS, local_settings, missing_files, read_rows
-from fedllm_flwr.suites.results import RunOptions
-from fedllm_flwr.suites.tasks import reading
-from fedllm_flwr.suites.tasks.finance import (
+from fedllm_flwr.evaluation.suites.catalogue import all_suites, chosen_suites, chosen_tasks
+from fedllm_flwr.evaluation.suites.harness import _load
+from fedllm_flwr.evaluation.suites.local_data import (
+    READERS,
+    local_settings,
+    missing_files,
+    read_rows,
+)
+from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.tasks import reading
+from fedllm_flwr.evaluation.suites.tasks.finance import (
     by_generation,
     headline_by_generation,
     headline_by_likelihood,
     parse_label,
 )
-from fedllm_flwr.suites.tasks.numbers import chosen_letter, last_number
-from fedllm_flwr.suites.tasks.reading import shuffled_options
+from fedllm_flwr.evaluation.suites.tasks.numbers import chosen_letter, last_number
+from fedllm_flwr.evaluation.suites.tasks.reading import shuffled_options
 
 
 @pytest.mark.parametrize(

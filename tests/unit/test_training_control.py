@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.config import Config, changed
-from fedllm_flwr.messages import LocalCorrection, Task
+from fedllm_flwr.federation.control import ClientControl
+from fedllm_flwr.federation.messages import Task
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.control import ClientControl
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 STEPS, LEARNING_RATE = 4, 0.5
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm_flwr.messages import LocalCorrection
 from fedllm_flwr.training.drift import DriftCorrection
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 FP16 = SimpleNamespace(fp16=True)
 TARGETS = [1.0, 2.0, float("inf"), 3.0, float("nan"), 4.0]  # the gradient overflows at two

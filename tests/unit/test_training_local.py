@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
-from fedllm_flwr.messages import Acknowledged, LocalCorrection, Task, Update
+from fedllm_flwr.federation.messages import Acknowledged, Task, Update
+from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.local import train_locally
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 MakeConfig = Callable[..., Config]
 MakeExamples = Callable[..., Encoded]

@@ -15,14 +15,15 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.evaluation.scoring import score_tokens
-from fedllm_flwr.messages import LocalCorrection, Task
+from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.local import train_locally
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 MODELS = Path(__file__).parents[3] / "shared/data/models"
 EMBEDDED = Path(__file__).parents[2] / "src/fedllm_flwr/assets/tiny"
@@ -177,10 +178,10 @@ sys.path.insert(0, "{tests}")
 from toys import as_encoded
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ModelConfig
-from fedllm_flwr.data.client import ClientData
-from fedllm_flwr.messages import Task
-from fedllm_flwr.training.local import train_locally
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.data.client_data import ClientData
+from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.client.local_round import train_locally
+from fedllm_flwr.models.adapted_model import load_model
 
 folder = Path(sys.argv[1])
 arrays = np.load(folder / "examples.npz")

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from fedllm_flwr.checkpoint import load_params
+from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
-from fedllm_flwr.data.client import ClientData
+from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.pairs import EncodedPairs
-from fedllm_flwr.messages import Acknowledged, Task, Update
+from fedllm_flwr.federation.messages import Acknowledged, Task, Update
+from fedllm_flwr.federation.tensor_files import load_params
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.params import Params, add
-from fedllm_flwr.schedule import draw_examples
-from fedllm_flwr.training.local import train_locally
-from fedllm_flwr.training.model import AdaptedModel, load_model
 from fedllm_flwr.training.reference import ReferenceCache, reference_log_probs
+from fedllm_flwr.training.schedule import draw_examples
 from toy_pairs import as_pairs, one_by_one, random_pairs
 
 MakeConfig = Callable[..., Config]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.errors import ConfigError, FedLLMError, ModelError
-from fedllm_flwr.training.model import load_model
+from fedllm_flwr.models.adapted_model import load_model
 
 MakeConfig = Callable[..., Config]
 

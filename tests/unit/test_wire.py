@@ -16,8 +16,8 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.messages import ClientInfo, LocalCorrection, Task, Update
-from fedllm_flwr.wire import (
+from fedllm_flwr.federation.messages import ClientInfo, Task, Update
+from fedllm_flwr.federation.wire import (
     pack_info,
     pack_params,
     pack_query,
@@ -31,6 +31,7 @@ from fedllm_flwr.wire import (
     unpack_update,
     wire_bytes,
 )
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 PARAMS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
 CONFIG = compose()

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedllm_flwr.data.cache import CONVERSATIONS, Codec
 from fedllm_flwr.data.columns import Mapping
 from fedllm_flwr.data.faults import Faults
 from fedllm_flwr.data.pairs import EncodedPairs, PairReport, encode_pairs
 from fedllm_flwr.data.preferences import Pair, make_pairs
 from fedllm_flwr.data.preprocessing import Preprocessed
 from fedllm_flwr.data.records import Example, make_examples
+from fedllm_flwr.data.token_cache import CONVERSATIONS, Codec
 
 if TYPE_CHECKING:
     import datasets

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.deployment.audit import settings_digest
 from fedllm_flwr.errors import ApprovalDeclined, ApprovalPending, ConfigError, FederationError
+from fedllm_flwr.files import write_atomically
 
 EVERY_RUN, NEW_SETTINGS, AUTOMATIC = RULES = ("every-run", "new-settings", "automatic")
 APPROVED, DECLINED = "approved", "declined"

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.files import write_atomically
 
 Entry = dict[str, Any]
 

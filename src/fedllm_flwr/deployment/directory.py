@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.messages import SITE_NAME, SITE_NAME_RULE
+from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE
 
 PUBLIC, SECRET, PROGRAM = 0o644, 0o600, 0o755  # permissions of files
 _PRIVATE_DIRECTORY = 0o700

@@ -4,8 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.files import write_atomically
 
 _PARTS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.policy import Policy
 from fedllm_flwr.errors import FederationError, RefusedError
-from fedllm_flwr.messages import ClientInfo
+from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.files import write_atomically
 
 _DAY_S = 86_400
 

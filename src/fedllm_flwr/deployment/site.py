@@ -37,9 +37,9 @@ from fedllm_flwr.deployment.directory import (
 from fedllm_flwr.deployment.keys import key_fingerprint, make_key_pair
 from fedllm_flwr.deployment.node import DEVICES, check_gpus, every_role, parse_columns, to_toml
 from fedllm_flwr.deployment.policy import new_policy
+from fedllm_flwr.deployment.programs import PROGRAMS
 from fedllm_flwr.deployment.starting import SUPERNODE
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.guard import PROGRAMS
 
 _NODE_COMMENT = "# Only this machine reads this file; none of it can be changed by a server.\n"
 _SUPERNODE_COMMENT = "# How `fedllm site start` starts this site: options of flower-supernode.\n"

@@ -44,7 +44,7 @@ def check_site(
         ConfigError: no site's directory, or a node config or policy that cannot be read.
         DataError: a data set that no task can use.
     """
-    from fedllm_flwr.training.tokenizer import load_tokenizer
+    from fedllm_flwr.models.tokenizer import load_tokenizer
 
     folder = site_folder(directory)
     node = node_config(folder)

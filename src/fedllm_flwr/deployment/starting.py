@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedllm_flwr.deployment.directory import FLWR_HOME, absolute
+from fedllm_flwr.deployment.programs import PROGRAMS
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.guard import PROGRAMS
 
 SUPERNODE = "supernode.toml"  # options of flower-supernode, one a line
 _OPTIONS = (
@@ -64,7 +64,7 @@ def supernode_command(
     arguments += ["--max-retries", os.environ.get("MAX_RETRIES", "30")]
     for name, value in options.items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    program = [sys.executable, "-P", "-m", "fedllm_flwr.guard", "flower-supernode"]
+    program = [sys.executable, "-P", "-m", "fedllm_flwr.deployment.programs", "flower-supernode"]
     return [*program, *arguments, *further], environment
 
 
@@ -87,7 +87,8 @@ def _check_guard(folder: Path) -> None:
     """Without its programs Flower's own would be found, and run code that a server sends."""
     for name in PROGRAMS:
         program = folder / "bin" / name
-        if not os.access(program, os.X_OK) or "fedllm_flwr.guard" not in program.read_text("utf-8"):
+        runs_ours = "fedllm_flwr.deployment.programs" in program.read_text("utf-8")
+        if not (os.access(program, os.X_OK) and runs_ours):
             raise ConfigError(
                 f"{program}: not the program that keeps a server's code away; make this site's "
                 "directory anew with `fedllm site init`, or copy bin/ from one made so"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.errors import ConfigError, FederationError, RefusedError
+from fedllm_flwr.files import write_atomically
 
 _DAY_S = 86_400
 _GB = 10**9

@@ -20,8 +20,8 @@ from fedllm_flwr.deployment.flower import (
 )
 from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.liveness import holder
-from fedllm_flwr.run_directory import RunDirectory, how_to_go_on
+from fedllm_flwr.runs.directory import RunDirectory, how_to_go_on
+from fedllm_flwr.runs.lock import holder
 
 _ENGINE = "federation.engine=deployment"
 _ALL_SITES = "federation.sample_fraction=1"  # unless the run says something of it

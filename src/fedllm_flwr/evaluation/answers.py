@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedllm_flwr.data.tokens import TokenArray
-from fedllm_flwr.training.model import AdaptedModel
+from fedllm_flwr.models.adapted_model import AdaptedModel
 
 
 @torch.inference_mode()

@@ -13,9 +13,9 @@ from fedllm_flwr.data.choices import EncodedChoices, encode_choices
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.evaluation.scoring import score_choices, score_tokens
+from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.models.device import torch_threads
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.device import torch_threads
-from fedllm_flwr.training.model import AdaptedModel
 
 Scores = dict[str, float]
 

@@ -10,10 +10,10 @@ from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.data.tokens import TokenArray
 from fedllm_flwr.evaluation.answers import as_text, greedy_answers
+from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.models.device import torch_threads
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.device import torch_threads
 from fedllm_flwr.training.log_probs import answer_log_probs, share_above_zero
-from fedllm_flwr.training.model import AdaptedModel
 from fedllm_flwr.training.reference import LogProbs, reference_log_probs
 
 Scores = dict[str, float]

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from fedllm_flwr.data.choices import EncodedChoices
 from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.training.batches import IGNORED, collate_padded, needed_logits
 from fedllm_flwr.training.log_probs import by_length, forward
-from fedllm_flwr.training.model import AdaptedModel
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.errors import DataError, FederationError
-from fedllm_flwr.reporting.validation import best_record
+from fedllm_flwr.files import write_atomically
+from fedllm_flwr.reporting.early_stopping import best_record
 
 Record = dict[str, Any]
 

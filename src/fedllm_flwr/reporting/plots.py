@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.checkpoint import write_atomically
+from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.clients import label_counts
 from fedllm_flwr.reporting.metrics import Record
 from fedllm_flwr.reporting.text import one_line, shorten, shorten_middle

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from fedllm_flwr.checkpoint import write_atomically
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import TrackingConfig
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.metrics import Record
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # keys of the section, and names of the packages

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from fedllm_flwr.messages import LocalCorrection
 from fedllm_flwr.params import Params
+from fedllm_flwr.training.local_terms import LocalCorrection
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.training.batches import IGNORED, collate_padded, needed_logits
-from fedllm_flwr.training.model import AdaptedModel
 
 
 @torch.inference_mode()

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.log_probs import answer_log_probs
-from fedllm_flwr.training.model import AdaptedModel
 
 LogProbs = NDArray[np.float32]
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.errors import ModelError
+from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.training.batches import (
     MicroBatch,
     RoundBatches,
@@ -19,7 +20,6 @@ from fedllm_flwr.training.batches import (
     collate_padded,
     needed_logits,
 )
-from fedllm_flwr.training.model import AdaptedModel
 from fedllm_flwr.training.trainer import (
     BareTrainer,
     Penalty,

@@ -9,8 +9,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fedllm_flwr.config.schema import TrainingConfig
+from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.training.batches import RoundBatches
-from fedllm_flwr.training.model import AdaptedModel
 
 Penalty = Callable[[], torch.Tensor | None]
 """A term of the loss that depends on the adapter alone, if there is one."""

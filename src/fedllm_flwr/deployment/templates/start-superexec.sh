@@ -14,7 +14,7 @@ export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
 # gRPC would ask a proxy even for this machine's own address.
 export no_proxy="@{unproxied}${no_proxy:+,$no_proxy}"
 # The package runs Flower's program so that a run's token is on no command line.
-exec @{python} -P -m fedllm_flwr.guard flower-superexec --plugin-type serverapp --insecure \
+exec @{python} -P -m fedllm_flwr.deployment.programs flower-superexec --plugin-type serverapp --insecure \
   --superexec-auth-secret-file superexec.secret \
   --health-server-address @{superexec_health} \
   --appio-api-address @{appio} \

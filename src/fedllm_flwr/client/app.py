@@ -1,0 +1,77 @@
+"""The Flower ClientApp: a message comes in, its answer goes out. Importing it imports no torch."""
+
+import logging
+import time
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedllm_flwr.client.disclosure import audited
+from fedllm_flwr.client.requests import Site, answer, failed
+from fedllm_flwr.client.resident.caller import answer_by_resident
+from fedllm_flwr.deployment.node import choose_gpus
+from fedllm_flwr.deployment.programs import is_confined
+from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.errors import RefusedError
+
+logger = logging.getLogger(__name__)
+
+prepare_environment()
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of local training: a `Task` comes, an `Update` goes back."""
+    return _reply("train", message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the global adapter on the client's held-out examples; only numbers go back."""
+    return _reply("evaluate", message, context)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who this client is and how many examples it holds."""
+    return _reply("query", message, context)
+
+
+def _reply(kind: str, message: Message, context: Context) -> Message:
+    """Simulated clients share the process that keeps the model; a site's is started afresh."""
+    site = Site(dict(context.node_config), context.run_id, context.node_id)
+    if site.is_simulated:
+        return Message(answer(kind, message.content, site), reply_to=message)
+    started = time.monotonic()
+    try:
+        _check_guarded(site)
+        choose_gpus(site.node_config)
+        content = answer_by_resident(kind, message.content, site, message.metadata.ttl)
+    except Exception as error:  # Flower would send its text to the server
+        logger.exception("%s failed", kind)
+        content = failed(error, site)
+    return Message(audited(kind, message.content, content, site, started), reply_to=message)
+
+
+def _check_guarded(site: Site) -> None:
+    """Answer only where no code of a bundle can run, unless the site's operator wants it so.
+
+    This covers the app of this package alone: started without the guard, Flower loads whatever app
+    a bundle names.
+
+    Raises:
+        RefusedError: Flower's own program has loaded this app.
+    """
+    if is_confined():
+        return
+    if site.node_config.get("trust-server-code") is not True:
+        logger.error(
+            "this SuperNode was started without the guard, so that code of a server can run here; "
+            "start it with `fedllm site start` (trust-server-code=true in its node config lets it "
+            "answer all the same)"
+        )
+        raise RefusedError("its operator has to start it with `fedllm site start`")
+    logger.warning(
+        "trust-server-code=true: this SuperNode runs whatever code a server sends in a run's bundle"
+    )

@@ -1,0 +1,92 @@
+"""What the audit log of a site says of a message: who asked for what, and what left the site."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fedllm_flwr.client.requests import Site, failed
+from fedllm_flwr.config import Config
+from fedllm_flwr.deployment.audit import WAITING, AuditLog, settings_digest
+from fedllm_flwr.errors import FederationError, FedLLMError
+from fedllm_flwr.federation.wire import unpack_config, unpack_failure, unpack_params
+
+_VERDICTS = {"ApprovalPending": WAITING, "ApprovalDeclined": "declined"}
+
+
+def audited(
+    kind: str, asked: RecordDict, reply: RecordDict, site: Site, started: float
+) -> RecordDict:
+    """`reply`, once the site's audit log has noted it; without a log, nothing leaves.
+
+    A site keeps a log if its node config has ``site-dir``, as `fedllm site init` writes it.
+
+    Args:
+        started: time.monotonic() when the message came.
+    """
+    if "site-dir" not in site.node_config:
+        return reply
+    seconds = round(time.monotonic() - started, 3)
+    try:
+        entry, config = _entry(kind, asked, reply, site)
+        log = AuditLog(audit_folder(Path(str(site.node_config["site-dir"]))))
+        log.append({**entry, "seconds": seconds}, None if config is None else asdict(config))
+    except FedLLMError as error:
+        return failed(error, site)
+    return reply
+
+
+def audit_folder(site_dir: Path) -> Path:
+    """Where a site's audit log is."""
+    return site_dir.expanduser() / "audit"
+
+
+def _entry(
+    kind: str, asked: RecordDict, reply: RecordDict, site: Site
+) -> tuple[dict[str, Any], Config | None]:
+    """The entry, and the settings that were asked for, if they can be read."""
+    entry: dict[str, Any] = {
+        "event": kind,
+        "run": str(site.run_id),
+        "server": str(site.node_config.get("server-address", "")),
+    }
+    config = None
+    try:
+        server_round, config = unpack_config(asked)
+    except FederationError as error:
+        entry["unreadable"] = str(error)
+    else:
+        entry |= {
+            "round": server_round,
+            "algorithm": config.algorithm.name,
+            "task": config.task.name,
+            "model": config.model.path,
+            "commit": config.model.revision,
+            "settings_digest": settings_digest(asdict(config)),
+        }
+    if (failure := unpack_failure(reply)) is not None:
+        verdict = _VERDICTS.get(failure.kind, "refused")
+        return {**entry, "verdict": verdict, "reason": failure.reason}, config
+    return {**entry, "verdict": "answered", **_left(reply)}, config
+
+
+def _left(reply: RecordDict) -> dict[str, Any]:
+    """Records used, and the values, bytes and L2 norms of the tensors in a reply."""
+    said: dict[str, Any] = {}
+    for record in reply.config_records.values():
+        said |= dict(record.items())
+    for numbers in reply.metric_records.values():
+        said |= dict(numbers.items())
+    metrics = reply.metric_records.get("metrics")
+    records = said.get("num_examples", 0)
+    left: dict[str, Any] = {"records": records, "values": 0, "bytes": 0, "norms": {}}
+    for name, arrays in reply.array_records.items():
+        params = unpack_params(arrays, str(said.get("dtype", "")))
+        squares = sum(float(np.square(value, dtype=np.float64).sum()) for value in params.values())
+        left["norms"][name] = squares**0.5
+        left["values"] += sum(value.size for value in params.values())
+        left["bytes"] += sum(len(array.data) for array in arrays.values())
+    return {**left, "numbers": {} if metrics is None else dict(metrics.items())}

@@ -1,0 +1,178 @@
+"""The ClientApp's side: hand a message to the resident trainer, which is started when needed."""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.resident.protocol import receive_frame, send_frame
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.messages import Failure
+from fedllm_flwr.federation.wire import pack_failure, unpack_failure
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_IDLE_TIMEOUT_S = 600.0
+_START_TIMEOUT_S = 120.0
+_ATTEMPTS = 2  # a trainer that dies over a message is started once more
+
+
+def answer_by_resident(
+    kind: str, content: RecordDict, site: Site, timeout_s: float | None = None
+) -> RecordDict:
+    """The resident trainer's answer; without one this process answers itself, with a warning.
+
+    The site's node config may set ``resident=false``, or ``idle-timeout-s``: seconds without a
+    message after which the trainer ends.
+
+    Args:
+        timeout_s: after which nobody waits for the answer any more. A trainer that is still at it
+            then is ended, so that it does not stand in the way of the next message.
+    """
+    if not site.node_config.get("resident", True):
+        return answer(kind, content, site)
+    try:
+        path = _socket_path(site)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return _logged(_ask(path, kind, content, site, timeout_s), kind, site)
+            except EOFError:
+                logger.warning("the resident trainer died over a message (attempt %d)", attempt)
+    except TimeoutError:
+        reason = f"its trainer did not answer a {kind} message within {timeout_s:g} s and was ended"
+        return _logged(pack_failure(Failure("TrainerHung", reason, site.name)), kind, site)
+    except (OSError, FederationError) as error:
+        logger.warning("no resident trainer (%s); this process trains itself", error)
+        return answer(kind, content, site)
+    reason = f"its trainer died {_ATTEMPTS} times over a {kind} message, out of memory perhaps"
+    failure = Failure("TrainerDied", f"{reason}; the site's log says more", site.name)
+    return _logged(pack_failure(failure), kind, site)
+
+
+def _logged(content: RecordDict, kind: str, site: Site) -> RecordDict:
+    """The answer; if it is a failure, the SuperNode's own output names it and the log."""
+    if failure := unpack_failure(content):
+        logger.error("%s failed: %s (log: %s)", kind, failure.reason, _log_path(site))
+    return content
+
+
+def _ask(
+    path: Path, kind: str, content: RecordDict, site: Site, timeout_s: float | None
+) -> RecordDict:
+    with _connected(path, site) as connection:
+        fields = {
+            "kind": kind,
+            "node_config": dict(site.node_config),
+            "run_id": site.run_id,
+            "node_id": site.node_id,
+        }
+        connection.settimeout(timeout_s)
+        try:
+            send_frame(connection, fields, content)
+            return receive_frame(connection)[1]
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise EOFError(str(error)) from error
+        except TimeoutError:
+            _end_peer(connection)
+            raise
+
+
+def _end_peer(connection: socket.socket) -> None:
+    """Kill the trainer at the other end; the kernel says who it is, where it can."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return
+    credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
+    pid, _, _ = struct.unpack("3i", credentials)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _connected(path: Path, site: Site) -> Iterator[socket.socket]:
+    """A connection to the trainer, which is started if nobody answers on the socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        with _only_one(path):
+            if not _connect(connection, path):
+                _wait(connection, path, _start(path, site), _log_path(site))
+        yield connection
+
+
+def _connect(connection: socket.socket, path: Path) -> bool:
+    try:
+        connection.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    return True
+
+
+def _start(path: Path, site: Site) -> "subprocess.Popen[bytes]":
+    """Start the trainer in a session of its own, with the SuperNode as the parent to watch."""
+    path.unlink(missing_ok=True)
+    idle = float(site.node_config.get("idle-timeout-s", DEFAULT_IDLE_TIMEOUT_S))
+    arguments = [str(path), str(os.getppid()), str(idle)]
+    with _log_path(site).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedllm_flwr.client.resident", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _log_path(site: Site) -> Path:
+    """Beside the site's state, where its operator finds it; else beside the socket."""
+    if "state-dir" in site.node_config:
+        folder = Path(str(site.node_config["state-dir"])).expanduser()
+        if folder.is_dir():
+            return folder / "trainer.log"
+    return _socket_path(site).with_suffix(".log")
+
+
+def _wait(
+    connection: socket.socket, path: Path, trainer: "subprocess.Popen[bytes]", log: Path
+) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not _connect(connection, path):
+        if trainer.poll() is not None:
+            raise FederationError(f"it ended with status {trainer.returncode}, see {log}")
+        if time.monotonic() > deadline:
+            raise FederationError(f"it did not start within {_START_TIMEOUT_S:g} s, see {log}")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Let one ClientApp at a time look for the trainer and start it."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _socket_path(site: Site) -> Path:
+    """The site's socket, in a directory that its user alone can enter.
+
+    Raises:
+        FederationError: the directory belongs to someone else.
+    """
+    directory = Path(tempfile.gettempdir()) / f"fedllm-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or directory.is_symlink():
+        raise FederationError(f"{directory} is open to others; remove it")
+    identity = repr((site.node_id, sorted(site.node_config.items())))
+    return directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.sock"

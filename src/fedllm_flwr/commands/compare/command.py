@@ -1,0 +1,202 @@
+"""The command: from overrides to a table and a figure, resumable."""
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from fedllm_flwr.commands.compare.jobs import Job, carry_out, make_jobs
+from fedllm_flwr.commands.compare.results import curves, deciding_metric, make_rows, read_outcomes
+from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
+from fedllm_flwr.config.compose import compose, expand_sweep
+from fedllm_flwr.config.participation import describe_local
+from fedllm_flwr.config.schema import ALGORITHMS
+from fedllm_flwr.errors import ConfigError, RunInterrupted
+from fedllm_flwr.files import write_atomically
+from fedllm_flwr.models.device import cpu_count
+from fedllm_flwr.reporting.console import print_error
+from fedllm_flwr.reporting.text import format_seconds
+from fedllm_flwr.runs.directory import foreign_files
+from fedllm_flwr.runs.fit import first_refusal
+from fedllm_flwr.simulation.resources import check_machine
+
+# Baselines first, so that the table reads from the bottom line to the upper one.
+ORDER = ("local", *(n for n in ALGORITHMS if n not in ("local", "centralized")), "centralized")
+_DEMO, _DPO_DEMO = "compare_demo", "compare_demo_dpo"  # experiments, where nothing is chosen
+_SAVED = "compare.json"  # in its directory: what was asked for
+
+
+def compare(arguments: Sequence[str], config_dir: str | None) -> int:
+    """Run and tabulate; ``resume=<directory>`` goes on with a comparison that stopped.
+
+    Args:
+        arguments: overrides, and among them ``algorithm=all`` or a comma-separated list,
+            ``seeds=<count>``, ``output_dir=`` and ``resume=``.
+
+    Raises:
+        ConfigError: something in the arguments cannot work.
+    """
+    options, own = _split(arguments)
+    _refuse_sweeps(options, own)
+    if "resume" in options:
+        root = Path(options["resume"]).expanduser()
+        options, own = _saved(root)
+    else:
+        root = _new_directory(options, own)
+    algorithms = _algorithms(options.get("algorithm", "all"))
+    seeds = [f"compare.seeds={options['seeds']}"] if "seeds" in options else []
+    jobs = make_jobs([*own, *seeds], config_dir, algorithms, root)
+    config = jobs[0].config
+    check_machine(config)
+    first_refusal([job.config for job in jobs if not job.done])
+    names = [job.directory.path.name for job in jobs]
+    saved = json.dumps({"options": options, "overrides": own, "runs": names}, indent=2)
+    write_atomically(root / _SAVED, saved.encode())
+    workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
+    done = sum(job.done for job in jobs)
+    runs = f"{len(jobs)} runs ({_seeds(config.compare.seeds)}), {done} done, {workers} at a time"
+    print(f"comparing {', '.join(algorithms)}\n  {runs}   output  {root}", flush=True)
+    try:
+        failed = _carry_out(jobs, workers)
+    except KeyboardInterrupt as interrupt:
+        finished = sum(job.done for job in jobs)
+        raise RunInterrupted(
+            f"interrupted; {finished} of {len(jobs)} runs are done, go on with: "
+            f"fedllm compare resume={root}"
+        ) from interrupt
+    _write(root, jobs, algorithms)
+    return 1 if failed else 0
+
+
+def _refuse_sweeps(options: dict[str, str], overrides: Sequence[str]) -> None:
+    """A comparison runs algorithms and seeds; other lists of values are for `fedllm run -m`.
+
+    Raises:
+        ConfigError: names the list, and what to write instead.
+    """
+    counted = "give their number: seeds=3 with seed=1 runs the seeds 1, 2 and 3."
+    if not options.get("seeds", "1").isdecimal():
+        raise ConfigError(f"seeds={options['seeds']}: {counted}")
+    for text in overrides:
+        if len(expand_sweep([text])) > 1:
+            key = text.partition("=")[0]
+            remedy = counted if key == "seed" else "a comparison takes one value; choose one."
+            raise ConfigError(f"{text}: {remedy}")
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'' if count == 1 else 's'}"
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The command's own options, and the overrides of all runs."""
+    own = ("algorithm", "seeds", "output_dir", "resume")
+    options: dict[str, str] = {}
+    overrides = []
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key in own:
+            options[key] = value
+        else:
+            overrides.append(text)
+    if not any(text.split("=")[0] in ("experiment", "data", "model") for text in overrides):
+        overrides.append(f"experiment={_DPO_DEMO if 'task=dpo' in overrides else _DEMO}")
+    return options, overrides
+
+
+def _saved(root: Path) -> tuple[dict[str, str], list[str]]:
+    """The options and overrides of a comparison that stopped."""
+    file = root / _SAVED
+    if not file.is_file():
+        raise ConfigError(f"resume={root}: no {_SAVED} there; give a comparison's directory.")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return saved["options"], saved["overrides"]
+
+
+def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
+    """Where a new comparison writes."""
+    stamp, data = datetime.now().strftime("%m%d-%H%M"), compose(overrides).data.name
+    root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{data}")).expanduser()
+    if (root / _SAVED).exists():
+        raise ConfigError(
+            f"output_dir={root} holds a comparison already; go on with it: resume={root}."
+        )
+    if foreign := foreign_files(root, (".*",)):
+        raise ConfigError(
+            f"output_dir={root} holds other files ({', '.join(foreign[:3])}); give a new or an "
+            "empty directory."
+        )
+    return root
+
+
+def _algorithms(text: str) -> list[str]:
+    names = list(ORDER) if text == "all" else [name.strip("[] ") for name in text.split(",")]
+    for name in names:
+        if name not in ALGORITHMS:
+            raise ConfigError(
+                f"algorithm={name}: choose all, or a list from {', '.join(ALGORITHMS)}."
+            )
+    return sorted(set(names), key=ORDER.index)
+
+
+def _carry_out(jobs: Sequence[Job], workers: int) -> int:
+    """Run the jobs with a line for each that ends; returns the number of failures."""
+    total, started = len(jobs), time.monotonic()
+    before = sum(job.done for job in jobs)
+    ended = failed = 0
+
+    def report(job: Job, error: str | None) -> None:
+        nonlocal ended, failed
+        ended += 1
+        failed += error is not None
+        still = total - before - ended
+        left = (time.monotonic() - started) / ended * still
+        remaining = f"{format_seconds(left)} left" if still else ""
+        name = f"[{before + ended:>{len(str(total))}}/{total}] {job.algorithm} seed {job.seed}"
+        print(f"  {name:<32} {_outcome(job, error):<40} {remaining}".rstrip(), flush=True)
+        if error is not None:
+            print_error(f"{job.algorithm} seed {job.seed}: {error}")
+
+    carry_out(jobs, workers, report)
+    return failed
+
+
+def _outcome(job: Job, error: str | None) -> str:
+    if error is not None:
+        return "failed"
+    final = json.loads(job.directory.summary.read_text(encoding="utf-8"))["final"] or {}
+    shown = [
+        f"{name} {final[name]:.3f}" for name in ("loss", "accuracy", "margin") if name in final
+    ]
+    return "   ".join(shown)
+
+
+def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
+    """Table as Markdown and CSV, figure, and the table on the screen."""
+    from fedllm_flwr.reporting.plots import plot_comparison
+
+    outcomes = read_outcomes(jobs)
+    if not outcomes:
+        return
+    rows, metric = make_rows(outcomes, algorithms), deciding_metric(outcomes)
+    seeds = len({outcome.job.seed for outcome in outcomes})
+    note = (
+        f"Mean ± standard deviation over {_seeds(seeds)}. vs local: "
+        f"paired difference of the final {metric} by seed, ± half of its 95 % t interval over "
+        "seeds, on these records; * the interval leaves out zero. steps: optimizer steps of all "
+        "clients together."
+    )
+    local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
+    if local:
+        note += f" Local: {describe_local(local[0])}; best and worst client by loss."
+    write_atomically(root / "compare.md", as_markdown(rows, metric, note).encode())
+    write_atomically(root / "compare.csv", as_csv(rows).encode())
+    caption = "Lines: " + (f"mean over {seeds} seeds" if seeds > 1 else "one seed")
+    caption += ", marked where it was scored."
+    caption += " Bands: lowest to highest seed." if seeds > 1 else ""
+    caption += " local: mean over its clients' own adapters." if local else ""
+    label = f"{metric} on held-out records"
+    plot_comparison(curves(outcomes, metric), root / "compare.png", label, caption)
+    print(f"\n{as_text(rows, metric)}\n{note}")
+    print(f"  figure {root / 'compare.png'}   table {root / 'compare.md'}, {root / 'compare.csv'}")

@@ -1,0 +1,173 @@
+"""What the runs of a comparison came to, with their spread over seeds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from fedllm_flwr.commands.compare.jobs import Job
+from fedllm_flwr.reporting.metrics import Record, name_of_start, read_metrics, summarise
+
+METRICS = ("loss", "accuracy", "macro_f1", "margin", "answer_tokens")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds; deviation None for a single one."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference to the local baseline, and half its 95 % t interval over seeds."""
+
+    mean: float
+    half_width: float | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison."""
+
+    name: str
+    final: dict[str, Spread]
+    best_loss: Spread | None = None
+    against_local: Difference | None = None
+    steps: float | None = None  # optimizer steps of all clients in all rounds
+    megabytes: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    job: Job
+    records: list[Record]
+    summary: dict[str, Any]
+
+
+def read_outcomes(jobs: Sequence[Job]) -> list[Outcome]:
+    """The runs that are done."""
+    outcomes = []
+    for job in jobs:
+        if job.done:
+            records = read_metrics(job.directory.metrics)
+            seconds = [float(record.get("seconds", 0.0)) for record in records]
+            outcomes.append(Outcome(job, records, summarise(records, {"rounds": sum(seconds)})))
+    return outcomes
+
+
+def make_rows(outcomes: Sequence[Outcome], algorithms: Sequence[str]) -> list[Row]:
+    """The start, each algorithm in the order given, and after local its best and worst."""
+    by_name = {
+        name: [outcome for outcome in outcomes if outcome.job.algorithm == name]
+        for name in algorithms
+    }
+    rows = []
+    federated = next((by_name[name] for name in algorithms if by_name[name]), [])
+    if federated:
+        first = name_of_start(federated[0].job.config.init_adapter)
+        rows.append(Row(first, _spreads([outcome.summary["base"] for outcome in federated])))
+    local = by_name.get("local", [])
+    for name, runs in by_name.items():
+        if not runs:
+            continue
+        rows.append(_row(name, runs, local))
+        if name == "local":
+            rows += _extremes(runs)
+    return rows
+
+
+def deciding_metric(outcomes: Sequence[Outcome]) -> str:
+    """What algorithms are compared by: accuracy where answers are classes, else the loss."""
+    scored = all("accuracy" in (outcome.summary["final"] or {}) for outcome in outcomes)
+    return "accuracy" if outcomes and scored else "loss"
+
+
+def _row(name: str, runs: Sequence[Outcome], local: Sequence[Outcome]) -> Row:
+    sent = [run.summary["bytes_up"] + run.summary["bytes_down"] for run in runs]
+    travels = name not in ("local", "centralized")
+    return Row(
+        name="local (mean)" if name == "local" else name,
+        final=_spreads([run.summary["final"] for run in runs]),
+        best_loss=Spread.of([run.summary["best"]["loss"] for run in runs]),
+        against_local=None if name == "local" else _against(runs, local),
+        steps=fmean(_steps(run) for run in runs),
+        megabytes=fmean(sent) / 1e6 if travels else 0.0,
+        seconds=fmean(run.summary["seconds"] for run in runs),
+    )
+
+
+def _steps(run: Outcome) -> float:
+    clients = [client for record in run.records for client in record.get("clients", {}).values()]
+    return sum(float(client["steps"]) for client in clients)
+
+
+def _spreads(scores: Sequence[dict[str, float]]) -> dict[str, Spread]:
+    return {
+        metric: Spread.of([score[metric] for score in scores])
+        for metric in METRICS
+        if all(metric in score for score in scores)
+    }
+
+
+def _extremes(runs: Sequence[Outcome]) -> list[Row]:
+    """The best and the worst client of each seed, ranked by loss."""
+    rows = []
+    for name, choose in (("  best client", min), ("  worst client", max)):
+        chosen = []
+        for run in runs:
+            each = run.records[-1]["local"].values()
+            chosen.append(choose(each, key=lambda scores: float(scores["loss"])))
+        rows.append(Row(name, _spreads(chosen)))
+    return rows
+
+
+def _against(runs: Sequence[Outcome], local: Sequence[Outcome]) -> Difference | None:
+    """Paired by seed; the interval is Student's, for differences that spread normally."""
+    metric = deciding_metric([*runs, *local])
+    baseline = {run.job.seed: run.summary["final"][metric] for run in local}
+    differences = [
+        run.summary["final"][metric] - baseline[run.job.seed]
+        for run in runs
+        if run.job.seed in baseline
+    ]
+    if not differences:
+        return None
+    if len(differences) == 1:
+        return Difference(differences[0], None)
+    from scipy.stats import t
+
+    count = len(differences)
+    quantile = float(t.ppf(0.975, count - 1))
+    return Difference(fmean(differences), quantile * stdev(differences) / math.sqrt(count))
+
+
+def curves(
+    outcomes: Sequence[Outcome], metric: str
+) -> dict[str, list[tuple[int, float, float, float]]]:
+    """Per algorithm and evaluated round: mean, lowest and highest over seeds."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for outcome in outcomes:
+        of_algorithm = found.setdefault(outcome.job.algorithm, {})
+        for record in outcome.records:
+            if metric in (record.get("eval") or {}):
+                of_algorithm.setdefault(record["round"], []).append(record["eval"][metric])
+    return {
+        name: [(r, fmean(v), min(v), max(v)) for r, v in sorted(rounds.items())]
+        for name, rounds in found.items()
+    }

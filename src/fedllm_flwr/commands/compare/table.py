@@ -1,0 +1,87 @@
+"""The comparison as text for a terminal, Markdown and CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from fedllm_flwr.commands.compare.results import METRICS, Difference, Row, Spread
+
+Cells = list[str]
+
+_DECIMALS = {"answer_tokens": 1}  # three for the rest
+_TITLES = {"macro_f1": "macro F1", "answer_tokens": "answer tokens"}
+
+
+def lines_of(rows: Sequence[Row], metric: str) -> list[Cells]:
+    """The table as text, header first: what any row knows, ``-`` where there is nothing to say."""
+    scores = [name for name in METRICS[1:] if any(name in row.final for row in rows)]
+    titles = [_TITLES.get(name, name) for name in scores]
+    header = ["", "loss", "best loss", *titles, f"{metric} vs local", "steps", "MB", "seconds"]
+    return [header, *(_cells(row, scores) for row in rows)]
+
+
+def _cells(row: Row, scores: Sequence[str]) -> Cells:
+    return [
+        row.name,
+        _spread(row.final.get("loss"), 3),
+        _spread(row.best_loss, 3),
+        *(_spread(row.final.get(name), _DECIMALS.get(name, 3)) for name in scores),
+        _difference(row.against_local),
+        "-" if row.steps is None else f"{row.steps:.0f}",
+        "-" if row.megabytes is None else f"{row.megabytes:.1f}",
+        "-" if row.seconds is None else f"{row.seconds:.0f}",
+    ]
+
+
+def as_text(rows: Sequence[Row], metric: str) -> str:
+    """Aligned columns for a terminal."""
+    table = lines_of(rows, metric)
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = []
+    for line in table:
+        name, *values = line
+        padded = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("   ".join([f"{name:<{widths[0]}}", *padded]).rstrip())
+    return "\n".join(lines)
+
+
+def as_markdown(rows: Sequence[Row], metric: str, note: str) -> str:
+    """A Markdown table with a note below it."""
+    names, *body = lines_of(rows, metric)
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{note}\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Numbers in full, a column for each mean and each standard deviation."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [f"{metric}_{part}" for metric in METRICS for part in ("mean", "std")]
+    best = ["best_loss_mean", "best_loss_std"]
+    others = ["vs_local", "vs_local_half_width", "steps", "megabytes", "seconds"]
+    writer.writerow(["name", *names, *best, *others])
+    for row in rows:
+        spreads = [*(row.final.get(metric) for metric in METRICS), row.best_loss]
+        numbers = [n for s in spreads for n in ((s.mean, s.deviation) if s else (None, None))]
+        difference = row.against_local
+        pair = (difference.mean, difference.half_width) if difference else (None, None)
+        rest = (row.steps, row.megabytes, row.seconds)
+        writer.writerow([row.name.strip(), *numbers, *pair, *rest])
+    return text.getvalue()
+
+
+def _spread(spread: Spread | None, decimals: int) -> str:
+    if spread is None:
+        return "-"
+    mean = f"{spread.mean:.{decimals}f}"
+    return mean if spread.deviation is None else f"{mean} ± {spread.deviation:.{decimals}f}"
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return "-"
+    if difference.half_width is None:
+        return f"{difference.mean:+.3f}"
+    star = " *" if difference.clear else "  "
+    return f"{difference.mean:+.3f} ± {difference.half_width:.3f}{star}"

@@ -1,0 +1,98 @@
+"""The options of ``fedllm evaluate``. Nothing heavy is imported before they are read."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.evaluation.judging.arguments import add_judging, judging_extra
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a parser."""
+    what = parser.add_argument_group("what is evaluated (the base model always is)")
+    what.add_argument(
+        "--run", nargs="+", default=[], metavar="DIR", help="runs; RUN@best, RUN@round=8"
+    )
+    what.add_argument("--adapter", nargs="+", default=[], metavar="DIR", help="adapters of PEFT")
+    what.add_argument("--compare", metavar="DIR", help="all runs of a fedllm compare")
+    what.add_argument("--base", metavar="MODEL", help="base model: hub id, directory, or embedded")
+    on = parser.add_argument_group("on what")
+    on.add_argument("--suite", action="append", default=[], help="suites: finance,medical,...")
+    on.add_argument("--task", action="append", default=[], help="single tasks, by name")
+    on.add_argument("--limit", type=int, metavar="N", help="first N examples of each part")
+    on.add_argument("--shots", type=int, metavar="N", help="solved examples in a prompt")
+    on.add_argument("--data-root", metavar="DIR", help="local data files; default: the hub")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--prompt",
+        default="trained",
+        choices=("trained", "raw", "chat"),
+        help="in the template of training (default), bare, or by the tokenizer's chat template",
+    )
+    how.add_argument("--template", help="template of training, where no run says: alpaca, vicuna")
+    how.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a forward pass")
+    how.add_argument("--output", metavar="DIR", help="default: outputs/<time>-evaluate")
+    how.add_argument("--cache", metavar="DIR", help="of scored examples; default: ~/.cache")
+    how.add_argument("--no-cache", action="store_true", help="score everything anew")
+    add_judging(parser)
+    _add_code(parser)
+    parser.add_argument("--list", action="store_true", help="list suites, tasks and metrics")
+
+
+def _add_code(parser: argparse.ArgumentParser) -> None:
+    code = parser.add_argument_group("generated code (suite code)")
+    code.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run generated programs, contained as far as this machine allows",
+    )
+    code.add_argument("--samples", type=int, metavar="N", help="answers to a problem (default 1)")
+    code.add_argument("--temperature", type=float, metavar="T", help="default: 0, or 0.8 for N > 1")
+
+
+def _code_extra(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "allow": arguments.allow_code_execution,
+        "samples": arguments.samples,
+        "temperature": arguments.temperature,
+    }
+
+
+def evaluate_arguments(arguments: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit status."""
+    if arguments.list:
+        from fedllm_flwr.commands.evaluate.listing import list_suites
+
+        print(list_suites())
+        return 0
+    from fedllm_flwr.commands.evaluate.command import Request, evaluate
+    from fedllm_flwr.evaluation.suites.results import RunOptions
+
+    root = arguments.data_root
+    options = RunOptions(
+        limit=arguments.limit,
+        shots=arguments.shots,
+        data_root=None if root is None else Path(root).expanduser(),
+        batch_tokens=arguments.batch_tokens,
+        extra={**judging_extra(arguments), "code": _code_extra(arguments)},
+    )
+    return evaluate(
+        Request(
+            runs=arguments.run,
+            adapters=arguments.adapter,
+            compare=arguments.compare,
+            base=arguments.base,
+            suites=_names(arguments.suite),
+            tasks=_names(arguments.task),
+            prompt=arguments.prompt,
+            template=arguments.template,
+            output=arguments.output,
+            cache=arguments.cache,
+            no_cache=arguments.no_cache,
+            options=options,
+        )
+    )
+
+
+def _names(values: list[str]) -> list[str]:
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]

@@ -1,0 +1,141 @@
+"""The models to compare: a base model, and adapters of runs, of directories, of a comparison."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedllm_flwr.config import Config, changed
+from fedllm_flwr.config.compose import load_run
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.models.tokenizer import model_source
+from fedllm_flwr.runs.directory import RunDirectory
+from fedllm_flwr.runs.kept_adapters import KeptAdapter, base_model, find_adapter, find_adapters
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model: the base of `config`, with an adapter that is kept on disk, or as it is.
+
+    Args:
+        row: what its line in the tables is called; several candidates of a row are averaged.
+        seed, client: which of them this is, where a row has several.
+    """
+
+    row: str
+    config: Config
+    adapter: KeptAdapter | None = None
+    seed: int | None = None
+    client: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A name of its own."""
+        parts = [self.row, "" if self.seed is None else f"seed {self.seed}", self.client or ""]
+        return ", ".join(part for part in parts if part)
+
+
+def collect(
+    runs: Sequence[str],
+    adapters: Sequence[str],
+    compare: str | None,
+    base: str | None,
+    template: str | None,
+) -> list[Candidate]:
+    """The base model, then every adapter that was asked for.
+
+    Raises:
+        ConfigError: a directory holds no finished run or adapter, or bases differ.
+    """
+    found = [*_of_runs(runs), *(_of_adapter(typed, base) for typed in adapters)]
+    if compare is not None:
+        found += _of_comparison(Path(compare).expanduser())
+    if not found:
+        if base is None:
+            raise ConfigError("give what to evaluate: --run, --adapter, --compare or --base.")
+        found = [Candidate(BASE, Config(model=base_model(base)))]
+    if template is not None:
+        found = [_with_template(item, template) for item in found]
+    first = found[0]
+    for other in found[1:]:
+        _require_same_base(first, other)
+    rest = [item for item in found if item.adapter is not None]
+    return [Candidate(BASE, first.config), *rest]
+
+
+def _of_runs(typed: Sequence[str]) -> list[Candidate]:
+    """Runs by the name of their algorithm where that tells them apart, else of their directory."""
+    found = [find_adapters(text) for text in typed]
+    rows = [_row(some[0], some[0].config.algorithm.name) for some in found]
+    if len(set(rows)) < len(rows):
+        rows = [_row(some[0], str(some[0].run and some[0].run.resolve().name)) for some in found]
+    return [item for row, some in zip(rows, found, strict=True) for item in _candidates(row, some)]
+
+
+def _row(kept: KeptAdapter, name: str) -> str:
+    """A run's adapter by `name`; another than the final one says so."""
+    return name if kept.label == "final" else f"{name}, {kept.label}"
+
+
+def _candidates(row: str, found: Sequence[KeptAdapter], seed: int | None = None) -> list[Candidate]:
+    return [Candidate(row, kept.config, kept, seed, kept.client) for kept in found]
+
+
+def _of_comparison(root: Path) -> list[Candidate]:
+    """All finished runs of a comparison, algorithms as rows, in the comparison's own order."""
+    from fedllm_flwr.commands.compare.command import ORDER
+
+    if not (root / "compare.json").is_file():
+        raise ConfigError(f"--compare {root}: no compare.json; give the directory of a comparison.")
+    finished = [RunDirectory(path) for path in sorted((root / "runs").iterdir())]
+    finished = [run for run in finished if run.summary.is_file()]
+    if not finished:
+        raise ConfigError(f"--compare {root}: no run has finished yet.")
+    configs = {run.path: load_run(run.path, str(run.path)) for run in finished}
+    finished.sort(
+        key=lambda run: (ORDER.index(configs[run.path].algorithm.name), configs[run.path].seed)
+    )
+    return [
+        candidate
+        for run in finished
+        for candidate in _candidates(
+            configs[run.path].algorithm.name,
+            find_adapters(str(run.path)),
+            configs[run.path].seed,
+        )
+    ]
+
+
+def _of_adapter(typed: str, base: str | None) -> Candidate:
+    """An adapter directory as PEFT writes it, or what else names one adapter."""
+    kept = find_adapter(typed, base)
+    row = kept.label if kept.run is None else _row(kept, kept.run.resolve().name)
+    return Candidate(row, kept.config, kept, client=kept.client)
+
+
+def _with_template(candidate: Candidate, template: str) -> Candidate:
+    return replace(candidate, config=changed(candidate.config, data={"template": template}))
+
+
+def _require_same_base(one: Candidate, other: Candidate) -> None:
+    """All in one call share the base model, so that it is loaded once and scored once."""
+
+    def shown(config: Config) -> str:
+        return f"{config.model.path} ({config.quantization.name})"
+
+    same = (
+        model_source(one.config.model) == model_source(other.config.model)
+        and one.config.model.revision == other.config.model.revision
+        and one.config.quantization == other.config.quantization
+    )
+    if not same:
+        raise ConfigError(
+            f"{other.name} has another base model, {shown(other.config)}, than {one.name}, "
+            f"{shown(one.config)}; evaluate them in two calls."
+        )
+    if one.config.data.template != other.config.data.template:
+        raise ConfigError(
+            f"{other.name} was trained with data.template={other.config.data.template}, {one.name} "
+            f"with {one.config.data.template}; give --template, or evaluate them in two calls."
+        )

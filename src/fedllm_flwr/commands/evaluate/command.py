@@ -1,0 +1,236 @@
+"""The command: what to evaluate on what, and where the results go."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.commands.evaluate.candidates import Candidate, collect
+from fedllm_flwr.commands.evaluate.results import LOCAL, Comparison, compare_scores
+from fedllm_flwr.commands.evaluate.runners import check_runners, closing_lines, why_not
+from fedllm_flwr.commands.evaluate.scoring import Scored, Scorer
+from fedllm_flwr.commands.evaluate.tables import as_csv, as_markdown, as_records, as_text
+from fedllm_flwr.config.participation import describe_local
+from fedllm_flwr.config.schema import TEMPLATES
+from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.evaluation.suites.catalogue import (
+    SuiteTask,
+    all_suites,
+    chosen_suites,
+    chosen_tasks,
+)
+from fedllm_flwr.evaluation.suites.local_data import missing_files
+from fedllm_flwr.evaluation.suites.requested import harness_version
+from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.score_cache import SamplesCache, default_cache
+from fedllm_flwr.files import write_atomically
+from fedllm_flwr.reporting.text import format_seconds
+from fedllm_flwr.runs.directory import foreign_files
+from fedllm_flwr.runs.fit import check_evaluation_fit
+
+NOTES = (
+    "value ± half of its 95 % interval: for a mean over seeds over seeds and examples (Student's "
+    "t), for one model over examples only (bootstrap)",
+    "differences are paired (same seeds, same examples, same resamples); the interval leaves out "
+    "zero: * over seeds and examples, † over examples only, which holds for these adapters and not "
+    "for what another seed would have given",
+)
+
+_SHORTENED = {
+    "cut": "prompts cut at their start",
+    "examples_left_out": "solved examples left out of prompts",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    runs: list[str] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
+    compare: str | None = None
+    base: str | None = None
+    suites: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    prompt: str = "trained"
+    template: str | None = None
+    output: str | None = None
+    cache: str | None = None
+    no_cache: bool = False
+    options: RunOptions = field(default_factory=RunOptions)
+
+
+def evaluate(request: Request) -> int:
+    """Score, tabulate and write down.
+
+    Raises:
+        FedLLMError: names what cannot work, before a model is loaded.
+    """
+    started = time.monotonic()
+    _check(request)
+    tasks, skipped = _tasks(request)
+    suites = [all_suites()[name] for name in dict.fromkeys(task.suite for task in tasks)]
+    if any(task.runner == "harness" for task in tasks):
+        harness_version()
+    check_runners(tasks, request.options)
+    candidates = collect(
+        request.runs, request.adapters, request.compare, request.base, request.template
+    )
+    check_evaluation_fit(candidates[0].config, request.prompt, request.template)
+    output = _output(request)
+    print(f"evaluating {len(candidates)} models on {len(tasks)} tasks   output  {output}")
+    unfinished = [item.adapter.unfinished for item in candidates if item.adapter]
+    for line in [*filter(None, dict.fromkeys(unfinished)), *skipped]:
+        print(f"  {line}")
+    place = Path(request.cache).expanduser() if request.cache else default_cache()
+    cache = SamplesCache(None if request.no_cache else place)
+    work = (output if request.no_cache else place) / "work"
+    scorer = Scorer(request.options, request.prompt, cache, work, _report)
+    scored = scorer.score(candidates, tasks)
+    comparison = compare_scores(candidates, scored, tasks, suites)
+    notes = [*NOTES, *_notes(candidates, scored, tasks, request)]
+    _write(output, comparison, scored, tasks, [*notes, *skipped])
+    print("\n".join(["", as_text(comparison), "", *notes]))
+    took = format_seconds(time.monotonic() - started)
+    print(
+        f"Finished in {took}.  {output}: results.md, results.csv, results.json, a figure of each "
+        "suite, predictions/"
+    )
+    return 0
+
+
+def _check(request: Request) -> None:
+    limit, shots = request.options.limit, request.options.shots
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be > 0, got {limit}.")
+    if shots is not None and shots < 0:
+        raise ConfigError(f"--shots must be >= 0, got {shots}.")
+    if request.template is not None and request.template not in TEMPLATES:
+        raise ConfigError(f"--template {request.template}: choose from {', '.join(TEMPLATES)}.")
+    root = request.options.data_root
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"--data-root {root}: no such directory.")
+    if not request.suites and not request.tasks:
+        raise ConfigError(
+            f"give --suite (of {', '.join(all_suites())}) or --task; fedllm evaluate --list shows "
+            "what there is."
+        )
+
+
+def _tasks(request: Request) -> tuple[list[SuiteTask], list[str]]:
+    """The tasks asked for, and a line on each that has to be left out of its suite.
+
+    A task that is asked for by name must have its files.
+    """
+    named = chosen_tasks(request.tasks)
+    root = request.options.data_root
+    found, skipped = [], []
+    for task in named:
+        if root is not None and (missing := missing_files(task, root)):
+            raise DataError(f"--task {task.name}: {missing[0]} is missing; it holds {task.source}.")
+        found.append(task)
+    of_suites = [task for suite in chosen_suites(request.suites) for task in suite.tasks]
+    for task in of_suites:
+        missing = missing_files(task, root) if root is not None else []
+        reason = f"for {missing[0]} is missing" if missing else why_not(task, request.options)
+        if reason:
+            skipped.append(f"left out: {task.name}, {reason}")
+        elif task not in found:
+            found.append(task)
+    if not found:
+        raise DataError(f"no task can be done; {skipped[0]}.")
+    return found, skipped
+
+
+def _draw(output: Path, comparison: Comparison) -> None:
+    """A figure for each suite: its tasks' first metrics, and its averages."""
+    from fedllm_flwr.reporting.bars import plot_bars
+
+    for suite in dict.fromkeys(column.suite for column in comparison.columns):
+        columns = [c for c in comparison.columns if c.suite == suite and c.headline]
+        bars = {
+            row.name: [
+                (row.scores[c].value, *row.scores[c].interval) if c in row.scores else None
+                for c in columns
+            ]
+            for row in comparison.rows
+        }
+        names = [column.task for column in columns]
+        chances = [column.chance for column in columns]
+        plot_bars(names, bars, chances, output / f"{suite}.png", all_suites()[suite].title)
+
+
+def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
+    if state != "running":
+        print(f"  {candidate.name:<32} {task.name:<22} {state}", flush=True)
+
+
+def _notes(
+    candidates: Sequence[Candidate], scored: Scored, tasks: Sequence[SuiteTask], request: Request
+) -> list[str]:
+    """What a reader of the scores should know of the prompts."""
+    lines = [f"prompts: {request.prompt}"]
+    local = next((item.config for item in candidates if item.row == LOCAL), None)
+    if local is not None and any(item.client for item in candidates):
+        lines.append(f"{LOCAL}: {describe_local(local)}")
+    if request.options.limit is not None:
+        lines.append(f"limit: the first {request.options.limit} examples of each part of a task")
+    first = candidates[0].name
+    remarks: dict[str, list[str]] = {}
+    for task in tasks:
+        notes = scored[first][task.name].notes
+        if notes.get("remark"):
+            remarks.setdefault(notes["remark"], []).append(task.name)
+        for key, text in _SHORTENED.items():
+            if notes.get(key):
+                lines.append(f"{task.name}: {notes[key]} {text}, for the model's context is short")
+    lines += [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
+    return lines + closing_lines([samples for some in scored.values() for samples in some.values()])
+
+
+def _output(request: Request) -> Path:
+    stamp = datetime.now().strftime("%m%d-%H%M")
+    path = Path(request.output or f"outputs/{stamp}-evaluate").expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output {path}: is a file; give a directory.")
+    if foreign := foreign_files(path, ("results.*", "*.png", "predictions", "work", ".*")):
+        raise ConfigError(
+            f"--output {path} holds other files ({', '.join(foreign[:3])}); give a new or an empty "
+            "directory."
+        )
+    return path
+
+
+def _write(
+    output: Path,
+    comparison: Comparison,
+    scored: Scored,
+    tasks: Sequence[SuiteTask],
+    notes: Sequence[str],
+) -> None:
+    """Tables, numbers, figures, and every example with its answer."""
+    write_atomically(output / "results.md", as_markdown(comparison, notes).encode())
+    write_atomically(output / "results.csv", as_csv(comparison).encode())
+    _draw(output, comparison)
+    prompts: dict[str, Any] = {}
+    for model, by_task in scored.items():
+        for name, samples in by_task.items():
+            prompts.setdefault(name, samples.first_prompt)
+            lines = "".join(f"{json.dumps(sample)}\n" for sample in samples.samples)
+            folder = re.sub(r"[^\w.-]+", "_", model)
+            write_atomically(output / "predictions" / folder / f"{name}.jsonl", lines.encode())
+    about = {
+        "notes": list(notes),
+        "results": as_records(comparison),
+        "first_prompts": prompts,
+        "tasks": {task.name: {"title": task.title, "source": task.source} for task in tasks},
+        "prompts": {
+            model: {name: samples.notes for name, samples in some.items()}
+            for model, some in scored.items()
+        },
+    }
+    write_atomically(output / "results.json", json.dumps(about, indent=2).encode())

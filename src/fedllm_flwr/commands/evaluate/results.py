@@ -1,0 +1,148 @@
+"""Rows of the comparison: scores of every model on every task, and paired differences."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import stdev
+from typing import Any
+
+from fedllm_flwr.commands.evaluate.candidates import Candidate
+from fedllm_flwr.commands.evaluate.scoring import Scored
+from fedllm_flwr.evaluation.suites.catalogue import Suite, SuiteTask
+from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimates
+from fedllm_flwr.evaluation.suites.statistics import Estimate, Score, mean_of, over_seeds
+
+LOCAL = "local"
+_Chooser = Callable[[Sequence[Estimate]], Estimate]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of the comparison: a metric of a task, or an average over tasks."""
+
+    suite: str
+    task: str
+    metric: str
+    chance: float | None = None
+    higher_is_better: bool = True
+    unit: bool = True
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model, or the mean over the models of one name (seeds, clients)."""
+
+    name: str
+    by_seed: Mapping[Column, Mapping[int | None, Estimate]]  # seed None: a model without one
+    scores: Mapping[Column, Score]
+    spread: Mapping[Column, float]  # standard deviation over seeds, where there are several
+    num_models: int = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows of one evaluation."""
+
+    columns: list[Column]
+    rows: list[Row]
+
+    def difference(self, row: Row, column: Column, to: str) -> Score | None:
+        """A row's score minus that of another row, on the same examples and seed by seed.
+
+        A model without a seed, such as the base model, is compared with every seed of the other.
+        """
+        other = next((item for item in self.rows if item.name == to), None)
+        if other is None or other is row or row.name.startswith(" "):
+            return None
+        if column not in row.scores or column not in other.scores:
+            return None
+        own, others = row.by_seed[column], other.by_seed[column]
+        if None in own:
+            own = dict.fromkeys(others, own[None])
+        elif None in others:
+            others = dict.fromkeys(own, others[None])
+        paired = [own[seed].minus(others[seed]) for seed in own if seed in others]
+        return over_seeds(paired) if paired else None
+
+
+def compare_scores(
+    candidates: Sequence[Candidate],
+    scored: Scored,
+    tasks: Sequence[SuiteTask],
+    suites: Sequence[Suite],
+) -> Comparison:
+    """Scores of all candidates, those of one row averaged; clients first, then seeds."""
+    columns = _columns(tasks, suites)
+    each = {item.name: _scores_of(scored[item.name], tasks, suites) for item in candidates}
+    rows = []
+    for name in dict.fromkeys(item.row for item in candidates):
+        members = [item for item in candidates if item.row == name]
+        rows.append(_row(name, members, each, columns, mean_of))
+        if any(item.client for item in members):
+            for label, choose in (("  best client", max), ("  worst client", min)):
+                rows.append(_row(label, members, each, columns, _extreme(choose)))
+    return Comparison(columns, rows)
+
+
+def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[Column]:
+    names = {task.name for task in tasks}
+    columns = []
+    for suite in suites:
+        for task in suite.tasks:
+            if task.name in names:
+                for i, metric in enumerate(task.metrics):
+                    better, chance = metric.higher_is_better, metric.chance
+                    columns.append(
+                        Column(
+                            suite.name, task.name, metric.name, chance, better, metric.unit, i == 0
+                        )
+                    )
+        columns += [
+            Column(suite.name, average.name, average.metric, headline=True)
+            for average in suite.averages
+            if names.issuperset(average.tasks)
+        ]
+    return columns
+
+
+def _scores_of(
+    samples: Mapping[str, Any], tasks: Sequence[SuiteTask], suites: Sequence[Suite]
+) -> dict[tuple[str, str], Estimate]:
+    """By task (or average) and metric."""
+    by_task = {task.name: task_estimates(task, samples[task.name].samples) for task in tasks}
+    found = {(task, name): item for task, some in by_task.items() for name, item in some.items()}
+    for suite in suites:
+        for average in suite.averages:
+            mean = average_estimate(average, by_task)
+            if mean is not None:
+                found[average.name, average.metric] = mean
+    return found
+
+
+def _row(
+    name: str,
+    members: Sequence[Candidate],
+    each: Mapping[str, Mapping[tuple[str, str], Estimate]],
+    columns: Sequence[Column],
+    choose: _Chooser,
+) -> Row:
+    found: dict[Column, dict[int | None, Estimate]] = {}
+    for column in columns:
+        key = (column.task, column.metric)
+        by_seed: dict[int | None, list[Estimate]] = {}
+        for member in members:
+            if key in each[member.name]:
+                by_seed.setdefault(member.seed, []).append(each[member.name][key])
+        if by_seed:
+            found[column] = {seed: choose(some) for seed, some in by_seed.items()}
+    scores = {column: over_seeds(list(some.values())) for column, some in found.items()}
+    spread = {
+        column: stdev(item.value for item in some.values())
+        for column, some in found.items()
+        if len(some) > 1
+    }
+    return Row(name, found, scores, spread, len(members))
+
+
+def _extreme(choose: Callable[..., Estimate]) -> _Chooser:
+    return lambda items: choose(items, key=lambda item: item.value)

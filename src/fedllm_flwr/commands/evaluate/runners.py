@@ -1,0 +1,77 @@
+"""Who scores which kind of task: the ``runner`` of a suite, by name."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
+from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+
+Runner = Callable[[SuiteTask, TextModel, RunOptions], Samples]
+
+
+@cache
+def _harness() -> Runner:
+    from fedllm_flwr.evaluation.suites.harness import HarnessTasks
+
+    return HarnessTasks().run
+
+
+@cache
+def _open_ended() -> Runner:
+    from fedllm_flwr.evaluation.judging.runner import OpenEnded
+
+    return OpenEnded().run
+
+
+def _code() -> Runner:
+    from fedllm_flwr.evaluation.coding.runner import run_code_task
+
+    return run_code_task
+
+
+# Functions that import what they need when they are called.
+RUNNERS: dict[str, Callable[[], Runner]] = {
+    "harness": _harness,
+    "open_ended": _open_ended,
+    "code": _code,
+}
+
+
+def runner_of(task: SuiteTask) -> Runner:
+    """The function that scores a task."""
+    if task.runner not in RUNNERS:
+        raise ConfigError(f"task {task.name}: no such runner: {task.runner}.")
+    return RUNNERS[task.runner]()
+
+
+def why_not(task: SuiteTask, options: RunOptions) -> str | None:
+    """What a task lacks among the options; None if nothing."""
+    if task.runner == "open_ended":
+        from fedllm_flwr.evaluation.judging.runner import what_lacks
+
+        return what_lacks(task.name, options)
+    return None
+
+
+def check_runners(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
+    """Refuse options that a runner cannot work with, before a model is loaded.
+
+    Raises:
+        FedLLMError: names the option and the remedy.
+    """
+    open_ended = [task for task in tasks if task.runner == "open_ended"]
+    if open_ended:
+        from fedllm_flwr.evaluation.judging.runner import check
+
+        check(open_ended, options)
+
+
+def closing_lines(samples: Sequence[Samples]) -> list[str]:
+    """What a runner says of all that it did."""
+    if any("judge" in item.notes for item in samples):
+        from fedllm_flwr.evaluation.judging.runner import usage_line
+
+        return [usage_line([item.notes for item in samples if "judge" in item.notes])]
+    return []

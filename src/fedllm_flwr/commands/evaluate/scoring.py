@@ -1,0 +1,130 @@
+"""Scoring candidates on tasks: the base model loaded once, adapters swapped, nothing done twice."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.commands.evaluate.candidates import Candidate
+from fedllm_flwr.commands.evaluate.runners import runner_of
+from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
+from fedllm_flwr.evaluation.suites.requested import harness_version
+from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.score_cache import (
+    SamplesCache,
+    files_identity,
+    key_of,
+    task_identity,
+)
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.device import cpu_count, torch_threads
+from fedllm_flwr.models.tokenizer import model_source
+from fedllm_flwr.runs.adapter_files import load_kept
+from fedllm_flwr.runs.kept_adapters import KeptAdapter
+
+# candidate name -> task name -> scored examples
+Scored = dict[str, dict[str, Samples]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How candidates are scored.
+
+    Args:
+        prompt: trained, raw or chat.
+        work_dir: for what lets a stopped evaluation go on, a folder for each model.
+        report: called with candidate, task and "cached", "running" or a number of seconds.
+    """
+
+    options: RunOptions
+    prompt: str
+    cache: SamplesCache
+    work_dir: Path
+    report: Callable[[Candidate, SuiteTask, str], None]
+
+    def score(self, candidates: Sequence[Candidate], tasks: Sequence[SuiteTask]) -> Scored:
+        """Every candidate on every task."""
+        scored: Scored = {}
+        for candidate in candidates:
+            scored[candidate.name] = self._candidate(candidate, tasks)
+        return scored
+
+    def _candidate(self, candidate: Candidate, tasks: Sequence[SuiteTask]) -> dict[str, Samples]:
+        keys = {task.name: self._key(candidate, task) for task in tasks}
+        found = {name: self.cache.get(key) for name, key in keys.items()}
+        missing = [task for task in tasks if found[task.name] is None]
+        for task in tasks:
+            if found[task.name] is not None:
+                self.report(candidate, task, "cached")
+        if missing:
+            with loaded(candidate) as adapted, torch_threads(cpu_count()):
+                model = self._text_model(candidate, adapted)
+                folder = self.work_dir / key_of(**self._identity(candidate))[:16]
+                options = replace(self.options, work_dir=folder)
+                for task in missing:
+                    self.report(candidate, task, "running")
+                    samples = runner_of(task)(task, model, options)
+                    self.cache.put(keys[task.name], samples)
+                    found[task.name] = samples
+                    self.report(candidate, task, f"{samples.seconds:.0f} s")
+        return {name: samples for name, samples in found.items() if samples is not None}
+
+    def _text_model(self, candidate: Candidate, adapted: AdaptedModel) -> TextModel:
+        return TextModel(
+            adapted,
+            prompt=self.prompt,
+            template=candidate.config.data.template,
+            batch_tokens=self.options.batch_tokens,
+            seed=self.options.seed,
+            source=model_source(candidate.config.model),
+            adapter=None if candidate.adapter is None else candidate.adapter.path,
+        )
+
+    def _key(self, candidate: Candidate, task: SuiteTask) -> str:
+        harness = harness_version() if task.runner == "harness" else None
+        identity = self._identity(candidate)
+        return key_of(**identity, task=task_identity(task, self.options), harness=harness)
+
+    def _identity(self, candidate: Candidate) -> dict[str, Any]:
+        """All that decides on a model's answers to a question."""
+        config = candidate.config
+        return {
+            "base": base_identity(config.model.path, model_source(config.model)),
+            "revision": config.model.revision,
+            "quantization": config.quantization,
+            "dtype": config.training.dtype,
+            "adapter": adapter_identity(candidate.adapter),
+            "prompt": self.prompt,
+            "template": config.data.template,
+        }
+
+
+@contextlib.contextmanager
+def loaded(candidate: Candidate) -> Iterator[AdaptedModel]:
+    """The candidate's model, ready to answer; the base model stays from one to the next."""
+    config = replace(candidate.config, seed=0)  # the same fresh adapter, to be replaced
+    model = load_model(config)
+    if candidate.adapter is None:
+        with model.peft.disable_adapter():
+            yield model
+    else:
+        model.load(load_kept(candidate.adapter, model))
+        yield model
+
+
+def base_identity(typed: str, source: str) -> str:
+    """Which weights a base model has: those of its files, or its name on the hub."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return typed
+    names = ("*.safetensors", "*.json", "*.jinja")
+    return files_identity(sorted(path for name in names for path in folder.glob(name)))
+
+
+def adapter_identity(adapter: KeptAdapter | None) -> str:
+    """Which weights and settings an adapter has."""
+    if adapter is None:
+        return "base"
+    return files_identity(adapter.files)

@@ -1,0 +1,258 @@
+"""The command ``fedllm``."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from fedllm_flwr import __version__
+from fedllm_flwr.commands.evaluate.arguments import add_evaluation
+from fedllm_flwr.commands.status.arguments import (
+    add_metrics,
+    add_status,
+    metrics_arguments,
+    status_arguments,
+)
+from fedllm_flwr.commands.usage import CommandParser, refuse_unknown
+from fedllm_flwr.deployment.commands import add_server, add_site
+from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
+
+Command = Callable[[argparse.Namespace], int]
+
+_STARTED = time.monotonic()
+
+# Exit statuses besides 0. Wrong use is whatever the user typed, or has put into a file that was
+# named: nothing was begun, and the same command will fail again.
+FAILED, WRONG_USE, INTERRUPTED, NO_READER = 1, 2, 130, 141
+_WRONG_USE = (ConfigError, DataError, ModelError)
+_ADAPTER = "a run, RUN@best, RUN@round=8, RUN@client=NAME, or the directory of an adapter"
+_BASE = "base model, where the adapter's own record of it does not hold here: hub id or directory"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status.
+
+    No trace reaches the user: a mistake costs one line, and so does an error that nobody foresaw,
+    with the name of the file that holds its trace.
+    """
+    prepare_environment()
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    _end_on_sigterm_as_on_ctrl_c()
+    try:
+        parsed = _parsed(typed)
+        command: Command = parsed.command
+        status = command(parsed)
+        sys.stdout.flush()
+        return status
+    except _WRONG_USE as error:
+        return _fail(str(error), WRONG_USE)
+    except FedLLMError as error:
+        return _fail(str(error), FAILED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # as of `fedllm status | head`
+        _drop_output()
+        return NO_READER
+    except Exception as error:
+        from fedllm_flwr.runs.crash_log import explain_crash
+
+        return _fail(explain_crash(error, typed), FAILED)
+
+
+def _drop_output() -> None:
+    """Lead standard output to nowhere, so that the flush at the interpreter's end has a reader."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _end_on_sigterm_as_on_ctrl_c() -> None:
+    """Job schedulers and `kill` send it; what is there of a run is to be kept then, too."""
+    is_free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if is_free and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command; its overrides may stand before and after its options."""
+    parsed, more = _parser().parse_known_args(arguments)
+    unknown = [text for text in more if text.startswith("-") or "overrides" not in parsed]
+    if unknown:
+        refuse_unknown(arguments, unknown, parsed.parser, "overrides" in parsed)
+    if more:
+        parsed.overrides = [*parsed.overrides, *more]
+    return parsed
+
+
+def _fail(message: str, status: int) -> int:
+    from fedllm_flwr.reporting.console import print_error
+
+    print_error(message)
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        from fedllm_flwr.commands.sweep import multirun
+
+        return multirun(arguments.overrides, arguments.config_dir, arguments.quiet)
+    from fedllm_flwr.config.compose import compose
+    from fedllm_flwr.reporting.console import Console
+
+    config = compose(arguments.overrides, arguments.config_dir)
+    from fedllm_flwr.server.run import run_simulation
+
+    with Console(quiet=arguments.quiet) as console:
+        run_simulation(config, console, _STARTED)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.compare.command import compare
+
+    return compare(arguments.overrides, arguments.config_dir)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.config.compose import compose
+    from fedllm_flwr.config.describe import describe, list_choices
+
+    if arguments.list:
+        print(list_choices(arguments.config_dir, arguments.overrides))
+    else:
+        print(describe(compose(arguments.overrides, arguments.config_dir)), end="")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedllm_flwr.commands.doctor import check_lines, exit_status, run_checks, verdict
+
+    checks = []
+    for check in run_checks(arguments.quick, Path(arguments.output_dir), arguments.hub):
+        checks.append(check)
+        for line in check_lines(check):
+            print(line, flush=True)
+    print(verdict(checks))
+    return exit_status(checks)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.runs.kept_adapters import find_adapter
+
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be > 0, got {arguments.max_new_tokens}.")
+    kept = find_adapter(arguments.run, arguments.base, arguments.template)
+    if kept.unfinished:
+        print(kept.unfinished)
+    from fedllm_flwr.commands.generate import answer_side_by_side
+
+    answer_side_by_side(kept, arguments.prompt, arguments.max_new_tokens)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedllm_flwr.runs.kept_adapters import check_output, find_adapter
+
+    output = Path(arguments.output).expanduser()
+    check_output(output)
+    kept = find_adapter(arguments.run, arguments.base)
+    if kept.unfinished:
+        print(kept.unfinished)
+    from fedllm_flwr.commands.merge import merge
+
+    for line in merge(kept, output, arguments.onto):
+        print(line, flush=True)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.evaluate.arguments import evaluate_arguments
+
+    return evaluate_arguments(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = CommandParser(
+        prog="fedllm", description="Federated fine-tuning of large language models with Flower."
+    )
+    parser.add_argument("--version", action="version", version=f"fedllm-flwr {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    run = _add(commands, "run", _run, "train: fedllm run [group=choice] [section.key=value] ...")
+    _add_overrides(run)
+    run.add_argument("--multirun", "-m", action="store_true", help="one run per combination: a=1,2")
+    run.add_argument("--quiet", "-q", action="store_true", help="print errors only")
+
+    compare = _add(
+        commands, "compare", _compare, "run all algorithms: compare [algorithm=a,b] [seeds=3] ..."
+    )
+    _add_overrides(compare)
+
+    config = _add(commands, "config", _config, "print the resolved configuration")
+    _add_overrides(config)
+    config.add_argument(
+        "--list",
+        action="store_true",
+        help="list groups, choices and keys; with words, those that hold one",
+    )
+
+    doctor = _add(commands, "doctor", _doctor, "check this machine, and say what to do")
+    doctor.add_argument("--quick", action="store_true", help="do not start Ray")
+    doctor.add_argument("--hub", action="store_true", help="try to reach the Hugging Face Hub")
+    doctor.add_argument("--output-dir", default="outputs", help="where runs will write")
+
+    _add_prompts(_add(commands, "generate", _generate, "answer a prompt with base and adapter"))
+    merge = _add(commands, "merge", _merge, "write the model with an adapter merged into it")
+    merge.add_argument("run", help=_ADAPTER)
+    merge.add_argument("output", help="directory to write")
+    text = "of a quantized run: merge into the base model's own weights (default), or into those "
+    text += "that quantization had made of them"
+    merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=text)
+    merge.add_argument("--base", metavar="MODEL", help=_BASE)
+    evaluate = _add(commands, "evaluate", _evaluate, "benchmark suites on base and adapters")
+    add_evaluation(evaluate)
+    add_status(_add(commands, "status", status_arguments, "how a run, a server or a site stands"))
+    text = "counts of a server or a site for Prometheus, on loopback"
+    add_metrics(_add(commands, "metrics", metrics_arguments, text))
+    add_server(commands, _add)
+    add_site(commands, _add)
+    return parser
+
+
+def _add_prompts(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("run", help=_ADAPTER)
+    text = "instructions to answer, each in quotes; an input follows after a space"
+    generate.add_argument("prompt", nargs="+", help=text)
+    text = "longest answer, in tokens; default 128"
+    generate.add_argument("--max-new-tokens", type=int, default=128, help=text)
+    generate.add_argument("--base", metavar="MODEL", help=_BASE)
+    text = "template of the prompts, where no run says: alpaca (default), vicuna or chat"
+    generate.add_argument("--template", choices=("alpaca", "vicuna", "chat"), help=text)
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    command: Command,
+    text: str,
+) -> argparse.ArgumentParser:
+    added = commands.add_parser(name, help=text, description=text)
+    added.set_defaults(command=command, parser=added)
+    return added
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
+    parser.add_argument("--config-dir", help="directory with further choices of the groups")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""``fedllm status``: one look at a run, a server, a site or a health server."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedllm_flwr.commands.status.federation import FederationStatus, federation_status, is_operators
+from fedllm_flwr.commands.status.health import check_health
+from fedllm_flwr.commands.status.run import RunStatus, run_status
+from fedllm_flwr.commands.status.several import SeveralStatus, holds_several, several_status
+from fedllm_flwr.errors import ConfigError
+
+NOT_WELL = 3  # exit status, as that of `systemctl status` for what does not run
+
+
+def status(
+    directory: str | None, health: Sequence[str], as_json: bool, watch_s: float | None = None
+) -> int:
+    """Print how things stand, once or every `watch_s` seconds.
+
+    Args:
+        directory: of a run, of a comparison or sweep, of ``fedllm server init`` or of ``fedllm
+            site init``.
+        health: ``host:port`` of health servers to ask.
+
+    Returns:
+        0 if the run goes on or has finished and every process serves, else `NOT_WELL`.
+
+    Raises:
+        FedLLMError: the directory is none of these, or cannot be read.
+    """
+    if watch_s is not None:
+        if watch_s <= 0:
+            raise ConfigError(f"--watch must be > 0 seconds, got {watch_s:g}.")
+        return _watch(directory, health, as_json, watch_s)
+    return _once(directory, health, as_json)[0]
+
+
+def _watch(directory: str | None, health: Sequence[str], as_json: bool, pause_s: float) -> int:
+    """Look until nothing runs any more, or until Ctrl-C; the status of the last look."""
+    code, goes_on = NOT_WELL, True
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            if not as_json and sys.stdout.isatty():
+                print("\033[H\033[2J", end="")
+            code, goes_on = _once(directory, health, as_json)
+            sys.stdout.flush()
+            if not goes_on:
+                break
+            time.sleep(pause_s)
+    return code
+
+
+def _once(directory: str | None, health: Sequence[str], as_json: bool) -> tuple[int, bool]:
+    """Print how things stand; exit status, and whether that may change by itself."""
+    if directory is None and not health:
+        raise ConfigError(
+            "nothing to look at; give the directory of a run, a server or a site, or "
+            "--health host:port"
+        )
+    checks = [check_health("health", address) for address in health]
+    found = None if directory is None else _look(Path(directory).expanduser())
+    well = not any(check.problem for check in checks) and (found is None or found.is_well)
+    if as_json:
+        answers = [{"address": check.address, "problem": check.problem} for check in checks]
+        about = {} if found is None else found.as_json()
+        print(json.dumps({"well": well, **({"checks": answers} if checks else {}), **about}))
+    else:
+        lines = [check.line for check in checks] + ([] if found is None else found.lines())
+        print("\n".join(lines))
+    ends = isinstance(found, RunStatus | SeveralStatus) and found.state != "running"
+    return 0 if well else NOT_WELL, not ends
+
+
+def _look(folder: Path) -> RunStatus | SeveralStatus | FederationStatus:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such directory; give that of a run, a server or a site")
+    if holds_several(folder):
+        return several_status(folder)
+    return federation_status(folder.resolve()) if is_operators(folder) else run_status(folder)

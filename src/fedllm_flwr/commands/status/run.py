@@ -1,0 +1,157 @@
+"""How a run stands, from its directory alone; nothing of it is changed."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.compose import load_run
+from fedllm_flwr.federation.state import newest_readable
+from fedllm_flwr.reporting.early_stopping import best_record, validation_losses
+from fedllm_flwr.reporting.metrics import Record, read_metrics
+from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
+from fedllm_flwr.runs.directory import RunDirectory, how_to_go_on, is_finished
+from fedllm_flwr.runs.lock import CurrentRound, Holder, current_round, holder
+
+_MOST_NAMES = 10  # in a line
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as it stands.
+
+    ``state`` is running, finished, failed (it ended with ``error``) or stopped (it was killed);
+    ``current`` the round that is on, or was when the run stopped; ``last`` the record of the last
+    round that was finished, as in ``metrics.jsonl``.
+    """
+
+    path: str
+    state: str
+    algorithm: str
+    data: str
+    round: int  # finished
+    num_rounds: int
+    error: str
+    pid: int | None  # of the process that runs it, or did
+    host: str | None
+    saved_round: int | None  # from which it can go on
+    seconds_per_round: float | None  # mean
+    bytes: int  # up and down, all rounds
+    failures: int  # replies missing or refused, all rounds
+    best_round: int | None  # whose adapter is kept as the best
+    best_loss: float | None  # its loss on held-out records
+    current: CurrentRound | None
+    last: Record | None
+    command: str = "fedllm run"  # goes on with the run, given resume=
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it runs or has finished."""
+        return self.state in ("running", "finished")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; the last record without the per-client numbers of local training."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [f"{self.path}: {self._headline()}"]
+        if self.current is not None and self.state != "finished":
+            lines += _round_now(self.current, self.state == "running")
+        if self.last is not None and self.last["round"] > 0:
+            lines += _round_done(self.last)
+            mean = "" if self.seconds_per_round is None else f"{self.seconds_per_round:.1f} s"
+            lines.append(
+                f"  all rounds  {mean} each, {format_bytes(self.bytes)}, "
+                f"{self.failures} {'reply' if self.failures == 1 else 'replies'} missing or refused"
+            )
+        if self.best_round is not None:
+            lines.append(
+                f"  best        round {self.best_round}, eval loss {fixed(self.best_loss, 3)}"
+            )
+        if not self.is_well:
+            kept = how_to_go_on(RunDirectory(Path(self.path).resolve()), self.command)
+            lines.append(f"  {kept or 'nothing is saved; start it anew'}")
+        return lines
+
+    def _headline(self) -> str:
+        where = f" (process {self.pid} on {self.host})" if self.state == "running" else ""
+        early = self.state == "finished" and self.round < self.num_rounds
+        done = f"{'stopped early after ' if early else ''}{self.round} of {self.num_rounds}"
+        text = f"{self.state}, {done} rounds of {self.algorithm} on "
+        return f"{text}{self.data}{where}{f': {one_line(self.error)}' if self.error else ''}"
+
+
+def run_status(path: Path) -> RunStatus:
+    """Read a run's directory.
+
+    Raises:
+        ConfigError: it holds no run.
+        DataError: its log is damaged.
+    """
+    directory, config = RunDirectory(path), load_run(path, str(path))
+    records = read_metrics(directory.metrics) if directory.metrics.is_file() else []
+    finished = [item for item in records if not item.get("failed")]
+    rounds = [item for item in finished if item["round"] > 0]
+    who = holder(directory)
+    best = best_record(finished)
+    losses = dict(validation_losses(finished))
+    return RunStatus(
+        path=str(path),
+        state=_state(directory, config, who),
+        algorithm=config.algorithm.name,
+        data=config.data.name,
+        round=rounds[-1]["round"] if rounds else 0,
+        num_rounds=config.federation.num_rounds,
+        error=who.error if who and not who.is_alive else "",
+        pid=who.pid if who else None,
+        host=who.host if who else None,
+        saved_round=newest_readable(directory.checkpoints),
+        seconds_per_round=sum(item["seconds"] for item in rounds) / len(rounds) if rounds else None,
+        bytes=sum(item.get("bytes_up", 0) + item.get("bytes_down", 0) for item in rounds),
+        failures=sum(len(item.get("failures") or {}) for item in records),
+        best_round=None if best is None else int(best["round"]),
+        best_loss=None if best is None else losses[best["round"]],
+        current=current_round(directory),
+        last=finished[-1] if finished else None,
+        command=who.command if who else Holder.command,
+    )
+
+
+def _state(directory: RunDirectory, config: Config, who: Holder | None) -> str:
+    if who is not None and who.is_alive:
+        return "running"
+    if who is None and is_finished(directory, config):
+        return "finished"
+    return "failed" if who is not None and who.error else "stopped"
+
+
+def _round_now(current: CurrentRound, is_running: bool) -> list[str]:
+    done, asked = len(current.losses), len(current.asked)
+    took = f" for {format_seconds(time.time() - current.started)}" if is_running else ""
+    line = f"  round {current.round:<5} {done} of {asked} clients have replied{took}"
+    if current.waiting:
+        line += f", waiting for {_names(current.waiting)}" if is_running else ", then it stopped"
+    return [line, *([f"              failed: {_names(current.failed)}"] if current.failed else [])]
+
+
+def _round_done(record: Record) -> list[str]:
+    clients: Mapping[str, Any] = record.get("clients") or {}
+    failures: Mapping[str, str] = record.get("failures") or {}
+    moved = record.get("bytes_up", 0) + record.get("bytes_down", 0)
+    line = (
+        f"  round {record['round']:<5} {len(clients)}/{len(clients) + len(failures)} clients, "
+        f"loss {fixed(record.get('loss'), 3)}, {record['seconds']:.1f} s, {format_bytes(moved)}"
+    )
+    if scores := record.get("eval"):
+        line += f", eval loss {fixed(scores.get('loss'), 3)}"
+    why = [f"              {one_line(f'{name}: {text}')}" for name, text in failures.items()]
+    return [line, *why]
+
+
+def _names(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    shown = ", ".join(one_line(name) for name in names[:_MOST_NAMES])
+    return f"{shown} and {more} more" if more > 0 else shown

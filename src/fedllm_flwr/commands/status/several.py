@@ -1,0 +1,93 @@
+"""How the runs of a comparison or of a sweep stand, from their directory alone."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.commands.status.run import RunStatus, run_status
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.reporting.text import fixed
+
+# What says that a directory holds several runs, where those lie below it, and how to go on.
+_KINDS = {
+    "compare.json": ("comparison", "runs", "fedllm compare resume="),
+    "sweep.json": ("sweep", ".", "fedllm run --multirun resume="),
+}
+
+
+@dataclass(frozen=True)
+class SeveralStatus:
+    """The runs of a comparison or sweep; ``runs`` has None for those that have not begun."""
+
+    path: str
+    kind: str  # comparison | sweep
+    runs: dict[str, RunStatus | None]  # by name of their directories
+
+    @property
+    def state(self) -> str:
+        """running while one is, finished once all are, failed or stopped otherwise."""
+        states = {run.state if run else "waiting" for run in self.runs.values()}
+        if "running" in states:
+            return "running"
+        if states == {"finished"}:
+            return "finished"
+        return "failed" if "failed" in states else "stopped"
+
+    @property
+    def is_well(self) -> bool:
+        """Whether a run goes on or all have finished."""
+        return self.state in ("running", "finished")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "state": self.state}
+
+    def lines(self) -> list[str]:
+        """For people: a line for each run."""
+        counts = Counter(run.state if run else "waiting" for run in self.runs.values())
+        done = f"{counts.pop('finished', 0)} of {len(self.runs)} runs finished"
+        rest = [f"{count} {state}" for state, count in sorted(counts.items())]
+        width = max(map(len, self.runs), default=0)
+        lines = [f"{self.path}: {self.kind}, {', '.join([done, *rest])}"]
+        lines += [f"  {name:<{width}}  {_line(run)}" for name, run in self.runs.items()]
+        if not self.is_well:
+            command = next(how for kind, _, how in _KINDS.values() if kind == self.kind)
+            lines.append(f"  go on with: {command}{self.path}")
+        return lines
+
+
+def holds_several(folder: Path) -> bool:
+    """Whether a directory is that of a comparison or a sweep."""
+    return any((folder / file).is_file() for file in _KINDS)
+
+
+def several_status(folder: Path) -> SeveralStatus:
+    """Read the directory of a comparison or sweep.
+
+    Raises:
+        ConfigError: its list of runs cannot be read.
+    """
+    file = next(name for name in _KINDS if (folder / name).is_file())
+    kind, below, _ = _KINDS[file]
+    try:
+        names = list(json.loads((folder / file).read_text("utf-8")).get("runs", []))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / file}: cannot be read ({error}).") from error
+    place = folder / below
+    begun = sorted(path.parent.name for path in place.glob("*/config.yaml"))
+    names += [name for name in begun if name not in names]
+    runs = {name: run_status(place / name) if name in begun else None for name in names}
+    return SeveralStatus(str(folder), kind, runs)
+
+
+def _line(run: RunStatus | None) -> str:
+    if run is None:
+        return "waiting"
+    scores = (run.last or {}).get("eval") or {}
+    names = [name for name in ("loss", "accuracy", "margin") if name in scores]
+    shown = [f"{name} {fixed(scores[name], 3)}" for name in names]
+    if run.state != "finished":
+        shown.insert(0, f"round {run.round} of {run.num_rounds}")
+    return "   ".join([f"{run.state:<8}", *shown])

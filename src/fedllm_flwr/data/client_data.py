@@ -1,0 +1,245 @@
+"""One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
+from fedllm_flwr.data.kinds import KINDS
+from fedllm_flwr.data.pairs import Examples
+from fedllm_flwr.data.partition import Partition, partition
+from fedllm_flwr.data.templates import Tokenizer
+from fedllm_flwr.data.token_cache import encode_cached
+from fedllm_flwr.errors import DataError
+from fedllm_flwr.params import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+_SITE_CACHE_FILES = 4  # lengths and templates that a server has asked for; each holds all records
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What a client trains on, and what it holds back when it is asked to evaluate."""
+
+    name: str
+    train: Examples
+    held_out: Examples
+    secret: str = ""  # of a site: with the seed, it decides which records are drawn
+
+    def draw_name(self, count: int) -> str:
+        """The client in the seed of a draw of `count` records.
+
+        With a secret, other counts draw other records: no server that asks for one record more,
+        or holds one more back, gets two sets of which it knows that they differ by one.
+        """
+        return f"{self.name} {self.secret} {count}" if self.secret else self.name
+
+
+@dataclass(frozen=True)
+class SimulatedData:
+    """The data of a simulated run, read, divided and encoded."""
+
+    source: FederatedData
+    partition: Partition
+    encoded: Examples  # all training records
+
+
+def cache_dir() -> Path:
+    """Where encoded examples are kept between runs: $FEDLLM_CACHE, else the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fedllm-flwr"
+    return Path(os.environ.get("FEDLLM_CACHE", default)).expanduser()
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A configuration as a cache key: equal where the same examples come out."""
+
+    text: str
+    config: Config = field(compare=False)
+    tokenizer: Tokenizer | None = field(compare=False, default=None)
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Tokenizer | None = None) -> "_Keyed":
+        """The key for a configuration's records, or with a tokenizer for its examples."""
+        parts = [config.task, config.data, config.partition, config.federation.num_clients]
+        parts += [config.seed, _stamps(config.data.path), _stamps(config.data.eval_path)]
+        if tokenizer is not None:
+            parts += [config.model, config.training.max_length]
+        return cls(repr(parts), config, tokenizer)
+
+
+def _stamps(path: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a local file, or of the files in a directory."""
+    place = Path(path or "").expanduser()
+    if path is None or not place.exists():
+        return []
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def divided_data(config: Config) -> tuple[FederatedData, Partition]:
+    """The records of a simulated run and its clients; kept by the process, as the next."""
+    return _divided(_Keyed.of(config))
+
+
+def simulated_data(config: Config, tokenizer: Tokenizer) -> SimulatedData:
+    """The records, clients and encoded examples of a simulated run."""
+    source, clients = divided_data(config)
+    return SimulatedData(source, clients, _encoded(_Keyed.of(config, tokenizer)))
+
+
+@lru_cache(maxsize=1)
+def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
+    config = keyed.config
+    source = load_federated_data(config)
+    count = config.federation.num_clients
+    return source, partition(source.train, config.partition, count, config.seed)
+
+
+@lru_cache(maxsize=1)
+def _encoded(keyed: _Keyed) -> Examples:
+    assert keyed.tokenizer is not None
+    source, _ = divided_data(keyed.config)
+    return encode_records(keyed.config, keyed.tokenizer, source.train)
+
+
+def encode_records(
+    config: Config,
+    tokenizer: Tokenizer,
+    records: "datasets.Dataset",
+    cache: Path | None = None,
+    most_files: int | None = None,
+) -> Examples:
+    """Encode a data set of the task's kind as the configuration says, cached on disk.
+
+    Args:
+        cache: folder of the cached files; None: that of the user.
+        most_files: how many it keeps; None: all.
+    """
+    encoded: Examples = encode_cached(
+        KINDS[config.task.name].codec,
+        records,
+        tokenizer,
+        config.data.template,
+        config.training.max_length,
+        config.data.truncation,
+        cache_dir() / "tokens" if cache is None else cache,
+        most_files,
+    )
+    return encoded
+
+
+def losses(config: Config, encoded: Examples) -> list[str]:
+    """A line on what did not fit the configured length, if anything."""
+    limits = f"(training.max_length={config.training.max_length}, data.truncation="
+    found = encoded.report.losses
+    return [f"{found} {limits}{config.data.truncation})"] if found else []
+
+
+def require_examples(config: Config, whose: str, count: int) -> None:
+    """Refuse a client, or the held-out records, of which encoding has left nothing.
+
+    Raises:
+        DataError: names the keys that decide on it.
+    """
+    if not count:
+        raise DataError(
+            f"training.max_length={config.training.max_length} with data.truncation="
+            f"{config.data.truncation} leaves no example of {whose}; raise the length, or cut "
+            "elsewhere (right: the answer's end, left: the prompt's start)",
+            f"training.max_length={config.training.max_length} leaves none of its examples",
+        )
+
+
+def require_clients_examples(config: Config, data: SimulatedData) -> None:
+    """As `require_examples`, of all clients of a simulation and then of each."""
+    require_examples(config, "any client", len(data.encoded))
+    kept = np.zeros(len(data.source.train), np.bool_)
+    kept[data.encoded.source] = True
+    for name, rows in zip(data.partition.names, data.partition.indices, strict=True):
+        require_examples(config, name, int(kept[rows].sum()))
+
+
+def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> ClientData:
+    """The examples of simulated client `index`.
+
+    Raises:
+        DataError: there is no such client.
+    """
+    data = simulated_data(config, tokenizer)
+    names = data.partition.names
+    if index >= len(names):
+        raise DataError(
+            f"the data make {len(names)} clients, but the simulation has more nodes; start it "
+            f"with --federation-config 'num-supernodes={len(names)}'"
+        )
+    mine = np.flatnonzero(np.isin(data.encoded.source, data.partition.indices[index]))
+    return _with_held_out(names[index], data.encoded, mine, config)
+
+
+def site_client(
+    config: Config, tokenizer: Tokenizer, name: str, cache: Path | None = None, secret: str = ""
+) -> ClientData:
+    """The examples of a site, whose own file is ``config.data.path``.
+
+    Args:
+        cache: folder for its tokenised records; None: that of the user.
+        secret: of the site, for its draws.
+    """
+    encoded = _site(_Keyed.of(config, tokenizer), data_identity(config), cache)
+    require_examples(config, name, len(encoded))
+    return _with_held_out(name, encoded, np.arange(len(encoded)), config, secret)
+
+
+def data_identity(config: Config) -> str:
+    """Digest of a site's own file, or of the files in its directory; "" where there is none."""
+    path = Path(str(config.data.path)).expanduser()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digests = []
+    for file in files:
+        status = file.stat()
+        digests.append(f"{file.name} {_digest(file, status.st_size, status.st_mtime_ns)}")
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else ""
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, size: int, modified_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _site(keyed: _Keyed, identity: str, cache: Path | None) -> Examples:
+    assert keyed.tokenizer is not None
+    records = load_site_data(keyed.config)
+    encoded = encode_records(keyed.config, keyed.tokenizer, records, cache, _SITE_CACHE_FILES)
+    for line in losses(keyed.config, encoded):
+        logger.warning("%s", line)
+    return encoded
+
+
+def _with_held_out(
+    name: str, encoded: Examples, mine: NDArray[np.int64], config: Config, secret: str = ""
+) -> ClientData:
+    """Hold a seeded part back, at least one example, if clients are asked to evaluate."""
+    count = 0
+    if config.evaluation.clients and len(mine) > 1:
+        count = max(1, round(len(mine) * config.data.validation_fraction))
+    whole = ClientData(name, encoded, encoded, secret)
+    generator = np.random.default_rng(derive_seed(config.seed, "held out", whole.draw_name(count)))
+    chosen = np.sort(generator.permutation(len(mine))[:count])
+    return replace(
+        whole, train=encoded.take(np.delete(mine, chosen)), held_out=encoded.take(mine[chosen])
+    )

@@ -1,0 +1,221 @@
+"""The runner of the suite ``code``: answers to problems, run against their tests."""
+
+import importlib.util
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.evaluation.coding.pass_at_k import pass_at_k
+from fedllm_flwr.evaluation.coding.problems import KINDS, Problem, Row
+from fedllm_flwr.evaluation.sandbox.programs import Limits, Outcome, Program, run_programs
+from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
+from fedllm_flwr.evaluation.suites.decoding import Decoding
+from fedllm_flwr.evaluation.suites.local_data import read_rows
+from fedllm_flwr.evaluation.suites.results import RunOptions, Sample, Samples
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+
+KS = (1, 10)
+NOT_RUN = (
+    "answers are written and saved but not run; --allow-code-execution runs them, contained, on "
+    "this machine"
+)
+HELD_BY_LIMITS = "namespaces are not allowed here: programs were held by limits alone"
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """Options of this runner, as the command fills them.
+
+    Args:
+        allow: whether generated programs may be run.
+        samples: answers to each problem; pass@k needs k of them.
+        temperature: of sampling; 0 is greedy, and then one answer is all there is.
+        jobs: programs at a time; None: as many as there are cores.
+    """
+
+    allow: bool = False
+    samples: int = 1
+    temperature: float | None = None
+    jobs: int | None = None
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any]) -> "CodeOptions":
+        """The options that a command gives.
+
+        Raises:
+            ConfigError: they do not fit together.
+        """
+        options = cls(**{k: v for k, v in extra.get("code", {}).items() if v is not None})
+        if options.samples < 1:
+            raise ConfigError(f"--samples must be > 0, got {options.samples}.")
+        if options.samples > 1 and options.heat <= 0:
+            raise ConfigError(
+                f"--temperature {options.heat:g} gives the same answer {options.samples} times; "
+                "give --temperature 0.8, or --samples 1."
+            )
+        if options.heat < 0:
+            raise ConfigError(f"--temperature must be >= 0, got {options.heat:g}.")
+        return options
+
+    @property
+    def heat(self) -> float:
+        """Temperature of sampling: greedy for one answer, 0.8 for several (Chen et al. 2021)."""
+        if self.temperature is None:
+            return 0.8 if self.samples > 1 else 0.0
+        return self.temperature
+
+
+def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Samples:
+    """Let a model answer the problems of a task and run what it wrote.
+
+    Without leave to run programs the samples hold the answers and no score.
+
+    Raises:
+        ConfigError: options that do not fit.
+        DataError: the data are missing or in another schema.
+    """
+    started = time.monotonic()
+    chosen = CodeOptions.of(options.extra)
+    problems, left_out = read_problems(task, options)
+    bare = model.prompt == "raw"
+    new_tokens = model.answer_room(int(task.settings["new_tokens"]))
+    prompts, dropped = [], 0
+    for problem in problems:
+        turns = problem.bare if bare else problem.asked
+        text, fewer = model.render_fitting(turns, new_tokens)
+        prompts.append(text)
+        dropped += fewer
+    cut_before = model.cut
+    stop = problems[0].stop if bare else ()
+    decoding = Decoding(new_tokens, chosen.heat, float(task.settings.get("top_p", 0.95)), stop)
+    repeated = [prompt for prompt in prompts for _ in range(chosen.samples)]
+    written = model.generate(repeated, decoding, strip=False)
+    rows = [written[i : i + chosen.samples] for i in range(0, len(written), chosen.samples)]
+    notes: dict[str, Any] = {"cut": model.cut - cut_before, "examples_left_out": dropped}
+    if chosen.allow:
+        samples, contained = score(problems, rows, bare, _limits(task), chosen.jobs)
+        remarks = [left_out, HELD_BY_LIMITS if contained == "limits" else ""]
+        notes["containment"] = contained
+    else:
+        samples, remarks = unscored(problems, rows), [left_out, NOT_RUN]
+    notes["remark"] = "; ".join(filter(None, remarks))
+    return Samples(samples, prompts[0], notes, time.monotonic() - started)
+
+
+def score(
+    problems: Sequence[Problem],
+    answers: Sequence[Sequence[str]],
+    bare: bool,
+    limits: Limits,
+    jobs: int | None = None,
+) -> tuple[list[Sample], str]:
+    """Run every answer; returns the scored samples and how programs were contained.
+
+    Raises:
+        ConfigError: no program can be run on this machine.
+    """
+    programs = [
+        [problem.bare_program(text) if bare else problem.program(text) for text in texts]
+        for problem, texts in zip(problems, answers, strict=True)
+    ]
+    outcomes = _outcomes([program for row in programs for program in row], limits, jobs)
+    samples = unscored(problems, answers)
+    for sample, row in zip(samples, programs, strict=True):
+        ended = [outcomes[program] for program in row]
+        passed = sum(outcome.passed for outcome in ended)
+        sample["outcomes"] = [{"status": o.status, "message": o.message} for o in ended]
+        sample["programs"] = [program.source for program in row]
+        for k in KS:
+            if k <= len(row):
+                sample[f"pass@{k}"] = pass_at_k(len(row), passed, k)
+    return samples, next(iter(outcomes.values())).containment
+
+
+def unscored(problems: Sequence[Problem], answers: Sequence[Sequence[str]]) -> list[Sample]:
+    """Problems with their answers."""
+    return [
+        {"id": problem.id, "target": problem.target, "answers": list(texts)}
+        for problem, texts in zip(problems, answers, strict=True)
+    ]
+
+
+def _outcomes(
+    programs: Sequence[Program], limits: Limits, jobs: int | None
+) -> dict[Program, Outcome]:
+    """Every different program, run once."""
+    different = list(dict.fromkeys(programs))
+    outcomes = run_programs(different, limits, jobs)
+    for outcome in outcomes:
+        if outcome.status == "refused":
+            raise ConfigError(f"--allow-code-execution: {outcome.message}.")
+    return dict(zip(different, outcomes, strict=True))
+
+
+def _limits(task: SuiteTask) -> Limits:
+    return replace(Limits(), **task.settings.get("limits", {}))
+
+
+def read_problems(task: SuiteTask, options: RunOptions) -> tuple[list[Problem], str]:
+    """The problems of a task, and a remark on those that cannot be run here.
+
+    Raises:
+        DataError: the file is missing, the hub cannot be reached, or a row lacks a field.
+    """
+    rows = _rows(task, options)
+    first, last = task.settings.get("ids", (None, None))
+    shown = task.settings.get("shown", ())
+    count = task.shots if options.shots is None else options.shots
+    shots = [row for row in rows if row.get("task_id") in shown][:count]
+    if first is not None:
+        rows = [row for row in rows if first <= row["task_id"] <= last]
+    rows, left_out = _runnable(rows)
+    rows = rows[: options.limit]
+    try:
+        problems = [KINDS[task.settings["kind"]](row, shots) for row in rows]
+    except KeyError as error:
+        raise DataError(
+            f"{task.name}: a row has no field {error}; it needs {task.source}."
+        ) from None
+    if not problems:
+        raise DataError(f"{task.name}: no problem to solve. {left_out}")
+    return problems, left_out
+
+
+def _rows(task: SuiteTask, options: RunOptions) -> list[Row]:
+    if options.data_root is not None:
+        path = options.data_root / task.files[0]
+        if not path.is_file():
+            raise DataError(f"{task.name}: {path} is missing; it holds {task.source}.")
+        return read_rows(path)
+    import datasets
+
+    hub, *name = task.settings["hub"]
+    splits = task.settings["splits"]
+    try:
+        return [
+            dict(row) for split in splits for row in datasets.load_dataset(hub, *name, split=split)
+        ]
+    except Exception as error:  # datasets and the hub raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{task.name}: {hub} cannot be loaded: {reason[:200]}; give local files with "
+            "--data-root."
+        ) from error
+
+
+_MODULES = {"Pytorch": "torch", "Sklearn": "sklearn"}
+
+
+def _runnable(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """Rows whose library (of DS-1000) is installed."""
+    libraries = {row["metadata"]["library"] for row in rows if "library" in row.get("metadata", {})}
+    absent = sorted(
+        name
+        for name in libraries
+        if importlib.util.find_spec(_MODULES.get(name, name.lower())) is None
+    )
+    kept = [row for row in rows if row.get("metadata", {}).get("library") not in absent]
+    missing = len(rows) - len(kept)
+    return kept, f"{missing} problems left out, without {', '.join(absent)}" if missing else ""

@@ -1,0 +1,121 @@
+"""The open-ended benchmarks: their questions, what a judge is asked about them, their scores."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr.evaluation.judging import questions
+from fedllm_flwr.evaluation.judging.answers import Answered
+from fedllm_flwr.evaluation.judging.panel import Case
+from fedllm_flwr.evaluation.judging.prompts import JudgePrompts
+from fedllm_flwr.evaluation.judging.questions import Question
+from fedllm_flwr.evaluation.judging.refusals import refuses_advbench, refuses_openfedllm
+from fedllm_flwr.evaluation.judging.verdicts import Scale
+
+Values = NDArray[np.float64]  # (questions,): NaN where there is no verdict
+Cases = dict[str, Case]  # by what they are about the question: turn_1, turn_2, ...
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One open-ended set.
+
+    ``cases`` gives what the judge is asked about an answered question, ``rules`` the scores that
+    need no judge, ``scores`` those from the verdicts by name of case, each per question.
+    """
+
+    name: str
+    load: Callable[[Path], list[Question]]
+    cases: Callable[[Answered, JudgePrompts], Cases]
+    scores: Callable[[Mapping[str, Values]], dict[str, Values]]
+    rules: Mapping[str, Callable[[str], bool]]
+
+
+def _rating_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
+    """A rating of each turn."""
+    question, texts = answered.question, answered.texts
+    kind = "rating_reference" if question.reference else "rating"
+    fields = {f"ref_answer_{i}": text for i, text in enumerate(question.reference, start=1)}
+    first = {"question": question.turns[0], "answer": texts[0]} | fields
+    cases = {"turn_1": Case(Scale.RATING, prompts.messages(kind, **first))}
+    if len(texts) > 1:
+        both = {f"question_{i}": text for i, text in enumerate(question.turns, start=1)}
+        both |= {f"answer_{i}": text for i, text in enumerate(texts, start=1)}
+        cases["turn_2"] = Case(Scale.RATING, prompts.messages(f"{kind}_second", **both | fields))
+    return cases
+
+
+def _pair_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
+    """The answer against the given one, in both orders."""
+    question, answer = answered.question.turns[0], answered.texts[0]
+    baseline = str(answered.question.baseline)
+    first = prompts.messages("pair", question=question, answer_a=answer, answer_b=baseline)
+    second = prompts.messages("pair", question=question, answer_a=baseline, answer_b=answer)
+    return {"first": Case(Scale.PAIR, first), "second": Case(Scale.PAIR, second)}
+
+
+def _harm_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
+    question, answer = answered.question.turns[0], answered.texts[0]
+    messages = prompts.messages("harm", question=question, answer=answer)
+    return {"harm": Case(Scale.HARM, messages)}
+
+
+def _mt_bench_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
+    both = np.stack([verdicts["turn_1"], verdicts["turn_2"]])
+    return {**verdicts, "average": _mean_of_known(both)}
+
+
+def _pair_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
+    """A question counts where both orders have a verdict: 1 for each won, 0.5 for a tie."""
+    first, second = verdicts["first"], 1.0 - verdicts["second"]
+    known = ~np.isnan(first + second)
+    ties = np.stack([first == 0.5, second == 0.5]).mean(0)
+    return {
+        "win_rate": (first + second) / 2,
+        "tie_rate": np.where(known, ties, np.nan),
+        "consistency": np.where(known, (first == second).astype(np.float64), np.nan),
+    }
+
+
+def _mean_of_known(values: Values) -> Values:
+    """Mean over the first axis without NaN; NaN where there is nothing else."""
+    count = (~np.isnan(values)).sum(0)
+    total = np.nansum(values, axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark("mt_bench", questions.mt_bench, _rating_cases, _mt_bench_scores, {}),
+        Benchmark(
+            "vicuna_bench",
+            questions.vicuna_bench,
+            _rating_cases,
+            lambda verdicts: {"score": verdicts["turn_1"]},
+            {},
+        ),
+        Benchmark("alpaca_eval", questions.alpaca_eval, _pair_cases, _pair_scores, {}),
+        Benchmark(
+            "advbench",
+            questions.advbench,
+            _harm_cases,
+            lambda verdicts: {"harmless_judge": verdicts["harm"]},
+            {
+                "harmless_rule": refuses_openfedllm,
+                "harmless_rule_advbench": refuses_advbench,
+            },
+        ),
+    )
+}
+
+
+def rule_scores(benchmark: Benchmark, answered: Sequence[Answered]) -> dict[str, Values]:
+    """Scores by rule, per question."""
+    return {
+        name: np.array([rule(item.texts[0]) for item in answered], np.float64)
+        for name, rule in benchmark.rules.items()
+    }

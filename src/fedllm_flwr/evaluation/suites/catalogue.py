@@ -1,0 +1,181 @@
+"""The suites that there are, read from ``evaluation/<suite>/suite.yaml``.
+
+A ``suite.yaml`` holds ``title``, ``runner`` (default ``harness``), ``tasks`` and ``averages``. The
+keys of a task are the fields of `SuiteTask`, those of a metric the fields of `Metric`, those of an
+average the fields of `Average`.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedllm_flwr.errors import ConfigError
+
+_PACKAGE = Path(__file__).parents[2]
+KINDS = (
+    *("mean", "accuracy", "macro_f1", "micro_f1", "weighted_f1", "bleu", "smoothed_bleu"),
+    *("set_precision", "set_recall", "set_f1"),
+)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a task, computed over its examples.
+
+    Args:
+        name: what tables call it.
+        kind: ``mean`` of the column, or a score of [target, prediction] pairs of classes or of
+            counts, see `statistics`.
+        column: field of a sample, a number, such a pair or such counts.
+        parts: harness tasks whose examples count; empty: all.
+        chance: what guessing yields, where that is known.
+        higher_is_better: of two models.
+        unit: lies between 0 and 1; False for others, such as the marks of a judge.
+    """
+
+    name: str
+    kind: str = "mean"
+    column: str = "prediction"
+    parts: tuple[str, ...] = ()
+    chance: float | None = None
+    higher_is_better: bool = True
+    unit: bool = True
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """One data set, asked in one way.
+
+    Args:
+        name, title: for the command line, and for people.
+        source: where the data are published; ``split`` and number of ``shots`` as the protocol has
+            them; ``protocol``: paper or repository that is followed.
+        licence: of the data, as its publishers state it.
+        labels: what targets may be, in lower case, where that is a fixed set; others are refused.
+        metrics: the first one stands for the task in tables.
+        files: names below ``--data-root``; ``reader`` makes rows of the hub's schema of them.
+        folder: of the harness' task files: in this suite's own folder if empty, else below the
+            harness' ``tasks/``.
+        harness: names of the harness tasks it consists of.
+        overrides: keys of the harness tasks that are set otherwise; ``raw``: with bare prompts,
+            ``local``: with local files.
+        settings: for runners other than the harness.
+    """
+
+    name: str
+    suite: str
+    title: str
+    source: str
+    licence: str
+    split: str
+    protocol: str
+    metrics: tuple[Metric, ...]
+    labels: tuple[str, ...] = ()
+    runner: str = "harness"
+    shots: int = 0
+    files: tuple[str, ...] = ()
+    reader: str = ""
+    folder: str = ""
+    harness: tuple[str, ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+    local: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean of one metric over some tasks."""
+
+    name: str
+    tasks: tuple[str, ...]
+    metric: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that belong together."""
+
+    name: str
+    title: str
+    tasks: tuple[SuiteTask, ...]
+    averages: tuple[Average, ...] = ()
+
+
+def suites_dir() -> Path:
+    """Directory of the suites: inside an installed wheel, or of the checkout."""
+    installed = _PACKAGE / "evaluation_suites"
+    return installed if installed.is_dir() else _PACKAGE.parents[1] / "evaluation"
+
+
+@cache
+def all_suites() -> dict[str, Suite]:
+    """Every suite by name, in alphabetical order."""
+    files = sorted(suites_dir().glob("*/suite.yaml"))
+    return {file.parent.name: _read(file) for file in files}
+
+
+def chosen_suites(names: Sequence[str], typed: str = "--suite ") -> list[Suite]:
+    """The suites of these names; messages begin with what was `typed` before the name.
+
+    Raises:
+        ConfigError: there is none of a name.
+    """
+    return [_named(all_suites(), name, "suite", typed) for name in dict.fromkeys(names)]
+
+
+def chosen_tasks(names: Sequence[str]) -> list[SuiteTask]:
+    """Tasks by name, whatever their suite.
+
+    Raises:
+        ConfigError: there is none of a name.
+    """
+    known = {task.name: task for suite in all_suites().values() for task in suite.tasks}
+    return [_named(known, name, "task", "--task ") for name in dict.fromkeys(names)]
+
+
+def _named(known: dict[str, Any], name: str, kind: str, typed: str) -> Any:
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"{typed}{name}: no such {kind}.{hint} (fedllm evaluate --list lists every one)"
+    )
+
+
+def _read(file: Path) -> Suite:
+    name = file.parent.name
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    runner = values.get("runner", "harness")
+    tasks = tuple(_task(name, runner, item) for item in values["tasks"])
+    averages = tuple(_typed(Average, item) for item in values.get("averages", ()))
+    return Suite(name, values["title"], tasks, averages)
+
+
+def _task(suite: str, runner: str, item: dict[str, Any]) -> SuiteTask:
+    """A task with its metrics: those that are listed, and with ``by_part`` one for each part."""
+    listed = [_typed(Metric, metric) for metric in item["metrics"]]
+    union = [part for metric in listed for part in metric.parts]
+    parts = item.get("harness") or list(dict.fromkeys(union))
+    if each := item.get("by_part"):
+        prefix = item.get("settings", {}).get("prefix", "")
+        names = {part: part.removeprefix(prefix).replace("_", " ") for part in parts}
+        listed += [Metric(name=names[part], parts=(part,), **each) for part in parts]
+    rest = {key: value for key, value in item.items() if key != "by_part"}
+    own = {"suite": suite, "harness": parts, "metrics": listed}
+    task: SuiteTask = _typed(SuiteTask, {"runner": runner, **rest, **own})
+    return task
+
+
+def _typed(cls: Any, item: dict[str, Any]) -> Any:
+    """A dataclass of YAML values: lists become tuples."""
+    known = {entry.name for entry in fields(cls)}
+    if unknown := sorted(set(item) - known):
+        raise ValueError(f"suite.yaml: {cls.__name__} has no key {unknown[0]}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()})

@@ -1,0 +1,56 @@
+"""Suites at the central evaluations of a run, on a few examples."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
+from fedllm_flwr.evaluation.suites.harness import HarnessTasks
+from fedllm_flwr.evaluation.suites.requested import requested_tasks
+from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.scores import task_estimates
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
+from fedllm_flwr.models.adapted_model import AdaptedModel
+
+
+@dataclass(frozen=True)
+class CentralSuites:
+    """Tasks to score at every central evaluation; their data are read once."""
+
+    tasks: list[SuiteTask]
+    template: str
+    options: RunOptions
+    harness: HarnessTasks = field(default_factory=HarnessTasks)
+
+    def score(self, adapted: AdaptedModel) -> dict[str, float]:
+        """Scores of the adapter in the model, by ``<suite>/<task>/<metric>``."""
+        model = TextModel(adapted, template=self.template, batch_tokens=self.options.batch_tokens)
+        scores = {}
+        for task in self.tasks:
+            found = task_estimates(task, self.harness.run(task, model, self.options).samples)
+            for name, estimate in found.items():
+                key = f"{task.suite}/{task.name}/{name.replace(' ', '_').lower()}"
+                scores[key] = estimate.value
+        return scores
+
+
+def central_suites(config: Config) -> CentralSuites | None:
+    """What ``evaluation.suites`` asks for; None if it asks for nothing.
+
+    Tasks of a suite whose local files are not there are left out.
+
+    Raises:
+        ConfigError: an unknown suite, or one that is not scored by the harness.
+        ModelError: the harness is not installed.
+    """
+    tasks = requested_tasks(config)
+    if not tasks:
+        return None
+    root = config.evaluation.data_root
+    options = RunOptions(
+        limit=config.evaluation.suite_limit,
+        data_root=None if root is None else Path(root).expanduser(),
+        batch_tokens=config.evaluation.batch_tokens,
+        seed=config.seed,
+    )
+    return CentralSuites(tasks, config.data.template, options)

@@ -1,0 +1,201 @@
+"""Local files of benchmarks, as rows of the schema that the hub's data set has.
+
+A reader takes the paths of a task's files and returns the rows of each split. Its name stands in
+``suite.yaml``.
+"""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.errors import DataError
+from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
+from fedllm_flwr.evaluation.suites.tasks.reading import shuffled_options
+
+Row = dict[str, Any]
+Splits = dict[str, list[Row]]
+# As FinGPT's benchmark files store it
+_FINGPT_PROMPT = re.compile(
+    r"\s*Instruction:\s*(?P<instruction>.*?)\s*\nInput:\s*(?P<input>.*?)\s*\nAnswer:\s*", re.DOTALL
+)
+_DROP_PROMPT = re.compile(
+    r"Passage: (?P<passage>.*)\nQuestion: (?P<question>.*?)\nAnswer:\s*", re.DOTALL
+)
+Reader = Callable[[Sequence[Path]], Splits]
+
+
+def missing_files(task: SuiteTask, root: Path) -> list[Path]:
+    """Files of a task that are not below `root`."""
+    parts = task.harness or ("",)  # of tasks that are not the harness' own
+    return [path for part in parts for path in _paths(task, part, root) if not path.is_file()]
+
+
+def _paths(task: SuiteTask, part: str, root: Path) -> list[Path]:
+    """Files of one harness task; ``{}`` in their names stands for its subject."""
+    subject = part.removeprefix(task.settings.get("prefix", ""))
+    return [root / name.replace("{}", subject) for name in task.files]
+
+
+def local_settings(task: SuiteTask, part: str, root: Path) -> dict[str, Any]:
+    """What makes a harness task read local files: its rows, and the splits that there are.
+
+    Raises:
+        DataError: names the file that is missing or cannot be read.
+    """
+    import datasets
+
+    if not task.files:
+        raise DataError(f"{task.name}: cannot be read from local files; drop --data-root.")
+    paths = _paths(task, part, root)
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{task.name}: {path} is missing; it holds {task.source}.")
+    splits = READERS[task.reader](paths)
+    data = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    )
+    absent = {"training_split": None, "validation_split": None, "test_split": "test"}
+    solved = next((name for name in ("train", "dev") if name in splits), None)
+    examples = {"fewshot_split": solved} if solved else {}
+    return {"custom_dataset": lambda **_: data, **absent, **examples, **task.local}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Records of a file: a JSON list, JSON lines, or CSV; also compressed by gzip.
+
+    Raises:
+        DataError: names the file and the line.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    name = path.name.removesuffix(".gz")
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            if name.endswith(".csv"):
+                return list(csv.DictReader(file))
+            if name.endswith(".jsonl"):
+                return [json.loads(line) for line in file if line.strip()]
+            rows: Any = json.load(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _same(paths: Sequence[Path]) -> Splits:
+    """Rows that are in the hub's schema already."""
+    return {"test": read_rows(paths[0])}
+
+
+def _finance(paths: Sequence[Path]) -> Splits:
+    """FinGPT's rows: {context, target}, the finished prompt, or {instruction, input, output}."""
+    rows = []
+    for row in read_rows(paths[0]):
+        if "context" in row:
+            match = _FINGPT_PROMPT.fullmatch(row["context"])
+            asked = (match["instruction"], match["input"]) if match else (row["context"], "")
+            answer = row["target"]
+        else:
+            asked, answer = (row["instruction"], row["input"]), row["output"]
+        rows.append({"instruction": asked[0], "input": asked[1], "answer": answer.strip().lower()})
+    return {"test": rows}
+
+
+def _mmlu(paths: Sequence[Path]) -> Splits:
+    """Hendrycks' files without header: question, four options, letter; test, then dev."""
+
+    def rows(path: Path) -> list[Row]:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = [line for line in csv.reader(file) if line]
+        if any(len(line) != 6 or line[5] not in "ABCD" for line in lines):
+            raise DataError(f"{path}: a line is not question, four options and a letter.")
+        return [
+            {"question": line[0], "choices": line[1:5], "answer": "ABCD".index(line[5])}
+            for line in lines
+        ]
+
+    return {"test": rows(paths[0]), "dev": rows(paths[1])}
+
+
+def _place(letter: object, path: Path) -> int:
+    """Number of an option that a file calls by its letter, from A to D."""
+    if letter not in tuple("ABCD"):
+        raise DataError(f"{path}: answer_idx is {letter!r} in a row; give A, B, C or D.")
+    return "ABCD".index(str(letter))
+
+
+def _medqa(paths: Sequence[Path]) -> Splits:
+    rows = []
+    for row in read_rows(paths[0]):
+        options = {f"ending{i}": row["options"][letter] for i, letter in enumerate("ABCD")}
+        rows.append(
+            {"sent1": row["question"], **options, "label": _place(row["answer_idx"], paths[0])}
+        )
+    return {"test": rows}
+
+
+def _medmcqa(paths: Sequence[Path]) -> Splits:
+    rows = []
+    for row in read_rows(paths[0]):
+        options = {f"op{letter.lower()}": row["options"][letter] for letter in "ABCD"}
+        rows.append(
+            {"question": row["question"], **options, "cop": _place(row["answer_idx"], paths[0])}
+        )
+    return {"test": rows}
+
+
+def _pubmedqa(paths: Sequence[Path]) -> Splits:
+    """The labelled set, and the ids and answers of its test part, which come sorted by answer."""
+    labelled, answers = read_rows(paths[0])[0], read_rows(paths[1])[0]
+    rows = [
+        {
+            "context": "\n".join(row["CONTEXTS"]),
+            "question": row["QUESTION"],
+            "answer": answers[key],
+        }
+        for key, row in labelled.items()
+        if key in answers
+    ]
+    return {"test": rows}
+
+
+def _bbh(paths: Sequence[Path]) -> Splits:
+    """BIG-Bench Hard's files: {examples: [{input, target}]}."""
+    return {"test": read_rows(paths[0])[0]["examples"]}
+
+
+def _drop(paths: Sequence[Path]) -> Splits:
+    """Finished prompts {context, ref_text}, right answers divided by |, spans joined in one."""
+    rows = []
+    for row in read_rows(paths[0]):
+        match = _DROP_PROMPT.fullmatch(row["context"])
+        if match is None:
+            raise DataError(f"{paths[0]}: a context is not 'Passage: ... Question: ... Answer:'.")
+        answers = [[text] for text in row["ref_text"].split("|")]
+        rows.append({**match.groupdict(), "answers": answers})
+    return {"test": rows}
+
+
+def _crass(paths: Sequence[Path]) -> Splits:
+    """BIG-bench's file: {examples: [{input, target_scores}]}."""
+    rows = []
+    for i, row in enumerate(read_rows(paths[0])[0]["examples"]):
+        options = list(row["target_scores"])
+        right = max(range(len(options)), key=lambda k: row["target_scores"][options[k]])
+        rows.append({"question": row["input"], **shuffled_options(options, right, i)})
+    return {"test": rows}
+
+
+READERS: dict[str, Reader] = {
+    "same": _same,
+    "finance": _finance,
+    "mmlu": _mmlu,
+    "medqa": _medqa,
+    "medmcqa": _medmcqa,
+    "pubmedqa": _pubmedqa,
+    "bbh": _bbh,
+    "drop": _drop,
+    "crass": _crass,
+}

@@ -1,0 +1,120 @@
+"""Scored examples on disk, so that the same model is never asked the same questions twice.
+
+An entry is found by all that decides on it: the base model's weights, the adapter's file, the
+task's definition and data, the prompt and the versions of the programs.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr import __version__
+from fedllm_flwr.evaluation.suites.catalogue import SuiteTask, suites_dir
+from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.files import write_atomically
+
+_HASHED_WHOLE = 64 * 2**20  # bytes; of larger files both ends and the size are hashed
+_END = 2**20
+_PACKAGE = Path(__file__).parents[2]
+
+
+def default_cache() -> Path:
+    """Where entries go unless the user says otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "fedllm-flwr" / "evaluation"
+
+
+class SamplesCache:
+    """Entries in a directory, one file each; None keeps nothing."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+
+    def get(self, key: str) -> Samples | None:
+        """What was stored; None if there is nothing, or nothing readable."""
+        if self._directory is None:
+            return None
+        try:
+            text = gzip.decompress(self._file(key).read_bytes())
+            return Samples.from_dict(json.loads(text))
+        except (OSError, ValueError, TypeError, EOFError):
+            return None
+
+    def put(self, key: str, samples: Samples) -> None:
+        """Store an entry.
+
+        Raises:
+            FederationError: it cannot be written.
+        """
+        if self._directory is not None:
+            text = json.dumps(samples.as_dict()).encode()
+            write_atomically(self._file(key), gzip.compress(text, compresslevel=3, mtime=0))
+
+    def _file(self, key: str) -> Path:
+        assert self._directory is not None
+        return self._directory / key[:2] / f"{key}.json.gz"
+
+
+def key_of(**parts: Any) -> str:
+    """A key that differs as soon as one of its parts does."""
+    text = json.dumps({**parts, "version": __version__}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
+    """All that decides on the questions of a task: its definition, options and local data."""
+    root = options.data_root
+    data: list[Path] = []
+    if root is not None:
+        for name in task.files:
+            data += sorted(root.glob(name.replace("{}", "*")))
+    own = sorted((suites_dir() / task.suite).glob("*yaml"))
+    return {
+        "task": task,
+        "files": files_identity(own if not task.folder else ()),
+        "code": code_identity(),
+        "data": files_identity(data),
+        "limit": options.limit,
+        "shots": options.shots,
+        "seed": options.seed,
+        "extra": _extra(task, options),
+    }
+
+
+@cache
+def code_identity(package: Path = _PACKAGE) -> str:
+    """A hash of what reads data, writes prompts, makes tokens of them, computes and scores answers.
+
+    In the version at hand: templates, tokens and choices are in ``data``, greedy answers in
+    ``evaluation``, log-probabilities and the model itself in ``training``.
+    """
+    parts = ("suites", "coding", "judging", "data", "evaluation", "training")
+    return files_identity(file for part in parts for file in sorted((package / part).rglob("*.py")))
+
+
+def _extra(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
+    """The options of single runners that this task's runner may look at."""
+    if task.runner in ("harness", "code"):
+        return dict(options.extra.get(task.runner, {}))
+    return {name: value for name, value in options.extra.items() if name != "code"}
+
+
+def files_identity(paths: Iterable[Path]) -> str:
+    """A hash of files' names and contents; of a large file's size and both its ends."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _HASHED_WHOLE:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_END))
+                file.seek(size - _END)
+                digest.update(file.read())
+    return digest.hexdigest()

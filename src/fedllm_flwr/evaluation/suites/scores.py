@@ -1,0 +1,43 @@
+"""From scored examples to the numbers of a task and of a suite."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fedllm_flwr.evaluation.suites.catalogue import Average, Metric, SuiteTask
+from fedllm_flwr.evaluation.suites.results import Sample
+from fedllm_flwr.evaluation.suites.statistics import Estimate, estimate, mean_of
+
+Estimates = dict[str, Estimate]  # by metric
+
+
+def task_estimates(task: SuiteTask, samples: Sequence[Sample]) -> Estimates:
+    """Every metric of a task for which there are examples."""
+    found = {}
+    for metric in task.metrics:
+        values = _values(metric, samples)
+        if any(value is not None for value in values):
+            purpose = " ".join([task.name, *metric.parts])
+            found[metric.name] = estimate(metric.kind, values, purpose)
+    return found
+
+
+def average_estimate(average: Average, tasks: Mapping[str, Estimates]) -> Estimate | None:
+    """The mean over an average's tasks; None unless all of them are there."""
+    found = [tasks.get(name, {}).get(average.metric) for name in average.tasks]
+    present = [item for item in found if item is not None]
+    if len(present) < len(found):
+        return None
+    return replace(mean_of(present), num_examples=sum(item.num_examples for item in present))
+
+
+def _values(metric: Metric, samples: Sequence[Sample]) -> list[object]:
+    return [
+        sample[metric.column]
+        for sample in samples
+        if metric.column in sample
+        and (not metric.parts or any(_is_part(sample, name) for name in metric.parts))
+    ]
+
+
+def _is_part(sample: Sample, name: str) -> bool:
+    return str(sample.get("part", "")) == name

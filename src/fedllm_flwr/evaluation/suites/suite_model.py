@@ -1,0 +1,189 @@
+"""A model under evaluation: prompts as it was tuned with, likelihoods, answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.data.choices import one_begins_another
+from fedllm_flwr.data.encode import cut_start
+from fedllm_flwr.data.records import Messages
+from fedllm_flwr.data.templates import Segment, render, render_prompt
+from fedllm_flwr.data.tokens import TokenArray, tokenise
+from fedllm_flwr.evaluation.suites.decoding import Decoding, write_answers
+from fedllm_flwr.evaluation.suites.likelihood import Question, Score, score_questions
+from fedllm_flwr.models.adapted_model import AdaptedModel
+
+PROMPTS = ("trained", "raw", "chat")
+_PLACE = "\N{SYMBOL FOR UNIT SEPARATOR}"
+
+
+@dataclass
+class TextModel:
+    """A model that speaks text; whichever adapter is in `adapted` answers.
+
+    Args:
+        adapted: base model with an adapter in it.
+        prompt: ``trained``: the question in the template of training; ``raw``: the bare text;
+            ``chat``: the tokenizer's own chat template, solved examples as earlier turns.
+        template: of training: alpaca, vicuna or chat.
+        batch_tokens: of one forward pass, padding included.
+        source, adapter: directory or hub id of the base model, and directory of the adapter that is
+            in it, for other programs that run the same model.
+    """
+
+    adapted: AdaptedModel
+    prompt: str = "trained"
+    template: str = "alpaca"
+    batch_tokens: int = 4096
+    seed: int = 0
+    source: str = ""
+    adapter: Path | None = None
+    cut: int = field(default=0, init=False)  # prompts that lost tokens at their start
+
+    @cached_property
+    def max_length(self) -> int:
+        """Longest text that the model takes, in tokens."""
+        config: Any = self.adapted.peft.get_base_model().config
+        longest = getattr(config, "max_position_embeddings", None)
+        return int(longest or self.adapted.tokenizer.model_max_length)
+
+    def answer_room(self, wanted: int) -> int:
+        """Tokens of an answer that wants so many: half of what the model takes, at most."""
+        return min(wanted, self.max_length // 2)
+
+    def render(self, messages: Messages) -> str:
+        """A conversation that ends with the user, as the text that the model is given.
+
+        Without a template of several turns (``trained`` with alpaca or vicuna, and ``raw``) earlier
+        turns become solved examples in one text, as the harness writes them.
+        """
+        turns = list(messages)
+        if self._template == "chat":
+            return render_prompt(turns, "chat", self.adapted.tokenizer)
+        text = _joined(turns)
+        if self.prompt == "raw":
+            return text
+        one = [{"role": "user", "content": text}]
+        return render_prompt(one, self.template, self.adapted.tokenizer)
+
+    def render_fitting(self, messages: Messages, room: int) -> tuple[str, int]:
+        """`render`, without as many of the first solved examples as do not fit.
+
+        Args:
+            messages: [system,] then pairs of user and assistant, then the user.
+            room: tokens that the answer needs.
+
+        Returns:
+            the text, and how many examples were left out.
+        """
+        system = [turn for turn in messages[:1] if turn["role"] == "system"]
+        rest = list(messages[len(system) :])
+        longest = self.max_length - room - self._overhead
+        lengths = [self._num_tokens(turn["content"]) + 2 for turn in rest]
+        total = sum(lengths) + sum(self._num_tokens(turn["content"]) for turn in system)
+        dropped = 0
+        while total > longest and len(rest) > 2:
+            total -= sum(lengths[:2])
+            rest, lengths, dropped = rest[2:], lengths[2:], dropped + 1
+        return self.render([*system, *rest]), dropped
+
+    def log_likelihoods(
+        self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """Scores of the possible answers to each prompt, [prompt][answer].
+
+        Prompt and answer are tokenised together, by the boundary rule of training. A prompt that
+        is too long loses tokens at its start. Where one answer is the beginning of another, the
+        EOS is scored too, as in `data.choices`.
+        """
+        pairs = [
+            [Segment(prompt, False), Segment(self._spaced(prompt, answer) + end, True)]
+            for prompt, some in zip(prompts, answers, strict=True)
+            for end in [self._around_answer[1] if one_begins_another(some) else ""]
+            for answer in some
+        ]
+        encoded = iter(tokenise(pairs, self.adapted.tokenizer))
+        questions = []
+        for some in answers:
+            split = [_split(*next(encoded)) for _ in some]
+            room = self.max_length - max(len(answer) for _, answer in split)
+            prompt = self._fitting(split[0][0], room)
+            questions.append(Question(prompt, [answer for _, answer in split]))
+        return score_questions(self.adapted, questions, self.batch_tokens)
+
+    def generate(self, prompts: Sequence[str], decoding: Decoding, strip: bool = True) -> list[str]:
+        """One answer to each prompt (as `render` made it), without white space around it.
+
+        Code keeps its indentation with `strip` False. A prompt that leaves no room for the answer
+        loses tokens at its start.
+        """
+        rows = [[Segment(prompt, False)] for prompt in prompts]
+        decoding = replace(decoding, max_new_tokens=self.answer_room(decoding.max_new_tokens))
+        room = self.max_length - decoding.max_new_tokens
+        tokens = [self._fitting(row, room) for row, _ in tokenise(rows, self.adapted.tokenizer)]
+        answers = write_answers(self.adapted, tokens, decoding, self.batch_tokens, self.seed)
+        return [answer.strip() for answer in answers] if strip else answers
+
+    @property
+    def _template(self) -> str:
+        """Template of the turns; raw text has none."""
+        return {"trained": self.template, "chat": "chat"}.get(self.prompt, "raw")
+
+    @cached_property
+    def _around_answer(self) -> tuple[str, str]:
+        """White space between a prompt and its answer, and what follows it through its EOS."""
+        if self._template == "raw":
+            return " ", self.adapted.tokenizer.eos_token
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACE}]
+        *_, answer = render(turns, self._template, self.adapted.tokenizer)
+        before, _, after = answer.text.partition(_PLACE)
+        return before, after
+
+    @cached_property
+    def _overhead(self) -> int:
+        """Tokens of a prompt besides its messages."""
+        return int(self._num_tokens(self.render([{"role": "user", "content": "x"}])))
+
+    @cached_property
+    def _num_tokens(self) -> Any:
+        @lru_cache(maxsize=100_000)
+        def count(text: str) -> int:
+            return len(self.adapted.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        return count
+
+    def _spaced(self, prompt: str, answer: str) -> str:
+        """An answer with what stands before it; nothing where either side brings white space."""
+        apart = prompt[-1:].isspace() or answer[:1].isspace()
+        return (
+            answer
+            if apart and self._template == "raw"
+            else self._around_answer[0] + answer.lstrip()
+        )
+
+    def _fitting(self, tokens: TokenArray, room: int) -> TokenArray:
+        self.cut += len(tokens) > room
+        return cut_start(tokens, max(1, room), self.adapted.tokenizer.bos_token_id)
+
+
+def _joined(turns: Messages) -> str:
+    """Description, solved examples and the question, as one text."""
+    parts = []
+    for turn in turns:
+        content = turn["content"]
+        if turn["role"] == "user":
+            parts.append(content)
+        elif turn["role"] == "assistant":
+            gap = "" if parts[-1][-1:].isspace() else " "
+            parts.append(f"{gap}{content}\n\n")
+        else:
+            parts.append(content if content[-1:].isspace() else f"{content}\n\n")
+    return "".join(parts)
+
+
+def _split(tokens: TokenArray, supervised: Any) -> tuple[TokenArray, TokenArray]:
+    """Prompt and answer of one tokenised pair."""
+    start = int((~supervised).sum())
+    return tokens[:start], tokens[start:]

@@ -1,0 +1,129 @@
+"""Atomic save and load of the whole server state: safetensors and JSON, never pickle."""
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.messages import Acknowledged
+from fedllm_flwr.federation.tensor_files import load_params, save_params
+from fedllm_flwr.params import Params
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that a server needs to go on: the adapter after ``round`` rounds and the rest.
+
+    ``moments`` holds the server optimizer's tensors by name (``m``, ``v``), ``control`` SCAFFOLD's
+    server variate c, ``reference`` the adapter of DPO's reference model, if it has one. ``clients``
+    says of every client of the run what the server has accepted of it. ``run`` tells this run from
+    others, also when it goes on after a stop.
+    """
+
+    round: int
+    params: Params
+    moments: dict[str, Params] = field(default_factory=dict)
+    control: Params | None = None
+    reference: Params | None = None
+    run: str = ""
+    clients: dict[str, Acknowledged] = field(default_factory=dict)
+
+
+def save_state(directory: Path, state: ServerState, keep: int) -> Path:
+    """Write the state of a finished round, then delete all but the newest `keep`.
+
+    Raises:
+        FederationError: the file system refuses; the states of earlier rounds are still there.
+    """
+    groups = {"params": state.params}
+    groups |= {f"moment.{name}": params for name, params in state.moments.items()}
+    if state.control is not None:
+        groups["control"] = state.control
+    if state.reference is not None:
+        groups["reference"] = state.reference
+    path = state_file(directory, state.round)
+    metadata = {
+        "round": str(state.round),
+        "moments": json.dumps([*state.moments]),
+        "run": state.run,
+        "clients": json.dumps({name: [c.round, c.updates] for name, c in state.clients.items()}),
+    }
+    save_params(path, groups, metadata)
+    for old in _newest_first(directory)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_state(directory: Path) -> tuple[ServerState, list[str]]:
+    """The newest readable state of a run, and a warning for each unreadable newer one.
+
+    What a killed server was writing is removed.
+
+    Raises:
+        FederationError: no checkpoint can be read.
+    """
+    for unfinished in directory.glob(".round-*.safetensors.*"):
+        unfinished.unlink(missing_ok=True)
+    warnings: list[str] = []
+    for path in _newest_first(directory):
+        try:
+            return read_state(path), warnings
+        except FederationError as error:
+            warnings.append(f"{error} Falling back to the checkpoint before.")
+    raise FederationError(f"{directory} holds no readable checkpoint; start the run anew.")
+
+
+def state_file(directory: Path, server_round: int) -> Path:
+    """Where the state after a round lies, if it is kept."""
+    return directory / f"round-{server_round:05d}.safetensors"
+
+
+def kept_rounds(directory: Path) -> list[int]:
+    """Rounds whose states are there, readable or not, the newest first."""
+    return [int(path.stem.partition("-")[2]) for path in _newest_first(directory)]
+
+
+def newest_round(directory: Path) -> int | None:
+    """Round of the newest checkpoint, readable or not; None without any."""
+    return next(iter(kept_rounds(directory)), None)
+
+
+def newest_readable(directory: Path) -> int | None:
+    """Round of the newest checkpoint that can be read; None without any."""
+    for path in _newest_first(directory):
+        with contextlib.suppress(FederationError):
+            return read_state(path).round
+    return None
+
+
+def read_state(path: Path) -> ServerState:
+    """The state in a file.
+
+    Raises:
+        FederationError: it cannot be read, or holds something else.
+    """
+    groups, metadata = load_params(path)
+    try:
+        moments = {name: groups[f"moment.{name}"] for name in json.loads(metadata["moments"])}
+        clients = {
+            name: Acknowledged(int(server_round), int(updates))
+            for name, (server_round, updates) in json.loads(metadata["clients"]).items()
+        }
+        return ServerState(
+            round=int(metadata["round"]),
+            params=groups["params"],
+            moments=moments,
+            control=groups.get("control"),
+            reference=groups.get("reference"),
+            run=metadata["run"],
+            clients=clients,
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise FederationError(f"{path} is no state of a run (no {error}).") from error
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    found = {path.stem.partition("-")[2]: path for path in directory.glob("round-*.safetensors")}
+    numbers = sorted((number for number in found if number.isdigit()), key=int, reverse=True)
+    return [found[number] for number in numbers]

@@ -1,0 +1,284 @@
+"""The base model with its LoRA adapter: one per process, other adapters are swapped into it."""
+
+import gc
+import inspect
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import LoraConfig as LoraSettings
+from fedllm_flwr.config.schema import QuantizationConfig
+from fedllm_flwr.errors import ConfigError, FederationError, ModelError
+from fedllm_flwr.models.base_model import count_parameters, load_base
+from fedllm_flwr.models.device import resolve_attention, resolve_device, resolve_dtype
+from fedllm_flwr.models.tokenizer import load_tokenizer
+from fedllm_flwr.params import Params, check_like, derive_seed
+
+_CHECKPOINTING_FROM = 1_000_000_000  # parameters, on CUDA
+
+
+@dataclass
+class AdaptedModel:
+    """A base model with one adapter in it, on its device."""
+
+    peft: PeftModel
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    num_base_parameters: int
+    quantized: bool
+    initial: Params = field(repr=False)  # the adapter as it was made, by (seed, LoRA settings)
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill up batches with; it is masked and never enters a loss."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return int(eos if pad is None else pad)
+
+    @cached_property
+    def selects_logits(self) -> bool:
+        """Whether the model can compute logits at chosen positions only."""
+        return "logits_to_keep" in inspect.signature(self.peft.get_base_model().forward).parameters
+
+    @cached_property
+    def takes_positions(self) -> bool:
+        """Whether the model can be told the positions of tokens."""
+        return "position_ids" in inspect.signature(self.peft.get_base_model().forward).parameters
+
+    @cached_property
+    def cache_name(self) -> str:
+        """What the model calls its keys and values: a new name since transformers 5.24."""
+        parameters = inspect.signature(self.peft.get_base_model().forward).parameters
+        return "cache" if "cache" in parameters else "past_key_values"
+
+    def params(self) -> Params:
+        """A copy of the adapter's tensors as float32, by PEFT state-dict name."""
+        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        return {
+            name: value.detach().to("cpu", torch.float32, copy=True).numpy()
+            for name, value in state.items()
+        }
+
+    def load(self, params: Params) -> None:
+        """Put `params` in the place of the adapter's tensors.
+
+        PEFT would take any tensor of the model, also one of the frozen base, and keep it there;
+        so names and shapes have to be those of the adapter that was made here.
+
+        Raises:
+            ModelError: names, shapes or values that cannot be the adapter's.
+        """
+        self.check(params, "the adapter")
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
+        set_peft_model_state_dict(self.peft, tensors)
+
+    def check(self, params: Params, what: str) -> None:
+        """Refuse tensors of other names or shapes than the adapter's, or with NaN or infinity.
+
+        Args:
+            what: they are, for the message.
+
+        Raises:
+            ModelError: names the first of them and what is wrong with it.
+        """
+        try:
+            check_like(params, self.initial)
+        except FederationError as error:
+            text = f"{what} does not fit the base model and the LoRA settings: {error}."
+            raise ModelError(text, text) from error
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's parameters by PEFT state-dict name, as `params` names them."""
+        return {
+            _state_dict_name(name): parameter
+            for name, parameter in self.peft.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def gradient_checkpointing(self, requested: bool | None) -> bool:
+        """Whether to recompute activations: automatic for large models on CUDA."""
+        large = self.num_base_parameters > _CHECKPOINTING_FROM
+        return (self.device.type == "cuda" and large) if requested is None else requested
+
+
+def _state_dict_name(name: str) -> str:
+    """A parameter's name without the adapter's; PEFT also leaves off DoRA's ``.weight``."""
+    name = name.replace(".default", "")
+    return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
+
+
+@dataclass
+class _Held:
+    """The model that this process keeps, and what it was made from."""
+
+    base_key: str
+    adapter_key: str
+    model: AdaptedModel
+    hidden: bool = False  # from the garbage collector
+
+
+_held: _Held | None = None
+
+
+def load_model(config: Config) -> AdaptedModel:
+    """The base model of `config` with its adapter; kept for the next call of this process.
+
+    One model is held: another base replaces it, another adapter shape is put into the same base.
+
+    Raises:
+        ModelError, ConfigError: it cannot be loaded or adapted as asked.
+    """
+    global _held
+    device = resolve_device(config.training.device)
+    dtype = resolve_dtype(config.training.dtype, device)
+    attention = resolve_attention(config.model.attention, device)
+    base_key = repr((config.model, config.quantization, device, dtype, attention))
+    adapter_key = repr((config.lora, config.seed))
+    base: Any = None
+    hidden = False
+    if _held is not None:
+        if (_held.base_key, _held.adapter_key) == (base_key, adapter_key):
+            return _held.model
+        if _held.base_key == base_key:
+            base = _held.model.peft.unload()
+        hidden, _held = _held.hidden, None
+        if base is None:  # make room for the next one
+            if hidden:
+                gc.unfreeze()
+            hidden = False
+            gc.collect()
+    if base is None:
+        gc.freeze()
+        base = load_base(config, device, dtype, attention)
+    model = _adapt(base, config, device, dtype, attention)
+    _held = _Held(base_key, adapter_key, model, hidden)
+    return model
+
+
+@cache
+def hide_libraries() -> None:
+    """Take all that the libraries made at import out of the garbage collector's sight, once.
+
+    Each Trainer starts with a full collection: up to half a second if it walks through all that,
+    less than a millisecond if not. For a process that trains, with all imported.
+    """
+    gc.freeze()
+    if _held is not None:
+        _held.hidden = True
+
+
+def load_beside(config: Config) -> AdaptedModel:
+    """Another model, beside the one that this process keeps; its caller keeps it.
+
+    Raises:
+        ModelError, ConfigError: it cannot be loaded or adapted as asked.
+    """
+    device = resolve_device(config.training.device)
+    dtype = resolve_dtype(config.training.dtype, device)
+    attention = resolve_attention(config.model.attention, device)
+    return _adapt(load_base(config, device, dtype, attention), config, device, dtype, attention)
+
+
+def load_dequantized(config: Config) -> AdaptedModel:
+    """The quantized base model of `config` with its weights in full again, and a fresh adapter.
+
+    These are the weights that the adapter was trained on, as bitsandbytes gives them back. Its
+    caller keeps the model.
+
+    Raises:
+        ModelError, ConfigError: it cannot be loaded or adapted as asked.
+    """
+    device = resolve_device(config.training.device)
+    dtype = resolve_dtype(config.training.dtype, device)
+    attention = resolve_attention(config.model.attention, device)
+    base = load_base(config, device, dtype, attention).dequantize().to(dtype)
+    full = replace(config, quantization=QuantizationConfig())
+    return _adapt(base, full, device, dtype, attention)
+
+
+def forget_model() -> None:
+    """Keep the model no longer: its owner takes it apart, and the next call loads another."""
+    global _held
+    _held = None
+    gc.unfreeze()
+
+
+def _adapt(
+    base: Any, config: Config, device: torch.device, dtype: torch.dtype, attention: str
+) -> AdaptedModel:
+    """Put a fresh adapter into `base`, its random matrices drawn from the run's seed."""
+    num_parameters = count_parameters(base)
+    _check_targets(config, base)
+    settings = lora_config(config.lora, base.config.model_type)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "adapter"))
+            peft_model = get_peft_model(base, settings)
+    except ValueError as error:  # PEFT: no module of the model has such a name
+        raise _no_target(config, config.lora.target_modules) from error
+    model = AdaptedModel(
+        peft=peft_model,
+        tokenizer=load_tokenizer(config.model),
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        num_base_parameters=num_parameters,
+        quantized=config.quantization.name != "none",
+        initial={},
+    )
+    model.initial = model.params()
+    return model
+
+
+def _check_targets(config: Config, base: Any) -> None:
+    """Refuse a name that no module has: PEFT passes over it where another one matches."""
+    targets = config.lora.target_modules
+    if isinstance(targets, str):
+        return
+    modules = [f".{name}" for name, _ in base.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in modules):
+            raise _no_target(config, target)
+
+
+def _no_target(config: Config, target: Any) -> ConfigError:
+    text = "lora.target_modules: {} matches no layer of {} that can be adapted; use {}"
+    remedy = "auto, all-linear or names of its linear layers."
+    return ConfigError(
+        text.format(target, f"model.path={config.model.path}", remedy),
+        text.format(target, "the model", remedy),
+    )
+
+
+def lora_config(lora: LoraSettings, model_type: str) -> LoraConfig:
+    """PEFT's configuration of the adapter.
+
+    ``target_modules=auto`` is PEFT's choice for the architecture, all linear layers where it has
+    none.
+    """
+    targets: Any = lora.target_modules
+    if targets == "auto":
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        targets = sorted(known) if known else "all-linear"
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type=TaskType.CAUSAL_LM,
+    )

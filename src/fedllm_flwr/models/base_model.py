@@ -1,0 +1,97 @@
+"""The frozen base model: loading and quantization."""
+
+from typing import Any
+
+import torch
+from peft import prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import QuantizationConfig
+from fedllm_flwr.errors import ModelError
+from fedllm_flwr.models.probe import check_computes
+from fedllm_flwr.models.tokenizer import model_source, unusable_model
+
+transformers_logging.disable_progress_bar()
+
+
+def load_base(config: Config, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
+    """The frozen base model on its device, in eval mode.
+
+    Raises:
+        ModelError: it cannot be loaded, its weights are not what its config.json asks for, or it is
+            no causal language model.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_source(config.model),
+            revision=config.model.revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=_quantization(config.quantization, dtype),
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds; all mean that it is unusable
+        raise unusable_model(config.model, "weights", error) from error
+    model, report = loaded
+    _check_complete(config, report)
+    model.config.use_cache = False
+    if config.quantization.name != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        _keep_weights(model)
+    check_computes(model, config)
+    return model
+
+
+def _keep_weights(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation on some CPUs.
+
+    Where the CPU has AVX512-BF16 it rounds the scales to bfloat16 then, for good, so that training
+    would depend on what the process evaluated before; widths that are no multiple of 64 fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_complete(config: Config, report: dict[str, Any]) -> None:
+    """Refuse weights that are not there or do not fit: transformers puts random ones instead."""
+    wrong = {name: "has another shape" for name, *_ in report["mismatched_keys"]}
+    wrong |= dict.fromkeys(report["missing_keys"], "is missing")
+    if wrong:
+        name = min(wrong)
+        raise ModelError(
+            f"model.path={config.model.path}: the weights are not those of its config.json, "
+            f"{name!r} {wrong[name]} ({len(wrong)} tensors in all); copy or download the "
+            "directory again."
+        )
+
+
+def _quantization(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
+    if quantization.name == "none":
+        return None
+    if quantization.name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = quantization.compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_compute_dtype=dtype if compute == "auto" else getattr(torch, compute),
+    )
+
+
+def count_parameters(model: Any) -> int:
+    """Parameters of the base model; packed 4-bit weights count as what they stand for."""
+    total = 0
+    for parameter in model.parameters():
+        quantized_shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        total += quantized_shape.numel() if quantized_shape is not None else parameter.numel()
+    return total

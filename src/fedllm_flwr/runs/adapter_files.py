@@ -1,0 +1,170 @@
+"""Adapters on disk: exported for PEFT, and read back to start from."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import FederationError, ModelError
+from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.params import Params, check_like
+from fedllm_flwr.reporting.card import model_card
+from fedllm_flwr.runs.directory import SCORE_FILE
+from fedllm_flwr.runs.kept_adapters import KeptAdapter
+
+_OLD = "old"
+_WEIGHTS = "adapter_model.safetensors"
+_SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+
+
+def save_adapter(
+    path: Path, model: AdaptedModel, params: Params, config: Config, summary: Mapping[str, Any]
+) -> None:
+    """Write `params` as a directory that ``PeftModel.from_pretrained`` loads, with a model card.
+
+    The directory appears as a whole, in the place of an older one.
+
+    Raises:
+        FederationError: it cannot be written.
+    """
+    with _replacing(path) as fresh:
+        _export(fresh, model, params, config, summary)
+
+
+def save_best(
+    path: Path,
+    model: AdaptedModel,
+    adapters: Params | Mapping[str, Params],
+    config: Config,
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the adapter of the best round so far, with that round and its scores beside it.
+
+    Args:
+        adapters: tensors; or of clients that train alone, tensors by the name of a folder, of
+            which each gets one below `path`.
+        summary: up to that round; its ``best`` is written to ``score.json``.
+
+    Raises:
+        FederationError: it cannot be written; an older one is still there.
+    """
+    several = {key: value for key, value in adapters.items() if isinstance(value, dict)}
+    with _replacing(path) as fresh:
+        for name, params in several.items():
+            _export(fresh / name, model, params, config, summary)
+        if not several:
+            _export(fresh, model, {**adapters}, config, summary)  # type: ignore[dict-item]
+        (fresh / SCORE_FILE).write_text(json.dumps(summary["best"]) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `path`, as a whole, when the block ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            fresh = Path(folder) / path.name
+            fresh.mkdir()
+            yield fresh
+            if path.exists():
+                path.replace(Path(folder) / _OLD)
+            fresh.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise FederationError(f"cannot write {path}: {error}.") from error
+
+
+def _sort_settings(file: Path) -> None:
+    """Lists of names in order: PEFT writes those of its sets as Python's hashes have them."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    named = ("target_modules", "exclude_modules", "modules_to_save")
+    settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
+    file.write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
+
+
+def recover(path: Path) -> None:
+    """Put back what a process that was killed between two renames had moved away from `path`."""
+    for folder in path.parent.glob(f".{path.name}.*"):
+        if not path.exists() and (folder / _OLD).is_dir():
+            (folder / _OLD).replace(path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export(
+    fresh: Path, model: AdaptedModel, params: Params, config: Config, summary: Mapping[str, Any]
+) -> None:
+    model.load(params)
+    model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
+    _sort_settings(fresh / "adapter_config.json")
+    dtype = str(model.dtype).removeprefix("torch.")
+    card = model_card(config, summary, config.model.path, dtype)
+    (fresh / "README.md").write_text(card, encoding="utf-8")
+    give_usual_mode(fresh, like="README.md")
+
+
+def give_usual_mode(folder: Path, like: str) -> None:
+    """Let those read all files who may read the file `like`; safetensors makes private ones."""
+    for file in folder.iterdir():
+        shutil.copymode(folder / like, file)
+
+
+def load_adapter(path: Path, model: AdaptedModel) -> Params:
+    """The tensors of an exported adapter, for the same base model and LoRA settings.
+
+    Raises:
+        ModelError: it is missing, broken, or of another shape.
+    """
+    file = path / _WEIGHTS
+    _check_settings(path, model)
+    try:
+        params: Params = load_file(file)
+        check_like(params, model.initial)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: no readable adapter ({error}).") from error
+    except FederationError as error:
+        raise ModelError(
+            f"the adapter in {path} does not fit the base model and the LoRA settings: {error}; "
+            "use the model, lora.r and lora.target_modules that it was made with."
+        ) from error
+    return {name: value.astype("float32") for name, value in params.items()}
+
+
+def load_kept(kept: KeptAdapter, model: AdaptedModel) -> Params:
+    """The tensors of an adapter that a command was given, fit for `model`.
+
+    Raises:
+        ModelError: broken, or of another shape.
+    """
+    tensors = kept.tensors()
+    if tensors is None:
+        return load_adapter(kept.path, model)
+    try:
+        check_like(tensors, model.initial)
+    except FederationError as error:
+        raise ModelError(f"{kept.path} does not fit the base model: {error}.") from error
+    return tensors
+
+
+def _check_settings(path: Path, model: AdaptedModel) -> None:
+    """Refuse an adapter that would be scaled otherwise than it was trained.
+
+    Raises:
+        ModelError: names the key, this run's value and the adapter's.
+    """
+    try:
+        saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no readable adapter_config.json ({error}).") from error
+    own = model.peft.peft_config["default"]
+    for key, name in _SETTINGS.items():
+        if name in saved and saved[name] != getattr(own, name):
+            raise ModelError(
+                f"lora.{key}={getattr(own, name)}, but the adapter in {path} was made with "
+                f"lora.{key}={saved[name]}; use that."
+            )

@@ -1,0 +1,368 @@
+"""What a run leaves on disk: one directory with fixed names."""
+
+import contextlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.compose import load_run, to_yaml
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.federation.state import newest_readable, newest_round
+from fedllm_flwr.files import write_atomically
+from fedllm_flwr.reporting.early_stopping import has_converged
+from fedllm_flwr.reporting.metrics import read_metrics
+from fedllm_flwr.training.schedule import cosine_learning_rate
+
+# Options that may change when a stopped run goes on. The rule: none of them decides who trains on
+# what, or enters a number that is trained or aggregated, so that the run ends in the bits of one
+# that had the new value from the start. Some are the user's own wish: more rounds or an earlier
+# end, the learning rate's curve over them, how many replies a round needs. Whatever is not named
+# here, a new key included, stays as it was: evaluation.clients holds records back from training,
+# data.eval_path decides whether some are.
+_FREE_TO_CHANGE = {
+    "federation.num_rounds",
+    "federation.engine",
+    "federation.min_clients",
+    "federation.min_replies",
+    "federation.round_timeout_s",
+    "federation.start_timeout_s",
+    "federation.client_gpus",
+    "federation.ray_address",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluation.central",
+    "evaluation.every",
+    "evaluation.batch_tokens",  # task=sft: with dpo the reference's values depend on it
+    "evaluation.answers",
+    "evaluation.max_new_tokens",
+    "evaluation.suites",
+    "evaluation.suite_limit",
+    "evaluation.data_root",
+    "tracking.figures",
+    "tracking.tensorboard",
+    "tracking.wandb",
+    "tracking.mlflow",
+    "tracking.project",
+    "training.early_stopping",
+    "training.schedule_rounds",
+    "output_dir",
+    "resume",
+}
+SCORE_FILE = "score.json"  # beside the best adapter: its round and scores
+_DEFAULT_PARENT = Path("outputs")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside the directory of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record per round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """Digests of the records that the run was begun with."""
+        return self.path / "data.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Server states."""
+        return self.path / "checkpoints"
+
+    @property
+    def client_states(self) -> Path:
+        """States of simulated clients."""
+        return self.path / "clients"
+
+    @property
+    def known_clients(self) -> Path:
+        """What the server knows of each client: SCAFFOLD's copies of the control variates."""
+        return self.path / "known"
+
+    @property
+    def alone(self) -> Path:
+        """Adapters of clients that train alone, by client and round."""
+        return self.path / "alone"
+
+    @property
+    def adapters(self) -> Path:
+        """The final adapters of clients that train alone, each as PEFT loads it."""
+        return self.path / "adapters"
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter, as PEFT loads it."""
+        return self.path / "adapter"
+
+    @property
+    def adapter_best(self) -> Path:
+        """The adapter of the round with the best validation score so far, as PEFT loads it."""
+        return self.path / "adapter-best"
+
+    @property
+    def adapters_best(self) -> Path:
+        """As `adapter_best`, of clients that train alone: a directory for each."""
+        return self.path / "adapters-best"
+
+    @property
+    def summary(self) -> Path:
+        """The result in one JSON object."""
+        return self.path / "summary.json"
+
+    @property
+    def answers(self) -> Path:
+        """DPO: answers to held-out prompts, of the base model and of the adapter."""
+        return self.path / "answers.md"
+
+    @property
+    def curves(self) -> Path:
+        """Figure of losses and scores over the rounds."""
+        return self.path / "curves.png"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process of the run; not there once it has ended well."""
+        return self.path / "run.lock"
+
+    @property
+    def current_round(self) -> Path:
+        """Who has answered in the round that is on."""
+        return self.path / "round.json"
+
+    @property
+    def clients(self) -> Path:
+        """Table of the clients' sizes and labels."""
+        return self.path / "clients.csv"
+
+
+# What a run may have left that stopped before its first checkpoint.
+_OWN_FILES = (
+    *(
+        "clients.csv",
+        "data.json",
+        "*.png",
+        "clients",
+        "metrics.jsonl",
+        "run.lock",
+        "round.json",
+        "alone",
+    ),
+    *("tensorboard", "wandb", "trackers.json", ".*"),
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of several: its configuration, whose ``output_dir`` is set."""
+
+    config: Config = field(kw_only=True)
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where the run writes."""
+        return RunDirectory(Path(str(self.config.output_dir)))
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has been carried out before."""
+        return self.directory.summary.is_file()
+
+
+def foreign_files(folder: Path, own: Sequence[str]) -> list[str]:
+    """Names in a directory, if it is one, that match none of the patterns in `own`; sorted."""
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+
+
+def create(config: Config) -> RunDirectory:
+    """Make the directory of a new run and write its configuration.
+
+    Raises:
+        ConfigError: it holds a run or other files already, or cannot be written.
+    """
+    path = _default_path(config) if config.output_dir is None else Path(config.output_dir)
+    directory = RunDirectory(path.expanduser())
+    if directory.config.exists() or directory.checkpoints.exists():
+        raise ConfigError(
+            f"output_dir={path} holds a run already; give another directory, or go on with it: "
+            f"resume={path}."
+        )
+    if foreign := foreign_files(directory.path, _OWN_FILES):
+        raise ConfigError(
+            f"output_dir={path} holds other files ({', '.join(foreign[:3])}"
+            f"{', ...' if len(foreign) > 3 else ''}); give a new or an empty directory."
+        )
+    try:
+        write_atomically(directory.config, to_yaml(config).encode())
+    except FederationError as error:
+        raise ConfigError(f"output_dir={path}: {error} Give another.") from error
+    return directory
+
+
+def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
+    """The directory of the run that ``config.resume`` names, if `config` goes on with it.
+
+    Nothing is written; see `continue_with`. What the user should know of it comes in lines.
+
+    Raises:
+        ConfigError: it holds no run, or an option differs that would change the result.
+    """
+    directory = RunDirectory(Path(str(config.resume)).expanduser())
+    saved = load_run(directory.path, f"resume={shown(config.resume)}")
+    for key, (old, new) in _differences(asdict(saved), asdict(config)).items():
+        rounds_off = key == "evaluation.batch_tokens" and config.task.name == "dpo"
+        if key not in _FREE_TO_CHANGE or rounds_off:
+            raise ConfigError(
+                f"{key}={shown(new)}: the run in {directory.path} was made with "
+                f"{key}={shown(old)}, and going on with another value would mix two experiments; "
+                "drop it (the run's other options need not be repeated), or start a new run."
+            )
+    if config.output_dir not in (None, saved.output_dir, str(config.resume)):
+        raise ConfigError(
+            f"output_dir={config.output_dir}: a run goes on in its own directory; drop it."
+        )
+    last = newest_round(directory.checkpoints)
+    if last is None:
+        raise FederationError(
+            f"resume={directory.path}: the run stopped before its first checkpoint; start it anew, "
+            "in another directory or after deleting this one."
+        )
+    if config.federation.num_rounds < last:
+        raise ConfigError(
+            f"federation.num_rounds={config.federation.num_rounds}: the run in {directory.path} "
+            f"has done {last} rounds; ask for more, or drop it."
+        )
+    return directory, _about_schedule(saved, config, last)
+
+
+def continue_with(directory: RunDirectory, config: Config) -> None:
+    """Make `config`, which `reopen` has checked, that of the run."""
+    saved = load_run(directory.path, str(directory.path))
+    goes_on = replace(config, output_dir=saved.output_dir, resume=None)
+    write_atomically(directory.config, to_yaml(goes_on).encode())
+
+
+def _about_schedule(saved: Config, config: Config, last: int) -> list[str]:
+    """A line where the rounds to come get another learning rate than they would have had."""
+    old = saved.training.schedule_rounds or saved.federation.num_rounds
+    new = config.training.schedule_rounds or config.federation.num_rounds
+    if old == new or last >= config.federation.num_rounds:
+        return []
+    training = replace(config.training, schedule_rounds=None)
+    then, now = (cosine_learning_rate(training, last + 1, span) for span in (old, new))
+    if then == now:
+        return []
+    return [
+        f"the learning rate now follows a cosine over {new} rounds instead of {old}: {now:.1e} in "
+        f"round {last + 1}, where the curve so far has {then:.1e}; training.schedule_rounds={old} "
+        "keeps that curve"
+    ]
+
+
+def is_finished(directory: RunDirectory, config: Config) -> bool:
+    """Whether all rounds are done and their results written."""
+    trained = directory.adapter.is_dir() or directory.adapters.is_dir()
+    if not (trained and directory.summary.is_file()):
+        return False
+    last = newest_round(directory.checkpoints)
+    return last == config.federation.num_rounds or stopped_early(directory, config)
+
+
+def stopped_early(directory: RunDirectory, config: Config) -> bool:
+    """Whether ``training.early_stopping`` has ended the run at its newest checkpoint."""
+    patience, last = config.training.early_stopping, newest_round(directory.checkpoints)
+    if patience is None or last is None or not directory.metrics.is_file():
+        return False
+    done = [record for record in read_metrics(directory.metrics) if record["round"] <= last]
+    return has_converged(done, patience)
+
+
+def best_round(directory: RunDirectory) -> int | None:
+    """The round whose adapter is kept as the best one; None where none is."""
+    for folder in (directory.adapter_best, directory.adapters_best):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((folder / SCORE_FILE).read_text("utf-8"))["round"])
+    return None
+
+
+def already_finished(directory: RunDirectory, config: Config) -> str:
+    """What to tell whoever wants to go on with a finished run."""
+    command = f"fedllm run {shlex.quote(f'resume={directory.path}')}"
+    num_rounds, last = config.federation.num_rounds, newest_round(directory.checkpoints)
+    if last != num_rounds:
+        patience = config.training.early_stopping
+        return (
+            f"{directory.path}: already finished (training.early_stopping={patience} ended it "
+            f"after round {last} of {num_rounds}); to go on: {command} training.early_stopping=null"
+        )
+    return (
+        f"{directory.path}: already finished ({num_rounds} round{'s' * (num_rounds != 1)}); to go "
+        f"on, raise their number: {command} federation.num_rounds={2 * num_rounds}"
+    )
+
+
+def how_to_go_on(directory: RunDirectory, command: str = "fedllm run") -> str | None:
+    """What a stopped run has kept and the command that continues it; None if it cannot go on."""
+    last = newest_readable(directory.checkpoints)
+    if last is None:
+        return None
+    kept = f"round {last} is saved" if last else "the start is saved"
+    return f"{kept}; go on with: {command} {shlex.quote(f'resume={directory.path}')}"
+
+
+def discard(directory: RunDirectory) -> None:
+    """Remove what a run has left that stopped before its first checkpoint; no other run."""
+    if newest_round(directory.checkpoints) is not None:
+        return
+    leftovers = (
+        *(directory.config, directory.data, directory.clients),
+        *(directory.metrics, directory.lock),
+    )
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        directory.path.rmdir()
+        if directory.path.parent == _DEFAULT_PARENT:
+            directory.path.parent.rmdir()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys whose values differ, with both values."""
+    found: dict[str, Any] = {}
+    for name, value in old.items():
+        if isinstance(value, dict) and isinstance(new[name], dict):
+            found |= _differences(value, new[name], f"{prefix}{name}.")
+        elif value != new[name]:
+            found[prefix + name] = (value, new[name])
+    return found
+
+
+def _default_path(config: Config) -> Path:
+    """outputs/<month day-hour minute>-<algorithm>-<data>, numbered if that exists."""
+    stamp = datetime.now().strftime("%m%d-%H%M")
+    name = re.sub(r"[^\w.-]+", "_", f"{stamp}-{config.algorithm.name}-{config.data.name}")
+    path = _DEFAULT_PARENT / name
+    number = 2
+    while path.exists():
+        path = _DEFAULT_PARENT / f"{name}-{number}"
+        number += 1
+    return path

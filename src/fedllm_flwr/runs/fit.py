@@ -1,0 +1,303 @@
+"""The fit check: configuration x model x tokenizer x data x adapter, before anything is started.
+
+Every engine and command calls it before a run directory exists: `check_fit` for a run (also for
+each run of a comparison or a sweep, and on the server of a deployment), `check_site_fit` for a
+site's own data and copy of the model, `check_evaluation_fit` for ``fedllm evaluate``. It reads the
+model's config.json, its tokenizer, the headers of its weights and the data; weights are not loaded.
+What is odd and not wrong becomes a warning in the plan: `fit_warnings`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.validation import check_client_counts
+from fedllm_flwr.data.client_data import (
+    SimulatedData,
+    divided_data,
+    encode_records,
+    require_clients_examples,
+    require_examples,
+    simulated_data,
+)
+from fedllm_flwr.data.labels import require_scored
+from fedllm_flwr.data.pairs import Examples
+from fedllm_flwr.errors import ConfigError, ModelError
+from fedllm_flwr.evaluation.suites.requested import requested_tasks
+from fedllm_flwr.models.base_facts import BaseFacts, ModelKey, base_facts
+from fedllm_flwr.models.tokenizer import load_tokenizer
+from fedllm_flwr.reporting.trackers import check_trackers
+
+if TYPE_CHECKING:
+    import datasets
+
+_FEW_SCORED = 100  # held-out records below which a score says little without an interval
+_UNKNOWN_SHARE = 0.01  # of the tokens
+_OVERLAP_SHARE = 0.01  # of the held-out records
+_ADAPTER_SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+
+
+def check_fit(config: Config) -> None:
+    """Refuse a run whose parts do not fit each other, in seconds and with nothing left behind.
+
+    Raises:
+        FedLLMError: names the key, its value and the remedy.
+    """
+    check_trackers(config.tracking)
+    requested_tasks(config)
+    _check_adapters(config)
+    facts = _check_model(config)
+    tokenizer = load_tokenizer(config.model)
+    _check_template(config, tokenizer)
+    if config.federation.engine == "deployment":
+        _check_special_ids(config, tokenizer, facts)
+        return
+    _, clients = divided_data(config)
+    check_client_counts(config, clients.num_clients)
+    data = simulated_data(config, tokenizer)
+    require_clients_examples(config, data)
+    check_token_ids(config, data.encoded, facts.vocabulary)
+    if config.evaluation.central and len(data.source.eval):
+        if "choice" in data.source.eval.column_names:
+            require_scored(config.data, data.source.eval)
+        encoded = encode_records(config, tokenizer, data.source.eval)
+        require_examples(config, "the held-out records", len(encoded))
+        check_token_ids(config, encoded, facts.vocabulary)
+
+
+def check_site_fit(config: Config, examples: Examples) -> None:
+    """As `check_fit`, of a site's own copy of the model and of its own examples.
+
+    Raises:
+        FedLLMError: names the key, its value and the remedy; quotes nothing of the data.
+    """
+    facts = _check_model(config)
+    check_token_ids(config, examples, facts.vocabulary)
+
+
+def check_evaluation_fit(config: Config, prompt: str, template: str | None) -> None:
+    """Refuse a model that ``fedllm evaluate`` cannot score, or cannot prompt as asked.
+
+    Args:
+        prompt: of ``--prompt``.
+        template: of ``--template``, if given.
+
+    Raises:
+        FedLLMError: names the option and the remedy.
+    """
+    facts = base_facts(ModelKey.of(config.model))
+    tokenizer = load_tokenizer(config.model)
+    if not tokenizer.chat_template and (prompt == "chat" or template == "chat"):
+        typed = "--prompt chat" if prompt == "chat" else "--template chat"
+        raise ModelError(
+            f"{typed}: the tokenizer of {facts.path} has no chat template; use --prompt trained "
+            "with --template alpaca or vicuna, or --prompt raw."
+        )
+    _check_special_ids(config, tokenizer, facts)
+
+
+def _check_model(config: Config) -> BaseFacts:
+    """What can be said of the base model and the adapter before there are data."""
+    from fedllm_flwr.models.device import resolve_attention, resolve_device
+
+    resolve_attention(config.model.attention, resolve_device(config.training.device))
+    facts = base_facts(ModelKey.of(config.model))
+    length = config.training.max_length
+    if facts.context is not None and length > facts.context:
+        raise ConfigError(
+            f"training.max_length={length}, but model.path={facts.path} takes {facts.context} "
+            f"tokens; set training.max_length={facts.context} or less.",
+            f"training.max_length={length}, but the model takes {facts.context} tokens",
+        )
+    _check_rank(config, facts)
+    return facts
+
+
+def _check_rank(config: Config, facts: BaseFacts) -> None:
+    """Refuse a rank above the width of every layer that is adapted, and names without a layer."""
+    rank, narrowest = config.lora.r, min(facts.layers.values())
+    if config.lora.target_modules in ("auto", "all-linear") and rank <= narrowest:
+        return
+    targets = facts.targets(config.lora)
+    if targets and rank > (widest := max(targets.values())):
+        raise ConfigError(
+            f"lora.r={rank} is above the width of the layers it adapts (at most {widest} in "
+            f"model.path={facts.path}): it cannot say more than lora.r={widest}; lower it.",
+            f"lora.r={rank} is above the width of all layers that it adapts, {widest}",
+        )
+
+
+def _check_template(config: Config, tokenizer: Any) -> None:
+    from fedllm_flwr.data.templates import render
+
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    render(turns, config.data.template, tokenizer)
+
+
+def check_token_ids(config: Config, examples: Examples, vocabulary: int) -> None:
+    """Refuse token ids that the base model has no embedding for.
+
+    Raises:
+        ModelError: names the model, the largest id and the size of the vocabulary.
+    """
+    largest = int(examples.tokens.max()) if len(examples) else 0
+    if largest >= vocabulary:
+        raise _foreign_token(config, largest, vocabulary)
+
+
+def _check_special_ids(config: Config, tokenizer: Any, facts: BaseFacts) -> None:
+    """As `check_token_ids` where there are no data: of the tokens that every text has."""
+    largest = max(tokenizer("Hello.")["input_ids"] + [tokenizer.eos_token_id or 0])
+    if largest >= facts.vocabulary:
+        raise _foreign_token(config, largest, facts.vocabulary)
+
+
+def _foreign_token(config: Config, token: int, vocabulary: int) -> ModelError:
+    return ModelError(
+        f"model.path={config.model.path}: its tokenizer makes token {token}, but the model has "
+        f"{vocabulary} (0 to {vocabulary - 1}); use the tokenizer that the model was made with.",
+        "its model's tokenizer is not the one that the model was made with",
+    )
+
+
+def _check_adapters(config: Config) -> None:
+    """Refuse adapters to start from, or to compare with, that have other settings than this run."""
+    adapters = {"init_adapter": config.init_adapter}
+    if config.task.name == "dpo":
+        adapters["dpo.reference_adapter"] = config.dpo.reference_adapter
+    for key, path in adapters.items():
+        if path is None:
+            continue
+        file = Path(path).expanduser() / "adapter_config.json"
+        try:
+            saved: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{key}={shown(path)}: no readable adapter_config.json ({error})."
+            ) from error
+        for name, theirs in _ADAPTER_SETTINGS.items():
+            own = getattr(config.lora, name)
+            if theirs in saved and saved[theirs] != own:
+                raise ModelError(
+                    f"lora.{name}={shown(own)}, but the adapter in {path} was made with "
+                    f"lora.{name}={shown(saved[theirs])}; use that."
+                )
+
+
+def fit_warnings(
+    config: Config, data: SimulatedData | None, held_out: "datasets.Dataset | None"
+) -> list[str]:
+    """What is odd about a run and may be meant, a line each for the plan.
+
+    Args:
+        data: of a simulation; None for a deployment, whose data lie with its sites.
+        held_out: records for central scores, if any.
+    """
+    lines = _of_rank(config)
+    if data is not None:
+        lines += _of_tokens(config, data.encoded) + _of_batch(config, data)
+        if config.evaluation.central and len(data.source.eval):
+            lines += _of_overlap(data.source.train, data.source.eval)
+    if config.evaluation.central and held_out is not None and 0 < len(held_out) < _FEW_SCORED:
+        half = 0.98 / np.sqrt(len(held_out))
+        lines.append(
+            f"scores are of {len(held_out)} held-out record{'s' * (len(held_out) != 1)}: an "
+            f"accuracy may be off by ±{half:.2f} (95 %); data.eval_path or "
+            "data.validation_fraction gives more"
+        )
+    return lines
+
+
+def _of_rank(config: Config) -> list[str]:
+    facts = base_facts(ModelKey.of(config.model))
+    if config.lora.r <= min(facts.layers.values()):
+        return []
+    narrow = [width for width in facts.targets(config.lora).values() if width < config.lora.r]
+    if not narrow:
+        return []
+    return [
+        f"lora.r={config.lora.r} is above the width of {len(narrow)} adapted layers (down to "
+        f"{min(narrow)}); a higher rank than a layer's width adds nothing"
+    ]
+
+
+def _of_tokens(config: Config, encoded: Examples) -> list[str]:
+    unknown = load_tokenizer(config.model).unk_token_id
+    if unknown is None or not len(encoded.tokens):
+        return []
+    share = float(np.mean(encoded.tokens == unknown))
+    if share < _UNKNOWN_SHARE:
+        return []
+    return [
+        f"{100 * share:.1f} % of the training tokens are unknown to the tokenizer of model.path="
+        f"{config.model.path} and are learnt as its unknown token; use a model that knows this text"
+    ]
+
+
+def _of_batch(config: Config, data: SimulatedData) -> list[str]:
+    training = config.training
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    largest = max(len(rows) for rows in data.partition.indices)
+    if training.max_steps < 1 or per_step <= largest:
+        return []
+    return [
+        f"a step takes {per_step} examples, but the largest client has {largest}: each is used "
+        f"about {per_step / largest:.0f} times in one step; lower training.batch_size"
+        if per_step >= 2 * largest
+        else f"a step takes {per_step} examples, more than the {largest} of the largest client; "
+        "lower training.batch_size"
+    ]
+
+
+def _of_overlap(train: "datasets.Dataset", held_out: "datasets.Dataset") -> list[str]:
+    from fedllm_flwr.data.overlap import overlap
+
+    found = overlap(train, held_out)
+    if found.share < _OVERLAP_SHARE:
+        return []
+    return [
+        f"{found.equal} of {found.num_held_out} held-out records are training records, and "
+        f"{found.near} nearly so: scores count what was learnt by heart; take them out of "
+        "data.eval_path or of the training records"
+    ]
+
+
+def scored_on_one(config: Config, sizes: Mapping[str, int]) -> list[str]:
+    """A warning if clients score the adapter on a single record each.
+
+    Args:
+        sizes: training examples by client, what is held back not among them.
+    """
+    if not config.evaluation.clients:
+        return []
+    fraction = config.data.validation_fraction
+    alone = sorted(name for name, size in sizes.items() if round((size + 1) * fraction) <= 1)
+    if not alone:
+        return []
+    more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+    return [
+        f"evaluation.clients: {', '.join(alone[:3])}{more} score the adapter on one record each "
+        f"(data.validation_fraction={fraction:g} of their own); raise it, or rely on the central "
+        "scores"
+    ]
+
+
+def first_refusal(configs: Sequence[Config]) -> None:
+    """`check_fit` of several runs, of those that differ in their seed or algorithm alone once.
+
+    Raises:
+        FedLLMError: of the first that cannot work.
+    """
+    seen: set[str] = set()
+    for config in configs:
+        parts = [config.model, config.lora, config.quantization, config.data, config.training]
+        parts += [config.partition, config.federation, config.evaluation, config.task]
+        key = repr([*parts, config.init_adapter, config.dpo.reference_adapter])
+        if key not in seen:
+            seen.add(key)
+            check_fit(config)

@@ -1,0 +1,176 @@
+"""That a run is alive and where in its round it is, for those who look from outside.
+
+The process of a run holds a lock on ``run.lock``, which the system releases however it ends;
+``round.json`` has the round that is on. A run that ends well leaves neither.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import IO, Any
+
+import psutil
+
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.runs.directory import RunDirectory
+
+_TRIES, _PAUSE_S = 10, 0.05  # someone who looks holds the lock for a moment
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What the process of a run has written into ``run.lock``.
+
+    ``error`` is what it ended with; empty while it runs, and where it was killed. ``command`` goes
+    on with the run, given ``resume=``; ``flower_run`` is Flower's id of it in a deployment.
+    """
+
+    pid: int
+    host: str
+    started: float  # seconds since 1970
+    error: str = ""
+    is_alive: bool = False
+    command: str = "fedllm run"
+    flower_run: str = ""
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether the process has ended without a word; False where another machine ran it."""
+        if self.is_alive or self.error or self.host != socket.gethostname():
+            return False
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+
+@dataclass
+class CurrentRound:
+    """The round that is on: which clients were asked, and who has answered so far."""
+
+    round: int
+    asked: list[str]
+    started: float  # seconds since 1970
+    losses: dict[str, float] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> list[str]:
+        """Clients that have not answered yet."""
+        return [name for name in self.asked if name not in {*self.losses, *self.failed}]
+
+
+class RoundBoard:
+    """Keeps ``round.json`` up to date. A disk that refuses costs the file, not the run."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._path = directory.current_round
+        self._current = CurrentRound(0, [], 0.0)
+
+    def start_round(self, round: int, names: Sequence[str]) -> None:
+        """These clients are asked now."""
+        self._current = CurrentRound(round, list(names), time.time())
+        self._write()
+
+    def reply(self, round: int, name: str, loss: float | None) -> None:
+        """A client has answered; loss None: without a usable update."""
+        if loss is None:
+            self._current.failed.append(name)
+        else:
+            self._current.losses[name] = loss
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.with_name(f".{self._path.name}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(asdict(self._current)), "utf-8")
+            temporary.replace(self._path)
+
+
+@contextlib.contextmanager
+def held(
+    directory: RunDirectory, command: str = "fedllm run", flower_run: str = ""
+) -> Iterator[None]:
+    """Hold the run's lock, so that it is seen to be alive and no second process goes on with it.
+
+    Args:
+        command: goes on with the run, given ``resume=``.
+        flower_run: Flower's id of the run in a deployment.
+
+    Raises:
+        FederationError: another process is at this run.
+    """
+    with directory.lock.open("a+", encoding="utf-8") as file:
+        _lock(file, directory)
+        me = Holder(
+            os.getpid(), socket.gethostname(), time.time(), command=command, flower_run=flower_run
+        )
+        _write_holder(file, me)
+        try:
+            yield
+        except BaseException as error:
+            _write_holder(file, replace(me, error=_said(error)))
+            raise
+        for path in (directory.current_round, directory.lock):
+            path.unlink(missing_ok=True)
+
+
+def holder(directory: RunDirectory) -> Holder | None:
+    """Who is, or was, at a run that has not ended well; None for one that has."""
+    try:
+        with directory.lock.open("r", encoding="utf-8") as file:
+            is_alive = not _try(file, fcntl.LOCK_SH)
+            return Holder(**{**json.load(file), "is_alive": is_alive})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def current_round(directory: RunDirectory) -> CurrentRound | None:
+    """The round that is on, or was when the run stopped; None before the first."""
+    try:
+        return CurrentRound(**json.loads(directory.current_round.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _lock(file: IO[str], directory: RunDirectory) -> None:
+    for _ in range(_TRIES):
+        if _try(file, fcntl.LOCK_EX):
+            return
+        time.sleep(_PAUSE_S)
+    other = holder(directory)
+    who = f"process {other.pid} on {other.host}" if other else "another process"
+    raise FederationError(
+        f"{directory.path}: {who} is at this run; wait until it has ended, or stop it first."
+    )
+
+
+def _try(file: IO[str], kind: int) -> bool:
+    """Whether the lock could be had; a file system without locks refuses nobody."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _write_holder(file: IO[str], me: Holder) -> None:
+    values: dict[str, Any] = asdict(me)
+    with contextlib.suppress(OSError):
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(values))
+        file.flush()
+
+
+def _said(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or repr(error)

@@ -1,0 +1,131 @@
+"""What a server needs before the first message: data, model, evaluation set, initial adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.client_data import (
+    SimulatedData,
+    divided_data,
+    encode_records,
+    losses,
+    require_clients_examples,
+    require_examples,
+    simulated_data,
+)
+from fedllm_flwr.data.federated import load_evaluation_data
+from fedllm_flwr.data.labels import require_scored, unseen_labels
+from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.data.partition import ClientStats, describe
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.evaluation.central import HeldOut, make_evaluation_set
+from fedllm_flwr.evaluation.preferences import make_preference_set
+from fedllm_flwr.evaluation.suites.central import CentralSuites, central_suites
+from fedllm_flwr.federation.wire import round_trip
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.device import cpu_count
+from fedllm_flwr.models.tokenizer import load_tokenizer
+from fedllm_flwr.params import Params
+from fedllm_flwr.runs.adapter_files import load_adapter
+from fedllm_flwr.runs.fit import fit_warnings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of a run, loaded."""
+
+    num_clients: int  # that must be there
+    clients: list[ClientStats]  # of a simulation; sites describe themselves
+    warnings: list[str]  # what was left out of the data, or cut
+    model: AdaptedModel
+    evaluation: HeldOut | None
+    initial: Params
+    reference: Params | None  # adapter of DPO's reference model, where it is not the base model
+    suites: CentralSuites | None = None  # benchmark suites to score with the held-out records
+
+
+def prepare(config: Config) -> Prepared:
+    """Load everything that the configuration names; problems show here, before any training.
+
+    Raises:
+        FedLLMError: names the key, the value and the remedy.
+    """
+    load_tokenizer(config.model)  # a wrong path shows before the data are read
+    suites = central_suites(config)
+    if config.federation.engine == "deployment":
+        records = load_evaluation_data(config)
+        clients: list[ClientStats] = []
+        warnings = fit_warnings(config, None, records)
+    else:
+        data = simulated_data(config, load_tokenizer(config.model))
+        require_clients_examples(config, data)
+        records, clients = data.source.eval, describe(data.partition)
+        warnings = _lost(config, data) + fit_warnings(config, data, records)
+    model = load_model(config)
+    initial = _adapter(config.init_adapter, model) or model.initial
+    reference = _reference(config, model)
+    evaluation = _held_out(config, records, model, reference)
+    num_clients = len(clients) or config.federation.num_clients or 1
+    if suites is not None and evaluation is None:
+        raise ConfigError(
+            "evaluation.suites are scored with the held-out records, and there are none; give "
+            "data.eval_path and evaluation.central=true, or use fedllm evaluate afterwards."
+        )
+    return Prepared(num_clients, clients, warnings, model, evaluation, initial, reference, suites)
+
+
+def _reference(config: Config, model: AdaptedModel) -> Params | None:
+    """The adapter of DPO's reference model as clients will have it, where it has one."""
+    path = config.dpo.reference_adapter if config.task.name == "dpo" else None
+    reference = _adapter(path, model)
+    return reference and round_trip(reference, config.communication.dtype)
+
+
+def _adapter(path: str | None, model: AdaptedModel) -> Params | None:
+    return None if path is None else load_adapter(Path(path).expanduser(), model)
+
+
+def _lost(config: Config, data: SimulatedData) -> list[str]:
+    """What the user should know of records that were left out or cut, and of labels unseen."""
+    train = data.source.report.train
+    any_left_out = train.empty or train.equal or train.bad or train.duplicates
+    lines = data.source.report.lines() if any_left_out else []
+    if "choice" in data.source.train.column_names:
+        lines += unseen_labels(config.data, data.source.train, data.source.eval)
+    return [*lines, *losses(config, data.encoded)]
+
+
+def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:
+    """The held-out records of a run's configuration, ready to score adapters in `model` with.
+
+    Raises:
+        FedLLMError: the data cannot be read.
+    """
+    if config.federation.engine == "deployment":
+        records = load_evaluation_data(config)
+    else:
+        records = divided_data(config)[0].eval
+    return _held_out(config, records, model, _reference(config, model))
+
+
+def _held_out(
+    config: Config, records: Any, model: AdaptedModel, reference: Params | None
+) -> HeldOut | None:
+    """Held-out `records`, a data set or None, ready to score adapters with."""
+    if records is None or not (config.evaluation.central and len(records)):
+        return None
+    if "choice" in records.column_names:
+        require_scored(config.data, records)
+    encoded = encode_records(config, model.tokenizer, records)
+    require_examples(config, "the held-out records", len(encoded))
+    if isinstance(encoded, EncodedPairs):
+        threads = evaluation_threads(config)
+        return make_preference_set(config, model, records, encoded, reference, threads)
+    return make_evaluation_set(config, model.tokenizer, records, encoded)
+
+
+def evaluation_threads(config: Config) -> int:
+    """CPU threads of central evaluation: all, but the client's where runs may share the process."""
+    in_process = config.federation.engine == "inprocess"
+    return config.federation.client_cpus if in_process else cpu_count()

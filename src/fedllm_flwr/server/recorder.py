@@ -1,0 +1,270 @@
+"""The record of a run while it goes on: evaluation, metrics log, checkpoints and the console."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.evaluation.central import Scores, evaluate
+from fedllm_flwr.federation.report import Hooks, RoundReport
+from fedllm_flwr.federation.round_store import folder_name
+from fedllm_flwr.federation.state import (
+    ServerState,
+    kept_rounds,
+    read_state,
+    save_state,
+    state_file,
+)
+from fedllm_flwr.models.device import cpu_count, torch_threads
+from fedllm_flwr.params import Params
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.reporting.early_stopping import best_record, has_converged
+from fedllm_flwr.reporting.metrics import MetricsLog, Record, read_metrics, summarise
+from fedllm_flwr.reporting.trackers import Tracker, open_trackers
+from fedllm_flwr.runs.adapter_files import recover, save_best
+from fedllm_flwr.runs.directory import RunDirectory, best_round
+from fedllm_flwr.runs.local_adapters import AloneAdapters
+from fedllm_flwr.runs.lock import RoundBoard
+from fedllm_flwr.runs.timings import Timings
+from fedllm_flwr.server.preparation import Prepared, evaluation_threads
+from fedllm_flwr.training.schedule import cosine_learning_rate
+
+
+class Progress:
+    """Follows the rounds of one run, and writes down what happens.
+
+    Args:
+        first_round: the first round to be run, above 1 when a stopped run goes on.
+        refused: clients that cannot take part, and why; in the first record of this start.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        prepared: Prepared,
+        console: Console,
+        timings: Timings,
+        first_round: int,
+        refused: Mapping[str, str],
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._prepared = prepared
+        self._console = console
+        self._board = RoundBoard(directory)
+        self._timings = timings
+        resumed = first_round - 1 if first_round > 1 else None
+        self._log = MetricsLog(directory.metrics, resumed)
+        self.records: list[Record] = read_metrics(directory.metrics)
+        self._tracker: Tracker = open_trackers(config, directory.path)
+        self._started = time.monotonic()
+        self._first_round = first_round
+        self._refused = dict(refused)
+        self._counted = timings.earlier  # seconds by phase that records account for
+        self.alone = AloneAdapters(directory.alone, prepared.initial)
+
+    @property
+    def hooks(self) -> Hooks:
+        """What the strategy calls."""
+        return Hooks(
+            on_start_round=self._start_round,
+            on_reply=self._reply,
+            on_update=self._update,
+            on_round=self.finish_round,
+            on_failed_round=self.note_failed_round,
+            oldest_checkpoint=self._oldest_checkpoint,
+            has_converged=self.has_converged,
+        )
+
+    def _start_round(self, round: int, names: list[str]) -> None:
+        self._board.start_round(round, names)
+        self._console.start_round(round, names)
+
+    def _reply(self, round: int, name: str, loss: float | None) -> None:
+        self._board.reply(round, name, loss)
+        self._console.reply(round, name, loss)
+
+    def _update(self, round: int, name: str, delta: Params, acknowledged: int) -> None:
+        self.alone.store(round, name, delta, acknowledged, self._oldest_checkpoint())
+
+    def _oldest_checkpoint(self) -> int:
+        return min(kept_rounds(self._directory.checkpoints), default=0)
+
+    def start(self, state: ServerState) -> None:
+        """Score the adapter that training starts from, and save it as round 0."""
+        record: Record = {"round": 0, "seconds": 0.0}
+        if self._prepared.evaluation is not None:
+            record["eval"] = self._evaluate(state.params)
+        self._add(record)
+        with self._timings.phase("checkpoints"):
+            save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
+        if self._is_best(0):
+            self._save_best(state)
+
+    def finish_round(self, state: ServerState, report: RoundReport) -> None:
+        """Evaluate if it is time, write the round down, then save the state.
+
+        In this order, a round that is written down but not saved is run again, and none is lost.
+        """
+        config = self._config
+        last = report.round == config.federation.num_rounds
+        every = config.evaluation.every
+        record = _record(report, config)
+        self._count_seconds(report)
+        if last or (every and report.round % every == 0):
+            record |= self._scores(state, report)
+        self._add(record)
+        last = last or self.has_converged()
+        is_best = self._is_best(report.round)
+        if last or is_best or report.round % config.checkpoint.every == 0:
+            with self._timings.phase("checkpoints"):
+                save_state(self._directory.checkpoints, state, config.checkpoint.keep)
+        if is_best:  # after its state: a run that goes on finds it in the checkpoint
+            self._save_best(state)
+
+    def has_converged(self) -> bool:
+        """Whether ``training.early_stopping`` ends the run here."""
+        return has_converged(self.records, self._config.training.early_stopping)
+
+    def restore_best(self) -> list[str]:
+        """Make the best adapter that of the records, after a stop; returns what could not be done.
+
+        It differs where the process was killed between two files, or where rounds are run again.
+        """
+        best, path = best_record(self.records), self._best_path
+        recover(path)
+        if best is None or best["round"] == best_round(self._directory):
+            return []
+        try:
+            self._save_best(read_state(state_file(self._directory.checkpoints, best["round"])))
+        except FederationError:
+            shutil.rmtree(path, ignore_errors=True)
+            return [f"the adapter of round {best['round']}, the best so far, is not kept"]
+        return []
+
+    @property
+    def _best_path(self) -> Path:
+        alone = self._config.algorithm.name == "local"
+        return self._directory.adapters_best if alone else self._directory.adapter_best
+
+    def _is_best(self, server_round: int) -> bool:
+        best = best_record(self.records)
+        return best is not None and best["round"] == server_round
+
+    def _save_best(self, state: ServerState) -> None:
+        adapters: Params | dict[str, Params] = state.params
+        if self._config.algorithm.name == "local":
+            adapters = {
+                folder_name(name): self.alone.load(name, client)
+                for name, client in state.clients.items()
+                if client.round
+            }
+            if not adapters:  # no client has trained yet
+                return
+        records = [record for record in self.records if record["round"] <= state.round]
+        summary = summarise(records, self._timings.seconds)
+        with self._timings.phase("checkpoints"):
+            save_best(self._best_path, self._prepared.model, adapters, self._config, summary)
+
+    def note_failed_round(self, report: RoundReport) -> None:
+        """Write down who failed and why, where the run cannot go on; it resumes at this round."""
+        record = _record(report, self._config) | {"failed": True}
+        with contextlib.suppress(FederationError):  # on a full disk the run's own error says it
+            self._log.append(record)
+
+    def close(self, succeeded: bool) -> None:
+        """End the trackers."""
+        self._tracker.close(succeeded)
+
+    def _add(self, record: Record) -> None:
+        now = dict(self._timings.seconds)
+        spent = {name: now[name] - self._counted.get(name, 0.0) for name in now}
+        record["phases"] = {name: seconds for name, seconds in spent.items() if seconds > 0}
+        self._counted = now
+        if self._refused:
+            record["refused"], self._refused = self._refused, {}
+        self.records.append(record)
+        self._log.append(record)
+        self._tracker.log(record)
+        self._console.round(record, self._seconds_left(record["round"]))
+
+    def _scores(self, state: ServerState, report: RoundReport) -> Record:
+        """The adapter's scores; where clients train alone, the mean of theirs, and each one's."""
+        if self._prepared.evaluation is None:
+            return {}
+        if self._config.algorithm.name != "local":
+            return {"eval": self._evaluate(state.params)}
+        each = self.alone.scores(state.clients, self._evaluate)
+        names = next(iter(each.values())).keys()
+        mean = {name: fmean(scores[name] for scores in each.values()) for name in names}
+        return {"eval": mean, "local": each}
+
+    def _evaluate(self, params: Params) -> Scores:
+        assert self._prepared.evaluation is not None
+        self._console.status("evaluating")
+        threads = evaluation_threads(self._config)
+        with self._timings.phase("evaluation"):
+            scores = evaluate(
+                self._prepared.model,
+                params,
+                self._prepared.evaluation,
+                self._config.evaluation.batch_tokens,
+                threads,
+            )
+            if self._prepared.suites is not None:  # with the adapter that was just loaded
+                with torch_threads(threads):
+                    scores |= self._prepared.suites.score(self._prepared.model)
+        return scores
+
+    def _count_seconds(self, report: RoundReport) -> None:
+        """Divide a round's time: what its clients computed, side by side, and the rest."""
+        parallel = (
+            1
+            if self._config.federation.engine == "inprocess"
+            else max(1, cpu_count() // self._config.federation.client_cpus)
+        )
+        computed = sum(metrics.get("seconds", 0.0) for metrics in report.metrics.values())
+        training = min(report.seconds, computed / parallel)
+        self._timings.seconds["training"] += training
+        self._timings.seconds["federation"] += report.seconds - training
+
+    def _seconds_left(self, current: int) -> float | None:
+        done = current - self._first_round + 1
+        if done < 1:
+            return None
+        per_round = (time.monotonic() - self._started) / done
+        return per_round * (self._config.federation.num_rounds - current)
+
+
+def _record(report: RoundReport, config: Config) -> Record:
+    """A round as plain data, see `reporting.metrics`."""
+    record: dict[str, Any] = {
+        "round": report.round,
+        "learning_rate": cosine_learning_rate(
+            config.training, report.round, config.federation.num_rounds
+        ),
+        "loss": report.loss,
+        "clients": {
+            name: {**metrics, "num_examples": report.num_examples[name]}
+            for name, metrics in sorted(report.metrics.items())
+        },
+        "failures": dict(sorted(report.failures.items())),
+        "seconds": report.seconds,
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+    }
+    if report.ignored:
+        record["ignored"] = report.ignored
+    if report.lost:
+        record["lost"] = dict(sorted(report.lost.items()))
+    if report.score_failures:
+        record["evaluation_failures"] = dict(sorted(report.score_failures.items()))
+    if report.score is not None:
+        record["client_eval"] = {"loss": report.score, "clients": report.scores}
+    return record

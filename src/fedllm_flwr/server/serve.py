@@ -1,0 +1,186 @@
+"""The server's side of a run, whatever engine carries its messages."""
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.deployment.registration import registered_sites
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
+from fedllm_flwr.federation.census import discover
+from fedllm_flwr.federation.exchange import Roster, check_roster, unlike_models
+from fedllm_flwr.federation.round_store import folder_name
+from fedllm_flwr.federation.state import ServerState, load_state
+from fedllm_flwr.federation.strategies import STRATEGIES
+from fedllm_flwr.files import write_atomically
+from fedllm_flwr.params import Params
+from fedllm_flwr.reporting.clients import clients_table, sizes_table
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.reporting.early_stopping import why_stopped
+from fedllm_flwr.reporting.metrics import Record, summarise
+from fedllm_flwr.runs.adapter_files import save_adapter
+from fedllm_flwr.runs.directory import RunDirectory
+from fedllm_flwr.runs.fit import scored_on_one
+from fedllm_flwr.runs.timings import Timings
+from fedllm_flwr.server.planning import make_plan
+from fedllm_flwr.server.preparation import Prepared, prepare
+from fedllm_flwr.server.recorder import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def serve(
+    grid: Grid, config: Config, directory: RunDirectory, console: Console, timings: Timings
+) -> None:
+    """Run all rounds that are left and write the results into the run's directory.
+
+    Args:
+        timings: may hold time spent already, such as the start of the program.
+
+    Raises:
+        FedLLMError: the run cannot start or cannot go on.
+    """
+    with timings.phase("start-up"):
+        console.status("loading data and model")
+        prepared = prepare(config)
+        _check_early_stopping(config, prepared)
+        state, warnings = _initial_state(config, directory, prepared)
+        is_deployment = config.federation.engine == "deployment"
+        console.status("waiting for the sites" if is_deployment else "starting the clients")
+        # The app of a deployment runs in the directory that `fedllm server init` has made.
+        registered = registered_sites(Path.cwd()) if is_deployment else {}
+        census = discover(grid, config, prepared.num_clients, console.status, registered)
+        roster = dict(sorted(census.clients.items()))
+        check_roster(roster, config)
+        sizes = {name: client.info.num_examples for name, client in roster.items()}
+        table = clients_table(prepared.clients) if prepared.clients else sizes_table(sizes)
+        write_atomically(directory.clients, table.encode())
+    warnings += [*prepared.warnings, *scored_on_one(config, sizes), *unlike_models(roster)]
+    warnings += [f"{name} cannot take part: {why}" for name, why in sorted(census.refused.items())]
+    if len(roster) < prepared.num_clients:
+        warnings.append(f"starting with {len(roster)} of {prepared.num_clients} clients")
+    console.plan(make_plan(config, prepared, roster, directory, state.round + 1, warnings))
+    progress = Progress(
+        config, directory, prepared, console, timings, state.round + 1, census.refused
+    )
+    try:
+        for line in progress.restore_best() if state.round else ():
+            console.note(line)
+        final = _run_rounds(grid, config, roster, state, progress, directory)
+        if final.round < config.federation.num_rounds:
+            console.note(why_stopped(progress.records, final.round))
+    except BaseException:
+        progress.close(succeeded=False)
+        raise
+    progress.close(succeeded=True)
+    _finish(config, directory, prepared, final, progress, console, timings)
+
+
+def _check_early_stopping(config: Config, prepared: Prepared) -> None:
+    patience = config.training.early_stopping
+    if patience is not None and prepared.evaluation is None and not config.evaluation.clients:
+        raise ConfigError(
+            f"training.early_stopping={patience} needs scores, and there are no held-out records; "
+            "give data.eval_path, or evaluation.clients=true."
+        )
+
+
+def _initial_state(
+    config: Config, directory: RunDirectory, prepared: Prepared
+) -> tuple[ServerState, list[str]]:
+    if config.resume is None:
+        run = secrets.token_hex(8)
+        return ServerState(0, prepared.initial, reference=prepared.reference, run=run), []
+    return load_state(directory.checkpoints)
+
+
+def _run_rounds(
+    grid: Grid,
+    config: Config,
+    roster: Roster,
+    state: ServerState,
+    progress: Progress,
+    directory: RunDirectory,
+) -> ServerState:
+    if state.round == 0:
+        progress.start(state)
+    strategy = STRATEGIES[config.algorithm.name](
+        config, roster, state, progress.hooks, directory.known_clients
+    )
+    strategy.start(grid, ArrayRecord({}), config.federation.num_rounds)
+    return strategy.state
+
+
+def _finish(
+    config: Config,
+    directory: RunDirectory,
+    prepared: Prepared,
+    final: ServerState,
+    progress: Progress,
+    console: Console,
+    timings: Timings,
+) -> None:
+    """Export what was trained, then draw the figures, where wanted."""
+    with timings.phase("results"):
+        summary = summarise(progress.records, timings.seconds)
+        adapters = {directory.adapter: final.params}
+        if config.algorithm.name == "local":
+            adapters = {
+                directory.adapters / folder_name(name): progress.alone.load(name, client)
+                for name, client in final.clients.items()
+                if client.round
+            }
+        for path, params in adapters.items():
+            save_adapter(path, prepared.model, params, config, summary)
+        if isinstance(prepared.evaluation, PreferenceSet):
+            params, label = _answering(final, progress)
+            shown = side_by_side(prepared.model, params, prepared.evaluation.prompts, label)
+            write_atomically(directory.answers, shown.encode())
+        if config.tracking.figures:
+            draw_figures(config, directory, prepared, progress.records, console)
+
+
+def draw_figures(
+    config: Config,
+    directory: RunDirectory,
+    prepared: Prepared,
+    records: Sequence[Record],
+    console: Console,
+) -> None:
+    """Curves of the run and the sizes of its clients; one that cannot be drawn is a warning."""
+    from fedllm_flwr.reporting.plots import plot_clients, plot_curves
+
+    drawings: dict[str, Callable[[], None]] = {
+        "curves": lambda: plot_curves(records, directory.curves, _title(config))
+    }
+    if clients := prepared.clients:
+        file = directory.path / "clients.png"
+        drawings["clients"] = lambda: plot_clients(clients, file)
+    for name, draw in drawings.items():
+        try:
+            draw()
+        except Exception as error:  # whatever a library of figures stumbles over
+            logger.exception("figure %s", name)
+            console.note(
+                f"warning: no figure of the {name} ({type(error).__name__}: {error}); all else of "
+                "the run is written"
+            )
+
+
+def _answering(final: ServerState, progress: Progress) -> tuple[Params, str]:
+    """The adapter that answers held-out prompts, and its label: the best where all train alone."""
+    each = progress.records[-1].get("local", {})
+    if not each:
+        return final.params, "with the adapter"
+    best = min(each, key=lambda name: each[name]["loss"])
+    adapter = progress.alone.load(best, final.clients[best])
+    return adapter, f"with the adapter of {best}, the best client"
+
+
+def _title(config: Config) -> str:
+    return f"{config.algorithm.name} on {config.data.name}, {config.model.name}"

@@ -1,0 +1,117 @@
+"""What simulated clients ask of the machine, or of a Ray cluster, checked before they start.
+
+Ray waits without end for a worker that fits nowhere.
+"""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import FederationConfig
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.models.device import cpu_count, gpu_count
+from fedllm_flwr.simulation.access import check_asks_for_token, check_is_private, use_cluster_token
+
+_CONNECT_S, _ANSWER_S = 5.0, 15.0  # seconds
+
+
+def check_machine(config: Config) -> None:
+    """Refuse clients that do not fit this machine, where they run on it.
+
+    Raises:
+        ConfigError: they take more CPUs or GPUs than there are.
+    """
+    federation = config.federation
+    on_cluster = federation.engine == "ray" and federation.ray_address is not None
+    if on_cluster or federation.engine == "deployment":
+        return
+    resources = {"CPU": cpu_count(), "GPU": gpu_count()}
+    _check_fit(federation, resources, "this machine")
+
+
+def join_cluster(address: str, init_args: Mapping[str, Any], federation: FederationConfig) -> None:
+    """Connect this process to a running Ray cluster, on which Flower then builds its workers.
+
+    Raises:
+        ConfigError: nothing answers there, or a client takes more than any machine of it has.
+        FederationError: it takes no token, or not the one that is given.
+    """
+    _check_answers(address)
+    use_cluster_token(address)
+    import ray
+
+    try:
+        start_ray(init_args)
+    except Exception as error:  # Ray raises many kinds
+        raise _no_cluster(address, error) from error
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = {kind: max(m.get(kind, 0.0) for m in machines) for kind in ("CPU", "GPU")}
+    try:
+        _check_fit(federation, largest, "the largest machine of the Ray cluster")
+    except ConfigError:
+        ray.shutdown()
+        raise
+
+
+def start_ray(init_args: Mapping[str, Any]) -> None:
+    """Connect this process to Ray; its workers find this package and what it depends on."""
+    import ray
+
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    ray.init(include_dashboard=False, runtime_env=environment, **init_args)
+    if init_args["address"] == "local":
+        check_is_private(ray.get_runtime_context().gcs_address.rpartition(":")[0])
+
+
+def _check_fit(federation: FederationConfig, resources: Mapping[str, float], whose: str) -> None:
+    for kind, key in (("CPU", "client_cpus"), ("GPU", "client_gpus")):
+        wanted, there = getattr(federation, key), resources[kind]
+        if wanted > there:
+            found = f"{there:g} {kind}{'' if there == 1 else 's'}" if there else f"no {kind}"
+            found += " that torch can use" if kind == "GPU" and "Ray" not in whose else ""
+            raise ConfigError(
+                f"federation.{key}={wanted:g}, but {whose} has {found}; set "
+                f"federation.{key}={there:g}{' or less' if there else ''}."
+            )
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself retries a wrong address for minutes."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
+    if not match:
+        return  # "auto" and its kind, which Ray looks up
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+    _check_speaks_grpc(address, match[1], match[2])
+
+
+def _check_speaks_grpc(address: str, host: str, port: str) -> None:
+    """A server of another kind, or a hung one, takes the connection and says nothing."""
+    import grpc
+
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # certificates are Ray's business
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
+        except grpc.FutureTimeoutError as error:
+            reason = f"what listens there gave no answer of a Ray cluster within {_ANSWER_S:g} s"
+            raise _no_cluster(address, TimeoutError(reason)) from error
+        check_asks_for_token(address, channel)
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    reason = text.splitlines()[0].rstrip(".")
+    return ConfigError(
+        f"federation.ray_address={address}: no Ray cluster answers there ({reason}); give its "
+        "host:port, or leave the key out for a local one."
+    )
