@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+import fedllm_flwr
 from fedllm_flwr.client.requests import Site, answer
-from fedllm_flwr.client.resident import client
 from fedllm_flwr.client.resident.caller import answer_by_resident
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.federation.messages import Task
@@ -26,7 +26,7 @@ from fedllm_flwr.federation.wire import (
 from fedllm_flwr.models.adapted_model import load_model
 from tiny_runs import tiny
 
-DEMO = Path(client.__file__).parents[1] / "assets" / "demo" / "test.jsonl"
+DEMO = Path(fedllm_flwr.__file__).parent / "assets" / "demo" / "test.jsonl"
 CONFIG = compose(tiny("federation.engine=deployment", "communication=float32"))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
-from fedllm_flwr.data import client
+from fedllm_flwr.data import client_data as client
 from fedllm_flwr.data.client_data import ClientData, simulated_client, site_client
 from fedllm_flwr.data.kinds import KINDS
 from fedllm_flwr.data.pairs import EncodedPairs

@@ -201,8 +201,8 @@ def test_half_a_surrogate_pair_is_a_fault() -> None:
 
 def test_importing_the_data_package_loads_no_model_library() -> None:
     modules = (
-        "cache, choices, encode, federated, files, kinds, pairs, partition, preferences, records, "
-        "sources, templates"
+        "choices, encode, federated, files, kinds, pairs, partition, preferences, records, "
+        "sources, templates, token_cache"
     )
     code = (
         f"import sys; from fedllm_flwr.data import {modules}; "

@@ -17,6 +17,7 @@ import torch
 from flwr.app import RecordDict
 from safetensors.torch import load_file
 
+from fedllm_flwr.client import local_round as local
 from fedllm_flwr.client.requests import Site, answer
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config, changed
@@ -34,7 +35,6 @@ from fedllm_flwr.federation.wire import (
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.tokenizer import EMBEDDED
 from fedllm_flwr.params import Params
-from fedllm_flwr.training import local
 from fedllm_flwr.training.local_terms import LocalCorrection
 
 NUM_RECORDS = 100

@@ -87,8 +87,8 @@ def _check_guard(folder: Path) -> None:
     """Without its programs Flower's own would be found, and run code that a server sends."""
     for name in PROGRAMS:
         program = folder / "bin" / name
-        runs_ours = "fedllm_flwr.deployment.programs" in program.read_text("utf-8")
-        if not (os.access(program, os.X_OK) and runs_ours):
+        executable = os.access(program, os.X_OK)
+        if not (executable and "fedllm_flwr.deployment.programs" in program.read_text("utf-8")):
             raise ConfigError(
                 f"{program}: not the program that keeps a server's code away; make this site's "
                 "directory anew with `fedllm site init`, or copy bin/ from one made so"

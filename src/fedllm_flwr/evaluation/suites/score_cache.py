@@ -90,10 +90,10 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
 def code_identity(package: Path = _PACKAGE) -> str:
     """A hash of what reads data, writes prompts, makes tokens of them, computes and scores answers.
 
-    In the version at hand: templates, tokens and choices are in ``data``, greedy answers in
-    ``evaluation``, log-probabilities and the model itself in ``training``.
+    In the version at hand: templates, tokens and choices are in ``data``, the model itself in
+    ``models``, log-probabilities in ``training`` and ``tasks``, the rest in ``evaluation``.
     """
-    parts = ("suites", "coding", "judging", "data", "evaluation", "training")
+    parts = ("data", "models", "training", "tasks", "evaluation")
     return files_identity(file for part in parts for file in sorted((package / part).rglob("*.py")))
 
 
