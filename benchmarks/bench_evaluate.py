@@ -18,7 +18,7 @@ from fedllm_flwr.evaluation.suites.harness import HarnessTasks
 from fedllm_flwr.evaluation.suites.results import RunOptions
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import load_model
-from fedllm_flwr.training.log_probs import by_length, forward
+from fedllm_flwr.models.inputs import by_length, forward, left_padded
 
 
 class Recording(TextModel):
@@ -35,16 +35,11 @@ def bare(model: TextModel, tokens: list[np.ndarray]) -> None:
     adapted = model.adapted
     lengths = np.array([len(row) for row in tokens], np.int64)
     for batch in by_length(lengths, model.batch_tokens):
-        longest = int(lengths[batch].max())
-        padded = np.full((len(batch), longest), adapted.pad_id, np.int64)
-        mask = np.zeros_like(padded)
-        for row, index in enumerate(batch):
-            padded[row, longest - len(tokens[index]) :] = tokens[index]
-            mask[row, longest - len(tokens[index]) :] = 1
+        padded, mask = left_padded([tokens[index] for index in batch], adapted)
         forward(
             adapted,
-            input_ids=torch.from_numpy(padded).to(adapted.device),
-            attention_mask=torch.from_numpy(mask).to(adapted.device),
+            input_ids=padded,
+            attention_mask=mask,
             use_cache=False,
             logits_to_keep=1,
         ).logits.float().log_softmax(-1)

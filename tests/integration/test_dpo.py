@@ -15,10 +15,10 @@ from fedllm_flwr.config.compose import compose
 from fedllm_flwr.data.client_data import simulated_client, simulated_data
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.errors import RunInterrupted
-from fedllm_flwr.evaluation.answers import as_text, greedy_answers
 from fedllm_flwr.federation.state import newest_round
 from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.models.generation import Decoding, as_text, generate
 from fedllm_flwr.models.tokenizer import load_tokenizer, model_source
 from fedllm_flwr.params import Params
 from tiny_runs import (
@@ -123,7 +123,7 @@ def test_local_answers_are_those_of_the_best_client(whole_run: WholeRun) -> None
     asked = encode_prompts(
         data.source.eval["messages"][:2], model.tokenizer, config.data.template, 248
     )
-    answers = [as_text(model, answer) for answer in greedy_answers(model, asked, 8)]
+    answers = [as_text(model, answer) for answer in generate(model, asked, Decoding(8))]
     for answer, section in zip(answers, sections, strict=True):
         assert f"**with the adapter of {best}, the best client**\n\n> {answer}" in section
 

@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm_flwr.data.encode import Encoded, EncodeReport
-from fedllm_flwr.training.batches import (
-    IGNORED,
-    collate_packed,
-    collate_padded,
-    needed_logits,
-    round_batches,
-    split_step,
-)
+from fedllm_flwr.models.inputs import IGNORED, collate_packed, collate_padded, needed_logits
+from fedllm_flwr.training.batches import round_batches, split_step
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=9)
 

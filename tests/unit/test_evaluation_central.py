@@ -20,9 +20,9 @@ from fedllm_flwr.evaluation.central import (
     evaluate,
     make_evaluation_set,
 )
-from fedllm_flwr.evaluation.scoring import score_choices, score_tokens
 from fedllm_flwr.federation.messages import Task
 from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.models.scoring import Question, score, score_examples
 
 LABELS = ["bad", "good", "so-so"]
 MakeConfig = Callable[..., Config]
@@ -78,14 +78,15 @@ def test_evaluate_puts_the_scores_together(config: Config) -> None:
     model = load_model(config)
     scores = evaluate(model, model.initial, data, 2048, 1)
 
-    tokens = score_tokens(model, data.examples, 2048)
-    assert scores["loss"] == pytest.approx(tokens.nll / tokens.num_tokens)
+    tokens = score_examples(model, data.examples, 2048)
+    assert scores["loss"] == pytest.approx(tokens.loss)
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
-    assert scores["token_accuracy"] == tokens.num_correct / tokens.num_tokens
+    assert scores["token_accuracy"] == tokens.token_accuracy
     assert data.choices is not None
     assert data.targets.tolist() == [0, 1, 2, 1]  # "unknown" is no label
-    guesses = score_choices(model, data.choices, 2048).argmax(-1)
-    assert scores["accuracy"] == (guesses == data.targets).mean()
+    questions = [*map(Question, data.choices.prompts, data.choices.answers)]
+    likelihoods = [[s.log_prob for s in some] for some in score(model, questions, 2048)]
+    assert scores["accuracy"] == (np.argmax(likelihoods, 1) == data.targets).mean()
 
 
 def test_without_labels_there_is_no_accuracy(config: Config) -> None:
@@ -127,13 +128,9 @@ def test_a_client_scores_what_it_holds_back(
     model = load_model(config)
     task = Task(1, model.initial, 1e-2, config)
     scores = evaluate_locally(task, ClientData("a", random_examples(1), held_out))
-    tokens = score_tokens(model, held_out, 2048)
-    assert scores == pytest.approx(
-        {
-            "loss": tokens.nll / tokens.num_tokens,
-            "token_accuracy": tokens.num_correct / tokens.num_tokens,
-        }
-    )
+    tokens = score_examples(model, held_out, 2048)
+    expected = {"loss": tokens.loss, "token_accuracy": tokens.token_accuracy}
+    assert scores == pytest.approx(expected)
 
 
 def test_a_client_that_holds_nothing_back(

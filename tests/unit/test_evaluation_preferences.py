@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fedllm_flwr.evaluation.answers import as_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -17,7 +18,6 @@ from fedllm_flwr.data.pairs import encode_pairs
 from fedllm_flwr.data.preferences import Pair
 from fedllm_flwr.data.templates import render_prompt
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.evaluation.answers import as_text
 from fedllm_flwr.evaluation.preferences import (
     PreferenceSet,
     make_preference_set,

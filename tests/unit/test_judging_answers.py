@@ -14,8 +14,8 @@ from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.evaluation.judging.answers import Answered, answer_all
 from fedllm_flwr.evaluation.judging.questions import Question
 from fedllm_flwr.evaluation.judging.writing import Answer, ModelWriter, Request
-from fedllm_flwr.evaluation.sampling import SeededSampling
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.generation import SeededSampling
 
 MakeConfig = Callable[..., Config]
 

@@ -1,19 +1,15 @@
-"""Likelihoods against loops that take one answer at a time, answers against greedy decoding."""
+"""The model under evaluation: prompts, cuts and ends; answers against greedy decoding."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
-from fedllm_flwr.evaluation.answers import as_text, greedy_answers
-from fedllm_flwr.evaluation.suites.decoding import Decoding
-from fedllm_flwr.evaluation.suites.likelihood import Question, score_questions
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.generation import Decoding, as_text, generate
 
 MakeConfig = Callable[..., Config]
 
@@ -26,47 +22,12 @@ def adapted(make_config: MakeConfig) -> AdaptedModel:
     return model
 
 
-@torch.no_grad()
-def naive_score(model: AdaptedModel, prompt: Any, answer: Any) -> tuple[float, bool]:
-    """The whole text in one pass, one token after another."""
-    ids = torch.tensor([[*prompt.tolist(), *answer.tolist()]])
-    log_probs = model.peft(input_ids=ids).logits[0].double().log_softmax(-1)
-    total, greedy = 0.0, True
-    for i, token in enumerate(answer.tolist()):
-        row = log_probs[len(prompt) - 1 + i]
-        total += float(row[token])
-        greedy &= int(row.argmax()) == token
-    return total, greedy
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 120, 10_000])
-def test_scores_equal_a_loop(adapted: AdaptedModel, batch_tokens: int) -> None:
-    rng = np.random.default_rng(0)
-
-    def tokens(length: int) -> Any:
-        return rng.integers(0, 256, length).astype(np.int32)
-
-    shapes = [(5, [1, 1]), (30, [1, 1, 1]), (9, [2, 1]), (17, [3, 5]), (17, [1, 1]), (3, [4, 4])]
-    questions = [Question(tokens(n), [tokens(k) for k in answers]) for n, answers in shapes]
-    greedy = greedy_answers(adapted, [questions[3].prompt], 3)[0]
-    questions[3].answers[0] = greedy
-
-    found = score_questions(adapted, questions, batch_tokens)
-
-    for question, scores in zip(questions, found, strict=True):
-        for answer, score in zip(question.answers, scores, strict=True):
-            log_prob, is_greedy = naive_score(adapted, question.prompt, answer)
-            assert score.log_prob == pytest.approx(log_prob, abs=1e-4)
-            assert score.is_greedy == is_greedy
-    assert found[3][0].is_greedy
-
-
 def test_answers_equal_greedy_decoding_whatever_the_batch(adapted: AdaptedModel) -> None:
     model = TextModel(adapted, batch_tokens=200)
     asked = ["Tom was happy.", "A dog", "What is the sentiment of this news? " * 3]
     messages = [[{"role": "user", "content": text}] for text in asked]
     tokens = encode_prompts(messages, adapted.tokenizer, "alpaca")
-    expected = [as_text(adapted, greedy_answers(adapted, [t], 12)[0]) for t in tokens]
+    expected = [as_text(adapted, generate(adapted, [t], Decoding(12))[0]) for t in tokens]
 
     assert model.generate([model.render(m) for m in messages], Decoding(12)) == expected
 

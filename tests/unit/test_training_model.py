@@ -19,9 +19,9 @@ from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.evaluation.scoring import score_tokens
 from fedllm_flwr.federation.messages import Task
 from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.models.scoring import score_examples
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.local_terms import LocalCorrection
 
@@ -297,7 +297,7 @@ def test_training_learns(
     lora = {"r": 16, "target_modules": "all-linear", "dropout": 0.0} | sections.get("lora", {})
     config = make_config(**sections | {"training": training, "lora": lora})
     examples, model = random_examples(8), load_model(config)
-    before = score_tokens(model, examples, 2048)
+    before = score_examples(model, examples, 2048)
 
     control = {name: np.zeros_like(value) for name, value in model.initial.items()}
     correction = LocalCorrection(control_variates=True)
@@ -305,9 +305,9 @@ def test_training_learns(
         config, examples, tmp_path, rounds=2, correction=correction, control=control
     )
     model.load(params)
-    after = score_tokens(model, examples, 2048)
+    after = score_examples(model, examples, 2048)
     assert last < first
-    assert after.nll < 0.8 * before.nll
+    assert after.loss < 0.8 * before.loss
     assert all(p.dtype == torch.float32 for p in model.trainable().values())
 
 
@@ -329,7 +329,7 @@ def test_evaluation_leaves_quantized_weights_as_they_are(
     config = make_config(quantization={"name": "nf4"}, training={"max_steps": 2, "batch_size": 4})
     examples = random_examples(10)
     _, _, before = train(config, examples, tmp_path)
-    score_tokens(load_model(config), examples, 512)
+    score_examples(load_model(config), examples, 512)
     _, _, after = train(config, examples, tmp_path)
     assert same_bits(before, after)
 

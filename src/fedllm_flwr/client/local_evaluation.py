@@ -4,11 +4,10 @@ from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.evaluation.preferences import preference_scores
-from fedllm_flwr.evaluation.scoring import score_tokens
 from fedllm_flwr.federation.messages import Task
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import torch_threads
-from fedllm_flwr.training.log_probs import answer_log_probs
+from fedllm_flwr.models.scoring import score_examples
 from fedllm_flwr.training.reference import reference_log_probs
 
 
@@ -25,16 +24,13 @@ def evaluate_locally(task: Task, data: ClientData) -> dict[str, float]:
         if isinstance(data.held_out, EncodedPairs):
             return _preferences(task, data.held_out, model)
         model.load(task.params)
-        scores = score_tokens(model, data.held_out, task.config.evaluation.batch_tokens)
-    return {
-        "loss": scores.nll / scores.num_tokens,
-        "token_accuracy": scores.num_correct / scores.num_tokens,
-    }
+        scores = score_examples(model, data.held_out, task.config.evaluation.batch_tokens)
+    return {"loss": scores.loss, "token_accuracy": scores.token_accuracy}
 
 
 def _preferences(task: Task, pairs: EncodedPairs, model: AdaptedModel) -> dict[str, float]:
     batch_tokens = task.config.evaluation.batch_tokens
     reference = reference_log_probs(model, task.reference, pairs, batch_tokens)
     model.load(task.params)
-    policy = answer_log_probs(model, pairs.rows, batch_tokens).reshape(-1, 2)
+    policy = score_examples(model, pairs.rows, batch_tokens).log_probs.reshape(-1, 2)
     return preference_scores(policy, reference, task.config.dpo.beta)

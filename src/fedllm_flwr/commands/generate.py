@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from fedllm_flwr.data.encode import encode_prompts
-from fedllm_flwr.evaluation.answers import as_text, greedy_answers
 from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.models.generation import Decoding, as_text, generate
 from fedllm_flwr.runs.adapter_files import load_kept
 from fedllm_flwr.runs.kept_adapters import KeptAdapter
 
@@ -26,7 +26,7 @@ def answer_side_by_side(kept: KeptAdapter, prompts: Sequence[str], max_new_token
         room = config.training.max_length
         tokens = encode_prompts(messages, model.tokenizer, config.data.template, room)[0]
         with model.peft.disable_adapter():
-            base = greedy_answers(model, [tokens], max_new_tokens)[0]
+            base = generate(model, [tokens], Decoding(max_new_tokens))[0]
         print(f"prompt     {prompt}\n{'base':<10} {as_text(model, base)}")
-        answer = greedy_answers(model, [tokens], max_new_tokens)[0]
+        answer = generate(model, [tokens], Decoding(max_new_tokens))[0]
         print(f"{name:<10} {as_text(model, answer)}\n")

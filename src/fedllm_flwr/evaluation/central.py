@@ -12,9 +12,9 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.data.choices import EncodedChoices, encode_choices
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.data.templates import Tokenizer
-from fedllm_flwr.evaluation.scoring import score_choices, score_tokens
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.device import torch_threads
+from fedllm_flwr.models.scoring import Question, score, score_examples
 from fedllm_flwr.params import Params
 
 Scores = dict[str, float]
@@ -40,16 +40,16 @@ class EvaluationSet:
         """Scores of the model as it is: loss (nats per answer token), perplexity, token_accuracy;
         with classes also accuracy and macro_f1 of the most likely label.
         """
-        tokens = score_tokens(model, self.examples, batch_tokens)
-        count = max(1, tokens.num_tokens)
-        loss = tokens.nll / count
+        tokens = score_examples(model, self.examples, batch_tokens)
         scores: Scores = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": tokens.num_correct / count,
+            "loss": tokens.loss,
+            "perplexity": math.exp(min(tokens.loss, 700.0)),
+            "token_accuracy": tokens.token_accuracy,
         }
         if self.choices is not None:
-            likelihoods = score_choices(model, self.choices, batch_tokens)
+            questions = map(Question, self.choices.prompts, self.choices.answers)
+            found = score(model, [*questions], batch_tokens)
+            likelihoods = np.array([[answer.log_prob for answer in some] for some in found])
             scores |= classification_scores(likelihoods.argmax(-1), self.targets)
         return scores
 

@@ -9,11 +9,12 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.data.tokens import TokenArray
-from fedllm_flwr.evaluation.answers import as_text, greedy_answers
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.device import torch_threads
+from fedllm_flwr.models.generation import Decoding, as_text, generate
+from fedllm_flwr.models.scoring import score_examples
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.log_probs import answer_log_probs, share_above_zero
+from fedllm_flwr.training.preference_losses import share_above_zero
 from fedllm_flwr.training.reference import LogProbs, reference_log_probs
 
 Scores = dict[str, float]
@@ -26,7 +27,7 @@ class Prompts:
     texts: list[str]  # the last turn of each
     tokens: list[TokenArray]
     chosen: list[str]
-    max_new_tokens: int
+    decoding: Decoding
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class PreferenceSet:
         The latter is the mean length of its free answers: optimising preferences tends to make
         them longer.
         """
-        policy = answer_log_probs(model, self.pairs.rows, batch_tokens).reshape(-1, 2)
+        policy = score_examples(model, self.pairs.rows, batch_tokens).log_probs.reshape(-1, 2)
         scores = preference_scores(policy, self.reference, self.beta)
         if self.prompts.tokens:
-            answers = greedy_answers(model, self.prompts.tokens, self.prompts.max_new_tokens)
+            answers = generate(model, self.prompts.tokens, self.prompts.decoding)
             scores["answer_tokens"] = float(np.mean([len(answer) for answer in answers]))
         return scores
 
@@ -109,7 +110,7 @@ def _prompts(config: Config, model: AdaptedModel, records: Any, pairs: EncodedPa
     longest = max(1, config.training.max_length - room)
     tokens = encode_prompts(messages, model.tokenizer, config.data.template, longest)
     texts = [turns[-1]["content"] for turns in messages]
-    return Prompts(texts, tokens, [records["chosen"][i] for i in wanted], room)
+    return Prompts(texts, tokens, [records["chosen"][i] for i in wanted], Decoding(room))
 
 
 def side_by_side(
@@ -124,8 +125,8 @@ def side_by_side(
         return ""
     model.load(params)
     with model.peft.disable_adapter():
-        base = greedy_answers(model, prompts.tokens, prompts.max_new_tokens)
-    adapted = greedy_answers(model, prompts.tokens, prompts.max_new_tokens)
+        base = generate(model, prompts.tokens, prompts.decoding)
+    adapted = generate(model, prompts.tokens, prompts.decoding)
     sections = ["# Answers to held-out prompts"]
     for prompt, before, after, chosen in zip(
         prompts.texts, base, adapted, prompts.chosen, strict=True

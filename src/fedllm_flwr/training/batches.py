@@ -4,13 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-
-from fedllm_flwr.data.encode import Encoded
-
-IGNORED = -100  # label of tokens that do not enter the loss, as transformers has it
 
 # Examples whose cuts are chosen together; of more, neighbours in length are divided among
 # themselves, for the table of all cuts grows with the square of their number.
@@ -107,7 +102,7 @@ def round_batches(
     Args:
         drawn: indices of examples, shape (steps * examples per step,).
         lengths: tokens of every example, shape (num_examples,).
-        packed: the model gets no padding (see `collate_packed`).
+        packed: the model gets no padding (see `models.inputs.collate_packed`).
     """
     examples_per_step = len(drawn) // steps
     per_step = -(-examples_per_step // micro_batch_size)
@@ -120,52 +115,3 @@ def round_batches(
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     computed = num_tokens if packed else padded
     return RoundBatches(batches, per_step, examples_per_step, num_tokens, computed)
-
-
-def collate_padded(examples: Encoded, batch: MicroBatch, pad_id: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels, each (examples, longest), padded on the right."""
-    shape = (len(batch), int(examples.lengths[batch].max()))
-    input_ids = np.full(shape, pad_id, np.int64)
-    mask = np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    for row, index in enumerate(batch):
-        tokens, supervised = examples[index]
-        input_ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-        labels[row, : len(tokens)] = np.where(supervised, tokens, IGNORED)
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(mask),
-        "labels": torch.from_numpy(labels),
-    }
-
-
-def collate_packed(examples: Encoded, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """input_ids, position_ids and labels, each (1, tokens), examples end to end without padding.
-
-    Positions start anew with each example, which is how attention tells them apart. The first
-    token of an example is no label, for the one before it belongs to another.
-    """
-    tokens, supervised = zip(*(examples[index] for index in batch), strict=True)
-    positions = np.concatenate([np.arange(len(example)) for example in tokens])
-    joined = np.concatenate(tokens).astype(np.int64)
-    is_label = np.concatenate(supervised) & (positions > 0)
-    return {
-        "input_ids": torch.from_numpy(joined[None]),
-        "position_ids": torch.from_numpy(positions[None].astype(np.int64)),
-        "labels": torch.from_numpy(np.where(is_label, joined, IGNORED)[None]),
-    }
-
-
-def needed_logits(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same batch with logits asked for only where a label needs them.
-
-    The projection to the vocabulary is a large part of a small model, and its output the largest
-    tensor of a large one. ``logits_to_keep`` (kept,) are the positions at which any row of the
-    batch has a next token to learn, ``shift_labels`` (rows, kept) those tokens.
-    """
-    labels = inputs["labels"]
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    kept = (following != IGNORED).any(0).nonzero()[:, 0]
-    wanted = following[:, kept].contiguous()
-    return {**inputs, "logits_to_keep": kept, "shift_labels": wanted, "labels": wanted}

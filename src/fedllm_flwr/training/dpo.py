@@ -16,15 +16,10 @@ from fedllm_flwr.config.schema import DpoConfig as DpoSettings
 from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.models.adapted_model import AdaptedModel
-from fedllm_flwr.training.batches import (
-    IGNORED,
-    MicroBatch,
-    RoundBatches,
-    collate_padded,
-    needed_logits,
-)
-from fedllm_flwr.training.log_probs import share_above_zero, token_log_probs
-from fedllm_flwr.training.preference_losses import LOSSES, ScoredPairs
+from fedllm_flwr.models.inputs import IGNORED, collate_padded, needed_logits
+from fedllm_flwr.models.scoring import token_log_probs
+from fedllm_flwr.training.batches import MicroBatch, RoundBatches
+from fedllm_flwr.training.preference_losses import LOSSES, ScoredPairs, share_above_zero
 from fedllm_flwr.training.reference import LogProbs
 from fedllm_flwr.training.trainer import (
     BareTrainer,

@@ -8,7 +8,9 @@ log-ratio of the chosen answer y_w, r_l that of the rejected one y_l, and h = r_
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
@@ -150,3 +152,8 @@ LOSSES: dict[str, Loss] = {
         *(aot, aot_unpaired, apo_zero, apo_down, discopop),
     )
 }
+
+
+def share_above_zero(values: NDArray[np.float64]) -> float:
+    """Share of the margins above zero, ties counting half: equal rewards prefer neither answer."""
+    return float(np.mean(0.5 + 0.5 * np.sign(values)))

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.models.scoring import score_examples
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.log_probs import answer_log_probs
 
 LogProbs = NDArray[np.float32]
 
@@ -34,7 +34,7 @@ def reference_log_probs(
     if reference is not None:
         model.load(reference)
     with nullcontext() if reference is not None else model.peft.disable_adapter():
-        return answer_log_probs(model, pairs.rows, batch_tokens).reshape(-1, 2)
+        return score_examples(model, pairs.rows, batch_tokens).log_probs.reshape(-1, 2)
 
 
 @dataclass(frozen=True)

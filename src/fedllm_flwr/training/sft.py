@@ -13,13 +13,8 @@ from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.errors import ModelError
 from fedllm_flwr.models.adapted_model import AdaptedModel
-from fedllm_flwr.training.batches import (
-    MicroBatch,
-    RoundBatches,
-    collate_packed,
-    collate_padded,
-    needed_logits,
-)
+from fedllm_flwr.models.inputs import collate_packed, collate_padded, needed_logits
+from fedllm_flwr.training.batches import MicroBatch, RoundBatches
 from fedllm_flwr.training.trainer import (
     BareTrainer,
     Penalty,

@@ -11,10 +11,10 @@ from fedllm_flwr.evaluation.coding.pass_at_k import pass_at_k
 from fedllm_flwr.evaluation.coding.problems import KINDS, Problem, Row
 from fedllm_flwr.evaluation.sandbox.programs import Limits, Outcome, Program, run_programs
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
-from fedllm_flwr.evaluation.suites.decoding import Decoding
 from fedllm_flwr.evaluation.suites.local_data import read_rows
 from fedllm_flwr.evaluation.suites.results import RunOptions, Sample, Samples
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
+from fedllm_flwr.models.generation import Decoding
 
 KS = (1, 10)
 NOT_RUN = (

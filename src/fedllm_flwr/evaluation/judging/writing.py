@@ -63,14 +63,18 @@ class ModelWriter:
     def write(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers to all requests in one batch."""
         from fedllm_flwr.data.encode import cut_start
-        from fedllm_flwr.evaluation.answers import as_text, greedy_answers
-        from fedllm_flwr.evaluation.sampling import SeededSampling
+        from fedllm_flwr.models.generation import Decoding, as_text, generate
 
         whole = self.encode([request.messages for request in requests])
         bos = self.model.tokenizer.bos_token_id
         prompts = [cut_start(p, self.context - self.max_new_tokens, bos) for p in whole]
-        sampling = SeededSampling([r.temperature for r in requests], [r.seed for r in requests])
-        found = greedy_answers(self.model, prompts, self.max_new_tokens, [sampling])
+        found = generate(
+            self.model,
+            prompts,
+            Decoding(self.max_new_tokens),
+            temperatures=[request.temperature for request in requests],
+            seeds=[request.seed for request in requests],
+        )
         eos = self.model.tokenizer.eos_token_id
         return [
             Answer(

@@ -90,10 +90,10 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
 def code_identity(package: Path = _PACKAGE) -> str:
     """A hash of what reads data, writes prompts, makes tokens of them, computes and scores answers.
 
-    In the version at hand: templates, tokens and choices are in ``data``, the model itself in
-    ``models``, log-probabilities in ``training`` and ``tasks``, the rest in ``evaluation``.
+    Templates, tokens and choices are in ``data``, log-probabilities, answers and the model itself
+    in ``models``.
     """
-    parts = ("data", "models", "training", "tasks", "evaluation")
+    parts = ("data", "models", "evaluation")
     return files_identity(file for part in parts for file in sorted((package / part).rglob("*.py")))
 
 

@@ -11,9 +11,9 @@ from fedllm_flwr.data.encode import cut_start
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Segment, render, render_prompt
 from fedllm_flwr.data.tokens import TokenArray, tokenise
-from fedllm_flwr.evaluation.suites.decoding import Decoding, write_answers
-from fedllm_flwr.evaluation.suites.likelihood import Question, Score, score_questions
 from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.models.generation import Decoding, as_text, generate
+from fedllm_flwr.models.scoring import Question, Score, score
 
 PROMPTS = ("trained", "raw", "chat")
 _PLACE = "\N{SYMBOL FOR UNIT SEPARATOR}"
@@ -111,7 +111,7 @@ class TextModel:
             room = self.max_length - max(len(answer) for _, answer in split)
             prompt = self._fitting(split[0][0], room)
             questions.append(Question(prompt, [answer for _, answer in split]))
-        return score_questions(self.adapted, questions, self.batch_tokens)
+        return score(self.adapted, questions, self.batch_tokens)
 
     def generate(self, prompts: Sequence[str], decoding: Decoding, strip: bool = True) -> list[str]:
         """One answer to each prompt (as `render` made it), without white space around it.
@@ -120,11 +120,12 @@ class TextModel:
         loses tokens at its start.
         """
         rows = [[Segment(prompt, False)] for prompt in prompts]
-        decoding = replace(decoding, max_new_tokens=self.answer_room(decoding.max_new_tokens))
-        room = self.max_length - decoding.max_new_tokens
+        new_tokens = self.answer_room(decoding.max_new_tokens)
+        decoding = replace(decoding, max_new_tokens=new_tokens, seed=self.seed)
+        room = self.max_length - new_tokens
         tokens = [self._fitting(row, room) for row, _ in tokenise(rows, self.adapted.tokenizer)]
-        answers = write_answers(self.adapted, tokens, decoding, self.batch_tokens, self.seed)
-        return [answer.strip() for answer in answers] if strip else answers
+        answers = generate(self.adapted, tokens, decoding, self.batch_tokens)
+        return [as_text(self.adapted, answer, decoding.stop, strip) for answer in answers]
 
     @property
     def _template(self) -> str:

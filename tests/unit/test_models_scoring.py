@@ -11,8 +11,11 @@ import torch
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.choices import EncodedChoices, encode_choices, one_begins_another
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.evaluation.scoring import by_length, score_choices, score_tokens
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.generation import Decoding, generate
+from fedllm_flwr.models.inputs import by_length
+from fedllm_flwr.models.scoring import Question, score, score_examples
+from toy_pairs import one_by_one, random_pairs
 
 STORIES = Path(__file__).parents[3] / "shared/data/models/stories260k"
 needs_stories = pytest.mark.skipif(
@@ -42,6 +45,12 @@ def model(make_config: MakeConfig) -> AdaptedModel:
     return with_adapter(load_model(make_config()))
 
 
+def likelihoods(model: AdaptedModel, choices: EncodedChoices, batch_tokens: int) -> np.ndarray:
+    questions = [*map(Question, choices.prompts, choices.answers)]
+    found = score(model, questions, batch_tokens)
+    return np.array([[answer.log_prob for answer in some] for some in found])
+
+
 def naive_token_scores(model: AdaptedModel, examples: Encoded) -> tuple[int, float, int]:
     count, nll, correct = 0, 0.0, 0
     for i in range(len(examples)):
@@ -60,25 +69,46 @@ def test_token_scores_equal_a_loop_over_examples(
     batch_tokens: int, model: AdaptedModel, random_examples: MakeExamples
 ) -> None:
     examples = random_examples(25)
-    scores = score_tokens(model, examples, batch_tokens)
+    scores = score_examples(model, examples, batch_tokens)
     count, nll, correct = naive_token_scores(model, examples)
-    assert (scores.num_tokens, scores.num_correct) == (count, correct)
-    assert scores.nll / count == pytest.approx(nll / count, abs=1e-5)
+    assert (scores.num_tokens.sum(), scores.num_correct.sum()) == (count, correct)
+    assert scores.loss == pytest.approx(nll / count, abs=1e-5)
+    assert scores.token_accuracy == correct / count
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 90, 100_000])
+def test_log_probs_of_answers_equal_one_row_at_a_time(
+    batch_tokens: int, model: AdaptedModel
+) -> None:
+    pairs = random_pairs(20)
+    values = score_examples(model, pairs.rows, batch_tokens).log_probs.reshape(-1, 2)
+    np.testing.assert_allclose(values, one_by_one(model.peft, pairs), atol=1e-4)
 
 
 def test_models_that_compute_all_logits_score_the_same(
     model: AdaptedModel, random_examples: MakeExamples
 ) -> None:
     examples, choices = random_examples(25), random_choices([5, 9, 9], [1, 2, 4])
-    some, likelihoods = score_tokens(model, examples, 100), score_choices(model, choices, 100)
+    some, expected = score_examples(model, examples, 100), likelihoods(model, choices, 100)
     model.selects_logits = False
     try:
-        all_logits = score_tokens(model, examples, 100)
-        np.testing.assert_allclose(score_choices(model, choices, 100), likelihoods, atol=1e-5)
+        all_logits = score_examples(model, examples, 100)
+        np.testing.assert_allclose(likelihoods(model, choices, 100), expected, atol=1e-5)
     finally:
         del model.selects_logits
-    assert all_logits.nll == pytest.approx(some.nll, rel=1e-6)
-    assert (all_logits.num_tokens, all_logits.num_correct) == (some.num_tokens, some.num_correct)
+    np.testing.assert_allclose(all_logits.log_probs, some.log_probs, rtol=1e-6)
+    assert all_logits.num_tokens.tolist() == some.num_tokens.tolist()
+    assert all_logits.num_correct.tolist() == some.num_correct.tolist()
+
+
+def test_models_that_take_no_positions_get_prompts_of_one_length_together(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding on the left would shift their tokens."""
+    choices = random_choices([1, 8, 30, 8, 8, 17], [1, 3])
+    monkeypatch.setattr(model, "takes_positions", False)
+    scores = likelihoods(model, choices, 4096)
+    np.testing.assert_allclose(scores, naive_choice_scores(model, choices), atol=1e-4, rtol=1e-5)
 
 
 def random_choices(prompts: list[int], answers: list[int], seed: int = 0) -> EncodedChoices:
@@ -110,7 +140,7 @@ def test_choice_scores_equal_scoring_each_label_alone(
     answers: list[int], batch_tokens: int, model: AdaptedModel
 ) -> None:
     choices = random_choices([1, 8, 30, 8, 8, 17, 500], answers)
-    scores = score_choices(model, choices, batch_tokens)
+    scores = likelihoods(model, choices, batch_tokens)
     np.testing.assert_allclose(scores, naive_choice_scores(model, choices), atol=1e-4, rtol=1e-5)
 
 
@@ -118,20 +148,32 @@ def test_labels_of_several_answer_lengths_in_one_batch(model: AdaptedModel) -> N
     """Labels tokenise differently after different prompts."""
     one, other = random_choices([8, 8], [1, 3]), random_choices([8], [5, 2], seed=7)
     choices = EncodedChoices([*one.prompts, *other.prompts], [*one.answers, *other.answers])
-    scores = score_choices(model, choices, 4096)
+    scores = likelihoods(model, choices, 4096)
     np.testing.assert_allclose(scores, naive_choice_scores(model, choices), atol=1e-4, rtol=1e-5)
 
 
 def test_nothing_to_score(model: AdaptedModel, random_examples: MakeExamples) -> None:
     nothing = random_examples(2).take(np.empty(0, np.int64))
-    assert score_tokens(model, nothing, 100).num_tokens == 0
-    assert score_choices(model, EncodedChoices([], []), 100).shape == (0, 0)
+    scores = score_examples(model, nothing, 100)
+    assert (scores.loss, scores.token_accuracy) == (0.0, 0.0)
+    assert score(model, [], 100) == []
+
+
+def test_what_greedy_decoding_would_write(model: AdaptedModel) -> None:
+    prompts = random_choices([17, 5, 30], []).prompts
+    written = generate(model, prompts, Decoding(3))
+    others = [np.where(np.arange(3) == 2, answer + 1, answer) for answer in written]
+    questions = [
+        Question(p, [a, b, a[:1]]) for p, a, b in zip(prompts, written, others, strict=True)
+    ]
+    for some in score(model, questions, 4096):
+        assert [answer.is_greedy for answer in some] == [True, False, True]
 
 
 def test_scoring_leaves_the_adapter_trainable(
     model: AdaptedModel, random_examples: MakeExamples
 ) -> None:
-    score_tokens(model, random_examples(4), 100)
+    score_examples(model, random_examples(4), 100)
     loss = model.peft(input_ids=torch.arange(9)[None]).logits.square().mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.trainable().values())
@@ -150,7 +192,7 @@ def test_real_labels_of_several_tokens(make_config: MakeConfig, max_length: int)
     ]
     choices = encode_choices(conversations, labels, model.tokenizer, "alpaca", max_length)
     assert len({len(answer) for answer in choices.answers[0]}) > 1
-    scores = score_choices(model, choices, 256)
+    scores = likelihoods(model, choices, 256)
     expected = naive_choice_scores(model, choices)
     np.testing.assert_allclose(scores, expected, atol=1e-3, rtol=1e-5)
 
@@ -174,7 +216,7 @@ def test_a_label_that_begins_another_is_not_always_chosen(model: AdaptedModel) -
     eos = model.tokenizer.eos_token_id
     assert all(answer[-1] == eos for answers in choices.answers for answer in answers)
     bare = EncodedChoices(choices.prompts, [[a[:-1] for a in row] for row in choices.answers])
-    assert set(score_choices(model, bare, 4096).argmax(1)) == {0}  # whatever the model
+    assert set(likelihoods(model, bare, 4096).argmax(1)) == {0}  # whatever the model
 
     base = model.peft.get_base_model()
     with torch.no_grad():  # a model that does not end after "n", but as before after "na"
@@ -182,7 +224,7 @@ def test_a_label_that_begins_another_is_not_always_chosen(model: AdaptedModel) -
         after_n, after_na = base.model(torch.from_numpy(text[None]))[0][0, -2:]
         away = after_n - after_na * (after_n @ after_na) / (after_na @ after_na)
         base.lm_head.weight[eos] -= 20 * away / (away @ after_n)
-    scores = score_choices(model, choices, 4096)
+    scores = likelihoods(model, choices, 4096)
     np.testing.assert_allclose(scores, naive_choice_scores(model, choices), atol=1e-3, rtol=1e-5)
     assert (scores.argmax(1) > 0).any()
 

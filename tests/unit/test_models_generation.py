@@ -1,4 +1,4 @@
-"""Log-probabilities and greedy answers, batched, against one row at a time without padding."""
+"""Answers, batched, against greedy decoding of one row at a time without padding."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +8,9 @@ import pytest
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
-from fedllm_flwr.evaluation.answers import as_text, greedy_answers
-from fedllm_flwr.evaluation.suites.decoding import Decoding, write_answers
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
-from fedllm_flwr.training.log_probs import answer_log_probs
-from toy_pairs import greedy, one_by_one, random_pairs
+from fedllm_flwr.models.generation import Decoding, as_text, generate
+from toy_pairs import greedy
 
 MakeConfig = Callable[..., Config]
 Array = np.ndarray
@@ -33,25 +31,6 @@ def slow(model: AdaptedModel, prompt: Array, max_new_tokens: int) -> list[int]:
     return greedy(model.peft, prompt, max_new_tokens, int(model.tokenizer.eos_token_id))
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 90, 100_000])
-def test_log_probs_of_answers_equal_one_row_at_a_time(
-    batch_tokens: int, model: AdaptedModel
-) -> None:
-    pairs = random_pairs(20)
-    values = answer_log_probs(model, pairs.rows, batch_tokens).reshape(-1, 2)
-    np.testing.assert_allclose(values, one_by_one(model.peft, pairs), atol=1e-4)
-
-
-def test_log_probs_by_models_that_compute_all_logits(model: AdaptedModel) -> None:
-    pairs = random_pairs(20)
-    model.selects_logits = False
-    try:
-        values = answer_log_probs(model, pairs.rows, 300).reshape(-1, 2)
-    finally:
-        del model.selects_logits
-    np.testing.assert_allclose(values, one_by_one(model.peft, pairs), atol=1e-4)
-
-
 def prompts(count: int, model: AdaptedModel) -> list[Array]:
     messages = [[{"role": "user", "content": text}] for text in QUESTIONS[:count]]
     return encode_prompts(messages, model.tokenizer, "vicuna", 400)
@@ -61,22 +40,22 @@ def test_answers_together_equal_one_at_a_time(model: AdaptedModel) -> None:
     """Prompts of several lengths, padded on the left, with a cache, against plain argmax."""
     asked = prompts(5, model)
     assert len({len(prompt) for prompt in asked}) > 2
-    together = greedy_answers(model, asked, 12)
+    together = generate(model, asked, Decoding(12))
     assert [answer.tolist() for answer in together] == [slow(model, p, 12) for p in asked]
-    alone = [greedy_answers(model, [prompt], 12)[0].tolist() for prompt in asked]
+    alone = [generate(model, [prompt], Decoding(12))[0].tolist() for prompt in asked]
     assert [answer.tolist() for answer in together] == alone
 
 
 def test_answers_end_with_eos(model: AdaptedModel) -> None:
     """Each answer at its own EOS: the one that this model reaches after some tokens."""
     asked = prompts(5, model)
-    answers = greedy_answers(model, asked, 12)
+    answers = generate(model, asked, Decoding(12))
     tokenizer = model.tokenizer
     before = tokenizer.eos_token_id, tokenizer.eos_token
     middle = int(answers[0][3])
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(middle)
     try:
-        cut = greedy_answers(model, asked, 12)
+        cut = generate(model, asked, Decoding(12))
     finally:
         tokenizer.eos_token = before[1]
     assert len(cut[0]) <= 4
@@ -91,7 +70,7 @@ def test_answers_of_a_real_model(make_config: MakeConfig) -> None:
     model = load_model(make_config(model={"path": str(STORIES)}))
     texts = ["Once upon a time", "Tom was", "The little dog ran to the big tree and"]
     asked = [np.array(model.tokenizer(text)["input_ids"], np.int32) for text in texts]
-    together = greedy_answers(model, asked, 20)
+    together = generate(model, asked, Decoding(20))
     assert [answer.tolist() for answer in together] == [slow(model, p, 20) for p in asked]
     assert len(as_text(model, together[0]).split()) > 5
 
@@ -109,18 +88,41 @@ def test_answers_of_a_real_model(make_config: MakeConfig) -> None:
 def test_the_base_model_s_generation_config_is_not_obeyed(
     published: dict[str, object], model: AdaptedModel
 ) -> None:
-    """Greedy is greedy, by both ways of writing answers, whatever the model's authors published."""
+    """Greedy is greedy, whatever the model's authors published."""
     asked = prompts(3, model)
     expected = [slow(model, prompt, 12) for prompt in asked]
     base = model.peft.get_base_model()
     plain = base.generation_config
     base.generation_config = type(plain)(**published)
     try:
-        answers = greedy_answers(model, asked, 12)
-        texts = write_answers(model, asked, Decoding(12), 100_000, seed=0)
+        answers = generate(model, asked, Decoding(12))
         assert base.generation_config.to_diff_dict() == type(plain)(**published).to_diff_dict()
     finally:
         base.generation_config = plain
     assert [answer.tolist() for answer in answers] == expected
-    decode = model.tokenizer.decode
-    assert texts == [decode(answer, skip_special_tokens=True) for answer in expected]
+
+
+def test_sampled_answers_do_not_depend_on_their_batch(model: AdaptedModel) -> None:
+    asked = prompts(5, model) * 2  # a question asked twice gets two answers
+    decoding = Decoding(12, temperature=1.0, top_p=0.9, seed=3)
+    together = [answer.tolist() for answer in generate(model, asked, decoding)]
+    assert [answer.tolist() for answer in generate(model, asked, decoding, 450)] == together
+    assert together[:5] != together[5:]
+    other = generate(model, asked, Decoding(12, temperature=1.0, top_p=0.9, seed=4))
+    assert [answer.tolist() for answer in other] != together
+
+
+def test_a_small_nucleus_holds_the_most_likely_token_alone(model: AdaptedModel) -> None:
+    asked = prompts(3, model)
+    sampled = generate(model, asked, Decoding(12, temperature=1.0, top_p=1e-6))
+    assert [answer.tolist() for answer in sampled] == [slow(model, p, 12) for p in asked]
+
+
+def test_rows_of_one_batch_have_temperatures_and_seeds_of_their_own(model: AdaptedModel) -> None:
+    asked = prompts(3, model)[:1] * 4
+    answers = generate(
+        model, asked, Decoding(12), temperatures=[0.0, 1.0, 1.0, 1.0], seeds=[1, 2, 3, 2]
+    )
+    greedy_one, drawn, other, again = [answer.tolist() for answer in answers]
+    assert greedy_one == slow(model, asked[0], 12)
+    assert drawn == again != other
