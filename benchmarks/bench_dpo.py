@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.tasks import find
 
 prepare_environment()
 
@@ -31,12 +32,12 @@ from transformers import TrainerCallback
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.data.client_data import simulated_data
-from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
+from fedllm_flwr.tasks.dpo.training import train_dpo
+from fedllm_flwr.tasks.preferences.reference import LogProbs, reference_log_probs
 from fedllm_flwr.training.batches import RoundBatches, round_batches
-from fedllm_flwr.training.dpo import train_dpo
-from fedllm_flwr.training.reference import LogProbs, reference_log_probs
 from fedllm_flwr.training.schedule import draw_examples
 
 LEARNING_RATE = 5e-4
@@ -74,11 +75,11 @@ def load_workload(steps: int, threads: int) -> Workload:
     """The embedded model and all its training pairs."""
     config = compose(["task=dpo", f"training.max_steps={steps}"])
     model = load_model(config)
-    pairs = simulated_data(config, model.tokenizer).encoded
+    pairs = simulated_data(config, find("dpo").records, model.tokenizer).encoded
     assert isinstance(pairs, EncodedPairs)
     with torch_threads(threads):
-        kept = reference_log_probs(model, None, pairs, config.evaluation.batch_tokens)
-    return Workload(config, model, pairs, kept)
+        kept = reference_log_probs(model, None, pairs.rows, config.evaluation.batch_tokens)
+    return Workload(config, model, pairs, kept.reshape(-1, 2))
 
 
 class _ReferenceInEveryStep(TrainerCallback):
@@ -90,9 +91,9 @@ class _ReferenceInEveryStep(TrainerCallback):
 
     def _compute(self) -> None:
         batch = np.array(next(self._left))
-        pairs = self._work.pairs.take(batch)
-        fresh = reference_log_probs(self._work.model, None, pairs, batch_tokens=10**9)
-        np.testing.assert_allclose(fresh, self._work.kept[batch], rtol=1e-4)
+        rows = self._work.pairs.take(batch).rows
+        fresh = reference_log_probs(self._work.model, None, rows, batch_tokens=10**9)
+        np.testing.assert_allclose(fresh.reshape(-1, 2), self._work.kept[batch], rtol=1e-4)
         self._work.model.peft.train()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.tasks import find
 
 prepare_environment()
 
@@ -40,6 +41,7 @@ from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.data.federated import load_federated_data
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
+from fedllm_flwr.tasks.sft.training import train_sft
 from fedllm_flwr.training.batches import (
     RoundBatches,
     collate_padded,
@@ -48,7 +50,6 @@ from fedllm_flwr.training.batches import (
     split_step,
 )
 from fedllm_flwr.training.schedule import draw_examples
-from fedllm_flwr.training.sft import train_sft
 
 LEARNING_RATE = 5e-4
 OURS, BARE, PADDED = "train_sft", "bare loop", "bare loop, padded"  # names of the programs
@@ -79,7 +80,7 @@ def load_workload(directory: Path, steps: int, threads: int) -> Workload:
             federation=FederationConfig(client_cpus=threads),
         )
         model = load_model(config)
-    records = load_federated_data(config).train["messages"][:1000]
+    records = load_federated_data(config, find("sft").records).train["messages"][:1000]
     examples = encode(records, model.tokenizer, "alpaca", config.training.max_length)
     return Workload(config, model, examples)
 
@@ -106,7 +107,7 @@ def bare_loop(work: Workload, batches: RoundBatches, all_logits: bool) -> None:
 def ours(work: Workload, batches: RoundBatches) -> None:
     """The package's local training."""
     training = work.config.training
-    train_sft(work.model, work.examples, batches, training, LEARNING_RATE, 0, False, [])
+    train_sft(work.model, work.examples, batches, training, LEARNING_RATE, 0, [])
 
 
 def measure(work: Workload, repeats: int, micro_batch_size: int) -> dict[str, list[float]]:

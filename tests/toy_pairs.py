@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedllm_flwr.data.encode import Encoded, EncodeReport
-from fedllm_flwr.data.pairs import EncodedPairs, PairReport
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs, PairReport
 from toys import VOCABULARY
 
 BOS, EOS = VOCABULARY - 3, VOCABULARY - 2

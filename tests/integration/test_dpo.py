@@ -21,6 +21,7 @@ from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.generation import Decoding, as_text, generate
 from fedllm_flwr.models.tokenizer import load_tokenizer, model_source
 from fedllm_flwr.params import Params
+from fedllm_flwr.tasks import task_of
 from tiny_runs import (
     ADAPTER,
     ALGORITHMS,
@@ -119,7 +120,7 @@ def test_local_answers_are_those_of_the_best_client(whole_run: WholeRun) -> None
     config = compose(tiny(*DPO))
     model = load_model(config)
     model.load(load_file(path / "adapters" / best / "adapter_model.safetensors"))
-    data = simulated_data(config, model.tokenizer)
+    data = simulated_data(config, task_of(config).records, model.tokenizer)
     asked = encode_prompts(
         data.source.eval["messages"][:2], model.tokenizer, config.data.template, 248
     )
@@ -185,7 +186,9 @@ def test_the_reference_on_disk_is_the_base_model(tmp_path: Path) -> None:
     source = model_source(config.model)
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     for index in range(NUM_CLIENTS):
-        client = simulated_client(config, load_tokenizer(config.model), index)
+        client = simulated_client(
+            config, task_of(config).records, load_tokenizer(config.model), index
+        )
         newest = max((path / "clients" / client.name).glob("round-*"))
         kept = load_params(newest)[0]["reference"]
         known = np.flatnonzero(kept["known"]).tolist()

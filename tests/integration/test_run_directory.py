@@ -19,6 +19,7 @@ from fedllm_flwr.data.client_data import divided_data
 from fedllm_flwr.models.tokenizer import model_source
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.server.run import run_simulation
+from fedllm_flwr.tasks import task_of
 from tiny_runs import tiny
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -136,7 +137,8 @@ def test_config_is_the_run(run: Path, tmp_path: Path) -> None:
 def test_adapter_reproduces_the_logged_loss(run: Path, plain_peft: tuple[Any, Any]) -> None:
     """Token by token, without batches and without this package's templates or model code."""
     model, tokenizer = plain_peft
-    source, _ = divided_data(load_yaml(run / "config.yaml"))
+    config = load_yaml(run / "config.yaml")
+    source, _ = divided_data(config, task_of(config).records)
     nll, count = 0.0, 0
     for turns in source.eval["messages"][:]:
         answer = f" {turns[1]['content']}"
@@ -162,7 +164,8 @@ def test_card_reproduces_the_logged_loss(run: Path) -> None:
     names: dict[str, Any] = {}
     exec(code.replace("path/to/this/adapter", str(run / "adapter")), names)
     model, tokenizer, template = names["model"], names["tokenizer"], names["template"]
-    source, _ = divided_data(load_yaml(run / "config.yaml"))
+    config = load_yaml(run / "config.yaml")
+    source, _ = divided_data(config, task_of(config).records)
     nll, count = 0.0, 0
     for turns in source.eval["messages"][:]:
         prompt = template.format(instruction=turns[0]["content"])

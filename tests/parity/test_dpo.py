@@ -19,10 +19,10 @@ from trl import DPOConfig, DPOTrainer
 from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.federation.messages import Task, Update
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params, add
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
 from fedllm_flwr.training.schedule import draw_examples
 from toy_pairs import random_pairs
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import DPOTrainer
 
 from fedllm_flwr.config.schema import DpoLoss
-from fedllm_flwr.training.preference_losses import DISCOPOP_TAU, LOSSES, ScoredPairs
+from fedllm_flwr.tasks.dpo.losses import DISCOPOP_TAU, LOSSES, ScoredPairs
 
 LENGTHS = [3, 5, 2, 7, 4, 6, 3, 5]  # tokens of four chosen answers, then of four rejected ones
 BETA = 0.3

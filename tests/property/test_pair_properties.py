@@ -12,9 +12,9 @@ from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.columns import Mapping
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.data.faults import Faults
-from fedllm_flwr.data.pairs import EncodedPairs, encode_pairs
-from fedllm_flwr.data.preferences import Pair, make_pairs
 from fedllm_flwr.data.preprocessing import PREPROCESSING
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs, encode_pairs
+from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
 from toys import byte_tokenizer
 
 SPEAKERS = ("Human", "Assistant")

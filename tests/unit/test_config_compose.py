@@ -19,6 +19,7 @@ from fedllm_flwr.config.compose import (
 from fedllm_flwr.config.names import group_choices
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.client_data import divided_data
+from fedllm_flwr.tasks import task_of
 
 NEEDED = {
     "model=custom": "model.path=org/model",
@@ -243,7 +244,8 @@ def test_published_records_all_go_to_the_clients(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(rows))
     options = ["experiment=openfedllm_alpaca_gpt4", f"data.path={tmp_path / 'train.json'}"]
 
-    source, clients = divided_data(compose(options))
+    config = compose(options)
+    source, clients = divided_data(config, task_of(config).records)
 
     assert [len(indices) for indices in clients.indices] == [10] * 20
     assert len(source.eval) == 0

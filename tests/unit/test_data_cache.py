@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.data.kinds import KINDS
 from fedllm_flwr.data.token_cache import Codec, encode_cached, load_encoded, save_encoded
+from fedllm_flwr.tasks import find
 
 OPTIONS = {"template": "vicuna", "max_length": 40, "truncation": "right"}
 
@@ -34,7 +34,7 @@ class Kind:
 
     @property
     def codec(self) -> Codec[Any]:
-        codec = KINDS[self.task].codec
+        codec = find(self.task).records.codec
 
         def counted(records: Any, *options: Any) -> Any:
             self.calls.append(len(records))
@@ -46,7 +46,7 @@ class Kind:
         return encode_cached(self.codec, *args, **options)
 
     def fresh(self, records: datasets.Dataset, tokenizer: Any) -> Any:
-        return encode_cached(KINDS[self.task].codec, records, tokenizer, **options())
+        return encode_cached(find(self.task).records.codec, records, tokenizer, **options())
 
     def records(self, *answers: str) -> datasets.Dataset:
         """A record per answer, of either kind; the worse answer is always the same."""

@@ -13,14 +13,34 @@ import pytest
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
 from fedllm_flwr.data import client_data as client
-from fedllm_flwr.data.client_data import ClientData, simulated_client, site_client
-from fedllm_flwr.data.kinds import KINDS
-from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.data.client_data import ClientData, SimulatedData
+from fedllm_flwr.data.federated import FederatedData
+from fedllm_flwr.data.partition import Partition
+from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.tasks import find, names
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
 from toys import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+KINDS = {name: find(name).records for name in names()}
+
+
+def divided_data(config: Config) -> tuple[FederatedData, Partition]:
+    return client.divided_data(config, KINDS[config.task.name])
+
+
+def simulated_data(config: Config, tokenizer: Tokenizer) -> SimulatedData:
+    return client.simulated_data(config, KINDS[config.task.name], tokenizer)
+
+
+def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> ClientData:
+    return client.simulated_client(config, KINDS[config.task.name], tokenizer, index)
+
+
+def site_client(config: Config, tokenizer: Tokenizer, name: str) -> ClientData:
+    return client.site_client(config, KINDS[config.task.name], tokenizer, name)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +106,7 @@ def test_clients_are_disjoint_and_cover_the_data(make: Callable[..., Config]) ->
     config = make(100, 7)
     clients = [simulated_client(config, TOKENIZER, i) for i in range(7)]
     everything = [text for data in clients for text in whole(data)]
-    training = texts(client.simulated_data(config, TOKENIZER).encoded)
+    training = texts(simulated_data(config, TOKENIZER).encoded)
 
     assert len({data.name for data in clients}) == 7
     assert all(len(data.train) > 0 for data in clients)
@@ -125,9 +145,9 @@ def test_records_left_out_in_encoding_leave_the_others_in_place(
     path.write_text("\n".join(map(json.dumps, rows)))
     config = changed(config, data={"truncation": "drop", "validation_fraction": 0.05})
 
-    parts = client.simulated_data(config, TOKENIZER).partition.indices
+    parts = simulated_data(config, TOKENIZER).partition.indices
     sources = [simulated_client(config, TOKENIZER, i).train.source for i in range(4)]
-    encoded = client.simulated_data(config, TOKENIZER).encoded
+    encoded = simulated_data(config, TOKENIZER).encoded
     assert len(parts) == 4
     for part, source in zip(parts, sources, strict=True):
         kept = sorted(set(np.asarray(part).tolist()) & set(encoded.source.tolist()))
@@ -139,14 +159,14 @@ def test_clients_of_whom_nothing_is_left_are_refused(make: Callable[..., Config]
     """One whose records are all too long is named; so is a site, and a length that fits none."""
     config = make(40, 4)
     config = changed(config, data={"truncation": "drop", "validation_fraction": 0.0})
-    client.require_clients_examples(config, client.simulated_data(config, TOKENIZER))
+    client.require_clients_examples(config, simulated_data(config, TOKENIZER))
     path = Path(str(config.data.path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for i in client.divided_data(config)[1].indices[2]:
+    for i in divided_data(config)[1].indices[2]:
         rows[i]["output"] = "long " * 200
     path.write_text("\n".join(map(json.dumps, rows)))
     forget()
-    data = client.simulated_data(config, TOKENIZER)
+    data = simulated_data(config, TOKENIZER)
     with pytest.raises(DataError) as caught:
         client.require_clients_examples(config, data)
     assert str(caught.value).startswith(
@@ -155,7 +175,7 @@ def test_clients_of_whom_nothing_is_left_are_refused(make: Callable[..., Config]
     )
     config = changed(config, training={"max_length": 3})
     with pytest.raises(DataError, match="leaves no example of any client"):
-        client.require_clients_examples(config, client.simulated_data(config, TOKENIZER))
+        client.require_clients_examples(config, simulated_data(config, TOKENIZER))
     with pytest.raises(DataError, match="leaves no example of st-marys"):
         site_client(config, TOKENIZER, "st-marys")
 
@@ -207,7 +227,7 @@ def test_preference_pairs_go_the_same_way(
                 assert answers == (f" a{number}</s>", f" b{number}</s>")
                 assert f"q{number} " in TOKENIZER.decode(chosen[~better])
                 seen.append(number)
-    assert len(set(seen)) == len(seen) == len(client.divided_data(config)[0].train)
+    assert len(set(seen)) == len(seen) == len(divided_data(config)[0].train)
     forget()
     again = simulated_client(config, TOKENIZER, 1)
     np.testing.assert_array_equal(again.train.tokens, clients[1].train.tokens)
@@ -227,4 +247,4 @@ def test_a_thousand_clients_are_cheap(make: Callable[..., Config]) -> None:
     started = time.process_time()
     sizes = [len(simulated_client(config, TOKENIZER, i).train) for i in range(1000)]
     assert time.process_time() - started < 3.0  # measured: 0.5 s
-    assert sum(sizes) == len(client.simulated_data(config, TOKENIZER).encoded)
+    assert sum(sizes) == len(simulated_data(config, TOKENIZER).encoded)

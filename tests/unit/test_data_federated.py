@@ -13,6 +13,7 @@ from fedllm_flwr.config.schema import ColumnsConfig, Config, DataConfig, Partiti
 from fedllm_flwr.data import sources
 from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
 from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.tasks.sft.examples import INSTRUCTIONS
 
 SHARED = Path(os.environ.get("FEDLLM_DATA", Path(__file__).parents[3] / "shared/data"))
 SENTIMENTS = ["negative", "neutral", "positive"]
@@ -31,7 +32,9 @@ def rows(count: int, **columns: Any) -> list[dict[str, Any]]:
 
 def load(seed: int = 0, partition: PartitionConfig | None = None, **data: Any) -> FederatedData:
     partition = partition or PartitionConfig()
-    return load_federated_data(Config(data=DataConfig(**data), partition=partition, seed=seed))
+    return load_federated_data(
+        Config(data=DataConfig(**data), partition=partition, seed=seed), INSTRUCTIONS
+    )
 
 
 def questions(records: datasets.Dataset) -> list[str]:
@@ -175,10 +178,12 @@ def test_site_data_needs_no_label_and_no_client_column(tmp_path: Path) -> None:
 
     data = DataConfig(path=path, client_column="desk", columns=ColumnsConfig(label="kind"))
     config = Config(data=data)
-    assert len(load_site_data(config)) == 9
+    assert len(load_site_data(config, INSTRUCTIONS)) == 9
     config = Config(data=replace(data, max_samples=4))
-    assert questions(load_site_data(config)) == questions(load_site_data(config))
-    assert len(load_site_data(config)) == 4
+    assert questions(load_site_data(config, INSTRUCTIONS)) == questions(
+        load_site_data(config, INSTRUCTIONS)
+    )
+    assert len(load_site_data(config, INSTRUCTIONS)) == 4
 
 
 def test_errors_of_the_source(tmp_path: Path) -> None:

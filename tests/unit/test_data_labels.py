@@ -4,10 +4,10 @@ import datasets
 import pytest
 
 from fedllm_flwr.config.schema import DataConfig
-from fedllm_flwr.data.kinds import INSTRUCTIONS
 from fedllm_flwr.data.labels import require_scored, unseen_labels
-from fedllm_flwr.data.records import Example
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.tasks.sft.examples import INSTRUCTIONS
+from fedllm_flwr.tasks.sft.records import Example
 
 LABELS = DataConfig(labels=["good", "bad", "ugly"])
 

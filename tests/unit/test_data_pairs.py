@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.data.encode import encode, encode_prompts
-from fedllm_flwr.data.pairs import EncodedPairs, PairReport, encode_pairs
-from fedllm_flwr.data.preferences import Pair
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs, PairReport, encode_pairs
+from fedllm_flwr.tasks.preferences.records import Pair
 from toy_tokenizers import CHATML, PLAIN_BLANK_LINES, TOKENIZERS, byte_level
 
 ROLES = ("user", "assistant")

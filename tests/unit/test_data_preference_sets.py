@@ -15,8 +15,9 @@ from fedllm_flwr.config.compose import compose
 from fedllm_flwr.data import sources
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.data.federated import FederatedData, load_federated_data
-from fedllm_flwr.data.pairs import encode_pairs
-from fedllm_flwr.data.preferences import Pair
+from fedllm_flwr.tasks.dpo.pairs import PREFERENCES, encode_pairs
+from fedllm_flwr.tasks.preferences.records import Pair
+from fedllm_flwr.tasks.sft.examples import INSTRUCTIONS
 from toy_tokenizers import SHARED, TOKENIZERS
 
 SETS = SHARED.parent / "dpo"
@@ -28,10 +29,14 @@ HH_TEMPLATE = (
 )
 
 
+def load_pairs(*overrides: str) -> FederatedData:
+    return load_federated_data(compose(["task=dpo", *overrides]), PREFERENCES)
+
+
 @cache
 def load(data: str, path: Path) -> FederatedData:
     changes = ["data.eval_split=null", "data.validation_fraction=0", "partition=iid"]
-    return load_federated_data(compose(["task=dpo", f"data={data}", f"data.path={path}", *changes]))
+    return load_pairs(f"data={data}", f"data.path={path}", *changes)
 
 
 def pairs_of(records: datasets.Dataset) -> list[Pair]:
@@ -156,7 +161,7 @@ def test_hub_sets_come_as_lists_of_turns(monkeypatch: pytest.MonkeyPatch) -> Non
         return datasets.Dataset.from_list([row] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load_federated_data(compose(["task=dpo", "data=ultrafeedback", "partition=iid"]))
+    data = load_pairs("data=ultrafeedback", "partition=iid")
     assert data.train[0] == Pair([asked], "good", "bad", "", "")._asdict()
     assert len(data.eval) == 3
     assert calls == [
@@ -168,8 +173,8 @@ def test_hub_sets_come_as_lists_of_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     not (sources.DEMO / "preferences_train.jsonl").exists(), reason="the demo is not here yet"
 )
 def test_the_embedded_pairs_and_the_embedded_headlines_have_files_of_their_own() -> None:
-    pairs = load_federated_data(compose(["task=dpo", "data=demo_preferences"]))
-    headlines = load_federated_data(compose(["task=sft", "data=demo"]))
+    pairs = load_pairs("data=demo_preferences")
+    headlines = load_federated_data(compose(["data=demo"]), INSTRUCTIONS)
 
     for part, name in ((pairs.train, "train"), (pairs.eval, "test")):
         file = sources.DEMO / f"preferences_{name}.jsonl"

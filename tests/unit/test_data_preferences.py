@@ -10,9 +10,10 @@ from fedllm_flwr.config.schema import ColumnsConfig, Config, DataConfig, TaskCon
 from fedllm_flwr.data.columns import AttributeColumn, Mapping
 from fedllm_flwr.data.faults import Faults
 from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
-from fedllm_flwr.data.preferences import Pair, make_pairs
 from fedllm_flwr.data.preprocessing import PREPROCESSING
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.tasks import find
+from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
 
 ROLES = {"u": "user", "a": "assistant", "s": "system"}
 
@@ -243,7 +244,7 @@ def test_missing_columns(row: dict[str, Any], columns: dict[str, str | None], me
 def load(path: Path, rows: list[dict[str, Any]], task: str = "dpo", **data: Any) -> FederatedData:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"path": str(path), "validation_fraction": 0.0} | data
-    return load_federated_data(Config(data=DataConfig(**data), task=TaskConfig(task)))
+    return load_federated_data(Config(data=DataConfig(**data)), find(task).records)
 
 
 def good(count: int, **columns: Any) -> list[dict[str, Any]]:
@@ -308,4 +309,4 @@ def test_a_site_reads_pairs(tmp_path: Path) -> None:
     load(path, good(5))
     config = Config(data=DataConfig(path=str(path), client_column="x"), task=TaskConfig("dpo"))
 
-    assert load_site_data(config)["rejected"][:] == [f"b{i}" for i in range(5)]
+    assert load_site_data(config, find("dpo").records)["rejected"][:] == [f"b{i}" for i in range(5)]

@@ -9,8 +9,8 @@ from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
 from fedllm_flwr.data.faults import Faults, refuse_faults
 from fedllm_flwr.data.preprocessing import PREPROCESSING
-from fedllm_flwr.data.records import make_examples
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.tasks.sft.records import make_examples
 
 QUESTION_ANSWER = ColumnsConfig(instruction="question", input=None, output="answer")
 CHAT = ColumnsConfig(messages="chat")
@@ -201,8 +201,8 @@ def test_half_a_surrogate_pair_is_a_fault() -> None:
 
 def test_importing_the_data_package_loads_no_model_library() -> None:
     modules = (
-        "choices, encode, federated, files, kinds, pairs, partition, preferences, records, "
-        "sources, templates, token_cache"
+        "choices, encode, federated, files, kinds, partition, records, sources, "
+        "templates, token_cache"
     )
     code = (
         f"import sys; from fedllm_flwr.data import {modules}; "

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from fedllm_flwr.data.encode import encode, encode_prompts
-from fedllm_flwr.data.pairs import encode_pairs
-from fedllm_flwr.data.preferences import Pair
+from fedllm_flwr.tasks.dpo.pairs import encode_pairs
+from fedllm_flwr.tasks.preferences.records import Pair
 from toy_tokenizers import TOKENIZERS
 
 TEMPLATES = ("alpaca", "vicuna", "chat")

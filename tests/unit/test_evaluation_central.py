@@ -14,15 +14,15 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.evaluation.central import (
-    EvaluationSet,
-    classification_scores,
-    evaluate,
-    make_evaluation_set,
-)
+from fedllm_flwr.evaluation.central import evaluate
 from fedllm_flwr.federation.messages import Task
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.scoring import Question, score, score_examples
+from fedllm_flwr.tasks.sft.held_out import (
+    EvaluationSet,
+    classification_scores,
+    make_evaluation_set,
+)
 
 LABELS = ["bad", "good", "so-so"]
 MakeConfig = Callable[..., Config]

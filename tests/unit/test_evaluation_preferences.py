@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedllm_flwr.evaluation.answers import as_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -14,20 +13,20 @@ from hypothesis.extra.numpy import arrays
 from fedllm_flwr.client.local_evaluation import evaluate_locally
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.data.pairs import encode_pairs
-from fedllm_flwr.data.preferences import Pair
 from fedllm_flwr.data.templates import render_prompt
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.evaluation.preferences import (
+from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
+from fedllm_flwr.models.generation import as_text
+from fedllm_flwr.params import Params
+from fedllm_flwr.tasks.dpo.held_out import (
     PreferenceSet,
     make_preference_set,
     preference_scores,
-    side_by_side,
 )
-from fedllm_flwr.federation.messages import Task
-from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
-from fedllm_flwr.params import Params
-from fedllm_flwr.training.reference import reference_log_probs
+from fedllm_flwr.tasks.dpo.pairs import encode_pairs
+from fedllm_flwr.tasks.preferences.records import Pair
+from fedllm_flwr.tasks.preferences.reference import reference_log_probs
 from toy_pairs import greedy, one_by_one, random_pairs
 
 MakeConfig = Callable[..., Config]
@@ -163,7 +162,7 @@ def held_out() -> tuple[list[Pair], dict[str, list[Any]]]:
 def make_set(config: Config, model: AdaptedModel, reference: Params | None = None) -> PreferenceSet:
     pairs, records = held_out()
     encoded = encode_pairs(pairs, model.tokenizer, config.data.template, config.training.max_length)
-    return make_preference_set(config, model, records, encoded, reference, 1)
+    return make_preference_set(config, model, records, encoded, reference)
 
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
@@ -194,7 +193,7 @@ def test_no_answers_wanted(config: Config, model: AdaptedModel) -> None:
     config = changed(config, evaluation={"answers": 0})
     data = make_set(config, model)
     assert "answer_tokens" not in data.score(model, 300)
-    assert side_by_side(model, model.initial, data.prompts) == ""
+    assert data.prompts.side_by_side(model, model.initial) == ""
 
 
 @pytest.mark.parametrize("template", ["vicuna", "alpaca"])
@@ -224,7 +223,7 @@ def test_prompts_belong_to_the_pairs_that_were_kept(config: Config, model: Adapt
     records = {name: [getattr(pair, name) for pair in pairs] for name in records}
     encoded = encode_pairs(pairs, model.tokenizer, "vicuna", 400, "drop")
     config = changed(config, data={"template": "vicuna"})
-    data = make_preference_set(config, model, records, encoded, None, 1)
+    data = make_preference_set(config, model, records, encoded, None)
     assert data.prompts.texts == QUESTIONS[:3]
     assert data.prompts.chosen == ["good 0\nmore", "good 1\nmore", "good 2\nmore"]
 
@@ -232,7 +231,7 @@ def test_prompts_belong_to_the_pairs_that_were_kept(config: Config, model: Adapt
 def test_answers_side_by_side(config: Config, model: AdaptedModel) -> None:
     data = make_set(config, model)
     adapter = random_adapter(model)
-    page = side_by_side(model, adapter, data.prompts)
+    page = data.prompts.side_by_side(model, adapter)
     assert page.startswith("# Answers to held-out prompts\n\n## Prompt\n")
     _, *sections = page.split("\n## Prompt\n\n")
     assert len(sections) == 3
@@ -266,7 +265,9 @@ def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel) -> N
         scores = evaluate_locally(task, data)
         model.load(adapter)
         policy = one_by_one(model.peft, pairs)
-        expected_reference = reference_log_probs(model, given_reference, pairs, 1)
+        expected_reference = reference_log_probs(model, given_reference, pairs.rows, 1).reshape(
+            -1, 2
+        )
         expected = naive_scores(policy, expected_reference, config.dpo.beta)
         assert scores == pytest.approx(expected, abs=1e-4)
 

@@ -22,6 +22,7 @@ from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.runs.fit import fit_warnings, scored_on_one
 from fedllm_flwr.server.run import run_on_grid
 from fedllm_flwr.simulation.inprocess import InProcessGrid
+from fedllm_flwr.tasks import find
 from fedllm_flwr.training.batches import split_step
 from tiny_runs import tiny
 
@@ -62,12 +63,12 @@ def test_what_all_records_share_makes_none_of_them_a_duplicate() -> None:
 
 def test_plan_warns_of_few_scores_and_of_a_batch_beyond_the_data() -> None:
     config = compose(tiny("training.batch_size=80"))
-    data = simulated_data(config, load_tokenizer(config.model))
+    data = simulated_data(config, find("sft").records, load_tokenizer(config.model))
     lines = fit_warnings(config, data, data.source.eval)
     assert [line for line in lines if "a step takes 80 examples" in line]
     assert [line for line in lines if f"±{0.98 / 10**0.5:.2f}" in line]  # of 10 records
     config = compose(["training.batch_size=16"])
-    data = simulated_data(config, load_tokenizer(config.model))
+    data = simulated_data(config, find("sft").records, load_tokenizer(config.model))
     assert fit_warnings(config, data, data.source.eval) == []  # the demo as it comes
 
 

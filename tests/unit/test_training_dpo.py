@@ -14,12 +14,12 @@ from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import DPO_LOSSES
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.federation.messages import Task, Update
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.params import Params
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
+from fedllm_flwr.tasks.dpo.training import train_dpo
 from fedllm_flwr.training.batches import round_batches
-from fedllm_flwr.training.dpo import train_dpo
 from fedllm_flwr.training.schedule import draw_examples
 from fedllm_flwr.training.trainer import Trained
 from toy_pairs import random_pairs

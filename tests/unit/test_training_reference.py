@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.federation.messages import Acknowledged, Task, Update
 from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.params import Params, add
-from fedllm_flwr.training.reference import ReferenceCache, reference_log_probs
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
+from fedllm_flwr.tasks.preferences.reference import ReferenceCache, reference_log_probs
 from fedllm_flwr.training.schedule import draw_examples
 from toy_pairs import as_pairs, one_by_one, random_pairs
 
@@ -76,7 +76,7 @@ def counted_rows(model: AdaptedModel) -> Iterator[list[int]]:
 def test_the_reference_is_the_base_model(
     batch_tokens: int, config: Config, model: AdaptedModel, pairs: EncodedPairs
 ) -> None:
-    values = reference_log_probs(model, None, pairs, batch_tokens)
+    values = reference_log_probs(model, None, pairs.rows, batch_tokens).reshape(-1, 2)
     assert values.shape == (30, 2)
     np.testing.assert_allclose(values, one_by_one(base_model(config), pairs), atol=1e-4)
 
@@ -85,7 +85,7 @@ def test_the_reference_is_a_given_adapter(
     config: Config, model: AdaptedModel, pairs: EncodedPairs
 ) -> None:
     adapter = random_adapter(model, seed=2)
-    values = reference_log_probs(model, adapter, pairs, 300)
+    values = reference_log_probs(model, adapter, pairs.rows, 300).reshape(-1, 2)
     base = one_by_one(base_model(config), pairs)
     assert np.abs(values - base).max() > 1
     model.load(adapter)
@@ -97,7 +97,7 @@ def test_the_adapter_works_again_after_the_reference(
 ) -> None:
     """Neither the adapter's tensors nor that it is in use, nor trainable, is lost."""
     before, expected = model.params(), one_by_one(model.peft, pairs)
-    reference_log_probs(model, None, pairs, 300)
+    reference_log_probs(model, None, pairs.rows, 300)
     np.testing.assert_array_equal(one_by_one(model.peft, pairs), expected)
     assert all(np.array_equal(value, before[name]) for name, value in model.params().items())
     assert set(model.trainable()) == set(before)
@@ -108,10 +108,10 @@ def test_kept_values_equal_fresh_ones_however_they_were_padded(
 ) -> None:
     """Drawn in two rounds, with other neighbours and other padding than all at once."""
     order = np.random.default_rng(0).permutation(len(pairs))
-    _, remembered = ReferenceCache(100).of(model, None, pairs, order[:13])
-    kept, _ = ReferenceCache(700, remembered).of(model, None, pairs, order)
+    remembered = ReferenceCache(100).of(model, None, pairs, order[:13])
+    kept = ReferenceCache(700, remembered).of(model, None, pairs, order)["values"]
     for batch_tokens in (1, 2048):
-        fresh = reference_log_probs(model, None, pairs, batch_tokens)
+        fresh = reference_log_probs(model, None, pairs.rows, batch_tokens).reshape(-1, 2)
         np.testing.assert_allclose(kept, fresh, rtol=0, atol=1e-5 * float(np.abs(fresh).max()))
         per_token = np.abs(kept - fresh) / answer_lengths(pairs)
         assert per_token.max() < 1e-5
@@ -127,17 +127,17 @@ def test_each_pair_is_computed_once(model: AdaptedModel, pairs: EncodedPairs) ->
     for updates in range(7):
         drawn = draw_examples(len(pairs), 8, updates, 0, "a")
         with counted_rows(model) as rows:
-            _, remembered = ReferenceCache(300, remembered).of(model, None, pairs, drawn)
+            remembered = ReferenceCache(300, remembered).of(model, None, pairs, drawn)
         assert sum(rows) == 2 * len(set(drawn.tolist()) - seen)
         seen |= set(drawn.tolist())
     assert len(seen) == len(pairs)  # the last rounds computed nothing
 
 
 def test_a_repeated_round_gives_the_same_bits(model: AdaptedModel, pairs: EncodedPairs) -> None:
-    _, first = ReferenceCache(100).of(model, None, pairs, np.array([0, 1, 2, 3]))
+    first = ReferenceCache(100).of(model, None, pairs, np.array([0, 1, 2, 3]))
 
     def second() -> bytes:
-        values, _ = ReferenceCache(100, first).of(model, None, pairs, np.array([3, 9, 20]))
+        values = ReferenceCache(100, first).of(model, None, pairs, np.array([3, 9, 20]))["values"]
         return values.tobytes()
 
     before = second()
@@ -168,11 +168,15 @@ def test_values_of_other_pairs_are_not_used(
     pairs: EncodedPairs,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    _, remembered = ReferenceCache(300).of(model, None, pairs, everything(pairs))
+    remembered = ReferenceCache(300).of(model, None, pairs, everything(pairs))
     others = change(pairs)
     with caplog.at_level(logging.WARNING):
-        values, _ = ReferenceCache(300, remembered).of(model, None, others, everything(others))
-    np.testing.assert_array_equal(values, reference_log_probs(model, None, others, 300))
+        values = ReferenceCache(300, remembered).of(model, None, others, everything(others))[
+            "values"
+        ]
+    np.testing.assert_array_equal(
+        values, reference_log_probs(model, None, others.rows, 300).reshape(-1, 2)
+    )
     assert "remembered log-probabilities are not used" in caplog.text
 
 
@@ -183,9 +187,9 @@ def test_values_of_another_reference_are_not_used(
     for adapter in (None, random_adapter(model, 2), random_adapter(model, 3)):
         cache = ReferenceCache(300, remembered)
         with caplog.at_level(logging.WARNING):
-            values, remembered = cache.of(model, adapter, pairs, everything(pairs))
-        expected = reference_log_probs(model, adapter, pairs, 300)
-        np.testing.assert_array_equal(values, expected)
+            remembered = cache.of(model, adapter, pairs, everything(pairs))
+        expected = reference_log_probs(model, adapter, pairs.rows, 300).reshape(-1, 2)
+        np.testing.assert_array_equal(remembered["values"], expected)
     assert caplog.text.count("are not used") == 2
 
 

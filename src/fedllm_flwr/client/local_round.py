@@ -1,9 +1,7 @@
 """One client's round: from the server's task to the client's update."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +9,18 @@ from numpy.typing import NDArray
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.errors import ConfigError, DataError, ModelError, RefusedError
 from fedllm_flwr.federation.client_memory import ClientMemory
 from fedllm_flwr.federation.control import ClientControl
 from fedllm_flwr.federation.messages import Task, Update
 from fedllm_flwr.models.adapted_model import AdaptedModel, hide_libraries, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
-from fedllm_flwr.params import Params, derive_seed, subtract
+from fedllm_flwr.params import derive_seed, subtract
+from fedllm_flwr.tasks import task_of
+from fedllm_flwr.tasks.base import LocalWork, TrainingTask
 from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.drift import DriftCorrection
-from fedllm_flwr.training.reference import LogProbs, ReferenceCache
 from fedllm_flwr.training.schedule import draw_examples, steps_per_round
-from fedllm_flwr.training.sft import train_sft
-from fedllm_flwr.training.trainer import Trained
 
 Drawn = NDArray[np.int64]
 
@@ -35,7 +30,7 @@ def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
 
     Args:
         state_dir: where this client remembers the run: SCAFFOLD's control variate, its own adapter
-            where clients train alone, and the reference's log-probabilities of DPO.
+            where clients train alone, and what the training task keeps.
 
     Raises:
         FedLLMError: the data or the model cannot be used as asked.
@@ -55,26 +50,24 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
     _check_fit(data, model, config)
     wanted = {"control"} if task.control is not None else set()
     memory = ClientMemory.recall(task, state_dir, wanted | ({"adapter"} if task.alone else set()))
-    kept: dict[str, Params] = {}
+    entry = task_of(config)
     drawn = _draw(task, data)
-    batches = _batches(task, data, model, drawn)
-    if isinstance(data.train, EncodedPairs):
-        cache = ReferenceCache(config.evaluation.batch_tokens, memory.groups.get("reference"))
-        reference, kept["reference"] = cache.of(model, task.reference, data.train, drawn)
-        train = _dpo(task, data.train, model, reference)
-    else:
-        train = _sft(task, data.train, model)
+    work = LocalWork(
+        config=config,
+        model=model,
+        examples=data.train,
+        drawn=drawn,
+        batches=_batches(task, data, model, drawn, entry),
+        learning_rate=task.learning_rate,
+        seed=derive_seed(config.seed, "dropout", task.round, data.name),
+        tensors={} if task.reference is None else {"reference": task.reference},
+        remembered=memory.groups,
+    )
+    kept = entry.prepare(work)
     model.load(memory.groups.get("adapter", task.params))
     control = ClientControl.of(task, memory.groups.get("control"))
     drift = DriftCorrection(model.trainable(), task.correction, control.drift(), task.learning_rate)
-    result = train(
-        batches=batches,
-        training=config.training,
-        learning_rate=task.learning_rate,
-        seed=derive_seed(config.seed, "dropout", task.round, data.name),
-        callbacks=[drift],
-        penalty=drift.penalty,
-    )
+    result = entry.optimise(work, kept, [drift], drift.penalty)
     trained = model.params()
     delta = subtract(trained, task.params)
     own_control, control_delta = control.finish(delta, drift.mean_gradient(), drift.steps)
@@ -92,8 +85,8 @@ def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
             "loss": result.loss,
             **result.metrics,
             "steps": float(drift.steps),
-            "tokens": float(batches.num_tokens),
-            "computed_tokens": float(batches.computed_tokens),
+            "tokens": float(work.batches.num_tokens),
+            "computed_tokens": float(work.batches.computed_tokens),
             "seconds": time.monotonic() - started,
         },
     )
@@ -131,36 +124,18 @@ def _draw(task: Task, data: ClientData) -> Drawn:
     return draw_examples(count, total, updates, task.config.seed, data.draw_name(total))
 
 
-def _batches(task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn) -> RoundBatches:
-    """The round's micro-batches; each pair of preferences is two rows of one."""
+def _batches(
+    task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn, entry: TrainingTask
+) -> RoundBatches:
+    """The round's micro-batches."""
     config, examples = task.config, data.train
-    steps = steps_per_round(config.training, len(examples))
-    rows = 2 if isinstance(examples, EncodedPairs) else 1
+    steps, rows = steps_per_round(config.training, len(examples)), entry.rows_per_example
     size = micro_batch_size(config.training, model.device, model.num_base_parameters, rows)
-    packed = rows == 1 and _packed(config, model)
+    has_flash, wanted = model.attention == "flash_attention_2", config.training.packing
+    packed = entry.can_pack and (has_flash if wanted is None else wanted)
     batches = round_batches(drawn, examples.lengths, steps, size, packed)
     return replace(
         batches,
         num_tokens=examples.num_tokens_of(drawn),
         computed_tokens=rows * batches.computed_tokens,
     )
-
-
-def _sft(task: Task, examples: Encoded, model: AdaptedModel) -> Callable[..., Trained]:
-    """Instruction tuning of `model`, once the rest of the arguments is known."""
-    return partial(train_sft, model, examples, packed=_packed(task.config, model))
-
-
-def _dpo(
-    task: Task, pairs: EncodedPairs, model: AdaptedModel, reference: LogProbs
-) -> Callable[..., Trained]:
-    """Preference optimisation of `model`, against the reference model's log-probabilities."""
-    from fedllm_flwr.training.dpo import train_dpo
-
-    return partial(train_dpo, model, pairs, reference, dpo=task.config.dpo)
-
-
-def _packed(config: Config, model: AdaptedModel) -> bool:
-    """Whether examples go through the model end to end, without padding."""
-    requested = config.training.packing
-    return model.attention == "flash_attention_2" if requested is None else requested

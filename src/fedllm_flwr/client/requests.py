@@ -35,6 +35,7 @@ from fedllm_flwr.federation.wire import (
     unpack_task,
 )
 from fedllm_flwr.files import write_atomically
+from fedllm_flwr.tasks import task_of
 
 if TYPE_CHECKING:
     from fedllm_flwr.data.client_data import ClientData
@@ -302,12 +303,12 @@ def _data(config: Config, site: Site, policy: Policy) -> "ClientData":
     from fedllm_flwr.data.client_data import simulated_client, site_client
     from fedllm_flwr.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model)
+    kind, tokenizer = task_of(config).records, load_tokenizer(config.model)
     if site.is_simulated:
-        return simulated_client(config, tokenizer, int(site.node_config["partition-id"]))
+        return simulated_client(config, kind, tokenizer, int(site.node_config["partition-id"]))
     state = _state(site)
     secret = state.secret() if policy.secret_draws else ""
-    return site_client(config, tokenizer, site.name, state.tokens, secret)
+    return site_client(config, kind, tokenizer, site.name, state.tokens, secret)
 
 
 def _state(site: Site) -> SiteState:

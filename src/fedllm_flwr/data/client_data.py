@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
-from fedllm_flwr.data.kinds import KINDS
-from fedllm_flwr.data.pairs import Examples
+from fedllm_flwr.data.kinds import Examples, RecordKind
 from fedllm_flwr.data.partition import Partition, partition
 from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.data.token_cache import encode_cached
@@ -68,16 +67,17 @@ class _Keyed:
 
     text: str
     config: Config = field(compare=False)
+    kind: RecordKind = field(compare=False)
     tokenizer: Tokenizer | None = field(compare=False, default=None)
 
     @classmethod
-    def of(cls, config: Config, tokenizer: Tokenizer | None = None) -> "_Keyed":
+    def of(cls, config: Config, kind: RecordKind, tokenizer: Tokenizer | None = None) -> "_Keyed":
         """The key for a configuration's records, or with a tokenizer for its examples."""
         parts = [config.task, config.data, config.partition, config.federation.num_clients]
         parts += [config.seed, _stamps(config.data.path), _stamps(config.data.eval_path)]
         if tokenizer is not None:
             parts += [config.model, config.training.max_length]
-        return cls(repr(parts), config, tokenizer)
+        return cls(repr(parts), config, kind, tokenizer)
 
 
 def _stamps(path: str | None) -> list[tuple[str, int, int]]:
@@ -89,21 +89,21 @@ def _stamps(path: str | None) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def divided_data(config: Config) -> tuple[FederatedData, Partition]:
+def divided_data(config: Config, kind: RecordKind) -> tuple[FederatedData, Partition]:
     """The records of a simulated run and its clients; kept by the process, as the next."""
-    return _divided(_Keyed.of(config))
+    return _divided(_Keyed.of(config, kind))
 
 
-def simulated_data(config: Config, tokenizer: Tokenizer) -> SimulatedData:
+def simulated_data(config: Config, kind: RecordKind, tokenizer: Tokenizer) -> SimulatedData:
     """The records, clients and encoded examples of a simulated run."""
-    source, clients = divided_data(config)
-    return SimulatedData(source, clients, _encoded(_Keyed.of(config, tokenizer)))
+    source, clients = divided_data(config, kind)
+    return SimulatedData(source, clients, _encoded(_Keyed.of(config, kind, tokenizer)))
 
 
 @lru_cache(maxsize=1)
 def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
     config = keyed.config
-    source = load_federated_data(config)
+    source = load_federated_data(config, keyed.kind)
     count = config.federation.num_clients
     return source, partition(source.train, config.partition, count, config.seed)
 
@@ -111,25 +111,26 @@ def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
 @lru_cache(maxsize=1)
 def _encoded(keyed: _Keyed) -> Examples:
     assert keyed.tokenizer is not None
-    source, _ = divided_data(keyed.config)
-    return encode_records(keyed.config, keyed.tokenizer, source.train)
+    source, _ = divided_data(keyed.config, keyed.kind)
+    return encode_records(keyed.config, keyed.kind, keyed.tokenizer, source.train)
 
 
 def encode_records(
     config: Config,
+    kind: RecordKind,
     tokenizer: Tokenizer,
     records: "datasets.Dataset",
     cache: Path | None = None,
     most_files: int | None = None,
 ) -> Examples:
-    """Encode a data set of the task's kind as the configuration says, cached on disk.
+    """Encode a data set of a kind of records as the configuration says, cached on disk.
 
     Args:
         cache: folder of the cached files; None: that of the user.
         most_files: how many it keeps; None: all.
     """
     encoded: Examples = encode_cached(
-        KINDS[config.task.name].codec,
+        kind.codec,
         records,
         tokenizer,
         config.data.template,
@@ -172,13 +173,15 @@ def require_clients_examples(config: Config, data: SimulatedData) -> None:
         require_examples(config, name, int(kept[rows].sum()))
 
 
-def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> ClientData:
+def simulated_client(
+    config: Config, kind: RecordKind, tokenizer: Tokenizer, index: int
+) -> ClientData:
     """The examples of simulated client `index`.
 
     Raises:
         DataError: there is no such client.
     """
-    data = simulated_data(config, tokenizer)
+    data = simulated_data(config, kind, tokenizer)
     names = data.partition.names
     if index >= len(names):
         raise DataError(
@@ -190,7 +193,12 @@ def simulated_client(config: Config, tokenizer: Tokenizer, index: int) -> Client
 
 
 def site_client(
-    config: Config, tokenizer: Tokenizer, name: str, cache: Path | None = None, secret: str = ""
+    config: Config,
+    kind: RecordKind,
+    tokenizer: Tokenizer,
+    name: str,
+    cache: Path | None = None,
+    secret: str = "",
 ) -> ClientData:
     """The examples of a site, whose own file is ``config.data.path``.
 
@@ -198,7 +206,7 @@ def site_client(
         cache: folder for its tokenised records; None: that of the user.
         secret: of the site, for its draws.
     """
-    encoded = _site(_Keyed.of(config, tokenizer), data_identity(config), cache)
+    encoded = _site(_Keyed.of(config, kind, tokenizer), data_identity(config), cache)
     require_examples(config, name, len(encoded))
     return _with_held_out(name, encoded, np.arange(len(encoded)), config, secret)
 
@@ -223,8 +231,10 @@ def _digest(file: Path, size: int, modified_ns: int) -> str:
 @lru_cache(maxsize=1)
 def _site(keyed: _Keyed, identity: str, cache: Path | None) -> Examples:
     assert keyed.tokenizer is not None
-    records = load_site_data(keyed.config)
-    encoded = encode_records(keyed.config, keyed.tokenizer, records, cache, _SITE_CACHE_FILES)
+    records = load_site_data(keyed.config, keyed.kind)
+    encoded = encode_records(
+        keyed.config, keyed.kind, keyed.tokenizer, records, cache, _SITE_CACHE_FILES
+    )
     for line in losses(keyed.config, encoded):
         logger.warning("%s", line)
     return encoded

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedllm_flwr.config.schema import EMBEDDED_DATA, Config, DataConfig
 from fedllm_flwr.data.columns import AttributeColumn
-from fedllm_flwr.data.kinds import KINDS
+from fedllm_flwr.data.kinds import RecordKind
 from fedllm_flwr.data.sources import SourceReport, load_records
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.params import derive_seed
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-Record = TypeVar("Record")  # an Example or a Pair
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class FederatedData:
     """Records of a run, before they are divided among clients.
 
     Both sets have the columns messages (list of {role, content}), label (str) and client (str:
-    value of partition.column, else of data.client_column, else ""); for task=sft choice (int32:
-    index of the answer in data.labels, else -1), for task=dpo chosen and rejected (str: answers
-    to messages).
+    value of partition.column, else of data.client_column, else "") and those of the task, see its
+    `RecordKind`.
     """
 
     train: "datasets.Dataset"
@@ -54,18 +53,18 @@ class FederatedData:
     report: LoadReport
 
 
-def load_federated_data(config: Config) -> FederatedData:
+def load_federated_data(config: Config, kind: RecordKind) -> FederatedData:
     """Load what ``config.data`` names; the same seed gives the same records in the same order.
 
     Raises DataError and ConfigError with key, value and remedy.
     """
-    data, kind = config.data, KINDS[config.task.name]
+    data = config.data
     label = _column(data.columns.label, "data.columns.label", required=True)
     client = _client_column(config)
     loaded = load_records(data, kind, label=label, client=client)
     train = _sample(loaded.records, data.max_samples, config.seed, "max_samples")
     if _has_eval_source(data):
-        test, report = _load_evaluation(config, client)
+        test, report = _load_evaluation(config, kind, client)
         held_out = 0
     else:
         train, test = _hold_out(train, data, config.seed)
@@ -74,18 +73,18 @@ def load_federated_data(config: Config) -> FederatedData:
     return FederatedData(kind.to_dataset(train), kind.to_dataset(test), counts)
 
 
-def load_evaluation_data(config: Config) -> "datasets.Dataset | None":
+def load_evaluation_data(config: Config, kind: RecordKind) -> "datasets.Dataset | None":
     """The evaluation records of a server whose training data lie with its sites, if it has any."""
     if not _has_eval_source(config.data):
         return None
     client = _column(config.data.client_column, "data.client_column", required=False)
-    return KINDS[config.task.name].to_dataset(_load_evaluation(config, client)[0])
+    return kind.to_dataset(_load_evaluation(config, kind, client)[0])
 
 
 def _load_evaluation(
-    config: Config, client: AttributeColumn | None
+    config: Config, kind: RecordKind, client: AttributeColumn | None
 ) -> tuple[list[Any], SourceReport]:
-    data, kind = config.data, KINDS[config.task.name]
+    data = config.data
     loaded = load_records(
         data, kind, True, label=_optional(_eval_label(data)), client=_optional(client)
     )
@@ -93,12 +92,12 @@ def _load_evaluation(
     return records, loaded.report
 
 
-def load_site_data(config: Config) -> "datasets.Dataset":
+def load_site_data(config: Config, kind: RecordKind) -> "datasets.Dataset":
     """The training records of one site's own file; columns as in FederatedData.
 
     The label and client columns may be absent here: a site is one client.
     """
-    data, kind = config.data, KINDS[config.task.name]
+    data = config.data
     label = _column(data.columns.label, "data.columns.label", required=False)
     client = _column(data.client_column, "data.client_column", required=False)
     loaded = load_records(data, kind, label=label, client=client)

@@ -1,19 +1,57 @@
-"""What a task trains on: the kinds of records, from the columns of a file to examples."""
+"""What a training task tells the data layer: its columns, its records and its examples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedllm_flwr.data.columns import Mapping
 from fedllm_flwr.data.faults import Faults
-from fedllm_flwr.data.pairs import EncodedPairs, PairReport, encode_pairs
-from fedllm_flwr.data.preferences import Pair, make_pairs
 from fedllm_flwr.data.preprocessing import Preprocessed
-from fedllm_flwr.data.records import Example, make_examples
-from fedllm_flwr.data.token_cache import CONVERSATIONS, Codec
+from fedllm_flwr.data.token_cache import Codec
+from fedllm_flwr.data.tokens import TokenArray
 
 if TYPE_CHECKING:
     import datasets
+
+
+class Report(Protocol):
+    """What became of records when they were encoded."""
+
+    @property
+    def losses(self) -> str:
+        """What did not fit, in words; empty if all did."""
+
+
+class Examples(Protocol):
+    """Encoded records of any task: what a client draws from and trains on."""
+
+    @property
+    def report(self) -> Report:
+        """What became of the records."""
+
+    @property
+    def tokens(self) -> TokenArray:
+        """The tokens of all examples, flat."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per example, of the longest row where it has several, (num_examples,)."""
+
+    @property
+    def source(self) -> NDArray[np.int64]:
+        """Index of the record that each example came from, (num_examples,)."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def take(self, examples: NDArray[np.int64]) -> Self:
+        """The chosen examples, in the order given."""
+
+    def num_tokens_of(self, examples: NDArray[np.int64]) -> int:
+        """Tokens of the chosen examples together."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +81,11 @@ class RecordKind:
         return sum(record.choice < 0 for record in records) if "choice" in self.columns else 0
 
 
-INSTRUCTIONS = RecordKind(
-    roles=("instruction", "input", "output", "messages"),
-    make=make_examples,
-    columns=dict(zip(Example._fields, ("messages", "string", "string", "int32"), strict=True)),
-    refused=("empty", "bad"),
-    codec=CONVERSATIONS,
-)
-
-PAIRS: Codec[EncodedPairs] = Codec(
-    name="pairs",
-    columns=("messages", "chosen", "rejected"),
-    encode=lambda records, *options: encode_pairs(
-        [Pair(context, chosen, rejected, "", "") for context, chosen, rejected in records], *options
-    ),
-    pack=lambda pairs: (pairs.rows, asdict(pairs.report)),
-    unpack=lambda rows, report: EncodedPairs(rows, PairReport(**report)),
-)
-
-PREFERENCES = RecordKind(
-    roles=("prompt", "chosen", "rejected"),
-    make=make_pairs,
-    columns=dict(
-        zip(Pair._fields, ("messages", "string", "string", "string", "string"), strict=True)
-    ),
-    refused=("bad",),  # pairs without a difference teach nothing and are left out in any case
-    codec=PAIRS,
-)
-
-KINDS = {"sft": INSTRUCTIONS, "dpo": PREFERENCES}  # by task.name
+def answer_columns(records: "datasets.Dataset") -> list[str]:
+    """Columns of text that a data set has beside its messages, such as answers to them."""
+    attributes = ("label", "client")
+    return [
+        name
+        for name, feature in records.features.items()
+        if name not in attributes and getattr(feature, "dtype", None) == "string"
+    ]

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedllm_flwr.data.kinds import answer_columns
+
 if TYPE_CHECKING:
     import datasets
 
@@ -73,8 +75,8 @@ def _near(train: Iterable[str], asked: Sequence[list[str]]) -> set[int]:
 
 
 def _texts(records: "datasets.Dataset") -> Iterator[str]:
-    """All that a record says: its turns, and the answers of a preference pair."""
-    answers = [records[name][:] for name in ("chosen", "rejected") if name in records.column_names]
+    """All that a record says: its turns, and the answers beside them."""
+    answers = [records[name][:] for name in answer_columns(records)]
     for number, turns in enumerate(records["messages"][:]):
         parts = [turn["content"] for turn in turns] + [column[number] for column in answers]
         yield " ".join(parts)[:_LONGEST]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, PartitionConfig
+from fedllm_flwr.data.kinds import answer_columns
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.params import derive_seed
 
@@ -93,11 +94,11 @@ def describe(partition: Partition) -> list[ClientStats]:
 
 
 def _text_lengths(records: "datasets.Dataset") -> NDArray[np.int64]:
-    """Characters of every record's turns; those of a preference pair include both answers."""
+    """Characters of every record: its turns, and the answers beside them."""
     lengths = np.array(
         [sum(len(turn["content"]) for turn in turns) for turns in records["messages"][:]]
     )
-    for answers in {"chosen", "rejected"} & set(records.column_names):
+    for answers in answer_columns(records):
         lengths += np.array([len(answer) for answer in records[answers][:]])
     return lengths
 

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedllm_flwr.data.encode import Encoded, EncodeReport, encode
+from fedllm_flwr.data.encode import Encoded, EncodeReport
 from fedllm_flwr.data.templates import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,15 +38,6 @@ class Codec(Generic[Examples]):
     # The rows that a file holds, and what else there is to know of them, as JSON.
     pack: Callable[[Examples], tuple[Encoded, dict[str, int]]]
     unpack: Callable[[Encoded, dict[str, int]], Examples]
-
-
-CONVERSATIONS: Codec[Encoded] = Codec(
-    name="conversations",
-    columns=("messages",),
-    encode=lambda records, *options: encode([messages for (messages,) in records], *options),
-    pack=lambda encoded: (encoded, {}),
-    unpack=lambda encoded, _: encoded,
-)
 
 
 def encode_cached(

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedllm_flwr import tasks
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.kinds import KINDS
 from fedllm_flwr.data.sources import SourceReport, load_records
 from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
 from fedllm_flwr.deployment.certificates import fingerprint, read_ca
@@ -130,11 +130,11 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
         raise ConfigError(f"--threads {options.threads}: give 1 or more")
     found = {name: usable_records(dataset) for name, dataset in options.datasets.items()}
     usable = {task for reports in found.values() for task in reports}
-    tasks = tuple(task for task in KINDS if task in usable)
+    fit_for = tuple(task for task in tasks.names() if task in usable)
     models = ("embedded",) if options.model_path is None else ("own",)
     policy = new_policy(
         options.policy,
-        tasks=tasks,
+        tasks=fit_for,
         allowed_models=models,
         approval=options.approval,
     )
@@ -209,9 +209,9 @@ def usable_records(dataset: SiteDataset) -> dict[str, SourceReport]:
     config = dataset.config()
     reports: dict[str, SourceReport] = {}
     errors: dict[str, DataError] = {}
-    for task, kind in KINDS.items():
+    for task in tasks.names():
         try:
-            reports[task] = load_records(config, kind).report
+            reports[task] = load_records(config, tasks.find(task).records).report
         except DataError as error:
             errors[task] = error
     if not reports:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedllm_flwr import tasks
 from fedllm_flwr.config.schema import ModelConfig, TrainingConfig
 from fedllm_flwr.data.columns import AttributeColumn
 from fedllm_flwr.deployment.datasets import SiteDataset, site_datasets
@@ -65,7 +66,6 @@ def check_site(
 def _data_lines(
     dataset: SiteDataset, policy: Policy, tokenizer: Any, template: str, max_length: int
 ) -> list[str]:
-    from fedllm_flwr.data.kinds import KINDS
     from fedllm_flwr.data.sources import load_records
 
     config = dataset.config(template=template)
@@ -74,8 +74,8 @@ def _data_lines(
     called = f" ({dataset.name})" if dataset.name else ""
     lines = [f"data        {config.path}{called}"]
     errors: list[str] = []
-    for task in policy.tasks or KINDS:
-        kind = KINDS[task]
+    for task in policy.tasks or tasks.names():
+        kind = tasks.find(task).records
         try:
             loaded = load_records(config, kind, label=label)
         except DataError as error:

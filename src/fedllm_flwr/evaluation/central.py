@@ -1,95 +1,9 @@
-"""Evaluation on the held-out records: loss, token accuracy, and classes by likelihood."""
+"""Evaluation of adapters on the server's held-out records."""
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
-from sklearn.metrics import f1_score
-
-from fedllm_flwr.config import Config
-from fedllm_flwr.data.choices import EncodedChoices, encode_choices
-from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.device import torch_threads
-from fedllm_flwr.models.scoring import Question, score, score_examples
 from fedllm_flwr.params import Params
-
-Scores = dict[str, float]
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Held-out records, encoded; ``choices`` and ``targets`` where answers are classes."""
-
-    examples: Encoded
-    choices: EncodedChoices | None
-    targets: NDArray[np.int64]  # (scored records,): index into data.labels
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The scores to look at first."""
-        return ("loss",) if self.choices is None else ("loss", "accuracy", "macro_f1")
-
-    def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
-        """Scores of the model as it is: loss (nats per answer token), perplexity, token_accuracy;
-        with classes also accuracy and macro_f1 of the most likely label.
-        """
-        tokens = score_examples(model, self.examples, batch_tokens)
-        scores: Scores = {
-            "loss": tokens.loss,
-            "perplexity": math.exp(min(tokens.loss, 700.0)),
-            "token_accuracy": tokens.token_accuracy,
-        }
-        if self.choices is not None:
-            questions = map(Question, self.choices.prompts, self.choices.answers)
-            found = score(model, [*questions], batch_tokens)
-            likelihoods = np.array([[answer.log_prob for answer in some] for some in found])
-            scores |= classification_scores(likelihoods.argmax(-1), self.targets)
-        return scores
-
-
-class HeldOut(Protocol):
-    """Held-out records, ready to score adapters with."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The scores to look at first."""
-
-    def __len__(self) -> int:
-        """Number of records."""
-
-    def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
-        """Scores of the model as it is."""
-
-
-def make_evaluation_set(
-    config: Config, tokenizer: Tokenizer, records: object, encoded: Encoded
-) -> EvaluationSet:
-    """Put together what `evaluate` needs; records whose answer is no known label are not scored.
-
-    Args:
-        records: a data set with columns messages and choice.
-        encoded: the same records, encoded for training.
-    """
-    chosen = np.array(records["choice"][:], np.int64)  # type: ignore[index]
-    scored = np.flatnonzero(chosen >= 0)
-    if not config.data.labels or not len(scored):
-        return EvaluationSet(encoded, None, np.empty(0, np.int64))
-    messages = records["messages"][:]  # type: ignore[index]
-    choices = encode_choices(
-        [messages[i] for i in scored],
-        config.data.labels,
-        tokenizer,
-        config.data.template,
-        config.training.max_length,
-    )
-    return EvaluationSet(encoded, choices, chosen[scored])
+from fedllm_flwr.tasks.base import HeldOut, Scores
 
 
 def evaluate(
@@ -99,11 +13,3 @@ def evaluate(
     with torch_threads(threads):
         model.load(params)
         return data.score(model, batch_tokens)
-
-
-def classification_scores(predicted: NDArray[np.int64], targets: NDArray[np.int64]) -> Scores:
-    """Accuracy, and F1 averaged over the classes that occur."""
-    return {
-        "accuracy": float((predicted == targets).mean()),
-        "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
-    }

@@ -25,13 +25,15 @@ from fedllm_flwr.data.client_data import (
     require_examples,
     simulated_data,
 )
+from fedllm_flwr.data.kinds import Examples
 from fedllm_flwr.data.labels import require_scored
-from fedllm_flwr.data.pairs import Examples
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.evaluation.suites.requested import requested_tasks
 from fedllm_flwr.models.base_facts import BaseFacts, ModelKey, base_facts
 from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.reporting.trackers import check_trackers
+from fedllm_flwr.tasks import task_of
+from fedllm_flwr.tasks.base import value_of
 
 if TYPE_CHECKING:
     import datasets
@@ -57,15 +59,16 @@ def check_fit(config: Config) -> None:
     if config.federation.engine == "deployment":
         _check_special_ids(config, tokenizer, facts)
         return
-    _, clients = divided_data(config)
+    kind = task_of(config).records
+    _, clients = divided_data(config, kind)
     check_client_counts(config, clients.num_clients)
-    data = simulated_data(config, tokenizer)
+    data = simulated_data(config, kind, tokenizer)
     require_clients_examples(config, data)
     check_token_ids(config, data.encoded, facts.vocabulary)
     if config.evaluation.central and len(data.source.eval):
         if "choice" in data.source.eval.column_names:
             require_scored(config.data, data.source.eval)
-        encoded = encode_records(config, tokenizer, data.source.eval)
+        encoded = encode_records(config, kind, tokenizer, data.source.eval)
         require_examples(config, "the held-out records", len(encoded))
         check_token_ids(config, encoded, facts.vocabulary)
 
@@ -167,10 +170,8 @@ def _foreign_token(config: Config, token: int, vocabulary: int) -> ModelError:
 
 def _check_adapters(config: Config) -> None:
     """Refuse adapters to start from, or to compare with, that have other settings than this run."""
-    adapters = {"init_adapter": config.init_adapter}
-    if config.task.name == "dpo":
-        adapters["dpo.reference_adapter"] = config.dpo.reference_adapter
-    for key, path in adapters.items():
+    adapters = {key: value_of(config, key) for key in task_of(config).adapters.values()}
+    for key, path in {"init_adapter": config.init_adapter, **adapters}.items():
         if path is None:
             continue
         file = Path(path).expanduser() / "adapter_config.json"
@@ -297,7 +298,7 @@ def first_refusal(configs: Sequence[Config]) -> None:
     for config in configs:
         parts = [config.model, config.lora, config.quantization, config.data, config.training]
         parts += [config.partition, config.federation, config.evaluation, config.task]
-        key = repr([*parts, config.init_adapter, config.dpo.reference_adapter])
+        key = repr([*parts, config.init_adapter, task_of(config).adapter_paths(config)])
         if key not in seen:
             seen.add(key)
             check_fit(config)

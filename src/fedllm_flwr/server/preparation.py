@@ -16,19 +16,18 @@ from fedllm_flwr.data.client_data import (
 )
 from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.labels import require_scored, unseen_labels
-from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.data.partition import ClientStats, describe
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.evaluation.central import HeldOut, make_evaluation_set
-from fedllm_flwr.evaluation.preferences import make_preference_set
 from fedllm_flwr.evaluation.suites.central import CentralSuites, central_suites
 from fedllm_flwr.federation.wire import round_trip
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
-from fedllm_flwr.models.device import cpu_count
+from fedllm_flwr.models.device import cpu_count, torch_threads
 from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.params import Params
 from fedllm_flwr.runs.adapter_files import load_adapter
 from fedllm_flwr.runs.fit import fit_warnings
+from fedllm_flwr.tasks import task_of
+from fedllm_flwr.tasks.base import HeldOut
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Prepared:
     model: AdaptedModel
     evaluation: HeldOut | None
     initial: Params
-    reference: Params | None  # adapter of DPO's reference model, where it is not the base model
+    reference: Params | None  # adapter of the reference model, where it is not the base model
     suites: CentralSuites | None = None  # benchmark suites to score with the held-out records
 
 
@@ -53,12 +52,13 @@ def prepare(config: Config) -> Prepared:
     """
     load_tokenizer(config.model)  # a wrong path shows before the data are read
     suites = central_suites(config)
+    kind = task_of(config).records
     if config.federation.engine == "deployment":
-        records = load_evaluation_data(config)
+        records = load_evaluation_data(config, kind)
         clients: list[ClientStats] = []
         warnings = fit_warnings(config, None, records)
     else:
-        data = simulated_data(config, load_tokenizer(config.model))
+        data = simulated_data(config, kind, load_tokenizer(config.model))
         require_clients_examples(config, data)
         records, clients = data.source.eval, describe(data.partition)
         warnings = _lost(config, data) + fit_warnings(config, data, records)
@@ -76,9 +76,8 @@ def prepare(config: Config) -> Prepared:
 
 
 def _reference(config: Config, model: AdaptedModel) -> Params | None:
-    """The adapter of DPO's reference model as clients will have it, where it has one."""
-    path = config.dpo.reference_adapter if config.task.name == "dpo" else None
-    reference = _adapter(path, model)
+    """The adapter of the reference model as clients will have it, where it has one."""
+    reference = _adapter(task_of(config).adapter_paths(config).get("reference"), model)
     return reference and round_trip(reference, config.communication.dtype)
 
 
@@ -103,9 +102,9 @@ def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:
         FedLLMError: the data cannot be read.
     """
     if config.federation.engine == "deployment":
-        records = load_evaluation_data(config)
+        records = load_evaluation_data(config, task_of(config).records)
     else:
-        records = divided_data(config)[0].eval
+        records = divided_data(config, task_of(config).records)[0].eval
     return _held_out(config, records, model, _reference(config, model))
 
 
@@ -117,12 +116,12 @@ def _held_out(
         return None
     if "choice" in records.column_names:
         require_scored(config.data, records)
-    encoded = encode_records(config, model.tokenizer, records)
+    entry = task_of(config)
+    encoded = encode_records(config, entry.records, model.tokenizer, records)
     require_examples(config, "the held-out records", len(encoded))
-    if isinstance(encoded, EncodedPairs):
-        threads = evaluation_threads(config)
-        return make_preference_set(config, model, records, encoded, reference, threads)
-    return make_evaluation_set(config, model.tokenizer, records, encoded)
+    tensors = {} if reference is None else {"reference": reference}
+    with torch_threads(evaluation_threads(config)):
+        return entry.held_out(config, model, records, encoded, tensors)
 
 
 def evaluation_threads(config: Config) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.evaluation.central import Scores, evaluate
+from fedllm_flwr.evaluation.central import evaluate
 from fedllm_flwr.federation.report import Hooks, RoundReport
 from fedllm_flwr.federation.round_store import folder_name
 from fedllm_flwr.federation.state import (
@@ -32,6 +32,7 @@ from fedllm_flwr.runs.local_adapters import AloneAdapters
 from fedllm_flwr.runs.lock import RoundBoard
 from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.server.preparation import Prepared, evaluation_threads
+from fedllm_flwr.tasks.base import Scores
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
 

@@ -48,6 +48,7 @@ from fedllm_flwr.runs.lock import held
 from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.simulation import find_engine
 from fedllm_flwr.simulation.resources import check_machine
+from fedllm_flwr.tasks import task_of
 
 _NODES_S = 10.0  # seconds within which Flower's simulation has started its nodes
 
@@ -69,7 +70,7 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
     engine = find_engine(config.federation.engine)
     check_machine(config)
     check_fit(config)
-    _, clients = divided_data(config)
+    _, clients = divided_data(config, task_of(config).records)
     return _carry_out(
         config, console, started, lambda main: engine(config, clients.num_clients, main)
     )
@@ -91,7 +92,8 @@ def run_on_grid(
         return done
     check_fit(config)
     if config.federation.engine != "deployment":
-        _check_nodes(grid, divided_data(config)[1].num_clients, command)
+        _, clients = divided_data(config, task_of(config).records)
+        _check_nodes(grid, clients.num_clients, command)
 
     def engine(main: Callable[[Grid], None]) -> None:
         with _state_dir_of(run_id):
@@ -106,10 +108,11 @@ def check_data(directory: RunDirectory, config: Config) -> None:
     Raises:
         DataError: names the file, and both digests.
     """
+    kind = task_of(config).records
     if config.federation.engine == "deployment":  # each site looks after its own
-        records = {"data.eval_path": load_evaluation_data(config)}
+        records = {"data.eval_path": load_evaluation_data(config, kind)}
     else:
-        source = divided_data(config)[0]
+        source = divided_data(config, kind)[0]
         records = {"data.path": source.train, "data.eval_path": source.eval}
     now = {key: records_digest(some) for key, some in records.items() if some is not None}
     if not directory.data.is_file():
@@ -229,10 +232,6 @@ def _close(
 
 Scores = dict[str, float]
 
-_EXAMPLES = {  # prompts for the embedded data
-    "demo": "What is the sentiment of this news? Quarterly profit at the bank falls",
-    "demo_preferences": "When can I expect the refund?",
-}
 _LABELS = {"local": "local (mean)", "centralized": "centralized"}
 
 
@@ -300,15 +299,15 @@ def _paths(directory: RunDirectory, last_round: int) -> dict[str, Path]:
 def _next_commands(
     directory: RunDirectory, config: Config, summary: Mapping[str, Any]
 ) -> list[str]:
-    command = "fedllm run task=dpo" if config.task.name == "dpo" else "fedllm run"
+    task = task_of(config)
     if not directory.adapter.is_dir():
-        return [f"{command} algorithm=fedavg"]
-    example = _EXAMPLES.get(config.data.name, "...")
+        return [f"{task.command} algorithm=fedavg"]
+    example = task.prompts.get(config.data.name, "...")
     other = "fedprox" if config.algorithm.name != "fedprox" else "fedavg"
     chosen = "@best" if is_past_best(summary) else ""
     generate = f'fedllm generate {directory.path}{chosen} "{example}"'
     at_sites = config.federation.engine == "deployment"
-    return [generate] if at_sites else [generate, f"{command} algorithm={other}"]
+    return [generate] if at_sites else [generate, f"{task.command} algorithm={other}"]
 
 
 def with_absolute_paths(config: Config) -> Config:

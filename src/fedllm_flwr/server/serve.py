@@ -11,7 +11,6 @@ from flwr.serverapp import Grid
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.registration import registered_sites
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.evaluation.preferences import PreferenceSet, side_by_side
 from fedllm_flwr.federation.census import discover
 from fedllm_flwr.federation.exchange import Roster, check_roster, unlike_models
 from fedllm_flwr.federation.round_store import folder_name
@@ -137,9 +136,10 @@ def _finish(
             }
         for path, params in adapters.items():
             save_adapter(path, prepared.model, params, config, summary)
-        if isinstance(prepared.evaluation, PreferenceSet):
+        evaluation = prepared.evaluation
+        if evaluation is not None and evaluation.num_prompts:
             params, label = _answering(final, progress)
-            shown = side_by_side(prepared.model, params, prepared.evaluation.prompts, label)
+            shown = evaluation.side_by_side(prepared.model, params, label)
             write_atomically(directory.answers, shown.encode())
         if config.tracking.figures:
             draw_figures(config, directory, prepared, progress.records, console)

@@ -77,6 +77,7 @@ class RoundBatches(Dataset[list[int]]):
     items_per_step: int  # examples (or pairs) of one optimizer step
     num_tokens: int  # real tokens of the round
     computed_tokens: int  # tokens that pass through the model, padding included
+    packed: bool = False  # examples end to end, without padding
 
     @property
     def num_steps(self) -> int:
@@ -114,4 +115,4 @@ def round_batches(
     num_tokens = int(lengths[drawn].sum())
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     computed = num_tokens if packed else padded
-    return RoundBatches(batches, per_step, examples_per_step, num_tokens, computed)
+    return RoundBatches(batches, per_step, examples_per_step, num_tokens, computed, packed)

@@ -126,5 +126,6 @@ def _centralized(federated: Config, algorithm: AlgorithmConfig) -> Config:
 
 def _num_clients(config: Config) -> int:
     from fedllm_flwr.data.client_data import divided_data
+    from fedllm_flwr.tasks import task_of
 
-    return divided_data(config)[1].num_clients
+    return divided_data(config, task_of(config).records)[1].num_clients

@@ -1,16 +1,18 @@
 """Preference pairs as training examples: two rows of tokens that share their prompt."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.data.encode import KEEP, Encoded, cut_start, flatten, require_truncation
-from fedllm_flwr.data.preferences import Pair
+from fedllm_flwr.data.kinds import RecordKind
 from fedllm_flwr.data.templates import Tokenizer, render_answers
+from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
+from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
 
 Row = tuple[TokenArray, Mask]  # tokens and supervised, each (length,)
 
@@ -81,9 +83,6 @@ class EncodedPairs:
     def num_tokens_of(self, pairs: NDArray[np.int64]) -> int:
         """Tokens of both rows of the chosen pairs together."""
         return self.rows.num_tokens_of(_rows_of(pairs))
-
-
-Examples = Encoded | EncodedPairs  # what a client trains on: task=sft | task=dpo
 
 
 class _Tokens(NamedTuple):
@@ -179,3 +178,23 @@ def _row(prompt: TokenArray, answer: TokenArray) -> Row:
 def _rows_of(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Row numbers 2i, 2i + 1 of pairs i, shape (2 * num_pairs,)."""
     return np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
+
+
+PREFERENCES = RecordKind(
+    roles=("prompt", "chosen", "rejected"),
+    make=make_pairs,
+    columns=dict(
+        zip(Pair._fields, ("messages", "string", "string", "string", "string"), strict=True)
+    ),
+    refused=("bad",),  # pairs without a difference teach nothing and are left out in any case
+    codec=Codec(
+        name="pairs",
+        columns=("messages", "chosen", "rejected"),
+        encode=lambda records, *options: encode_pairs(
+            [Pair(context, chosen, rejected, "", "") for context, chosen, rejected in records],
+            *options,
+        ),
+        pack=lambda pairs: (pairs.rows, asdict(pairs.report)),
+        unpack=lambda rows, report: EncodedPairs(rows, PairReport(**report)),
+    ),
+)

@@ -14,13 +14,13 @@ from transformers import TrainerCallback
 
 from fedllm_flwr.config.schema import DpoConfig as DpoSettings
 from fedllm_flwr.config.schema import TrainingConfig
-from fedllm_flwr.data.pairs import EncodedPairs
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.inputs import IGNORED, collate_padded, needed_logits
 from fedllm_flwr.models.scoring import token_log_probs
+from fedllm_flwr.tasks.dpo.losses import LOSSES, ScoredPairs, share_above_zero
+from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
+from fedllm_flwr.tasks.preferences.reference import LogProbs
 from fedllm_flwr.training.batches import MicroBatch, RoundBatches
-from fedllm_flwr.training.preference_losses import LOSSES, ScoredPairs, share_above_zero
-from fedllm_flwr.training.reference import LogProbs
 from fedllm_flwr.training.trainer import (
     BareTrainer,
     Penalty,

@@ -1,4 +1,4 @@
-"""Log-probabilities of DPO's reference model, each pair's once in a run.
+"""Log-probabilities of the reference model, each answer's once in a run.
 
 The reference is the base model, or a given adapter on it, from the first round to the last; never
 a copy of the global adapter of some round.
@@ -8,11 +8,12 @@ import hashlib
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.data.pairs import EncodedPairs
+from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.scoring import score_examples
 from fedllm_flwr.params import Params
@@ -22,10 +23,24 @@ LogProbs = NDArray[np.float32]
 logger = logging.getLogger(__name__)
 
 
+class Answered(Protocol):
+    """Examples of one or more rows each, whose supervised tokens are the answer of the row."""
+
+    @property
+    def rows(self) -> Encoded:
+        """All rows; those of one example follow each other."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def take(self, examples: NDArray[np.int64]) -> Self:
+        """The chosen examples, in the order given."""
+
+
 def reference_log_probs(
-    model: AdaptedModel, reference: Params | None, pairs: EncodedPairs, batch_tokens: int
+    model: AdaptedModel, reference: Params | None, rows: Encoded, batch_tokens: int
 ) -> LogProbs:
-    """log p_ref(answer | context) of chosen and rejected answers, (pairs, 2), in nats.
+    """log p_ref(answer | context) of each row, (rows,), in nats.
 
     Args:
         reference: adapter of the reference model; None: the base model alone. The model is left
@@ -34,15 +49,15 @@ def reference_log_probs(
     if reference is not None:
         model.load(reference)
     with nullcontext() if reference is not None else model.peft.disable_adapter():
-        return score_examples(model, pairs.rows, batch_tokens).log_probs.reshape(-1, 2)
+        return score_examples(model, rows, batch_tokens).log_probs
 
 
 @dataclass(frozen=True)
 class ReferenceCache:
     """A client's reference log-probabilities, remembered from round to round.
 
-    Only pairs that a round draws are computed, and only those that no acknowledged round has
-    drawn: the reference costs one forward pass a pair in a whole run. What a round computes
+    Only examples that a round draws are computed, and only those that no acknowledged round has
+    drawn: the reference costs one forward pass an example in a whole run. What a round computes
     depends on the acknowledged rounds alone, so that a repeated round gives the same bits.
     """
 
@@ -53,38 +68,37 @@ class ReferenceCache:
         self,
         model: AdaptedModel,
         reference: Params | None,
-        pairs: EncodedPairs,
+        examples: Answered,
         drawn: NDArray[np.int64],
-    ) -> tuple[LogProbs, Params]:
-        """Values of the `drawn` pairs in an array for all, (pairs, 2), and what to remember.
+    ) -> Params:
+        """What to remember: ``values`` (examples, rows per example), those of `drawn` among them.
 
         The model is left changed.
         """
-        identity = _identity(model, reference, pairs)
-        values = np.zeros((len(pairs), 2), np.float32)
-        known = np.zeros(len(pairs), np.bool_)
+        identity = _identity(model, reference, examples.rows)
+        per_example = len(examples.rows) // len(examples)
+        values = np.zeros((len(examples), per_example), np.float32)
+        known = np.zeros(len(examples), np.bool_)
         if self.remembered is not None:
             if np.array_equal(self.remembered.get("identity", ()), identity):
                 values = self.remembered["values"].copy()
                 known = self.remembered["known"].astype(np.bool_)
             else:
                 logger.warning(
-                    "remembered log-probabilities are not used: they are of other pairs or of "
+                    "remembered log-probabilities are not used: they are of other answers or of "
                     "another reference model"
                 )
         missing = np.setdiff1d(drawn, np.flatnonzero(known))
         if len(missing):
-            values[missing] = reference_log_probs(
-                model, reference, pairs.take(missing), self.batch_tokens
-            )
+            rows = examples.take(missing).rows
+            found = reference_log_probs(model, reference, rows, self.batch_tokens)
+            values[missing] = found.reshape(-1, per_example)
             known[missing] = True
-        return values, {"values": values, "known": known.astype(np.float32), "identity": identity}
+        return {"values": values, "known": known.astype(np.float32), "identity": identity}
 
 
-def _identity(
-    model: AdaptedModel, reference: Params | None, pairs: EncodedPairs
-) -> NDArray[np.float32]:
-    """What tells these pairs under this reference model from others: a digest's bytes, (32,).
+def _identity(model: AdaptedModel, reference: Params | None, rows: Encoded) -> NDArray[np.float32]:
+    """What tells these answers under this reference model from others: a digest's bytes, (32,).
 
     A site may keep one state directory for several runs, which differ in any of this.
     """
@@ -92,7 +106,7 @@ def _identity(
     quantization = getattr(base, "quantization_config", None)
     described = (base.name_or_path, model.num_base_parameters, model.dtype, quantization)
     digest = hashlib.sha256(repr(described).encode())
-    for array in (pairs.rows.tokens, pairs.rows.supervised, pairs.rows.offsets):
+    for array in (rows.tokens, rows.supervised, rows.offsets):
         digest.update(array.tobytes())
     for name, value in sorted((reference or {}).items()):
         digest.update(name.encode() + value.tobytes())

@@ -33,7 +33,6 @@ def train_sft(
     training: TrainingConfig,
     learning_rate: float,
     seed: int,
-    packed: bool,
     callbacks: list[TrainerCallback],
     penalty: Penalty = lambda: None,
 ) -> Trained:
@@ -50,7 +49,7 @@ def train_sft(
         model=model.peft,
         args=training_arguments(model, batches, training, learning_rate, seed),
         train_dataset=batches,
-        data_collator=_collator(model, examples, packed),
+        data_collator=_collator(model, examples, batches.packed),
         callbacks=callbacks,
     )
     if not trainer.model_accepts_loss_kwargs:

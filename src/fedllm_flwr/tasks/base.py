@@ -1,0 +1,146 @@
+"""What every training task declares and does. Importing this does not import torch."""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.params import Params
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import TrainerCallback
+
+    from fedllm_flwr.data.kinds import RecordKind
+    from fedllm_flwr.models.adapted_model import AdaptedModel
+    from fedllm_flwr.training.batches import RoundBatches
+    from fedllm_flwr.training.trainer import Penalty, Trained
+
+Scores = dict[str, float]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+class HeldOut(Protocol):
+    """Held-out records, ready to score adapters with."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The scores to look at first."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that `side_by_side` answers; 0 where the task compares no answers."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+
+    def score(self, model: "AdaptedModel", batch_tokens: int) -> Scores:
+        """Scores of the model as it is."""
+
+    def side_by_side(self, model: "AdaptedModel", params: Params, label: str) -> str:
+        """Markdown with the prompts and their answers: the base model's and those of `params`.
+
+        Args:
+            label: what the adapter `params` is called there.
+        """
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """One client's round of local training, but for what the algorithm adds to it.
+
+    Attributes:
+        examples: all that the client trains on, as the task's codec makes them.
+        drawn: indices of the round's examples, in drawing order, (steps * examples per step,).
+        tensors: groups of tensors that the server sent beside the global adapter, by name.
+        remembered: groups that the client kept of the last acknowledged round, by name.
+    """
+
+    config: Config
+    model: "AdaptedModel"
+    examples: Any
+    drawn: "NDArray[np.int64]"
+    batches: "RoundBatches"
+    learning_rate: float
+    seed: int
+    tensors: Mapping[str, Params] = field(default_factory=dict)
+    remembered: Mapping[str, Params] = field(default_factory=dict)
+
+
+class TrainingTask(ABC):
+    """A value of ``task.name``: everything in which one task differs from another."""
+
+    name: ClassVar[str]
+    command: ClassVar[str]
+    """Starts a run of the task with its defaults."""
+    rows_per_example: ClassVar[int] = 1
+    """Rows of tokens that one example adds to a micro-batch."""
+    can_pack: ClassVar[bool] = False
+    """Whether examples may go through the model end to end, without padding."""
+    adapters: ClassVar[Mapping[str, str]] = {}
+    """Group of tensors that clients get beside the global adapter -> the key that names the
+    adapter's directory on the server; null there means that none is sent."""
+    prompts: ClassVar[Mapping[str, str]] = {}
+    """Name of an embedded data set -> a prompt for ``fedllm generate`` that suits it."""
+
+    def adapter_paths(self, config: Config) -> dict[str, str]:
+        """The directories that `adapters` names in a configuration, by group of tensors."""
+        found = {group: value_of(config, key) for group, key in self.adapters.items()}
+        return {group: path for group, path in found.items() if path is not None}
+
+    @property
+    @abstractmethod
+    def records(self) -> "RecordKind":
+        """Columns, records, and how they become tokens."""
+
+    def prepare(self, work: LocalWork) -> dict[str, Params]:
+        """What has to be known before training, and is kept at the client for later rounds.
+
+        Called before the global adapter is loaded; may leave any adapter in the model.
+        """
+        return {}
+
+    @abstractmethod
+    def optimise(
+        self,
+        work: LocalWork,
+        kept: Mapping[str, Params],
+        callbacks: "list[TrainerCallback]",
+        penalty: "Penalty",
+    ) -> "Trained":
+        """Train the adapter that is in the model, in place.
+
+        Args:
+            kept: what `prepare` has returned.
+            penalty: a term of the loss that depends on the adapter alone.
+        """
+
+    @abstractmethod
+    def held_out(
+        self,
+        config: Config,
+        model: "AdaptedModel",
+        records: Any,
+        encoded: Any,
+        tensors: Mapping[str, Params],
+    ) -> HeldOut:
+        """The server's held-out records, ready to score adapters with.
+
+        Args:
+            records: a data set with the columns of `records`.
+            encoded: the same records as the codec makes them.
+            tensors: as clients get them beside the global adapter.
+        """
+
+    @abstractmethod
+    def score_client(
+        self, config: Config, model: "AdaptedModel", examples: Any, tensors: Mapping[str, Params]
+    ) -> Scores:
+        """Scores of the adapter ``tensors["params"]`` on a client's own held-out examples."""

@@ -1,0 +1,86 @@
+"""Direct preference optimisation (Rafailov et al. 2023) on pairs of a better and a worse answer."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.params import Params
+from fedllm_flwr.tasks.base import HeldOut, LocalWork, Scores, TrainingTask
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from fedllm_flwr.data.kinds import RecordKind
+    from fedllm_flwr.models.adapted_model import AdaptedModel
+    from fedllm_flwr.training.trainer import Penalty, Trained
+
+
+class Dpo(TrainingTask):
+    """Preference alignment against a reference model that stays the same for the whole run."""
+
+    name = "dpo"
+    command = "fedllm run task=dpo"
+    rows_per_example = 2
+    adapters: ClassVar[Mapping[str, str]] = {"reference": "dpo.reference_adapter"}
+    prompts: ClassVar[Mapping[str, str]] = {"demo_preferences": "When can I expect the refund?"}
+
+    @property
+    def records(self) -> "RecordKind":
+        """A shared context, a better and a worse answer to it."""
+        from fedllm_flwr.tasks.dpo.pairs import PREFERENCES
+
+        return PREFERENCES
+
+    def prepare(self, work: LocalWork) -> dict[str, Params]:
+        """Log-probabilities of the drawn pairs' answers under the reference model."""
+        from fedllm_flwr.tasks.preferences.reference import ReferenceCache
+
+        cache = ReferenceCache(
+            work.config.evaluation.batch_tokens, work.remembered.get("reference")
+        )
+        reference = work.tensors.get("reference")
+        return {"reference": cache.of(work.model, reference, work.examples, work.drawn)}
+
+    def optimise(
+        self,
+        work: LocalWork,
+        kept: Mapping[str, Params],
+        callbacks: "list[TrainerCallback]",
+        penalty: "Penalty",
+    ) -> "Trained":
+        """Minimise the loss ``dpo.loss_type`` of the pairs."""
+        from fedllm_flwr.tasks.dpo.training import train_dpo
+
+        return train_dpo(
+            work.model,
+            work.examples,
+            kept["reference"]["values"],
+            work.batches,
+            work.config.dpo,
+            work.config.training,
+            work.learning_rate,
+            work.seed,
+            callbacks,
+            penalty,
+        )
+
+    def held_out(
+        self,
+        config: Config,
+        model: "AdaptedModel",
+        records: Any,
+        encoded: Any,
+        tensors: Mapping[str, Params],
+    ) -> HeldOut:
+        """Rewards of held-out pairs, and the model's own answers to their prompts."""
+        from fedllm_flwr.tasks.dpo.held_out import make_preference_set
+
+        return make_preference_set(config, model, records, encoded, tensors.get("reference"))
+
+    def score_client(
+        self, config: Config, model: "AdaptedModel", examples: Any, tensors: Mapping[str, Params]
+    ) -> Scores:
+        """Scores of `preference_scores`."""
+        from fedllm_flwr.tasks.dpo.held_out import score_pairs
+
+        return score_pairs(config, model, examples, tensors["params"], tensors.get("reference"))

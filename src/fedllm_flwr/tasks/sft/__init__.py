@@ -1,0 +1,77 @@
+"""Instruction tuning: the next token of the answers, by cross-entropy."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.params import Params
+from fedllm_flwr.tasks.base import HeldOut, LocalWork, Scores, TrainingTask
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from fedllm_flwr.data.kinds import RecordKind
+    from fedllm_flwr.models.adapted_model import AdaptedModel
+    from fedllm_flwr.training.trainer import Penalty, Trained
+
+
+class Sft(TrainingTask):
+    """Supervised fine-tuning on instructions, or on chats."""
+
+    name = "sft"
+    command = "fedllm run"
+    can_pack = True
+    prompts: ClassVar[Mapping[str, str]] = {
+        "demo": "What is the sentiment of this news? Quarterly profit at the bank falls"
+    }
+
+    @property
+    def records(self) -> "RecordKind":
+        """Conversations whose assistant turns are learnt."""
+        from fedllm_flwr.tasks.sft.examples import INSTRUCTIONS
+
+        return INSTRUCTIONS
+
+    def optimise(
+        self,
+        work: LocalWork,
+        kept: Mapping[str, Params],
+        callbacks: "list[TrainerCallback]",
+        penalty: "Penalty",
+    ) -> "Trained":
+        """Minimise the mean negative log-likelihood of a step's answer tokens."""
+        from fedllm_flwr.tasks.sft.training import train_sft
+
+        return train_sft(
+            work.model,
+            work.examples,
+            work.batches,
+            work.config.training,
+            work.learning_rate,
+            work.seed,
+            callbacks,
+            penalty,
+        )
+
+    def held_out(
+        self,
+        config: Config,
+        model: "AdaptedModel",
+        records: Any,
+        encoded: Any,
+        tensors: Mapping[str, Params],
+    ) -> HeldOut:
+        """Loss of the answers, and with ``data.labels`` the most likely label."""
+        from fedllm_flwr.tasks.sft.held_out import make_evaluation_set
+
+        return make_evaluation_set(config, model.tokenizer, records, encoded)
+
+    def score_client(
+        self, config: Config, model: "AdaptedModel", examples: Any, tensors: Mapping[str, Params]
+    ) -> Scores:
+        """Loss (nats per answer token) and token accuracy."""
+        from fedllm_flwr.models.scoring import score_examples
+
+        model.load(tensors["params"])
+        scores = score_examples(model, examples, config.evaluation.batch_tokens)
+        return {"loss": scores.loss, "token_accuracy": scores.token_accuracy}
