@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
-from fedllm_flwr.config.schema import Config
+from fedllm_flwr.config.schema import Config, Registered
 
 _PACKAGE = Path(__file__).parents[1]
 # What other programs call some keys, too far from ours to be found by likeness.
@@ -63,6 +63,9 @@ class SchemaField:
     @property
     def choices(self) -> tuple[str, ...]:
         """The values that it may have; empty if any of its type."""
+        for mark in self.info.metadata:
+            if isinstance(mark, Registered):
+                return mark.names
         inner, _ = without_none(self.hint)
         return get_args(inner) if get_origin(inner) is Literal else ()
 

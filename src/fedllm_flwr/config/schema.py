@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
+
+from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, Registry
 
 EMBEDDED_DATA = ("embedded", "embedded_preferences")  # values of data.path that are no files
 DEFAULT_NUM_CLIENTS = 10  # where neither federation.num_clients nor a natural partition says
@@ -41,22 +43,34 @@ Real = Annotated[float, Strict(), AllowInfNan(False), AfterValidator(_fits_64_bi
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, BeforeValidator(_digits), Strict(), AfterValidator(_says_something)]
 
+
+class Registered:
+    """Marks a text that names something in a registry, which other packages may add to."""
+
+    def __init__(self, registry: Registry[Any], *also: str) -> None:
+        self._registry = registry
+        self._also = also
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The values that the text may have."""
+        return (*self._also, *self._registry.names())
+
+    def _check(self, name: str) -> str:
+        if name not in self.names:
+            raise PydanticCustomError("literal_error", "no such choice")
+        return name
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Pydantic's schema of the text, then the check."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 WireDtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 EngineName = Literal["ray", "inprocess", "deployment"]
-Algorithm = Literal[
-    "fedavg",
-    "fedprox",
-    "scaffold",
-    "fedavgm",
-    "fedadagrad",
-    "fedyogi",
-    "fedadam",
-    "local",
-    "centralized",
-]
 TaskName = Literal["sft", "dpo"]
 DpoLoss = Literal[
     "sigmoid",
@@ -80,7 +94,6 @@ Preprocessing = Literal["none", "alpaca", "fingpt", "medalpaca", "mathinstruct",
 Partition = Literal["iid", "dirichlet", "natural", "pathological", "size"]
 
 
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 DPO_LOSSES: tuple[str, ...] = get_args(DpoLoss)
 TEMPLATES: tuple[str, ...] = get_args(Template)
 
@@ -284,7 +297,9 @@ class TrainingConfig:
 class AlgorithmConfig:
     """Aggregation and local correction; which keys matter depends on the algorithm."""
 
-    name: Algorithm = Field(default="fedavg", description="see the group algorithm")
+    name: Annotated[str, Registered(ALGORITHMS)] = Field(
+        default="fedavg", description="see the group algorithm"
+    )
     variant: Literal["paper", "openfedllm"] = "paper"
     weighting: Literal["auto", "examples", "used", "uniform"] = Field(
         default="auto",
@@ -299,6 +314,12 @@ class AlgorithmConfig:
     beta1: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's first moment")
     beta2: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's second moment")
     tau: Real = Field(default=1e-3, gt=0, description="adaptivity of the server optimizer")
+    combiner: Annotated[str, Registered(COMBINERS, "auto")] = Field(
+        default="auto", description="how updates become one; auto: as the algorithm says"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further settings, of an installed package's algorithm"
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

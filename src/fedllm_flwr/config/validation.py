@@ -4,8 +4,9 @@ import difflib
 
 from fedllm_flwr.config.names import shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
-from fedllm_flwr.config.schema import ALGORITHMS, DEFAULT_NUM_CLIENTS, Config
+from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.plugins import ALGORITHMS
 
 
 def validate(config: Config) -> None:
@@ -156,8 +157,8 @@ def _check_comparison(config: Config) -> None:
             "'compare.settings={fedprox: {mu: 0.1}}'."
         )
     for name, own in settings.items():
-        if name not in ALGORITHMS:
-            raise ConfigError(unknown_choice("compare.settings", name, ALGORITHMS))
+        if name not in ALGORITHMS.names():
+            raise ConfigError(unknown_choice("compare.settings", name, ALGORITHMS.names()))
         if not isinstance(own, dict):
             raise ConfigError(
                 f"compare.settings.{name}={shown(own)} must be a section of keys: write "

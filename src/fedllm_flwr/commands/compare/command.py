@@ -11,10 +11,10 @@ from fedllm_flwr.commands.compare.results import curves, deciding_metric, make_r
 from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose, expand_sweep
 from fedllm_flwr.config.participation import describe_local
-from fedllm_flwr.config.schema import ALGORITHMS
 from fedllm_flwr.errors import ConfigError, RunInterrupted
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.models.device import cpu_count
+from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.runs.directory import foreign_files
@@ -22,7 +22,8 @@ from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.simulation.resources import check_machine
 
 # Baselines first, so that the table reads from the bottom line to the upper one.
-ORDER = ("local", *(n for n in ALGORITHMS if n not in ("local", "centralized")), "centralized")
+FEDERATED = [name for name in ALGORITHMS.builtin if name not in ("local", "centralized")]
+ORDER = ("local", *FEDERATED, "centralized")
 _DEMO, _DPO_DEMO = "compare_demo", "compare_demo_dpo"  # experiments, where nothing is chosen
 _SAVED = "compare.json"  # in its directory: what was asked for
 
@@ -132,12 +133,12 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
 
 def _algorithms(text: str) -> list[str]:
     names = list(ORDER) if text == "all" else [name.strip("[] ") for name in text.split(",")]
+    choices = ALGORITHMS.names()
     for name in names:
-        if name not in ALGORITHMS:
-            raise ConfigError(
-                f"algorithm={name}: choose all, or a list from {', '.join(ALGORITHMS)}."
-            )
-    return sorted(set(names), key=ORDER.index)
+        if name not in choices:
+            raise ConfigError(f"algorithm={name}: choose all, or a list from {', '.join(choices)}.")
+    order = [*ORDER[:-1], *(name for name in choices if name not in ORDER), ORDER[-1]]
+    return sorted(set(names), key=order.index)
 
 
 def _carry_out(jobs: Sequence[Job], workers: int) -> int:

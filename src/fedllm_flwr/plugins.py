@@ -1,0 +1,103 @@
+"""Things that are chosen by name: those of this package, and those that installed packages add.
+
+A package adds its own through an entry point of the registry's group, for example in its
+``pyproject.toml``::
+
+    [project.entry-points."fedllm_flwr.algorithms"]
+    feddyn = "fedllm_feddyn.rule:FedDyn"
+
+A configuration, also one that a server sends, can only name what is installed where it is read.
+"""
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from fedllm_flwr.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """What the values of a configuration key stand for.
+
+    Args:
+        key: the configuration key whose value is a name, for messages.
+        group: group of entry points under which other packages add names.
+        builtin: ``module:attribute`` by name, for those of this package; imported when first used.
+    """
+
+    key: str
+    group: str
+    builtin: Mapping[str, str]
+
+    def names(self) -> list[str]:
+        """All names that may be chosen, this package's first."""
+        return [*self.builtin, *sorted(_installed(self.group).keys() - self.builtin.keys())]
+
+    def check(self, name: str) -> None:
+        """Refuse a name that nothing installed has, without importing anything.
+
+        Raises:
+            ConfigError: says which names there are.
+        """
+        if name in self.builtin or name in _installed(self.group):
+            return
+        raise ConfigError(f"{self.key}={name} is unknown; choose one of {', '.join(self.names())}.")
+
+    def find(self, name: str) -> T:
+        """What `name` stands for.
+
+        Raises:
+            ConfigError: nothing installed has this name, or the package that adds it is broken.
+        """
+        self.check(name)
+        if name in self.builtin:
+            return cast(T, pkgutil.resolve_name(self.builtin[name]))
+        entry = _installed(self.group)[name]
+        try:
+            return cast(T, entry.load())
+        except Exception as error:  # whatever another package stumbles over
+            package = entry.dist.name if entry.dist else entry.value
+            raise ConfigError(
+                f"{self.key}={name}: the package {package} that adds it cannot be loaded "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+
+@cache
+def _installed(group: str) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=group)}
+
+
+_ALGORITHMS = "fedllm_flwr.federation.algorithms"
+ALGORITHMS: Registry[Any] = Registry(
+    "algorithm",
+    "fedllm_flwr.algorithms",
+    {
+        "fedavg": f"{_ALGORITHMS}.fedavg:FedAvg",
+        "fedprox": f"{_ALGORITHMS}.fedprox:FedProx",
+        "scaffold": f"{_ALGORITHMS}.scaffold:Scaffold",
+        "fedavgm": f"{_ALGORITHMS}.fedavgm:FedAvgM",
+        "fedadagrad": f"{_ALGORITHMS}.fedadagrad:FedAdagrad",
+        "fedyogi": f"{_ALGORITHMS}.fedyogi:FedYogi",
+        "fedadam": f"{_ALGORITHMS}.fedadam:FedAdam",
+        "local": f"{_ALGORITHMS}.baselines:Local",
+        "centralized": f"{_ALGORITHMS}.baselines:Centralized",
+    },
+)
+"""Subclasses of `federation.rule.Rule`."""
+
+COMBINERS: Registry[Any] = Registry(
+    "algorithm.combiner",
+    "fedllm_flwr.combiners",
+    {"mean": "fedllm_flwr.federation.combine:WeightedMean"},
+)
+"""Subclasses of `federation.combine.Combiner`."""
+
+TRANSFORMS: Registry[Any] = Registry("communication.transforms", "fedllm_flwr.transforms", {})
+"""Subclasses of `federation.updates.UpdateTransform`."""
