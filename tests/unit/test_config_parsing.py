@@ -102,7 +102,7 @@ def test_list_names_every_choice_and_every_key_with_type_default_and_meaning() -
 
 def leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
     nested = [
-        leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        leaves(value, f"{prefix}{name}.") if value and isinstance(value, dict) else [prefix + name]
         for name, value in values.items()
     ]
     return [name for some in nested for name in some]
