@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.commands.main import main
-from fedllm_flwr.evaluation.sandbox.programs import containment
+from fedllm_flwr.evaluation.sandbox.bubblewrap import why_refused
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(containment().kind == "none", reason=containment().detail),
+    pytest.mark.skipif(why_refused() is not None, reason=str(why_refused())),
 ]
 CODE = "def twice(x):\n    return 2 * x"
 

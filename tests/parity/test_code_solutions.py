@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.evaluation.coding.problems import Problem, human_eval, mbpp
-from fedllm_flwr.evaluation.sandbox.programs import Program, containment, run_programs
+from fedllm_flwr.evaluation.sandbox.bubblewrap import Program, run_programs, why_refused
 
 SHARED = Path(os.environ.get("FEDLLM_DATA", Path(__file__).parents[3] / "shared/data"))
 DATA = SHARED / "eval"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data in {DATA}"),
-    pytest.mark.skipif(containment().kind == "none", reason=containment().detail),
+    pytest.mark.skipif(why_refused() is not None, reason=str(why_refused())),
 ]
 
 

@@ -10,12 +10,12 @@ from fedllm_flwr.evaluation.coding.problems import (
     human_eval_synthesize,
     mbpp,
 )
-from fedllm_flwr.evaluation.sandbox.programs import containment, run_programs
+from fedllm_flwr.evaluation.sandbox.bubblewrap import run_programs, why_refused
 
 START = 'import math\n\n\ndef area(r):\n    """Area of a circle."""\n'
 WHOLE = "def area(r):\n    return math.pi * r * r\n"
 BODY = "    return math.pi * r * r\n"
-runs = pytest.mark.skipif(containment().kind == "none", reason=containment().detail)
+runs = pytest.mark.skipif(why_refused() is not None, reason=str(why_refused()))
 
 
 @pytest.mark.parametrize(

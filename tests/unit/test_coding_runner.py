@@ -9,7 +9,7 @@ import pytest
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.coding.problems import human_eval
 from fedllm_flwr.evaluation.coding.runner import CodeOptions, read_problems, score, unscored
-from fedllm_flwr.evaluation.sandbox.programs import Limits, containment
+from fedllm_flwr.evaluation.sandbox.bubblewrap import Limits, why_refused
 from fedllm_flwr.evaluation.suites.catalogue import all_suites
 from fedllm_flwr.evaluation.suites.results import RunOptions
 from fedllm_flwr.evaluation.suites.scores import task_estimates
@@ -25,14 +25,13 @@ DOUBLE = {
 RIGHT, WRONG = "    return x + x", "    return x"
 
 
-@pytest.mark.skipif(containment().kind == "none", reason=containment().detail)
+@pytest.mark.skipif(why_refused() is not None, reason=str(why_refused()))
 def test_scores_of_samples() -> None:
     """4 of 12 answers pass: pass@1 is 1/3, pass@10 is 1 (8 fail, so 10 always hold one)."""
     problems = [human_eval(DOUBLE, ()), human_eval({**DOUBLE, "task_id": "HumanEval/901"}, ())]
     answers = [[RIGHT] * 4 + [WRONG] * 8, [WRONG] * 12]
-    samples, contained = score(problems, answers, bare=True, limits=Limits(), jobs=2)
+    samples = score(problems, answers, bare=True, limits=Limits(), jobs=2)
 
-    assert contained == containment().kind
     assert [sample["pass@1"] for sample in samples] == pytest.approx([1 / 3, 0])
     assert [sample["pass@10"] for sample in samples] == pytest.approx([1, 0])
     assert [outcome["status"] for outcome in samples[0]["outcomes"]] == ["passed"] * 4 + [
@@ -44,9 +43,9 @@ def test_scores_of_samples() -> None:
     assert estimates["pass@10"].value == pytest.approx(1 / 2)
 
 
-@pytest.mark.skipif(containment().kind == "none", reason=containment().detail)
+@pytest.mark.skipif(why_refused() is not None, reason=str(why_refused()))
 def test_one_answer_gives_no_pass_at_10() -> None:
-    samples, _ = score([human_eval(DOUBLE, ())], [[RIGHT]], bare=True, limits=Limits())
+    samples = score([human_eval(DOUBLE, ())], [[RIGHT]], bare=True, limits=Limits())
 
     assert samples[0]["pass@1"] == 1.0
     assert "pass@10" not in samples[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from fedllm_flwr.commands.checks import Check
-from fedllm_flwr.evaluation.sandbox.programs import Containment, containment
+from fedllm_flwr.evaluation.sandbox.bubblewrap import why_refused
 from fedllm_flwr.reporting.text import format_bytes
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -142,14 +142,13 @@ def check_assets(assets: Path = ASSETS) -> list[Check]:
     return [Check("demo", "ok", f"embedded model and data present ({format_bytes(size)})")]
 
 
-def check_sandbox(found: Containment | None = None) -> list[Check]:
+def check_sandbox() -> list[Check]:
     """What would contain the programs that ``fedllm evaluate --allow-code-execution`` runs."""
-    found = found or containment()
-    if found.kind == "namespaces":
-        return [Check("sandbox", "ok", f"generated code runs with its {found.detail}")]
-    remedy = "allow user namespaces (user.max_user_namespaces, settings of the container)"
-    how = "cannot be run" if found.kind == "none" else "would be held by limits alone"
-    return [Check("sandbox", "warn", f"generated code {how}: {found.detail}", remedy)]
+    if (reason := why_refused()) is None:
+        detail = "generated code runs under bubblewrap: own files, processes, users and network"
+        return [Check("sandbox", "ok", detail)]
+    what, _, remedy = reason.partition(": ")
+    return [Check("sandbox", "warn", f"generated code cannot be run: {what}", remedy)]
 
 
 def check_ray(limit_s: float = RAY_LIMIT_S) -> list[Check]:

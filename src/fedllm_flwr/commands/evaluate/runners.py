@@ -66,6 +66,10 @@ def check_runners(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
         from fedllm_flwr.evaluation.judging.runner import check
 
         check(open_ended, options)
+    if any(task.runner == "code" for task in tasks):
+        from fedllm_flwr.evaluation.coding.runner import check_options
+
+        check_options(options)
 
 
 def closing_lines(samples: Sequence[Samples]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedllm_flwr.evaluation.coding.answers import code_of, complete_source
-from fedllm_flwr.evaluation.sandbox.programs import Program
+from fedllm_flwr.evaluation.sandbox.bubblewrap import Program
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]

@@ -9,7 +9,13 @@ from typing import Any
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.coding.pass_at_k import pass_at_k
 from fedllm_flwr.evaluation.coding.problems import KINDS, Problem, Row
-from fedllm_flwr.evaluation.sandbox.programs import Limits, Outcome, Program, run_programs
+from fedllm_flwr.evaluation.sandbox.bubblewrap import (
+    Limits,
+    Outcome,
+    Program,
+    run_programs,
+    why_refused,
+)
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
 from fedllm_flwr.evaluation.suites.local_data import read_rows
 from fedllm_flwr.evaluation.suites.results import RunOptions, Sample, Samples
@@ -21,7 +27,6 @@ NOT_RUN = (
     "answers are written and saved but not run; --allow-code-execution runs them, contained, on "
     "this machine"
 )
-HELD_BY_LIMITS = "namespaces are not allowed here: programs were held by limits alone"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,16 @@ class CodeOptions:
         return self.temperature
 
 
+def check_options(options: RunOptions) -> None:
+    """Refuse, before a model is loaded, options that do not fit and programs that cannot be run.
+
+    Raises:
+        ConfigError: names the option and the remedy.
+    """
+    if CodeOptions.of(options.extra).allow and (reason := why_refused()):
+        raise ConfigError(f"--allow-code-execution: {reason}.")
+
+
 def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Samples:
     """Let a model answer the problems of a task and run what it wrote.
 
@@ -95,9 +110,7 @@ def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Sam
     rows = [written[i : i + chosen.samples] for i in range(0, len(written), chosen.samples)]
     notes: dict[str, Any] = {"cut": model.cut - cut_before, "examples_left_out": dropped}
     if chosen.allow:
-        samples, contained = score(problems, rows, bare, _limits(task), chosen.jobs)
-        remarks = [left_out, HELD_BY_LIMITS if contained == "limits" else ""]
-        notes["containment"] = contained
+        samples, remarks = score(problems, rows, bare, _limits(task), chosen.jobs), [left_out]
     else:
         samples, remarks = unscored(problems, rows), [left_out, NOT_RUN]
     notes["remark"] = "; ".join(filter(None, remarks))
@@ -110,8 +123,8 @@ def score(
     bare: bool,
     limits: Limits,
     jobs: int | None = None,
-) -> tuple[list[Sample], str]:
-    """Run every answer; returns the scored samples and how programs were contained.
+) -> list[Sample]:
+    """Run every answer.
 
     Raises:
         ConfigError: no program can be run on this machine.
@@ -130,7 +143,7 @@ def score(
         for k in KS:
             if k <= len(row):
                 sample[f"pass@{k}"] = pass_at_k(len(row), passed, k)
-    return samples, next(iter(outcomes.values())).containment
+    return samples
 
 
 def unscored(problems: Sequence[Problem], answers: Sequence[Sequence[str]]) -> list[Sample]:

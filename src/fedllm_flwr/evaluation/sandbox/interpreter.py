@@ -1,13 +1,15 @@
 """What the interpreter in the room runs: the program, then its tests. Imports nothing of ours.
 
 Frames (eight bytes of length, then that much) come in on descriptor 3 and go out on descriptor 4.
-First comes a token with the program; the tests, with a second token, come only after the program's
-own code has ended, in exchange for the first. The second tells that the tests ran to their end. All
-that is used after the program began is held in local variables: what it replaces does not count.
+The first one out says that the limits hold. The first one in is a token with the program; the
+tests, with a second token, come only after the program's own code has ended, in exchange for the
+first. The second tells that the tests ran to their end. All that is used after the program began
+is held in local variables: what it replaces does not count.
 """
 
 import json
 import os
+import resource
 import sys
 import types
 from collections.abc import Callable
@@ -15,9 +17,11 @@ from typing import Any
 
 TOKEN_BYTES = 32
 LONGEST_MESSAGE = 500  # characters
+READY = b"ready"
 
 
 def main(
+    order: dict[str, Any],
     read: Callable[[int, int], bytes] = os.read,
     write: Callable[[int, Any], int] = os.write,
     leave: Callable[[int], Any] = os._exit,
@@ -39,11 +43,19 @@ def main(
     def send(content: bytes) -> None:
         write(4, len(content).to_bytes(8, "big") + content)
 
-    sys.path += sys.argv[1:]
+    place_descriptors(order["tasks"], order["results"])
+    if order["user"] is not None:
+        os.setgroups([])
+        os.setresgid(order["user"], order["user"], order["user"])
+        os.setresuid(order["user"], order["user"], order["user"])
+    for name, limit in order["limits"].items():
+        resource.setrlimit(getattr(resource, name), limit)
+    sys.path += order["packages"]
     sys.argv = ["program"]
     module = types.ModuleType("program")
     sys.modules["program"] = sys.modules["__main__"] = module
     try:
+        send(b"ready")
         token, source = receive()
         run(translate(source, "program", "exec", dont_inherit=True), module.__dict__)
         send(token)
@@ -55,6 +67,14 @@ def main(
     except BaseException as error:
         send(say({"status": "failed", "message": describe(error)}).encode())
     leave(0)
+
+
+def place_descriptors(tasks: int, results: int) -> None:
+    """Both where the program's end of them is known to be, and nothing else above them."""
+    first, second = os.dup2(tasks, 200), os.dup2(results, 201)
+    os.dup2(first, 3)
+    os.dup2(second, 4)
+    os.closerange(5, 256)
 
 
 def describe(error: BaseException) -> str:
@@ -69,4 +89,4 @@ def describe(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))
