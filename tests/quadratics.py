@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from fedllm_flwr.federation.control import ClientControl
+from fedllm_flwr.federation.strategies.base import FederatedStrategy
 from flwr.app import ArrayRecord, Message
 
 from fedllm_flwr.config import Config
@@ -23,13 +25,11 @@ from fedllm_flwr.config.schema import (
     TrainingConfig,
 )
 from fedllm_flwr.federation.client_memory import ClientMemory
-from fedllm_flwr.federation.control import ClientControl
-from fedllm_flwr.federation.exchange import Client
 from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
 from fedllm_flwr.federation.state import ServerState, kept_rounds, load_state, save_state
 from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
-from fedllm_flwr.federation.strategies.base import FederatedStrategy
 from fedllm_flwr.federation.wire import pack_update, unpack_task
 from fedllm_flwr.params import Params, subtract
 from fedllm_flwr.training.drift import DriftCorrection

@@ -9,8 +9,8 @@ from fedllm_flwr.config.schema import (
     CommunicationConfig,
     FederationConfig,
 )
-from fedllm_flwr.federation.exchange import Client
 from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
 from fedllm_flwr.federation.wire import pack_update, unpack_task

@@ -15,11 +15,11 @@ from flwr.serverapp import strategy as flower
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import AlgorithmConfig
-from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.combine import RunningMean
 from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
-from fedllm_flwr.params import RunningMean
 
 ROUNDS = 6
 SHAPES = {"q.lora_A": (2, 3), "q.lora_B": (3, 2), "v.lora_A": (4,)}

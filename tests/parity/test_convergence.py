@@ -10,11 +10,11 @@ import pytest
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import AlgorithmConfig
-from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.combine import RunningMean
 from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
-from fedllm_flwr.params import RunningMean
 
 NUM_CLIENTS, DIMENSION, STEPS, RATE = 5, 4, 10, 0.05
 _RNG = np.random.default_rng(3)

@@ -12,11 +12,12 @@ from hypothesis.extra import numpy as hnp
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import AlgorithmConfig
-from fedllm_flwr.federation.exchange import Client
+from fedllm_flwr.federation.combine import RunningMean
 from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
-from fedllm_flwr.params import LARGEST_VALUE, RunningMean
+from fedllm_flwr.params import LARGEST_VALUE
 
 SHAPE = (3,)
 # Any float32 a client may send, from the smallest to the largest, and sums that cancel.

@@ -8,8 +8,8 @@ from flwr.app import ArrayRecord, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm_flwr.federation.exchange import Client
 from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
 from fedllm_flwr.federation.wire import pack_update, unpack_task

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.federation.encoding import from_bfloat16_bits, to_bfloat16_bits
 from fedllm_flwr.federation.messages import Acknowledged, ClientInfo, Failure, Task, Update
+from fedllm_flwr.federation.updates.cast import from_bfloat16_bits, round_trip, to_bfloat16_bits
 from fedllm_flwr.federation.wire import (
     pack_failure,
     pack_info,
@@ -16,7 +16,6 @@ from fedllm_flwr.federation.wire import (
     pack_query,
     pack_task,
     pack_update,
-    round_trip,
     unpack_failure,
     unpack_info,
     unpack_params,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.combine import RunningMean
 from fedllm_flwr.params import (
     LARGEST_VALUE,
     LARGEST_WEIGHT,
-    RunningMean,
     add,
     check_like,
     derive_seed,

@@ -10,9 +10,10 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census, discover
-from fedllm_flwr.federation.exchange import Client, receive, send, unlike_models
+from fedllm_flwr.federation.exchange import receive, send
 from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
 from fedllm_flwr.federation.messages import ClientInfo, Failure
+from fedllm_flwr.federation.roster import Client, unlike_models
 from fedllm_flwr.federation.wire import pack_failure, pack_info, unpack_query
 from memory_grid import MemoryGrid, superlink_error
 from superlink import StoredMessages

@@ -17,6 +17,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import ClientInfo, Task, Update
+from fedllm_flwr.federation.updates.cast import wire_bytes
 from fedllm_flwr.federation.wire import (
     pack_info,
     pack_params,
@@ -29,7 +30,6 @@ from fedllm_flwr.federation.wire import (
     unpack_query,
     unpack_task,
     unpack_update,
-    wire_bytes,
 )
 from fedllm_flwr.training.local_terms import LocalCorrection
 

@@ -1,95 +1,139 @@
-"""One client's round: from the server's task to the client's update."""
+"""One client's round: from the server's assignment to the client's update."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.nn import Parameter
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.errors import ConfigError, DataError, ModelError, RefusedError
+from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
 from fedllm_flwr.federation.client_memory import ClientMemory
-from fedllm_flwr.federation.control import ClientControl
-from fedllm_flwr.federation.messages import Task, Update
+from fedllm_flwr.federation.messages import Assignment, Update
+from fedllm_flwr.federation.rule import Rule, find_rule
+from fedllm_flwr.federation.updates.transform import Chain, Passage
 from fedllm_flwr.models.adapted_model import AdaptedModel, hide_libraries, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
-from fedllm_flwr.params import derive_seed, subtract
+from fedllm_flwr.params import Kept, derive_seed, subtract
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.tasks.base import LocalWork, TrainingTask
 from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.drift import DriftCorrection
+from fedllm_flwr.training.local_terms import LocalResult
 from fedllm_flwr.training.schedule import draw_examples, steps_per_round
 
 Drawn = NDArray[np.int64]
 
 
-def train_locally(task: Task, data: ClientData, state_dir: Path) -> Update:
-    """Train the task's adapter on the client's examples and return what changed.
+def train_locally(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
+    """Train the global adapter on the client's examples and return what changed.
 
     Args:
-        state_dir: where this client remembers the run: SCAFFOLD's control variate, its own adapter
-            where clients train alone, and what the training task keeps.
+        state_dir: where this client keeps, from round to round, what algorithm and task remember.
 
     Raises:
         FedLLMError: the data or the model cannot be used as asked.
     """
     hide_libraries()
-    with torch_threads(task.config.federation.client_cpus):
-        return _train(task, data, state_dir)
+    with torch_threads(assignment.config.federation.client_cpus):
+        return _train(assignment, data, state_dir)
 
 
-def _train(task: Task, data: ClientData, state_dir: Path) -> Update:
+def check_sent(assignment: Assignment, rule: Rule, task: TrainingTask, model: AdaptedModel) -> None:
+    """Refuse groups of tensors that are not asked for, lack, or do not fit the adapter.
+
+    Raises:
+        FederationError, ModelError: says which.
+    """
+    sent = assignment.sent.keys()
+    wrong = [f"it lacks {name!r}, which the algorithm needs" for name in rule.sends - sent]
+    wrong += [
+        f"it holds {name[:100]!r}, which neither algorithm nor task asks for"
+        for name in sorted(sent - rule.sends - task.adapters.keys())
+    ]
+    if wrong:
+        raise FederationError(wrong[0], wrong[0])
+    for name, params in assignment.tensors.items():
+        model.check(params, name)
+
+
+def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     started = time.monotonic()
-    config = task.config
+    config = assignment.config
     if not len(data.train):
         raise DataError(f"{data.name} has no usable training example")
-    model = load_model(config)
-    task.check_fits(model.check)
+    model, rule, task = load_model(config), find_rule(config.algorithm), task_of(config)
+    check_sent(assignment, rule, task, model)
     _check_fit(data, model, config)
-    wanted = {"control"} if task.control is not None else set()
-    memory = ClientMemory.recall(task, state_dir, wanted | ({"adapter"} if task.alone else set()))
-    entry = task_of(config)
-    drawn = _draw(task, data)
+    received = assignment.tensors
+    memory = ClientMemory.recall(assignment, state_dir, rule.remembers)
+    drawn = _draw(assignment, data)
     work = LocalWork(
         config=config,
         model=model,
         examples=data.train,
         drawn=drawn,
-        batches=_batches(task, data, model, drawn, entry),
-        learning_rate=task.learning_rate,
-        seed=derive_seed(config.seed, "dropout", task.round, data.name),
-        tensors={} if task.reference is None else {"reference": task.reference},
-        remembered=memory.groups,
+        batches=_batches(config, data, model, drawn, task),
+        learning_rate=assignment.learning_rate,
+        seed=derive_seed(config.seed, "dropout", assignment.round, data.name),
+        tensors=received,
+        remembered=memory.kept,
     )
-    kept = entry.prepare(work)
-    model.load(memory.groups.get("adapter", task.params))
-    control = ClientControl.of(task, memory.groups.get("control"))
-    drift = DriftCorrection(model.trainable(), task.correction, control.drift(), task.learning_rate)
-    result = entry.optimise(work, kept, [drift], drift.penalty)
-    trained = model.params()
-    delta = subtract(trained, task.params)
-    own_control, control_delta = control.finish(delta, drift.mean_gradient(), drift.steps)
-    if own_control is not None:
-        kept["control"] = own_control
-    if task.alone:
-        kept["adapter"] = trained
-    ClientMemory.keep(task, state_dir, kept)
+    kept = dict(task.prepare(work))
+    terms = rule.local_terms(received, memory.tensors)
+    model.load(terms.start)
+    with _trained_only(model.trainable(), terms.trains) as parameters:
+        drift = DriftCorrection(parameters, terms, assignment.learning_rate)
+        trained = task.optimise(work, kept, [drift], drift.penalty)
+    params = model.params()
+    result = LocalResult(
+        params=params,
+        delta=subtract(params, assignment.params),
+        mean_gradient=drift.mean_gradient(),
+        steps=drift.steps,
+        learning_rate=assignment.learning_rate,
+        optimizer=config.training.optimizer,
+    )
+    chain = Chain.of(config)
+    after = rule.finish(result, received, memory.tensors, chain.as_received)
+    kept |= {kind: Kept(tensors) for kind, tensors in after.memory.items()}
+    ClientMemory.keep(assignment, state_dir, kept)
+    passage = Passage(data.name, assignment.round, config.seed)
+    groups = dict(chain.client_end({"delta": result.delta, **after.contributions}, passage))
     return Update(
-        delta=delta,
+        delta=groups.pop("delta"),
         num_examples=len(np.unique(drawn)),
-        control_delta=control_delta,
+        contributed=groups,
         lost=memory.lost,
         metrics={
-            "loss": result.loss,
-            **result.metrics,
+            "loss": trained.loss,
+            **trained.metrics,
             "steps": float(drift.steps),
             "tokens": float(work.batches.num_tokens),
             "computed_tokens": float(work.batches.computed_tokens),
             "seconds": time.monotonic() - started,
         },
     )
+
+
+@contextmanager
+def _trained_only(
+    parameters: dict[str, Parameter], trains: Callable[[str], bool] | None
+) -> Iterator[dict[str, Parameter]]:
+    """The adapter's parameters that a rule lets train; the others are frozen meanwhile."""
+    frozen = {} if trains is None else {n: p for n, p in parameters.items() if not trains(n)}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    try:
+        yield {name: p for name, p in parameters.items() if name not in frozen}
+    finally:
+        for parameter in frozen.values():
+            parameter.requires_grad_(True)
 
 
 def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
@@ -115,24 +159,24 @@ def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
         raise ConfigError(f"{asked} and {data.name} has {longest} in an example; {remedy}")
 
 
-def _draw(task: Task, data: ClientData) -> Drawn:
+def _draw(assignment: Assignment, data: ClientData) -> Drawn:
     """Indices of the round's examples, in the order in which they are trained on."""
-    training, count = task.config.training, len(data.train)
+    training, count = assignment.config.training, len(data.train)
     per_step = training.batch_size * training.gradient_accumulation_steps
     total = steps_per_round(training, count) * per_step
-    updates = task.acknowledged.updates
-    return draw_examples(count, total, updates, task.config.seed, data.draw_name(total))
+    updates, seed = assignment.acknowledged.updates, assignment.config.seed
+    return draw_examples(count, total, updates, seed, data.draw_name(total))
 
 
 def _batches(
-    task: Task, data: ClientData, model: AdaptedModel, drawn: Drawn, entry: TrainingTask
+    config: Config, data: ClientData, model: AdaptedModel, drawn: Drawn, task: TrainingTask
 ) -> RoundBatches:
     """The round's micro-batches."""
-    config, examples = task.config, data.train
-    steps, rows = steps_per_round(config.training, len(examples)), entry.rows_per_example
+    examples, rows = data.train, task.rows_per_example
+    steps = steps_per_round(config.training, len(examples))
     size = micro_batch_size(config.training, model.device, model.num_base_parameters, rows)
     has_flash, wanted = model.attention == "flash_attention_2", config.training.packing
-    packed = entry.can_pack and (has_flash if wanted is None else wanted)
+    packed = task.can_pack and (has_flash if wanted is None else wanted)
     batches = round_batches(drawn, examples.lengths, steps, size, packed)
     return replace(
         batches,

@@ -25,14 +25,14 @@ from fedllm_flwr.deployment.node import site_threads
 from fedllm_flwr.deployment.policy import Policy, site_policy
 from fedllm_flwr.deployment.state import SiteState, site_state
 from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
-from fedllm_flwr.federation.messages import ClientInfo, Failure
+from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure
 from fedllm_flwr.federation.wire import (
     pack_failure,
     pack_info,
     pack_scores,
     pack_update,
+    unpack_assignment,
     unpack_query,
-    unpack_task,
 )
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.tasks import task_of
@@ -88,36 +88,40 @@ def failed(error: Exception, site: Site) -> RecordDict:
 
 
 def _train(content: RecordDict, site: Site) -> RecordDict:
-    """One round of local training: a `Task` comes, an `Update` goes back."""
+    """One round of local training: an `Assignment` comes, an `Update` goes back."""
     from fedllm_flwr.client.local_round import train_locally
 
-    task = unpack_task(content)
-    policy = _policy(site)
-    config = _own(task.config, site, policy, task.round, task.run)
-    policy.check_tensors(task.params)
-    data = _data(config, site, policy)
-    policy.check_records(config, len(data.train), len(data.held_out))
-    state_dir = state_folder(site, data.name, task.run)
+    assignment, data, policy = _assigned(content, site)
+    config = assignment.config
+    state_dir = state_folder(site, data.name, assignment.run)
     if not site.is_simulated:
-        policy.check_kept(task.round, task.oldest_checkpoint)
-        _state(site).make_room(task.run, policy.state_days, policy.max_state_gb)
+        policy.check_kept(assignment.round, assignment.oldest_checkpoint)
+        _state(site).make_room(assignment.run, policy.state_days, policy.max_state_gb)
         _check_unchanged(config, state_dir)
-    update = train_locally(replace(task, config=config), data, state_dir)
-    return pack_update(update, config.communication.dtype)
+    return pack_update(train_locally(assignment, data, state_dir), config.communication.dtype)
 
 
 def _evaluate(content: RecordDict, site: Site) -> RecordDict:
     """Score the global adapter on the node's held-out examples; only numbers go back."""
     from fedllm_flwr.client.local_evaluation import evaluate_locally
 
-    task = unpack_task(content)
+    assignment, data, _ = _assigned(content, site)
+    return pack_scores(evaluate_locally(assignment, data), len(data.held_out))
+
+
+def _assigned(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData, Policy]":
+    """A server's assignment with the site's own configuration, and the site's data and policy.
+
+    Raises:
+        FedLLMError: the policy forbids it, or the site's data cannot be used as asked.
+    """
+    assignment = unpack_assignment(content)
     policy = _policy(site)
-    config = _own(task.config, site, policy, task.round, task.run)
-    policy.check_tensors(task.params)
+    config = _own(assignment.config, site, policy, assignment.round, assignment.run)
+    policy.check_tensors(assignment.params)
     data = _data(config, site, policy)
     policy.check_records(config, len(data.train), len(data.held_out))
-    scores = evaluate_locally(replace(task, config=config), data)
-    return pack_scores(scores, len(data.held_out))
+    return replace(assignment, config=config), data, policy
 
 
 def _query(content: RecordDict, site: Site) -> RecordDict:

@@ -382,6 +382,9 @@ class CommunicationConfig:
     """What travels."""
 
     dtype: WireDtype = "bfloat16"
+    transforms: list[Text] = Field(
+        default_factory=list, description="further update transforms, of installed packages"
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

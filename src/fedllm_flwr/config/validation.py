@@ -6,7 +6,7 @@ from fedllm_flwr.config.names import shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.plugins import ALGORITHMS
+from fedllm_flwr.plugins import ALGORITHMS, TRANSFORMS
 
 
 def validate(config: Config) -> None:
@@ -25,6 +25,8 @@ def validate(config: Config) -> None:
     _check_device(config)
     _check_preferences(config)
     _check_comparison(config)
+    for name in config.communication.transforms:
+        TRANSFORMS.check(name)
 
 
 def _check_training(config: Config) -> None:

@@ -10,17 +10,10 @@ from flwr.serverapp import Grid
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.exchange import (
-    Client,
-    Roster,
-    failure_reason,
-    may_answer_later,
-    printable,
-    send,
-    time_to_live,
-)
+from fedllm_flwr.federation.exchange import failure_reason, may_answer_later, send, time_to_live
 from fedllm_flwr.federation.inbox import NO_TENSORS, Inbox, open_inbox, patiently
-from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE
+from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE, printable
+from fedllm_flwr.federation.roster import Client, Roster
 from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info
 from fedllm_flwr.params import LARGEST_WEIGHT
 

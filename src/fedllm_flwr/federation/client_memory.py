@@ -1,60 +1,72 @@
-"""What a client remembers of a run from round to round, on its own disk."""
+"""What a client remembers of a run from round to round, on its own disk.
+
+Rules and training tasks keep tensors by kind: SCAFFOLD its control variate as ``control``, local
+training its own adapter as ``adapter``, preference tasks the reference model's log-probabilities as
+``reference``. A round starts from exactly the version that the server has acknowledged.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.federation.round_store import RoundStore
-from fedllm_flwr.params import Params, check_like
+from fedllm_flwr.params import Groups, Kept, check_like
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ClientMemory:
-    """Groups of tensors as the round left them that the server has acknowledged last.
+    """What a client keeps, by kind, as the last round left it that the server has acknowledged.
 
     ``lost``: the server has acknowledged a round of which this client has nothing any more.
     """
 
-    groups: Mapping[str, Params] = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
     lost: bool = False
 
+    @property
+    def tensors(self) -> Groups:
+        """The tensors by kind."""
+        return {kind: each.tensors for kind, each in self.kept.items()}
+
     @classmethod
-    def recall(cls, task: Task, directory: Path, wanted: set[str]) -> "ClientMemory":
-        """The memory that `task` starts from; empty before the first acknowledged round.
+    def recall(
+        cls, assignment: Assignment, directory: Path, required: Collection[str]
+    ) -> "ClientMemory":
+        """The memory that a round starts from; empty before the first acknowledged round.
 
         Args:
-            wanted: groups with the names and shapes of the adapter that the task cannot do
+            required: kinds, with the names and shapes of the adapter, that the round cannot do
                 without. Without them, or with one that is damaged, the memory is lost.
         """
-        acknowledged, store = task.acknowledged.round, RoundStore(directory)
-        if not acknowledged or not (wanted or acknowledged in store.rounds()):
+        acknowledged, store = assignment.acknowledged.round, RoundStore(directory)
+        if not acknowledged or not (required or acknowledged in store.rounds()):
             return cls()
-        groups = store.load(acknowledged)
+        kept = store.load(acknowledged)
         try:
-            if groups is None:
+            if kept is None:
                 raise FederationError("its file cannot be used")
-            for name in sorted(wanted):
-                check_like(groups.get(name, {}), task.params)
+            for kind in sorted(required):
+                check_like(kept.get(kind, Kept({})).tensors, assignment.params)
         except FederationError as error:
             logger.warning(
                 "round %d starts anew, the memory of round %d is lost: %s",
-                *(task.round, acknowledged, error),
+                *(assignment.round, acknowledged, error),
             )
-            return cls(lost=bool(wanted))
-        return cls(groups)
+            return cls(lost=bool(required))
+        return cls(kept)
 
     @staticmethod
-    def keep(task: Task, directory: Path, groups: Mapping[str, Params]) -> None:
+    def keep(assignment: Assignment, directory: Path, kept: Mapping[str, Kept]) -> None:
         """Write what the next round starts from if the server acknowledges this one.
 
         Raises:
             FederationError: the file system refuses.
         """
-        if groups:
-            acknowledged = task.acknowledged.round
-            RoundStore(directory).store(task.round, groups, acknowledged, task.oldest_checkpoint)
+        if kept:
+            acknowledged, oldest = assignment.acknowledged.round, assignment.oldest_checkpoint
+            RoundStore(directory).store(assignment.round, kept, acknowledged, oldest)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import grpc
@@ -12,8 +11,6 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.superlink.grid.grpc_grid import GrpcGrid
 
-from fedllm_flwr.config import Config
-from fedllm_flwr.config.participation import min_replies, num_sampled
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.inbox import (
     BROKE_OFF,
@@ -24,16 +21,13 @@ from fedllm_flwr.federation.inbox import (
     details_of,
     patiently,
 )
-from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.messages import printable
 from fedllm_flwr.federation.wire import unpack_failure
-from fedllm_flwr.params import LARGEST_WEIGHT
 
 _TAKEN = "UNIQUE constraint failed"
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
 _POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
 _TTL_SLACK_S = 30.0  # so that the server's clock closes a round, not the SuperLink's
-_LONGEST_MODEL = 200  # characters of what a site says of its model
-_LONGEST_TEXT = 500  # characters of a client's wording that are shown
 
 # What Flower says of a node in its own codes (flwr.common.constant.ErrorCode), in an operator's
 # terms. Codes 1 and 2 come with the node's own wording.
@@ -46,22 +40,6 @@ _FLOWER_ERRORS = {
     _CRASHED: "its ClientApp was killed or crashed, out of memory perhaps; the site's log says "
     "more",
 }
-
-
-@dataclass(frozen=True)
-class Client:
-    """A node that takes part: its Flower id of this run, and what it said of itself.
-
-    ``by_key``: its name is that of a registered key, which no other node can have.
-    """
-
-    node_id: int
-    info: ClientInfo
-    by_key: bool = False
-
-
-Roster = dict[str, Client]
-"""Clients by name."""
 
 
 def time_to_live(timeout_s: float) -> float:
@@ -175,42 +153,3 @@ def failure_reason(reply: Message) -> str | None:
 def may_answer_later(reply: Message) -> bool:
     """Whether no answer came for want of a connection, time or memory, rather than of a will."""
     return reply.has_error() and reply.error.code in _FLOWER_ERRORS
-
-
-def printable(text: str) -> str:
-    """The first line of a client's wording, bounded, without control characters."""
-    first = next(iter(text.strip().splitlines()), "unknown")
-    return "".join(char for char in first[:_LONGEST_TEXT] if char.isprintable())
-
-
-def check_roster(roster: Roster, config: Config) -> None:
-    """Refuse clients that are too few for a round, or too many examples for exact sums.
-
-    Raises:
-        FederationError: names the numbers.
-    """
-    needed, sampled = min_replies(config, len(roster)), num_sampled(config, len(roster))
-    if roster and needed > sampled:
-        raise FederationError(
-            f"federation.min_replies={needed} exceeds the {sampled} of "
-            f"{len(roster)} clients sampled per round; lower it or sample more clients."
-        )
-    examples = sum(client.info.num_examples for client in roster.values())
-    if examples > LARGEST_WEIGHT:
-        raise FederationError(
-            f"the clients announce {examples} examples, more than {LARGEST_WEIGHT:.0f}; look at "
-            "their data files."
-        )
-
-
-def unlike_models(roster: Roster) -> list[str]:
-    """A warning where sites train different base models, whose updates do not add up; else none."""
-    sites: dict[str, list[str]] = {}
-    for name, client in sorted(roster.items()):
-        model = printable(client.info.model)[:_LONGEST_MODEL] if client.info.model else ""
-        sites.setdefault(model, []).append(name)
-    sites.pop("", None)  # simulated clients share one model
-    if len(sites) < 2:
-        return []
-    groups = "; ".join(f"{', '.join(names)}: {model}" for model, names in sorted(sites.items()))
-    return [f"the sites do not train the same base model ({groups}); an average of theirs is none"]

@@ -1,14 +1,13 @@
 """What server and clients say to each other, as plain dataclasses."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
-from fedllm_flwr.errors import FederationError
-from fedllm_flwr.params import Params
-from fedllm_flwr.training.local_terms import LocalCorrection
+from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.params import Groups, Params
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """Names of sites. They are file names, labels in tables and cells of spreadsheets, and no two may
@@ -16,6 +15,9 @@ look alike: no letters beyond ASCII, no blanks, nothing that a spreadsheet takes
 SITE_NAME_RULE = (
     "use letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit"
 )
+_MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 64, 64, 1e12
+_METRIC = re.compile(r"[A-Za-z0-9_./-]{1,64}")
+_LONGEST_TEXT = 500  # characters of a client's wording that are shown
 
 
 @dataclass(frozen=True)
@@ -31,52 +33,64 @@ class Acknowledged:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One round's work for a client.
+class Assignment:
+    """One round's work for one client: to train, or to score the global adapter.
 
-    ``params`` is the global adapter w, ``learning_rate`` the local one of this round. In an
-    ``alone`` task the client goes on from its own adapter of earlier rounds, where it has one.
-    ``reference`` is the adapter of DPO's reference model; None: the base model is the reference.
-    ``run`` tells what a client remembers of this run from what it remembers of others.
-
-    ``acknowledged`` differs from client to client: each starts from its memory of that round, and
-    from its place in its own data after so many updates. ``oldest_checkpoint`` is the round of the
-    oldest state that the server may go back to, and with it to an older acknowledged round.
+    Args:
+        round: server round, from 1.
+        params: the global adapter w.
+        learning_rate: the local one of this round.
+        config: the run's configuration, from which the client takes task and algorithm.
+        sent: groups of tensors beside the adapter, by name: what the algorithm sends (SCAFFOLD's
+            c as ``control``), and what the training task sends (DPO's ``reference``).
+        run: tells what a client remembers of this run from what it remembers of others.
+        acknowledged: what the server has accepted of this client. It starts from its memory of that
+            round, and from its place in its own data after so many updates.
+        oldest_checkpoint: round of the oldest state that the server may go back to, and with it to
+            an older acknowledged round.
     """
 
     round: int
     params: Params
     learning_rate: float
     config: Config
-    correction: LocalCorrection = field(default_factory=LocalCorrection)
-    control: Params | None = None
-    alone: bool = False
-    reference: Params | None = None
+    sent: Groups = field(default_factory=dict)
     run: str = ""
     acknowledged: Acknowledged = Acknowledged()
     oldest_checkpoint: int = 0
 
-    def check_fits(self, check: Callable[[Params, str], None]) -> None:
-        """Let `check` refuse each group of tensors, which it is given with its name."""
-        groups = {"params": self.params, "control": self.control, "reference": self.reference}
-        for what, params in groups.items():
-            if params is not None:
-                check(params, what)
+    @property
+    def tensors(self) -> Groups:
+        """All groups of tensors, the global adapter among them as ``params``."""
+        return {"params": self.params, **self.sent}
 
 
 @dataclass(frozen=True)
 class Update:
-    """A client's answer: ``delta`` = w_i - w, and the number of distinct examples it used.
+    """A client's answer after training.
 
-    ``lost``: the client has no memory of the acknowledged round any more. It has started anew,
-    from c_i = 0 and from the global adapter; ``control_delta`` is then c_i+ - 0.
+    Args:
+        delta: D_i = w_i - w.
+        num_examples: number of distinct examples it has used in this round.
+        metrics: figures of local training, ``loss`` among them.
+        contributed: groups of tensors beside ``delta`` that the algorithm asks for.
+        lost: the client has no memory of the acknowledged round any more. It has started anew from
+            the global adapter, and from zero where a contribution is the change of its memory.
     """
 
     delta: Params
     num_examples: int
     metrics: dict[str, float]
-    control_delta: Params | None = None
+    contributed: Groups = field(default_factory=dict)
     lost: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A client's answer to the question how good the global adapter is on its held-out records."""
+
+    metrics: dict[str, float]
+    num_examples: int
 
 
 @dataclass(frozen=True)
@@ -110,3 +124,33 @@ def require_version(theirs: str) -> None:
             f"on both: pip install fedllm-flwr=={theirs}"
         )
         raise FederationError(text, text)
+
+
+def printable(text: str) -> str:
+    """The first line of a client's wording, bounded, without control characters."""
+    first = next(iter(text.strip().splitlines()), "unknown")
+    return "".join(char for char in first[:_LONGEST_TEXT] if char.isprintable())
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Refuse metrics that lack a loss, are too many, or have names or values out of bounds.
+
+    A round's metrics are kept in memory, written down, drawn and printed; so none may be long,
+    not finite, or so large that a mean or a figure of them is not finite.
+
+    Raises:
+        FederationError: says which.
+    """
+    if "loss" not in metrics:
+        raise FederationError("its metrics lack 'loss'")
+    if len(metrics) > _MOST_METRICS:
+        raise FederationError(f"it holds {len(metrics)} metrics, more than {_MOST_METRICS}")
+    for name, value in metrics.items():
+        if not _METRIC.fullmatch(name):
+            shown = repr(name[:_LONGEST_METRIC])
+            raise FederationError(
+                f"it calls a metric of {len(name)} characters {shown}; at most {_LONGEST_METRIC} "
+                "letters, digits and '_', '.', '/', '-' are taken"
+            )
+        if not abs(value) <= _LARGEST_METRIC:
+            raise NotFiniteError(f"its {name} is {value:g}, not within {_LARGEST_METRIC:g} of 0")

@@ -1,20 +1,18 @@
 """What the server makes of a reply: whose it is, and whether it can be used."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 
-from fedllm_flwr.errors import FederationError, NotFiniteError
-from fedllm_flwr.federation.exchange import Roster, failure_reason, printable
-from fedllm_flwr.federation.messages import Update
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.exchange import failure_reason
+from fedllm_flwr.federation.messages import Scores, Update, check_metrics, printable
+from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.wire import unpack_update
 
 Content = TypeVar("Content")
-_MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 64, 64, 1e12
-_METRIC = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 
 
 class Asked:
@@ -65,8 +63,8 @@ def read_update(reply: Message) -> Update:
     return _decoded(reply.content, unpack_update)
 
 
-def read_scores(reply: Message) -> tuple[dict[str, float], int]:
-    """A client's scores of the global adapter on its own records, and how many those were.
+def read_scores(reply: Message) -> Scores:
+    """A client's scores of the global adapter on its own records.
 
     Raises:
         FederationError: the reply is an error or a refusal, or lacks a usable loss or count.
@@ -78,31 +76,7 @@ def read_scores(reply: Message) -> tuple[dict[str, float], int]:
     count = metrics.pop("num_examples", 0.0)
     if not (count >= 1 and math.isfinite(count) and count == int(count)):
         raise FederationError(f"scores refused: num_examples={count:g} is no count")
-    return metrics, int(count)
-
-
-def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Refuse metrics that lack a loss, are too many, or have names or values out of bounds.
-
-    A round's metrics are kept in memory, written down, drawn and printed; so none may be long,
-    not finite, or so large that a mean or a figure of them is not finite.
-
-    Raises:
-        FederationError: says which.
-    """
-    if "loss" not in metrics:
-        raise FederationError("its metrics lack 'loss'")
-    if len(metrics) > _MOST_METRICS:
-        raise FederationError(f"it holds {len(metrics)} metrics, more than {_MOST_METRICS}")
-    for name, value in metrics.items():
-        if not _METRIC.fullmatch(name):
-            shown = repr(name[:_LONGEST_METRIC])
-            raise FederationError(
-                f"it calls a metric of {len(name)} characters {shown}; at most {_LONGEST_METRIC} "
-                "letters, digits and '_', '.', '/', '-' are taken"
-            )
-        if not abs(value) <= _LARGEST_METRIC:
-            raise NotFiniteError(f"its {name} is {value:g}, not within {_LARGEST_METRIC:g} of 0")
+    return Scores(metrics, int(count))
 
 
 def _unpack_scores(content: RecordDict) -> dict[str, float]:

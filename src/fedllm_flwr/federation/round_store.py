@@ -1,4 +1,4 @@
-"""Round store: groups of tensors on disk, a file for each round that made some.
+"""Round store: tensors by kind on disk, one file for each round that left some.
 
 What a client remembers of a run and what the server knows of each client are such stores. A round
 starts from exactly the version that the server has acknowledged, so that a lost reply, a repeated
@@ -12,9 +12,11 @@ from urllib.parse import quote
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.tensor_files import load_params, save_params
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Kept
 
 logger = logging.getLogger(__name__)
+
+_ABOUT = "about."  # prefix in the metadata of a file
 
 
 def folder_name(client: str) -> str:
@@ -23,7 +25,7 @@ def folder_name(client: str) -> str:
 
 
 class RoundStore:
-    """Versions of groups of tensors in `directory`, by round.
+    """Versions of what is kept in `directory`, by round.
 
     A version is written before the server acknowledges its round, if it ever does. So versions
     pile up until it is known which of them can still be asked for.
@@ -37,18 +39,22 @@ class RoundStore:
         found = (path.stem.partition("-")[2] for path in self._directory.glob("round-*.*"))
         return sorted(int(number) for number in found if number.isdigit())
 
-    def load(self, server_round: int) -> dict[str, Params] | None:
-        """The groups of a round; None, which is logged, if they are not there or unreadable."""
+    def load(self, server_round: int) -> dict[str, Kept] | None:
+        """What a round left, by kind; None, which is logged, if it is not there or unreadable."""
         try:
-            return load_params(self.file(server_round))[0]
+            groups, metadata = load_params(self.file(server_round))
         except FederationError as error:
             logger.warning("%s", error)
             return None
+        return {
+            kind: Kept(tensors, metadata.get(f"{_ABOUT}{kind}", ""))
+            for kind, tensors in groups.items()
+        }
 
     def store(
         self,
         server_round: int,
-        groups: Mapping[str, Params],
+        kept: Mapping[str, Kept],
         acknowledged: int,
         oldest_checkpoint: int,
     ) -> None:
@@ -65,7 +71,9 @@ class RoundStore:
         """
         for unfinished in self._directory.glob(".round-*"):  # of a process that was killed
             unfinished.unlink(missing_ok=True)
-        save_params(self.file(server_round), groups, {"round": str(server_round)})
+        metadata = {f"{_ABOUT}{kind}": each.about for kind, each in kept.items() if each.about}
+        groups = {kind: each.tensors for kind, each in kept.items()}
+        save_params(self.file(server_round), groups, {"round": str(server_round), **metadata})
         accepted = [version for version in self.rounds() if version <= acknowledged]
         needed_from = max((v for v in accepted if v <= oldest_checkpoint), default=0)
         for version in self.rounds():

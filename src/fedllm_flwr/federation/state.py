@@ -8,24 +8,30 @@ from pathlib import Path
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Acknowledged
 from fedllm_flwr.federation.tensor_files import load_params, save_params
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Groups, Params
+
+_TENSORS, _SENT = "state.", "sent."  # prefixes of groups in a file
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything that a server needs to go on: the adapter after ``round`` rounds and the rest.
+    """Everything that a server needs to go on.
 
-    ``moments`` holds the server optimizer's tensors by name (``m``, ``v``), ``control`` SCAFFOLD's
-    server variate c, ``reference`` the adapter of DPO's reference model, if it has one. ``clients``
-    says of every client of the run what the server has accepted of it. ``run`` tells this run from
-    others, also when it goes on after a stop.
+    Args:
+        round: number of rounds done.
+        params: the global adapter after them.
+        tensors: what the algorithm keeps beside it, by symbol: a server optimizer's moments ``m``
+            and ``v``, SCAFFOLD's ``control``; float64.
+        sent: groups of tensors of the training task that clients get in every round, such as the
+            adapter of DPO's reference model.
+        run: tells this run from others, also when it goes on after a stop.
+        clients: what the server has accepted of every client of the run.
     """
 
     round: int
     params: Params
-    moments: dict[str, Params] = field(default_factory=dict)
-    control: Params | None = None
-    reference: Params | None = None
+    tensors: Groups = field(default_factory=dict)
+    sent: Groups = field(default_factory=dict)
     run: str = ""
     clients: dict[str, Acknowledged] = field(default_factory=dict)
 
@@ -37,15 +43,13 @@ def save_state(directory: Path, state: ServerState, keep: int) -> Path:
         FederationError: the file system refuses; the states of earlier rounds are still there.
     """
     groups = {"params": state.params}
-    groups |= {f"moment.{name}": params for name, params in state.moments.items()}
-    if state.control is not None:
-        groups["control"] = state.control
-    if state.reference is not None:
-        groups["reference"] = state.reference
+    groups |= {f"{_TENSORS}{name}": params for name, params in state.tensors.items()}
+    groups |= {f"{_SENT}{name}": params for name, params in state.sent.items()}
     path = state_file(directory, state.round)
     metadata = {
         "round": str(state.round),
-        "moments": json.dumps([*state.moments]),
+        "tensors": json.dumps([*state.tensors]),
+        "sent": json.dumps([*state.sent]),
         "run": state.run,
         "clients": json.dumps({name: [c.round, c.updates] for name, c in state.clients.items()}),
     }
@@ -105,7 +109,8 @@ def read_state(path: Path) -> ServerState:
     """
     groups, metadata = load_params(path)
     try:
-        moments = {name: groups[f"moment.{name}"] for name in json.loads(metadata["moments"])}
+        tensors = {name: groups[f"{_TENSORS}{name}"] for name in json.loads(metadata["tensors"])}
+        sent = {name: groups[f"{_SENT}{name}"] for name in json.loads(metadata["sent"])}
         clients = {
             name: Acknowledged(int(server_round), int(updates))
             for name, (server_round, updates) in json.loads(metadata["clients"]).items()
@@ -113,9 +118,8 @@ def read_state(path: Path) -> ServerState:
         return ServerState(
             round=int(metadata["round"]),
             params=groups["params"],
-            moments=moments,
-            control=groups.get("control"),
-            reference=groups.get("reference"),
+            tensors=tensors,
+            sent=sent,
             run=metadata["run"],
             clients=clients,
         )

@@ -13,7 +13,7 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.params import Array, Params
 
-_FORMAT = "2"
+_FORMAT = "3"
 _DIGEST = "sha256"
 
 

@@ -22,19 +22,17 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.errors import ConfigError, FederationError
-from fedllm_flwr.federation.encoding import STORED, decode, encode
 from fedllm_flwr.federation.messages import (
     Acknowledged,
+    Assignment,
     ClientInfo,
     Failure,
-    Task,
     Update,
     require_version,
 )
+from fedllm_flwr.federation.updates.cast import STORED, decode, encode
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.local_terms import LocalCorrection
 
-WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Keys that name something on the server's disk or network; a client never learns them.
 _SERVER_ONLY = (
     *("output_dir", "resume", "init_adapter", "dpo.reference_adapter", "tracking", "compare"),
@@ -94,102 +92,85 @@ def unpack_params(record: ArrayRecord, dtype: str) -> Params:
     return params
 
 
-def round_trip(params: Params, dtype: str) -> Params:
-    """`params` as they look after travelling; tensors may share memory with the given ones."""
-    return {name: decode(encode(name, values, dtype), dtype) for name, values in params.items()}
-
-
-def wire_bytes(params: Params, dtype: str) -> int:
-    """Bytes of tensor data that `params` take on the wire."""
-    return sum(int(v.size) for v in params.values()) * WIRE_BYTES[dtype]
-
-
-def pack_task(task: Task) -> RecordDict:
-    """A `Task` as records."""
-    (content,) = pack_tasks(task, [task.acknowledged])
+def pack_assignment(assignment: Assignment) -> RecordDict:
+    """An `Assignment` as records."""
+    (content,) = pack_assignments([assignment])
     return content
 
 
-def pack_tasks(task: Task, clients: Iterable[Acknowledged]) -> Iterator[RecordDict]:
-    """The same `Task` for several clients; their contents share all records but one small one."""
-    dtype = task.config.communication.dtype
-    arrays, _ = pack_params(task.params, dtype)
-    settings = ConfigRecord(
-        {
-            "round": task.round,
-            "learning_rate": task.learning_rate,
-            "dtype": dtype,
-            "mu": task.correction.mu,
-            "control_variates": task.correction.control_variates,
-            "as_openfedllm": task.correction.as_openfedllm,
-            "alone": task.alone,
-            "run": task.run,
-            "oldest_checkpoint": task.oldest_checkpoint,
-            "config": _config_text(task.config),
-        }
-    )
-    shared = RecordDict({"params": arrays, "task": settings})
-    for name in ("control", "reference"):
-        if (params := getattr(task, name)) is not None:
-            shared[name], _ = pack_params(params, dtype)
-    for acknowledged in clients:
-        own = ConfigRecord({"round": acknowledged.round, "updates": acknowledged.updates})
-        yield RecordDict({**shared, "acknowledged": own})
+def pack_assignments(assignments: Iterable[Assignment]) -> Iterator[RecordDict]:
+    """Assignments of one round as records; what several clients get is encoded once and shared."""
+    encoded: dict[int, tuple[Params, ArrayRecord]] = {}  # by id of the group, which is kept alive
+    texts: dict[int, tuple[Config, str]] = {}
+    for assignment in assignments:
+        config = assignment.config
+        dtype = config.communication.dtype
+        if id(config) not in texts:
+            texts[id(config)] = config, _config_text(config)
+        own = assignment.acknowledged
+        content = RecordDict(
+            {
+                "task": ConfigRecord(
+                    {
+                        "round": assignment.round,
+                        "learning_rate": assignment.learning_rate,
+                        "dtype": dtype,
+                        "run": assignment.run,
+                        "oldest_checkpoint": assignment.oldest_checkpoint,
+                        "config": texts[id(config)][1],
+                    }
+                ),
+                "acknowledged": ConfigRecord({"round": own.round, "updates": own.updates}),
+            }
+        )
+        for name, params in assignment.tensors.items():
+            if id(params) not in encoded:
+                encoded[id(params)] = params, pack_params(params, dtype)[0]
+            content[name] = encoded[id(params)][1]
+        yield content
 
 
 @_reading()
-def unpack_task(content: RecordDict) -> Task:
-    """The `Task` in a server's message.
+def unpack_assignment(content: RecordDict) -> Assignment:
+    """The `Assignment` in a server's message.
 
     Raises:
         FederationError: it lacks a record or a field, or holds one that makes no sense.
     """
     settings = _settings(content, "task")
     dtype = _field(settings, "dtype", str)
-    correction = LocalCorrection(
-        mu=_non_negative(settings, "mu"),
-        control_variates=_field(settings, "control_variates", bool),
-        as_openfedllm=_field(settings, "as_openfedllm", bool),
-    )
-    control = content.array_records.get("control")
-    if correction.control_variates and control is None:
-        raise FederationError("it lacks 'control', the control variate that it asks for")
-    reference = content.array_records.get("reference")
     if (server_round := _field(settings, "round", int)) < 0:
         raise FederationError(f"round={server_round} is below 0")
     own = _settings(content, "acknowledged")
     acknowledged = Acknowledged(_field(own, "round", int), _field(own, "updates", int))
     if not 0 <= acknowledged.updates <= acknowledged.round <= server_round:
         raise FederationError(f"{acknowledged} is not of round {server_round}")
-    return Task(
+    _arrays(content, "params")
+    groups = {name: unpack_params(record, dtype) for name, record in content.array_records.items()}
+    return Assignment(
         round=server_round,
-        params=unpack_params(_arrays(content, "params"), dtype),
+        params=groups.pop("params"),
         learning_rate=_non_negative(settings, "learning_rate"),
         config=_config(settings),
-        correction=correction,
-        control=None if control is None else unpack_params(control, dtype),
-        alone=_field(settings, "alone", bool),
+        sent=groups,
         run=_field(settings, "run", str),
         acknowledged=acknowledged,
         oldest_checkpoint=_field(settings, "oldest_checkpoint", int),
-        reference=None if reference is None else unpack_params(reference, dtype),
     )
 
 
 def pack_update(update: Update, dtype: str) -> RecordDict:
     """An `Update` as records."""
-    arrays, _ = pack_params(update.delta, dtype)
     content = RecordDict(
         {
-            "delta": arrays,
             "update": ConfigRecord(
                 {"dtype": dtype, "num_examples": update.num_examples, "lost": update.lost}
             ),
             "metrics": MetricRecord(dict(update.metrics)),
         }
     )
-    if update.control_delta is not None:
-        content["control_delta"], _ = pack_params(update.control_delta, dtype)
+    for name, params in {"delta": update.delta, **update.contributed}.items():
+        content[name], _ = pack_params(params, dtype)
     return content
 
 
@@ -205,12 +186,13 @@ def unpack_update(content: RecordDict) -> Update:
     metrics = content.metric_records.get("metrics")
     if metrics is None:
         raise FederationError("it lacks 'metrics'")
-    control = content.array_records.get("control_delta")
+    _arrays(content, "delta")
+    groups = {name: unpack_params(record, dtype) for name, record in content.array_records.items()}
     return Update(
+        delta=groups.pop("delta"),
         num_examples=_field(settings, "num_examples", int),
-        delta=unpack_params(_arrays(content, "delta"), dtype),
         metrics={name: float(cast(float, value)) for name, value in metrics.items()},
-        control_delta=None if control is None else unpack_params(control, dtype),
+        contributed=groups,
         lost=_field(settings, "lost", bool),
     )
 

@@ -27,7 +27,7 @@ from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.models.tokenizer import model_source
 from fedllm_flwr.params import Params
 from fedllm_flwr.runs.directory import RunDirectory, best_round, is_finished
-from fedllm_flwr.runs.local_adapters import AloneAdapters
+from fedllm_flwr.runs.local_adapters import LocalAdapters
 
 _NOTATION = "DIR, DIR@best, DIR@round=N or DIR@client=NAME"
 
@@ -223,7 +223,7 @@ def _of_clients(
     else:
         for folder in sorted(folders.iterdir()) if folders.is_dir() else []:
             if folder.is_dir():
-                client = AloneAdapters.name_of(folder.name)
+                client = LocalAdapters.name_of(folder.name)
                 found.append(KeptAdapter(label, config, folder, None, run, client))
     if not found:
         raise ConfigError(f"{typed}: no client has trained an adapter there.")

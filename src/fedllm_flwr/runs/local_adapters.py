@@ -1,4 +1,4 @@
-"""The adapters of clients that train alone, as the server gets to know them.
+"""The clients' own adapters of the local baseline, as the server gets to know them.
 
 The baseline compares them with the federation, so the server scores each on the central test set.
 They are kept in files by client and round: memory holds one of them.
@@ -11,12 +11,12 @@ from urllib.parse import unquote
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Acknowledged
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
-from fedllm_flwr.params import Params, add
+from fedllm_flwr.params import Kept, Params, add
 
 Scores = dict[str, float]
 
 
-class AloneAdapters:
+class LocalAdapters:
     """The adapter of every client that has trained, on disk.
 
     Args:
@@ -38,7 +38,7 @@ class AloneAdapters:
             acknowledged, oldest: as `RoundStore.store` takes them.
         """
         self._scored.pop(name, None)
-        adapter = {"adapter": add(self._initial, delta)}
+        adapter = {"adapter": Kept(add(self._initial, delta))}
         self._store(name).store(server_round, adapter, acknowledged, oldest)
 
     def load(self, name: str, acknowledged: Acknowledged) -> Params:
@@ -49,13 +49,13 @@ class AloneAdapters:
         """
         if not acknowledged.round:
             return self._initial
-        groups = self._store(name).load(acknowledged.round)
-        if groups is None:
+        kept = self._store(name).load(acknowledged.round)
+        if kept is None:
             raise FederationError(
                 f"the adapter that {name} reached in round {acknowledged.round} is not in "
                 f"{self._directory} any more; put it back, or start the run anew."
             )
-        return groups["adapter"]
+        return kept["adapter"].tensors
 
     def scores(
         self, clients: Mapping[str, Acknowledged], evaluate: Callable[[Params], Scores]

@@ -10,8 +10,8 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.registration import registered_sites
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census
-from fedllm_flwr.federation.exchange import Client, unlike_models
 from fedllm_flwr.federation.messages import ClientInfo
+from fedllm_flwr.federation.roster import Client, unlike_models
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.runs.directory import RunDirectory
 from fedllm_flwr.server.planning import make_plan

@@ -1,14 +1,17 @@
 """The plan of a run, from its configuration and what was loaded for it."""
 
+from pathlib import Path
 from typing import Any
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import EMBEDDED_DATA
-from fedllm_flwr.federation.exchange import Roster
+from fedllm_flwr.federation.recorder import Recorder
+from fedllm_flwr.federation.roster import Roster
+from fedllm_flwr.federation.rounds import Rounds
+from fedllm_flwr.federation.rule import find_rule
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.federation.strategies import STRATEGIES
 from fedllm_flwr.models.device import describe_device
 from fedllm_flwr.params import num_values
 from fedllm_flwr.reporting.plan import Plan
@@ -70,13 +73,10 @@ def _work(config: Config) -> dict[str, Any]:
 
 def _wire(config: Config, prepared: Prepared, roster: Roster) -> dict[str, Any]:
     """What the algorithm's own messages will hold, with its control variate if it has one."""
-    start = ServerState(0, prepared.initial, reference=prepared.reference)
-    rule = STRATEGIES[config.algorithm.name](config, roster, start)
-    return {
-        "wire_dtype": config.communication.dtype,
-        "bytes_down": rule.message_bytes(down=True),
-        "bytes_up": rule.message_bytes(),
-    }
+    start = ServerState(0, prepared.initial, sent=prepared.sent)
+    rounds = Rounds(find_rule(config.algorithm), config, Recorder(), Path())
+    down, up = rounds.bytes_per_client(rounds.begin(start, roster))
+    return {"wire_dtype": config.communication.dtype, "bytes_down": down, "bytes_up": up}
 
 
 def _evaluation(config: Config, prepared: Prepared) -> dict[str, Any]:

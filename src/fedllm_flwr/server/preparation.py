@@ -19,11 +19,11 @@ from fedllm_flwr.data.labels import require_scored, unseen_labels
 from fedllm_flwr.data.partition import ClientStats, describe
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.evaluation.suites.central import CentralSuites, central_suites
-from fedllm_flwr.federation.wire import round_trip
+from fedllm_flwr.federation.updates.cast import round_trip
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import cpu_count, torch_threads
 from fedllm_flwr.models.tokenizer import load_tokenizer
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Groups, Params
 from fedllm_flwr.runs.adapter_files import load_adapter
 from fedllm_flwr.runs.fit import fit_warnings
 from fedllm_flwr.tasks import task_of
@@ -40,7 +40,7 @@ class Prepared:
     model: AdaptedModel
     evaluation: HeldOut | None
     initial: Params
-    reference: Params | None  # adapter of the reference model, where it is not the base model
+    sent: Groups  # tensors of the training task that clients get in every round
     suites: CentralSuites | None = None  # benchmark suites to score with the held-out records
 
 
@@ -64,21 +64,24 @@ def prepare(config: Config) -> Prepared:
         warnings = _lost(config, data) + fit_warnings(config, data, records)
     model = load_model(config)
     initial = _adapter(config.init_adapter, model) or model.initial
-    reference = _reference(config, model)
-    evaluation = _held_out(config, records, model, reference)
+    sent = _sent(config, model)
+    evaluation = _held_out(config, records, model, sent)
     num_clients = len(clients) or config.federation.num_clients or 1
     if suites is not None and evaluation is None:
         raise ConfigError(
             "evaluation.suites are scored with the held-out records, and there are none; give "
             "data.eval_path and evaluation.central=true, or use fedllm evaluate afterwards."
         )
-    return Prepared(num_clients, clients, warnings, model, evaluation, initial, reference, suites)
+    return Prepared(num_clients, clients, warnings, model, evaluation, initial, sent, suites)
 
 
-def _reference(config: Config, model: AdaptedModel) -> Params | None:
-    """The adapter of the reference model as clients will have it, where it has one."""
-    reference = _adapter(task_of(config).adapter_paths(config).get("reference"), model)
-    return reference and round_trip(reference, config.communication.dtype)
+def _sent(config: Config, model: AdaptedModel) -> Groups:
+    """Adapters that the training task reads beside the global one, as clients will have them."""
+    dtype = config.communication.dtype
+    return {
+        group: round_trip(load_adapter(Path(path).expanduser(), model), dtype)
+        for group, path in task_of(config).adapter_paths(config).items()
+    }
 
 
 def _adapter(path: str | None, model: AdaptedModel) -> Params | None:
@@ -105,12 +108,10 @@ def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:
         records = load_evaluation_data(config, task_of(config).records)
     else:
         records = divided_data(config, task_of(config).records)[0].eval
-    return _held_out(config, records, model, _reference(config, model))
+    return _held_out(config, records, model, _sent(config, model))
 
 
-def _held_out(
-    config: Config, records: Any, model: AdaptedModel, reference: Params | None
-) -> HeldOut | None:
+def _held_out(config: Config, records: Any, model: AdaptedModel, sent: Groups) -> HeldOut | None:
     """Held-out `records`, a data set or None, ready to score adapters with."""
     if records is None or not (config.evaluation.central and len(records)):
         return None
@@ -119,9 +120,8 @@ def _held_out(
     entry = task_of(config)
     encoded = encode_records(config, entry.records, model.tokenizer, records)
     require_examples(config, "the held-out records", len(encoded))
-    tensors = {} if reference is None else {"reference": reference}
     with torch_threads(evaluation_threads(config)):
-        return entry.held_out(config, model, records, encoded, tensors)
+        return entry.held_out(config, model, records, encoded, sent)
 
 
 def evaluation_threads(config: Config) -> int:

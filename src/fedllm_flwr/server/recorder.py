@@ -11,7 +11,7 @@ from typing import Any
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.evaluation.central import evaluate
-from fedllm_flwr.federation.report import Hooks, RoundReport
+from fedllm_flwr.federation.recorder import Recorder, RoundReport
 from fedllm_flwr.federation.round_store import folder_name
 from fedllm_flwr.federation.state import (
     ServerState,
@@ -28,7 +28,7 @@ from fedllm_flwr.reporting.metrics import MetricsLog, Record, read_metrics, summ
 from fedllm_flwr.reporting.trackers import Tracker, open_trackers
 from fedllm_flwr.runs.adapter_files import recover, save_best
 from fedllm_flwr.runs.directory import RunDirectory, best_round
-from fedllm_flwr.runs.local_adapters import AloneAdapters
+from fedllm_flwr.runs.local_adapters import LocalAdapters
 from fedllm_flwr.runs.lock import RoundBoard
 from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.server.preparation import Prepared, evaluation_threads
@@ -36,7 +36,7 @@ from fedllm_flwr.tasks.base import Scores
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
 
-class Progress:
+class RunRecorder(Recorder):
     """Follows the rounds of one run, and writes down what happens.
 
     Args:
@@ -68,33 +68,24 @@ class Progress:
         self._first_round = first_round
         self._refused = dict(refused)
         self._counted = timings.earlier  # seconds by phase that records account for
-        self.alone = AloneAdapters(directory.alone, prepared.initial)
+        self.local_adapters = LocalAdapters(directory.alone, prepared.initial)
 
-    @property
-    def hooks(self) -> Hooks:
-        """What the strategy calls."""
-        return Hooks(
-            on_start_round=self._start_round,
-            on_reply=self._reply,
-            on_update=self._update,
-            on_round=self.finish_round,
-            on_failed_round=self.note_failed_round,
-            oldest_checkpoint=self._oldest_checkpoint,
-            has_converged=self.has_converged,
-        )
-
-    def _start_round(self, round: int, names: list[str]) -> None:
+    def on_start_round(self, round: int, names: list[str]) -> None:
+        """Show which clients are asked."""
         self._board.start_round(round, names)
         self._console.start_round(round, names)
 
-    def _reply(self, round: int, name: str, loss: float | None) -> None:
+    def on_reply(self, round: int, name: str, loss: float | None) -> None:
+        """Show that a client has answered."""
         self._board.reply(round, name, loss)
         self._console.reply(round, name, loss)
 
-    def _update(self, round: int, name: str, delta: Params, acknowledged: int) -> None:
-        self.alone.store(round, name, delta, acknowledged, self._oldest_checkpoint())
+    def on_update(self, round: int, name: str, delta: Params, acknowledged: int) -> None:
+        """Keep a client's own adapter."""
+        self.local_adapters.store(round, name, delta, acknowledged, self.oldest_checkpoint())
 
-    def _oldest_checkpoint(self) -> int:
+    def oldest_checkpoint(self) -> int:
+        """Round of the oldest checkpoint on disk."""
         return min(kept_rounds(self._directory.checkpoints), default=0)
 
     def start(self, state: ServerState) -> None:
@@ -108,7 +99,7 @@ class Progress:
         if self._is_best(0):
             self._save_best(state)
 
-    def finish_round(self, state: ServerState, report: RoundReport) -> None:
+    def on_round(self, state: ServerState, report: RoundReport) -> None:
         """Evaluate if it is time, write the round down, then save the state.
 
         In this order, a round that is written down but not saved is run again, and none is lost.
@@ -162,7 +153,7 @@ class Progress:
         adapters: Params | dict[str, Params] = state.params
         if self._config.algorithm.name == "local":
             adapters = {
-                folder_name(name): self.alone.load(name, client)
+                folder_name(name): self.local_adapters.load(name, client)
                 for name, client in state.clients.items()
                 if client.round
             }
@@ -173,7 +164,7 @@ class Progress:
         with self._timings.phase("checkpoints"):
             save_best(self._best_path, self._prepared.model, adapters, self._config, summary)
 
-    def note_failed_round(self, report: RoundReport) -> None:
+    def on_failed_round(self, report: RoundReport) -> None:
         """Write down who failed and why, where the run cannot go on; it resumes at this round."""
         record = _record(report, self._config) | {"failed": True}
         with contextlib.suppress(FederationError):  # on a full disk the run's own error says it
@@ -201,7 +192,7 @@ class Progress:
             return {}
         if self._config.algorithm.name != "local":
             return {"eval": self._evaluate(state.params)}
-        each = self.alone.scores(state.clients, self._evaluate)
+        each = self.local_adapters.scores(state.clients, self._evaluate)
         names = next(iter(each.values())).keys()
         mean = {name: fmean(scores[name] for scores in each.values()) for name in names}
         return {"eval": mean, "local": each}

@@ -12,10 +12,10 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.registration import registered_sites
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.federation.census import discover
-from fedllm_flwr.federation.exchange import Roster, check_roster, unlike_models
+from fedllm_flwr.federation.roster import Roster, check_roster, unlike_models
 from fedllm_flwr.federation.round_store import folder_name
 from fedllm_flwr.federation.state import ServerState, load_state
-from fedllm_flwr.federation.strategies import STRATEGIES
+from fedllm_flwr.federation.strategies import strategy_of
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.params import Params
 from fedllm_flwr.reporting.clients import clients_table, sizes_table
@@ -28,7 +28,7 @@ from fedllm_flwr.runs.fit import scored_on_one
 from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.server.planning import make_plan
 from fedllm_flwr.server.preparation import Prepared, prepare
-from fedllm_flwr.server.recorder import Progress
+from fedllm_flwr.server.recorder import RunRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +64,20 @@ def serve(
     if len(roster) < prepared.num_clients:
         warnings.append(f"starting with {len(roster)} of {prepared.num_clients} clients")
     console.plan(make_plan(config, prepared, roster, directory, state.round + 1, warnings))
-    progress = Progress(
+    recorder = RunRecorder(
         config, directory, prepared, console, timings, state.round + 1, census.refused
     )
     try:
-        for line in progress.restore_best() if state.round else ():
+        for line in recorder.restore_best() if state.round else ():
             console.note(line)
-        final = _run_rounds(grid, config, roster, state, progress, directory)
+        final = _run_rounds(grid, config, roster, state, recorder, directory)
         if final.round < config.federation.num_rounds:
-            console.note(why_stopped(progress.records, final.round))
+            console.note(why_stopped(recorder.records, final.round))
     except BaseException:
-        progress.close(succeeded=False)
+        recorder.close(succeeded=False)
         raise
-    progress.close(succeeded=True)
-    _finish(config, directory, prepared, final, progress, console, timings)
+    recorder.close(succeeded=True)
+    _finish(config, directory, prepared, final, recorder, console, timings)
 
 
 def _check_early_stopping(config: Config, prepared: Prepared) -> None:
@@ -94,7 +94,7 @@ def _initial_state(
 ) -> tuple[ServerState, list[str]]:
     if config.resume is None:
         run = secrets.token_hex(8)
-        return ServerState(0, prepared.initial, reference=prepared.reference, run=run), []
+        return ServerState(0, prepared.initial, sent=prepared.sent, run=run), []
     return load_state(directory.checkpoints)
 
 
@@ -103,14 +103,12 @@ def _run_rounds(
     config: Config,
     roster: Roster,
     state: ServerState,
-    progress: Progress,
+    recorder: RunRecorder,
     directory: RunDirectory,
 ) -> ServerState:
     if state.round == 0:
-        progress.start(state)
-    strategy = STRATEGIES[config.algorithm.name](
-        config, roster, state, progress.hooks, directory.known_clients
-    )
+        recorder.start(state)
+    strategy = strategy_of(config)(config, roster, state, recorder, directory.known_clients)
     strategy.start(grid, ArrayRecord({}), config.federation.num_rounds)
     return strategy.state
 
@@ -120,17 +118,17 @@ def _finish(
     directory: RunDirectory,
     prepared: Prepared,
     final: ServerState,
-    progress: Progress,
+    recorder: RunRecorder,
     console: Console,
     timings: Timings,
 ) -> None:
     """Export what was trained, then draw the figures, where wanted."""
     with timings.phase("results"):
-        summary = summarise(progress.records, timings.seconds)
+        summary = summarise(recorder.records, timings.seconds)
         adapters = {directory.adapter: final.params}
         if config.algorithm.name == "local":
             adapters = {
-                directory.adapters / folder_name(name): progress.alone.load(name, client)
+                directory.adapters / folder_name(name): recorder.local_adapters.load(name, client)
                 for name, client in final.clients.items()
                 if client.round
             }
@@ -138,11 +136,11 @@ def _finish(
             save_adapter(path, prepared.model, params, config, summary)
         evaluation = prepared.evaluation
         if evaluation is not None and evaluation.num_prompts:
-            params, label = _answering(final, progress)
+            params, label = _answering(final, recorder)
             shown = evaluation.side_by_side(prepared.model, params, label)
             write_atomically(directory.answers, shown.encode())
         if config.tracking.figures:
-            draw_figures(config, directory, prepared, progress.records, console)
+            draw_figures(config, directory, prepared, recorder.records, console)
 
 
 def draw_figures(
@@ -172,13 +170,13 @@ def draw_figures(
             )
 
 
-def _answering(final: ServerState, progress: Progress) -> tuple[Params, str]:
+def _answering(final: ServerState, recorder: RunRecorder) -> tuple[Params, str]:
     """The adapter that answers held-out prompts, and its label: the best where all train alone."""
-    each = progress.records[-1].get("local", {})
+    each = recorder.records[-1].get("local", {})
     if not each:
         return final.params, "with the adapter"
     best = min(each, key=lambda name: each[name]["loss"])
-    adapter = progress.alone.load(best, final.clients[best])
+    adapter = recorder.local_adapters.load(best, final.clients[best])
     return adapter, f"with the adapter of {best}, the best client"
 
 

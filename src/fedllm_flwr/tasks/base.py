@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Kept, Params
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,8 +59,8 @@ class LocalWork:
     Attributes:
         examples: all that the client trains on, as the task's codec makes them.
         drawn: indices of the round's examples, in drawing order, (steps * examples per step,).
-        tensors: groups of tensors that the server sent beside the global adapter, by name.
-        remembered: groups that the client kept of the last acknowledged round, by name.
+        tensors: groups of tensors that the server sent, by name; ``params`` is the global adapter.
+        remembered: what the client kept of the last acknowledged round, by kind.
     """
 
     config: Config
@@ -71,7 +71,7 @@ class LocalWork:
     learning_rate: float
     seed: int
     tensors: Mapping[str, Params] = field(default_factory=dict)
-    remembered: Mapping[str, Params] = field(default_factory=dict)
+    remembered: Mapping[str, Kept] = field(default_factory=dict)
 
 
 class TrainingTask(ABC):
@@ -100,7 +100,7 @@ class TrainingTask(ABC):
     def records(self) -> "RecordKind":
         """Columns, records, and how they become tokens."""
 
-    def prepare(self, work: LocalWork) -> dict[str, Params]:
+    def prepare(self, work: LocalWork) -> Mapping[str, Kept]:
         """What has to be known before training, and is kept at the client for later rounds.
 
         Called before the global adapter is loaded; may leave any adapter in the model.
@@ -111,7 +111,7 @@ class TrainingTask(ABC):
     def optimise(
         self,
         work: LocalWork,
-        kept: Mapping[str, Params],
+        kept: Mapping[str, Kept],
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":

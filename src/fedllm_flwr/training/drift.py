@@ -7,7 +7,7 @@ a pull of mu ||w_i - w|| that exceeds the norm would be cut, and would shrink th
 gradient with it; c - c_i would no longer cancel the drift.
 
 OpenFedLLM has the proximal term in the loss, where it is clipped with it, and subtracts
-lr (c - c_i) from the weights after each step (`LocalCorrection.as_openfedllm`).
+lr (c - c_i) from the weights after each step (`LocalTerms.as_openfedllm`).
 """
 
 from typing import Any
@@ -17,53 +17,50 @@ import torch
 from transformers import TrainerCallback
 
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.local_terms import LocalCorrection
+from fedllm_flwr.training.local_terms import LocalTerms
 
 Tensors = dict[str, torch.Tensor]
 
 
 class DriftCorrection(TrainerCallback):
-    """Adds mu (w_i - w) + (c - c_i) to the gradient, and averages the uncorrected one.
+    """Adds mu (w_i - start) and the offset of `terms` to the gradient, and averages its own.
 
     ``steps`` counts the optimizer's steps without those that a gradient scaler (float16) has
     skipped because the gradient had overflown: they move no weight, and their gradient is NaN.
 
     Args:
-        parameters: the adapter's parameters by name, at the global adapter w.
-        correction: which terms to add.
-        drift: c - c_i by name, or None without control variates.
+        parameters: the adapter's parameters by name, at ``terms.start``.
+        terms: what the algorithm adds to the client's objective.
         learning_rate: the local one, for the form that acts after the optimizer's step.
     """
 
     def __init__(
-        self,
-        parameters: dict[str, torch.nn.Parameter],
-        correction: LocalCorrection,
-        drift: Params | None,
-        learning_rate: float,
+        self, parameters: dict[str, torch.nn.Parameter], terms: LocalTerms, learning_rate: float
     ) -> None:
         self._parameters = parameters
-        self._correction = correction
+        self._terms = terms
         self._learning_rate = learning_rate
         self._start: Tensors = (
-            {name: p.detach().clone() for name, p in parameters.items()} if correction.mu else {}
+            {name: p.detach().clone() for name, p in parameters.items()} if terms.mu else {}
         )
-        self._drift: Tensors = {
+        self._offset: Tensors = {
             name: torch.from_numpy(value.copy()).to(parameters[name].device)
-            for name, value in (drift or {}).items()
+            for name, value in (terms.offset or {}).items()
         }
         self._gradient_sum: Tensors = (
-            {name: torch.zeros_like(p) for name, p in parameters.items()} if self._drift else {}
+            {name: torch.zeros_like(p) for name, p in parameters.items()}
+            if terms.averages_gradient
+            else {}
         )
         self.steps = 0
         self._skipped = False
 
     def penalty(self) -> torch.Tensor | None:
         """mu/2 ||w_i - w||^2, where it is a part of the loss."""
-        if not (self._start and self._correction.as_openfedllm):
+        if not (self._start and self._terms.as_openfedllm):
             return None
         squares = [(p - self._start[name]).square().sum() for name, p in self._parameters.items()]
-        return torch.stack(squares).sum() * (self._correction.mu / 2)
+        return torch.stack(squares).sum() * (self._terms.mu / 2)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct the gradient, clipped already, before the optimizer sees it."""
@@ -76,19 +73,19 @@ class DriftCorrection(TrainerCallback):
                 continue
             if self._gradient_sum:
                 self._gradient_sum[name] += parameter.grad
-            if self._start and not self._correction.as_openfedllm:
+            if self._start and not self._terms.as_openfedllm:
                 offset = parameter.detach() - self._start[name]
-                parameter.grad.add_(offset, alpha=self._correction.mu)
-            if self._drift and not self._correction.as_openfedllm:
-                parameter.grad.add_(self._drift[name])
+                parameter.grad.add_(offset, alpha=self._terms.mu)
+            if self._offset and not self._terms.as_openfedllm:
+                parameter.grad.add_(self._offset[name])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """OpenFedLLM's form of SCAFFOLD: w_i -= lr (c - c_i) after the optimizer's step."""
-        if self._skipped or not (self._drift and self._correction.as_openfedllm):
+        if self._skipped or not (self._offset and self._terms.as_openfedllm):
             return
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.sub_(self._drift[name], alpha=self._learning_rate)
+                parameter.sub_(self._offset[name], alpha=self._learning_rate)
 
     def _finite(self) -> bool:
         """Whether no gradient is infinite or NaN: what the scaler takes a step on."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Kept, Params
 from fedllm_flwr.tasks.base import HeldOut, LocalWork, Scores, TrainingTask
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Dpo(TrainingTask):
 
         return PREFERENCES
 
-    def prepare(self, work: LocalWork) -> dict[str, Params]:
+    def prepare(self, work: LocalWork) -> dict[str, Kept]:
         """Log-probabilities of the drawn pairs' answers under the reference model."""
         from fedllm_flwr.tasks.preferences.reference import ReferenceCache
 
@@ -44,7 +44,7 @@ class Dpo(TrainingTask):
     def optimise(
         self,
         work: LocalWork,
-        kept: Mapping[str, Params],
+        kept: Mapping[str, Kept],
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
@@ -54,7 +54,7 @@ class Dpo(TrainingTask):
         return train_dpo(
             work.model,
             work.examples,
-            kept["reference"]["values"],
+            kept["reference"].tensors["values"],
             work.batches,
             work.config.dpo,
             work.config.training,

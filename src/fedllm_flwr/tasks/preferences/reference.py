@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.scoring import score_examples
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Kept, Params
 
 LogProbs = NDArray[np.float32]
 
@@ -62,7 +62,7 @@ class ReferenceCache:
     """
 
     batch_tokens: int
-    remembered: Params | None = None
+    remembered: Kept | None = None
 
     def of(
         self,
@@ -70,8 +70,10 @@ class ReferenceCache:
         reference: Params | None,
         examples: Answered,
         drawn: NDArray[np.int64],
-    ) -> Params:
+    ) -> Kept:
         """What to remember: ``values`` (examples, rows per example), those of `drawn` among them.
+
+        ``known`` (examples,) says of which examples; the text identifies them and the model.
 
         The model is left changed.
         """
@@ -80,9 +82,9 @@ class ReferenceCache:
         values = np.zeros((len(examples), per_example), np.float32)
         known = np.zeros(len(examples), np.bool_)
         if self.remembered is not None:
-            if np.array_equal(self.remembered.get("identity", ()), identity):
-                values = self.remembered["values"].copy()
-                known = self.remembered["known"].astype(np.bool_)
+            if self.remembered.about == identity:
+                values = self.remembered.tensors["values"].copy()
+                known = self.remembered.tensors["known"].astype(np.bool_)
             else:
                 logger.warning(
                     "remembered log-probabilities are not used: they are of other answers or of "
@@ -94,11 +96,11 @@ class ReferenceCache:
             found = reference_log_probs(model, reference, rows, self.batch_tokens)
             values[missing] = found.reshape(-1, per_example)
             known[missing] = True
-        return {"values": values, "known": known.astype(np.float32), "identity": identity}
+        return Kept({"values": values, "known": known.astype(np.uint8)}, identity)
 
 
-def _identity(model: AdaptedModel, reference: Params | None, rows: Encoded) -> NDArray[np.float32]:
-    """What tells these answers under this reference model from others: a digest's bytes, (32,).
+def _identity(model: AdaptedModel, reference: Params | None, rows: Encoded) -> str:
+    """What tells these answers under this reference model from others: a digest.
 
     A site may keep one state directory for several runs, which differ in any of this.
     """
@@ -110,4 +112,4 @@ def _identity(model: AdaptedModel, reference: Params | None, rows: Encoded) -> N
         digest.update(array.tobytes())
     for name, value in sorted((reference or {}).items()):
         digest.update(name.encode() + value.tobytes())
-    return np.frombuffer(digest.digest(), np.uint8).astype(np.float32)
+    return digest.hexdigest()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Kept, Params
 from fedllm_flwr.tasks.base import HeldOut, LocalWork, Scores, TrainingTask
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Sft(TrainingTask):
     def optimise(
         self,
         work: LocalWork,
-        kept: Mapping[str, Params],
+        kept: Mapping[str, Kept],
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":

@@ -1,4 +1,4 @@
-"""Tensors in the three dtypes that travel. NumPy only.
+"""The cast to the dtype of the wire and back, the last link of every chain. NumPy only.
 
 NumPy and Flower know no bfloat16, so its bits stand in int16, and are decoded before any
 arithmetic.
@@ -9,10 +9,11 @@ from typing import cast
 import numpy as np
 
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.params import Array
+from fedllm_flwr.params import Array, Params
 
 STORED = {"float32": np.float32, "bfloat16": np.int16, "float16": np.float16}
 """NumPy dtype in which each wire dtype is stored."""
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def to_bfloat16_bits(values: Array) -> Array:
@@ -52,3 +53,13 @@ def decode(values: Array, dtype: str) -> Array:
     if dtype == "bfloat16":
         return from_bfloat16_bits(values)
     return values.astype(np.float32, copy=False)
+
+
+def round_trip(params: Params, dtype: str) -> Params:
+    """`params` as they look after travelling; tensors may share memory with the given ones."""
+    return {name: decode(encode(name, values, dtype), dtype) for name, values in params.items()}
+
+
+def wire_bytes(params: Params, dtype: str) -> int:
+    """Bytes of tensor data that `params` take on the wire."""
+    return sum(int(v.size) for v in params.values()) * WIRE_BYTES[dtype]

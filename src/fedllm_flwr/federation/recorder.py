@@ -1,6 +1,6 @@
 """What happened in a round, and who is told."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedllm_flwr.errors import DivergedError, FederationError
@@ -43,8 +43,8 @@ class RoundReport:
         """Mean loss of the new adapter on the clients' own records; None if not evaluated."""
         return _mean_loss(self.scores, self.num_scored)
 
-    def require(self, min_replies: int, tell: Callable[["RoundReport"], None]) -> None:
-        """Refuse to go on with fewer usable replies, once `tell` has heard of this round.
+    def require(self, min_replies: int) -> None:
+        """Refuse to go on with fewer usable replies.
 
         Raises:
             FederationError: names every client that failed, and why; DivergedError if all did
@@ -52,7 +52,6 @@ class RoundReport:
         """
         if len(self.metrics) >= min_replies:
             return
-        tell(self)
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.failures.items()))
         kind = DivergedError if self.diverged >= self.failures.keys() else FederationError
         raise kind(
@@ -61,26 +60,38 @@ class RoundReport:
         )
 
 
-@dataclass
-class Hooks:
-    """What the server does around a round; every hook may be left out.
+class Recorder:
+    """What is told of a run while it goes on, and decides when it ends; every method may be left.
 
-    ``on_start_round(round, names)`` before the messages are sent, ``on_reply(round, name, loss)``
-    after each reply (loss None: it could not be used), ``on_update(round, name, delta,
-    acknowledged)`` for each update that was accepted where clients train alone, with the round of
-    the client's update before, ``on_round(state, report)`` at the end, ``on_failed_round(report)``
-    instead where too few replies could be used. ``oldest_checkpoint()`` is the round of the oldest
-    state that the server may go back to; None: it never goes back.
-    ``has_converged()`` before a round is whether the run is to end early.
+    A run's own recorder writes metrics, checkpoints and tables; see `server.recorder`.
     """
 
-    on_start_round: Callable[[int, list[str]], None] = lambda *_: None
-    on_reply: Callable[[int, str, float | None], None] = lambda *_: None
-    on_update: Callable[[int, str, Params, int], None] = lambda *_: None
-    on_round: Callable[[ServerState, RoundReport], None] = lambda *_: None
-    on_failed_round: Callable[[RoundReport], None] = lambda *_: None
-    oldest_checkpoint: Callable[[], int | None] = lambda: None
-    has_converged: Callable[[], bool] = lambda: False
+    def on_start_round(self, round: int, names: list[str]) -> None:
+        """Hears which clients a round asks, before the messages are sent."""
+
+    def on_reply(self, round: int, name: str, loss: float | None) -> None:
+        """Hears of each reply when it has come; loss None: it could not be used."""
+
+    def on_update(self, round: int, name: str, delta: Params, acknowledged: int) -> None:
+        """Gets each accepted update where clients keep their own adapters.
+
+        Args:
+            acknowledged: round of the client's accepted update before.
+        """
+
+    def on_round(self, state: ServerState, report: RoundReport) -> None:
+        """Gets the state after a round, and what happened in it."""
+
+    def on_failed_round(self, report: RoundReport) -> None:
+        """Gets the report of a round in which too few replies could be used."""
+
+    def oldest_checkpoint(self) -> int | None:
+        """Round of the oldest state that the server may go back to; None: it never goes back."""
+        return None
+
+    def has_converged(self) -> bool:
+        """Whether to end the run before its next round."""
+        return False
 
 
 def _mean_loss(

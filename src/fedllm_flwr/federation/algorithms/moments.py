@@ -1,13 +1,10 @@
-"""Moments of server optimizers: named tensors in float64, and their moving average.
+"""Moments of server optimizers, in float64.
 
 float64, because v adds squares of adapter updates (about 1e-6, squared 1e-12) to a sum that
 starts at tau^2 and grows: float32 would drop them. Checkpoints keep all bits.
 """
 
 from fedllm_flwr.params import Params
-
-Moments = dict[str, Params]
-"""A server optimizer's tensors by symbol: ``m``, ``v``; empty before the first round."""
 
 
 def moving_average(

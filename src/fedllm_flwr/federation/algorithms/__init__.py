@@ -1,0 +1,1 @@
+"""The algorithms, a page each: rules in the symbols of their papers."""

@@ -1,0 +1,59 @@
+"""Adaptive server optimizers: what FedAdagrad, FedYogi and FedAdam share.
+
+Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2,
+https://arxiv.org/abs/2003.00295
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from fedllm_flwr.federation.algorithms.moments import moving_average
+from fedllm_flwr.federation.rule import Counts, Rule, Weighting
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.params import Array, Groups, add, full_like
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedOpt(Rule):
+    """m_t = beta1 m_t-1 + (1 - beta1) D_t, w_t+1 = w_t + eta m_t / (sqrt(v_t) + tau).
+
+    m_-1 = 0 and v_-1 = tau^2; a subclass states how v_t follows from v_t-1 and D_t^2. There is no
+    bias correction. The listing averages D over clients alike, with the remark that weights are
+    easily added; here it is weighted by n_i, as in FedAvg (``algorithm.weighting=uniform`` for
+    the listing).
+
+    Args:
+        eta: server learning rate.
+        tau: degree of adaptivity.
+        beta1: decay of the first moment.
+
+    The ``openfedllm`` variant feeds v with m_t^2 instead of D_t^2, starts with m_0 = D_0
+    undamped, and averages D over clients alike.
+    """
+
+    eta: float = 1e-3
+    tau: float = 1e-3
+    beta1: float = 0.9
+
+    weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples", "openfedllm": "uniform"}
+
+    @abstractmethod
+    def second_moment(self, v: Array, square: Array) -> Array:
+        """v_t from v_t-1 = `v` and `square` = D_t^2, element by element."""
+
+    def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
+        """w_t+1, and m_t and v_t."""
+        delta = combined["delta"]
+        m = moving_average(
+            state.tensors.get("m"), delta, self.beta1, undamped_start=self.as_openfedllm
+        )
+        previous = state.tensors.get("v") or full_like(delta, self.tau**2)
+        source = m if self.as_openfedllm else delta
+        v = {name: self.second_moment(previous[name], np.square(source[name])) for name in previous}
+        direction = {name: m[name] / (np.sqrt(v[name]) + self.tau) for name in m}
+        params = add(state.params, direction, self.eta)
+        return replace(state, params=params, tensors={"m": m, "v": v})

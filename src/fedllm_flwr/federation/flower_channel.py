@@ -1,0 +1,104 @@
+"""The clients behind a Flower grid, whatever engine or network carries its messages."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.census import Census
+from fedllm_flwr.federation.channel import NoReplyError, Reply, Request
+from fedllm_flwr.federation.exchange import receive, send, time_to_live
+from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
+from fedllm_flwr.federation.messages import Assignment, Scores, Update
+from fedllm_flwr.federation.replies import Asked, read_scores, read_update
+from fedllm_flwr.federation.roster import Roster
+from fedllm_flwr.federation.wire import pack_assignments
+from fedllm_flwr.params import Groups
+
+
+class FlowerChannel:
+    """The clients behind a Flower grid.
+
+    Args:
+        roster: the clients of the run by name.
+    """
+
+    def __init__(self, grid: Grid, config: Config, roster: Roster) -> None:
+        self._grid = grid
+        self._config = config
+        self._inbox = open_inbox(grid)
+        self._census = Census(grid, config, roster, closed=True, inbox=self._inbox)
+        self._notes: list[str] = []
+        self.roster = roster
+
+    def settle(self) -> None:
+        """Ask nodes that are new who they are."""
+        self.roster = self._census.settled()
+
+    def messages(
+        self, request: Request, assignments: Mapping[str, Assignment], timeout_s: float
+    ) -> list[Message]:
+        """Flower's messages to the named clients; their contents share what all are sent."""
+        ttl = time_to_live(timeout_s)
+        contents = pack_assignments(assignments.values())
+        return [
+            Message(content, self.roster[name].node_id, request, ttl=ttl)
+            for name, content in zip(assignments, contents, strict=True)
+        ]
+
+    def exchange(
+        self,
+        request: Request,
+        assignments: Mapping[str, Assignment],
+        timeout_s: float,
+        expected: Groups,
+    ) -> Iterator[Reply]:
+        """As `Channel.exchange`.
+
+        Raises:
+            FederationError: the SuperLink does not answer.
+        """
+        node_ids = send(self._grid, self.messages(request, assignments, timeout_s))
+        asked = Asked(node_ids, self.roster)
+        shapes = Expected.like(**expected) if expected else NO_TENSORS
+        messages = receive(self._inbox, node_ids, timeout_s, shapes)
+        yield from self.read(request, messages, asked, assignments, timeout_s)
+
+    def read(
+        self,
+        request: Request,
+        messages: Iterable[Message],
+        asked: Asked,
+        names: Collection[str],
+        timeout_s: float,
+    ) -> Iterator[Reply]:
+        """One `Reply` for each of `names`, from Flower's messages and from those that lack."""
+        answered: set[str] = set()
+        for message in messages:
+            try:
+                name = asked.client_of(message)
+            except FederationError as error:
+                self._notes.append(str(error))
+                continue
+            answered.add(name)
+            yield Reply(name, _answer(request, message))
+            del message  # else it would stay until the next one is there
+        for name in names:
+            if name not in asked.names:
+                yield Reply(name, NoReplyError("not connected"))
+            elif name not in answered:
+                yield Reply(name, NoReplyError(f"no reply within {timeout_s:g} s"))
+
+    def take_notes(self) -> list[str]:
+        """Replies of nobody that was asked, second ones, and nodes that came too late."""
+        notes, self._notes = [*self._notes, *self._census.take_notes()], []
+        return notes
+
+
+def _answer(request: Request, message: Message) -> Update | Scores | FederationError:
+    try:
+        return read_update(message) if request is Request.TRAIN else read_scores(message)
+    except FederationError as error:
+        return error

@@ -1,0 +1,68 @@
+"""Who takes part in a run, and who in a round of it."""
+
+import random
+from dataclasses import dataclass
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.participation import min_replies, num_sampled
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.messages import ClientInfo, printable
+from fedllm_flwr.params import LARGEST_WEIGHT, derive_seed
+
+_LONGEST_MODEL = 200  # characters of what a site says of its model
+
+
+@dataclass(frozen=True)
+class Client:
+    """A node that takes part: its Flower id of this run, and what it said of itself.
+
+    ``by_key``: its name is that of a registered key, which no other node can have.
+    """
+
+    node_id: int
+    info: ClientInfo
+    by_key: bool = False
+
+
+Roster = dict[str, Client]
+"""Clients by name."""
+
+
+def choose_clients(roster: Roster, config: Config, server_round: int) -> list[str]:
+    """Names of the clients of a round: the same for the same seed and names."""
+    seed = derive_seed(config.seed, "sampling", server_round)
+    wanted = num_sampled(config, len(roster))
+    return sorted(random.Random(seed).sample(sorted(roster), wanted))
+
+
+def check_roster(roster: Roster, config: Config) -> None:
+    """Refuse clients that are too few for a round, or too many examples for exact sums.
+
+    Raises:
+        FederationError: names the numbers.
+    """
+    needed, sampled = min_replies(config, len(roster)), num_sampled(config, len(roster))
+    if roster and needed > sampled:
+        raise FederationError(
+            f"federation.min_replies={needed} exceeds the {sampled} of "
+            f"{len(roster)} clients sampled per round; lower it or sample more clients."
+        )
+    examples = sum(client.info.num_examples for client in roster.values())
+    if examples > LARGEST_WEIGHT:
+        raise FederationError(
+            f"the clients announce {examples} examples, more than {LARGEST_WEIGHT:.0f}; look at "
+            "their data files."
+        )
+
+
+def unlike_models(roster: Roster) -> list[str]:
+    """A warning where sites train different base models, whose updates do not add up; else none."""
+    sites: dict[str, list[str]] = {}
+    for name, client in sorted(roster.items()):
+        model = printable(client.info.model)[:_LONGEST_MODEL] if client.info.model else ""
+        sites.setdefault(model, []).append(name)
+    sites.pop("", None)  # simulated clients share one model
+    if len(sites) < 2:
+        return []
+    groups = "; ".join(f"{', '.join(names)}: {model}" for model, names in sorted(sites.items()))
+    return [f"the sites do not train the same base model ({groups}); an average of theirs is none"]

@@ -1,0 +1,299 @@
+"""The rounds of a run: a plain loop over a rule, a channel to the clients and a recorder.
+
+A round is a list of exchanges: one in which clients train, and one, where it is asked for, in which
+all score the new adapter. Nothing here knows Flower, disks of clients, or where they run.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.participation import min_replies
+from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, Request
+from fedllm_flwr.federation.combine import Combiner, RunningMean
+from fedllm_flwr.federation.messages import (
+    Acknowledged,
+    Assignment,
+    Scores,
+    Update,
+    check_metrics,
+)
+from fedllm_flwr.federation.recorder import Recorder, RoundReport
+from fedllm_flwr.federation.roster import Roster, check_roster, choose_clients
+from fedllm_flwr.federation.rule import Counts, Rule
+from fedllm_flwr.federation.server_copies import ServerCopies
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.federation.updates.cast import wire_bytes
+from fedllm_flwr.federation.updates.transform import Chain, Passage
+from fedllm_flwr.params import Groups, Params, check_like
+from fedllm_flwr.plugins import COMBINERS
+from fedllm_flwr.training.schedule import cosine_learning_rate
+
+
+class Rounds:
+    """What stays the same in all rounds of a run.
+
+    Args:
+        copies: directory for the server's copies of what clients remember.
+    """
+
+    def __init__(self, rule: Rule, config: Config, recorder: Recorder, copies: Path) -> None:
+        self.rule = rule
+        self.config = config
+        self.recorder = recorder
+        self.copies = ServerCopies(copies, rule.contributes)
+        self.chain = Chain.of(config)
+
+    def run(self, state: ServerState, channel: Channel, last: int, timeout_s: float) -> ServerState:
+        """Do the rounds that are left, ``state.round + 1`` to `last`; the state after them.
+
+        Args:
+            timeout_s: seconds to wait for the replies of an exchange.
+
+        Raises:
+            FederationError: a round cannot be completed; the rounds before it are recorded.
+        """
+        for current in range(state.round + 1, last + 1):
+            if self.recorder.has_converged():
+                break
+            started = time.monotonic()
+            channel.settle()
+            opened = self.open(state, channel.roster, current)
+            report = opened.report
+            self.recorder.on_start_round(current, report.sampled)
+            replies = channel.exchange(
+                Request.TRAIN, opened.assignments, timeout_s, self.expected(state)
+            )
+            state = self.close(opened, replies, channel)
+            report.seconds = time.monotonic() - started
+            if self.config.evaluation.clients:
+                questions = self.questions(state, channel.roster)
+                answers = channel.exchange(Request.EVALUATE, questions, timeout_s, {})
+                note_scores(report, answers)
+            self.recorder.on_round(state, report)
+        return state
+
+    def begin(self, state: ServerState, roster: Roster) -> ServerState:
+        """`state` with an entry for every client, and with what the rule keeps.
+
+        Raises:
+            FederationError: the clients are too few, or announce too many examples, or what a run
+                that goes on has known of a client is gone.
+        """
+        known = sorted({*state.clients, *roster})
+        clients = {name: state.clients.get(name, Acknowledged()) for name in known}
+        self.copies.require(clients)
+        state = replace(self.rule.start(state, len(clients)), clients=clients)
+        check_roster(roster, self.config)
+        return state
+
+    def open(self, state: ServerState, roster: Roster, server_round: int) -> "OpenRound":
+        """Choose the clients of a round, and what each is sent."""
+        names = choose_clients(roster, self.config, server_round)
+        learning_rate = cosine_learning_rate(
+            self.config.training, server_round, self.config.federation.num_rounds
+        )
+        assignments = {
+            name: self._assignment(state, name, server_round, learning_rate) for name in names
+        }
+        bytes_down = sum(
+            wire_bytes(params, self.config.communication.dtype)
+            for assignment in assignments.values()
+            for params in assignment.tensors.values()
+        )
+        report = RoundReport(server_round, names, bytes_down=bytes_down)
+        return OpenRound(self, state, roster, assignments, report)
+
+    def close(
+        self, opened: "OpenRound", replies: Iterable[Reply], channel: Channel | None = None
+    ) -> ServerState:
+        """Combine the usable replies as they arrive, then take the server step.
+
+        Raises:
+            FederationError: fewer than ``federation.min_replies`` replies can be used, or the
+                server step leaves the finite numbers.
+        """
+        for reply in replies:
+            opened.take(reply)
+        if channel is not None:
+            opened.report.ignored += channel.take_notes()
+        try:
+            opened.report.require(min_replies(self.config, len(opened.roster)))
+        except FederationError:
+            self.recorder.on_failed_round(opened.report)
+            raise
+        return opened.next_state()
+
+    def questions(self, state: ServerState, roster: Roster) -> dict[str, Assignment]:
+        """What all clients are sent to score the adapter of a state."""
+        return {
+            name: replace(self._assignment(state, name, state.round, 0.0), sent=state.sent, run="")
+            for name in roster
+        }
+
+    def expected(self, state: ServerState) -> Groups:
+        """Groups with the names and shapes that travel back."""
+        names = ("delta", *self.rule.contributes)
+        return self.chain.expected(dict.fromkeys(names, state.params))
+
+    def weight(self, update: Update, num_examples: int) -> float:
+        """Weight of a client's update in the mean of its round.
+
+        Args:
+            num_examples: n_i, which the client has announced.
+        """
+        chosen = self.config.algorithm.weighting
+        weighting = self.rule.weighting[self.rule.variant] if chosen == "auto" else chosen
+        weights = {"examples": num_examples, "used": update.num_examples, "uniform": 1}
+        return float(weights[weighting])
+
+    def combiner(self) -> Combiner:
+        """A fresh combiner for a round's updates."""
+        chosen = self.config.algorithm.combiner
+        kind: Any = COMBINERS.find(self.rule.combiner if chosen == "auto" else chosen)
+        made: Combiner = kind()
+        return made
+
+    def oldest_checkpoint(self, state: ServerState) -> int:
+        """Round of the oldest state that the server may go back to."""
+        oldest = self.recorder.oldest_checkpoint()
+        return state.round if oldest is None else oldest
+
+    def bytes_per_client(self, state: ServerState) -> tuple[int, int]:
+        """Bytes of tensors that a client is sent in a round, and that it sends."""
+        dtype = self.config.communication.dtype
+        sent = {"params": state.params, **state.sent, **self.rule.send(state, "")}
+        down = sum(wire_bytes(params, dtype) for params in sent.values())
+        return down, sum(wire_bytes(params, dtype) for params in self.expected(state).values())
+
+    def _assignment(
+        self, state: ServerState, name: str, server_round: int, learning_rate: float
+    ) -> Assignment:
+        sent = {"params": state.params, **state.sent, **self.rule.send(state, name)}
+        return Assignment(
+            round=server_round,
+            params=sent.pop("params"),
+            learning_rate=learning_rate,
+            config=self.config,
+            sent=sent,
+            run=state.run,
+            acknowledged=state.clients[name],
+            oldest_checkpoint=self.oldest_checkpoint(state),
+        )
+
+
+@dataclass
+class OpenRound:
+    """A round whose replies are coming in: what was asked, and what came of it so far."""
+
+    rounds: Rounds
+    state: ServerState
+    roster: Roster
+    assignments: dict[str, Assignment]
+    report: RoundReport
+
+    def __post_init__(self) -> None:
+        self._combiner = self.rounds.combiner()
+        self._sums = {group: RunningMean() for group in self.rounds.rule.contributes}
+        self._weight = 0.0
+
+    def take(self, reply: Reply) -> None:
+        """Validate a reply, all of it, and only then combine it with the others."""
+        report, name, answer = self.report, reply.client, reply.answer
+        try:
+            if isinstance(answer, FederationError):
+                raise answer
+            assert isinstance(answer, Update)
+            update = self._combine(name, answer)
+        except FederationError as error:
+            report.failures[name] = str(error)
+            if isinstance(error, NotFiniteError):
+                report.diverged.add(name)
+            if not isinstance(error, NoReplyError):
+                self.rounds.recorder.on_reply(report.round, name, None)
+            return
+        report.metrics[name] = update.metrics
+        report.num_examples[name] = update.num_examples
+        report.bytes_up += self.rounds.bytes_per_client(self.state)[1]
+        acknowledged = self.state.clients[name].round
+        if update.lost and acknowledged:
+            report.lost[name] = acknowledged
+        if not self.rounds.rule.aggregates:
+            self.rounds.recorder.on_update(report.round, name, update.delta, acknowledged)
+        self.rounds.recorder.on_reply(report.round, name, update.metrics["loss"])
+
+    def next_state(self) -> ServerState:
+        """The server step.
+
+        Raises:
+            FederationError: it leaves the finite numbers.
+        """
+        rounds, state, report = self.rounds, self.state, self.report
+        num_clients = len(state.clients)
+        combined: dict[str, Params] = {"delta": self._combiner.combined()}
+        combined |= {group: total.sum_over(num_clients) for group, total in self._sums.items()}
+        counts = Counts(len(report.metrics), num_clients, self._weight)
+        new = rounds.rule.step(state, combined, counts)
+        params = {name: value.astype(np.float32) for name, value in new.params.items()}
+        try:
+            check_like(params, state.params)
+        except FederationError as error:
+            eta = rounds.config.algorithm.eta
+            raise FederationError(
+                f"round {report.round}: the server step failed, {error}; lower algorithm.eta="
+                f"{eta:g} or training.learning_rate."
+            ) from error
+        accepted = {
+            name: Acknowledged(report.round, state.clients[name].updates + 1)
+            for name in report.metrics
+        }
+        return replace(
+            new, round=report.round, params=params, clients={**state.clients, **accepted}
+        )
+
+    def _combine(self, name: str, update: Update) -> Update:
+        rounds, state, report = self.rounds, self.state, self.report
+        announced = self.roster[name].info.num_examples
+        if not 1 <= update.num_examples <= announced:
+            raise FederationError(
+                f"num_examples={update.num_examples} is not in 1..{announced}, the number "
+                "it announced"
+            )
+        check_metrics(update.metrics)
+        passage = Passage(name, report.round, rounds.config.seed)
+        groups = dict(
+            rounds.chain.server_end({"delta": update.delta, **update.contributed}, passage)
+        )
+        update = replace(update, delta=groups.pop("delta"), contributed=groups)
+        like = self.assignments[name].params
+        check_like(update.delta, like)
+        changes = rounds.copies.accept(
+            name,
+            update,
+            like,
+            report.round,
+            state.clients[name].round,
+            rounds.oldest_checkpoint(state),
+        )
+        for group, change in changes.items():
+            self._sums[group].add(change, 1.0)
+        weight = rounds.weight(update, announced)
+        self._combiner.add(name, update.delta, weight)
+        self._weight += weight
+        return update
+
+
+def note_scores(report: RoundReport, replies: Iterable[Reply]) -> None:
+    """Put the clients' scores of the new adapter into the report of a round."""
+    for reply in replies:
+        if isinstance(reply.answer, Scores):
+            report.scores[reply.client] = reply.answer.metrics
+            report.num_scored[reply.client] = reply.answer.num_examples
+        else:
+            report.score_failures[reply.client] = str(reply.answer)

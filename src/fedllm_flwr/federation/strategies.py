@@ -1,0 +1,445 @@
+"""The algorithms as Flower strategies, for this package's server and for any other ServerApp.
+
+Each is a thin face: a rule (`federation.algorithms`) carried out by the rounds
+(`federation.rounds`). The clients are those of this package's ClientApp::
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Scaffold(["model=smollm2_135m", "data=fingpt"], eta=1.0)
+        result = strategy.start(grid, strategy.initial_arrays(), num_rounds=20)
+"""
+
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.parsing import from_dict
+from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, AlgorithmConfig
+from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.federation.census import discover
+from fedllm_flwr.federation.channel import Reply, Request
+from fedllm_flwr.federation.flower_channel import FlowerChannel
+from fedllm_flwr.federation.messages import Assignment
+from fedllm_flwr.federation.recorder import Recorder, RoundReport
+from fedllm_flwr.federation.replies import Asked
+from fedllm_flwr.federation.roster import Roster
+from fedllm_flwr.federation.rounds import OpenRound, Rounds, note_scores
+from fedllm_flwr.federation.rule import Rule, find_rule
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.federation.wire import pack_params, unpack_params
+from fedllm_flwr.params import Params, check_like
+from fedllm_flwr.plugins import ALGORITHMS
+
+
+class FederatedStrategy(Strategy):
+    """A Flower strategy that carries out the rule of ``algorithm.name``.
+
+    Args:
+        config: the run's configuration, or overrides of the default one
+            (``["model=smollm2_135m", "training.max_steps=20"]``).
+        roster: the clients that take part, by name; None: all that `start` finds.
+        state: where to go on from; ``state.round`` rounds are done already. None: a new run, from
+            the arrays that `start` is given.
+        recorder: is told of rounds and replies.
+        copies: directory for the server's copies of what clients remember (SCAFFOLD), which a run
+            that is to go on after a stop needs; None: a temporary one.
+        hyper: hyper-parameters of the algorithm, as its rule names them (``eta=0.5``), in the place
+            of those of the configuration.
+
+    Raises:
+        ConfigError: an override or a hyper-parameter that does not exist, or a configuration of
+            another algorithm.
+        FederationError: the clients are too few, or announce too many examples, or what a run that
+            goes on has known of a client is gone.
+    """
+
+    name: ClassVar[str] = ""
+    """The algorithm of a subclass; without one, whatever the configuration says."""
+
+    def __init__(
+        self,
+        config: Config | Sequence[str] = (),
+        roster: Roster | None = None,
+        state: ServerState | None = None,
+        recorder: Recorder | None = None,
+        copies: Path | None = None,
+        **hyper: float | str,
+    ) -> None:
+        self.config = self._configured(config, hyper)
+        self.roster = roster
+        self.recorder = recorder or Recorder()
+        if copies is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="fedllm-copies-")
+            copies = Path(self._temporary.name)
+        self._copies = copies
+        self._rounds = Rounds(self.rule, self.config, self.recorder, copies)
+        self._state = state
+        if state is not None and roster is not None:
+            self._state = self._rounds.begin(state, roster)
+        self._channel: FlowerChannel | None = None
+        self._opened: OpenRound | None = None
+        self._sent: list[Message] = []
+
+    @property
+    def rule(self) -> Rule:
+        """What makes this algorithm different from others, with its hyper-parameters."""
+        return find_rule(self.config.algorithm)
+
+    @property
+    def state(self) -> ServerState:
+        """The state after the last round.
+
+        Raises:
+            FederationError: no run has started.
+        """
+        if self._state is None:
+            raise FederationError("the strategy has no state before `start`")
+        return self._state
+
+    def initial_arrays(self) -> ArrayRecord:
+        """A fresh adapter for the configured base model, which is loaded for it.
+
+        Raises:
+            ModelError, ConfigError: the model cannot be loaded or adapted as asked.
+        """
+        from fedllm_flwr.models.adapted_model import load_model
+
+        return _arrays(load_model(self.config).initial)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds that are left, ``state.round + 1`` to `num_rounds`.
+
+        Args:
+            grid: Flower's way to the clients.
+            initial_arrays: the adapter to start from, float32 by PEFT name. Where the strategy has
+                a state already, it goes on from that, and these arrays may be empty.
+            num_rounds: last round of the run, over which the learning rate falls.
+            timeout: seconds to wait for replies; None: ``federation.round_timeout_s``.
+            train_config: keys of the section ``training`` with other values.
+            evaluate_config: keys of the section ``evaluation`` with other values.
+            evaluate_fn: called before the first round and after each with the global adapter; what
+                it returns is in the result.
+
+        Raises:
+            ConfigError: a key of `train_config` or `evaluate_config` does not exist.
+            FederationError: too few clients, or a round that cannot be completed.
+        """
+        self.config = _with_sections(
+            self.config,
+            training=train_config or {},
+            evaluation=evaluate_config or {},
+            federation={"num_rounds": num_rounds},
+        )
+        if self.roster is None:
+            federation = self.config.federation
+            wanted = federation.num_clients or federation.min_clients or DEFAULT_NUM_CLIENTS
+            self.roster = dict(sorted(discover(grid, self.config, wanted).clients.items()))
+        told = _Told(self, evaluate_fn)
+        self._rounds = Rounds(self.rule, self.config, told, self._copies)
+        self._take_initial(initial_arrays)
+        self._state = self._rounds.begin(self.state, self.roster)
+        if not self.state.round:
+            told.evaluate(self.state)
+        self._channel = FlowerChannel(grid, self.config, self.roster)
+        timeout_s = self.config.federation.round_timeout_s if timeout is None else timeout
+        self._rounds.run(self.state, self._channel, num_rounds, timeout_s)
+        told.result.arrays = _arrays(self.state.params)
+        return told.result
+
+    # Flower's steps of a round, for a loop other than `start`.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages with this round's assignments to the chosen clients.
+
+        Args:
+            arrays: the global adapter, which has to be that of the strategy's state.
+            config: keys of the section ``training`` with other values.
+
+        Raises:
+            FederationError: the strategy was made without a roster.
+        """
+        self.config = _with_sections(self.config, training=config)
+        self._rounds = Rounds(self.rule, self.config, self.recorder, self._copies)
+        if self._state is None:
+            self._take_initial(arrays)
+            channel = self._open_channel(grid)
+            self._state = self._rounds.begin(self.state, channel.roster)
+        channel = self._open_channel(grid)
+        self._opened = self._rounds.open(self.state, channel.roster, server_round)
+        return self._messages(channel, Request.TRAIN, self._opened.assignments)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Combine the usable replies, then take the server step.
+
+        Raises:
+            FederationError: fewer than ``federation.min_replies`` replies can be used, or the
+                server step leaves the finite numbers.
+        """
+        opened, channel = self._opened, self._channel
+        if opened is None or channel is None or opened.report.round != server_round:
+            raise FederationError(f"round {server_round} was not opened by `configure_train`")
+        read = self._read(channel, Request.TRAIN, replies, opened.assignments)
+        self._state = self._rounds.close(opened, read, channel)
+        return _arrays(self.state.params), _metrics(opened.report.loss)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages that ask every client to score the new adapter, if ``evaluation.clients``.
+
+        Args:
+            config: keys of the section ``evaluation`` with other values.
+        """
+        self.config = _with_sections(self.config, evaluation=config)
+        if not self.config.evaluation.clients:
+            return []
+        channel = self._open_channel(grid)
+        questions = self._rounds.questions(self.state, channel.roster)
+        return self._messages(channel, Request.EVALUATE, questions)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """The clients' mean loss on their own records, weighted by their numbers."""
+        if self._channel is None or not self.config.evaluation.clients:
+            return None
+        report = RoundReport(server_round, [])
+        read = self._read(self._channel, Request.EVALUATE, replies, self._channel.roster)
+        note_scores(report, read)
+        return _metrics(report.score)
+
+    def summary(self) -> None:
+        """Nothing: `server.planning` shows the plan of a run before it starts."""
+
+    def _take_initial(self, arrays: ArrayRecord) -> None:
+        params = unpack_params(arrays, "float32")
+        if self._state is not None:
+            if params:
+                check_like(params, self._state.params)
+        elif not params:
+            raise FederationError("no initial adapter; give `initial_arrays()` of the strategy")
+        else:
+            self._state = ServerState(0, params)
+
+    def _open_channel(self, grid: Grid) -> FlowerChannel:
+        if self._channel is None:
+            if self.roster is None:
+                raise FederationError("give the strategy a roster, or use `start`, which finds it")
+            self._channel = FlowerChannel(grid, self.config, self.roster)
+        self._channel.settle()
+        return self._channel
+
+    def _messages(
+        self, channel: FlowerChannel, request: Request, assignments: Mapping[str, Assignment]
+    ) -> list[Message]:
+        timeout_s = self.config.federation.round_timeout_s
+        self._sent = channel.messages(request, assignments, timeout_s)
+        return self._sent
+
+    def _read(
+        self,
+        channel: FlowerChannel,
+        request: Request,
+        replies: Iterable[Message],
+        names: Collection[str],
+    ) -> Iterator[Reply]:
+        """Flower gives messages their ids when it sends them, so they are known only by now."""
+        sent = {one.metadata.message_id: one.metadata.dst_node_id for one in self._sent}
+        asked = Asked(sent, channel.roster)
+        timeout_s = self.config.federation.round_timeout_s
+        return channel.read(request, replies, asked, names, timeout_s)
+
+    def _configured(
+        self, config: Config | Sequence[str], hyper: Mapping[str, float | str]
+    ) -> Config:
+        """The configuration of the strategy's algorithm, with its hyper-parameters."""
+        if not isinstance(config, Config):
+            from fedllm_flwr.config.compose import compose
+
+            own = [f"algorithm={self.name}"] if self.name else []
+            config = compose([*own, *config])
+        chosen = config.algorithm.name
+        if self.name and chosen != self.name:
+            raise ConfigError(
+                f"{type(self).__name__} carries out algorithm={self.name}, but the configuration "
+                f"says algorithm={chosen}."
+            )
+        settings = {field.name for field in fields(ALGORITHMS.find(chosen))}
+        if unknown := sorted(hyper.keys() - settings):
+            raise ConfigError(
+                f"{unknown[0]}: algorithm={chosen} has no such setting; it takes "
+                f"{', '.join(sorted(settings))}."
+            )
+        keys = {field.name for field in fields(AlgorithmConfig)}
+        known = {name: value for name, value in hyper.items() if name in keys}
+        options = {name: value for name, value in hyper.items() if name not in keys}
+        return _with_sections(
+            config, algorithm={**known, "options": {**config.algorithm.options, **options}}
+        )
+
+
+class FedAvg(FederatedStrategy):
+    """McMahan et al. 2017; see `federation.algorithms.fedavg`."""
+
+    name = "fedavg"
+
+
+class FedProx(FederatedStrategy):
+    """Li et al. 2020; see `federation.algorithms.fedprox`."""
+
+    name = "fedprox"
+
+
+class Scaffold(FederatedStrategy):
+    """Karimireddy et al. 2020; see `federation.algorithms.scaffold`."""
+
+    name = "scaffold"
+
+
+class FedAvgM(FederatedStrategy):
+    """Hsu et al. 2019; see `federation.algorithms.fedavgm`."""
+
+    name = "fedavgm"
+
+
+class FedAdagrad(FederatedStrategy):
+    """Reddi et al. 2021; see `federation.algorithms.fedadagrad`."""
+
+    name = "fedadagrad"
+
+
+class FedYogi(FederatedStrategy):
+    """Reddi et al. 2021; see `federation.algorithms.fedyogi`."""
+
+    name = "fedyogi"
+
+
+class FedAdam(FederatedStrategy):
+    """Reddi et al. 2021; see `federation.algorithms.fedadam`."""
+
+    name = "fedadam"
+
+
+class Local(FederatedStrategy):
+    """Every client trains its own adapter; see `federation.algorithms.baselines`."""
+
+    name = "local"
+
+
+class Centralized(FederatedStrategy):
+    """One client holds all the data; see `federation.algorithms.baselines`."""
+
+    name = "centralized"
+
+
+STRATEGIES: dict[str, type[FederatedStrategy]] = {
+    kind.name: kind
+    for kind in (
+        *(FedAvg, FedProx, Scaffold, FedAvgM, FedAdagrad, FedYogi, FedAdam),
+        *(Local, Centralized),
+    )
+}
+
+
+def strategy_of(config: Config) -> type[FederatedStrategy]:
+    """The strategy of a configuration's algorithm, also of one that another package adds."""
+    return STRATEGIES.get(config.algorithm.name, FederatedStrategy)
+
+
+class _Told(Recorder):
+    """Keeps a strategy's state and Flower's result up to date, and tells the user's recorder."""
+
+    def __init__(
+        self,
+        strategy: FederatedStrategy,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> None:
+        self.result = Result()
+        self._strategy = strategy
+        self._evaluate_fn = evaluate_fn
+        self._recorder = strategy.recorder
+
+    def on_start_round(self, round: int, names: list[str]) -> None:
+        """Pass it on."""
+        self._recorder.on_start_round(round, names)
+
+    def on_reply(self, round: int, name: str, loss: float | None) -> None:
+        """Pass it on."""
+        self._recorder.on_reply(round, name, loss)
+
+    def on_update(self, round: int, name: str, delta: Params, acknowledged: int) -> None:
+        """Pass it on."""
+        self._recorder.on_update(round, name, delta, acknowledged)
+
+    def on_failed_round(self, report: RoundReport) -> None:
+        """Pass it on."""
+        self._recorder.on_failed_round(report)
+
+    def oldest_checkpoint(self) -> int | None:
+        """As the user's recorder says."""
+        return self._recorder.oldest_checkpoint()
+
+    def has_converged(self) -> bool:
+        """As the user's recorder says."""
+        return self._recorder.has_converged()
+
+    def on_round(self, state: ServerState, report: RoundReport) -> None:
+        """Note the round's state and metrics."""
+        self._strategy._state = state
+        if (trained := _metrics(report.loss)) is not None:
+            self.result.train_metrics_clientapp[report.round] = trained
+        if (scored := _metrics(report.score)) is not None:
+            self.result.evaluate_metrics_clientapp[report.round] = scored
+        self._recorder.on_round(state, report)
+        self.evaluate(state)
+
+    def evaluate(self, state: ServerState) -> None:
+        """Let the user's function score the global adapter."""
+        if self._evaluate_fn is None:
+            return
+        if (scores := self._evaluate_fn(state.round, _arrays(state.params))) is not None:
+            self.result.evaluate_metrics_serverapp[state.round] = scores
+
+
+def _with_sections(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """`config` with other values in its sections.
+
+    Raises:
+        ConfigError: a key that does not exist, or a value that it cannot have.
+    """
+    if not any(sections.values()):
+        return config
+    values = asdict(config)
+    for name, changes in sections.items():
+        values[name] |= dict(changes)
+    return from_dict(values)
+
+
+def _arrays(params: Params) -> ArrayRecord:
+    return pack_params(params, "float32")[0]
+
+
+def _metrics(loss: float | None) -> MetricRecord | None:
+    return None if loss is None else MetricRecord({"loss": loss})

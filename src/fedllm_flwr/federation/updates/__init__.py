@@ -1,0 +1,1 @@
+"""Update transforms: what a client's update undergoes on its way to the server, a file each."""
