@@ -2,7 +2,7 @@
 
 Client i minimises h_i/2 ||w - t_i||^2, so that the optimum of the sum is known and client drift is
 strong. What a client does with a task is the package's own code, but for the model: `ClientMemory`,
-`ClientControl`, and `DriftCorrection` on torch's SGD.
+the rule, and `DriftCorrection` on torch's SGD.
 """
 
 import shutil
@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fedllm_flwr.federation.control import ClientControl
-from fedllm_flwr.federation.strategies.base import FederatedStrategy
 from flwr.app import ArrayRecord, Message
 
 from fedllm_flwr.config import Config
@@ -28,12 +26,15 @@ from fedllm_flwr.federation.client_memory import ClientMemory
 from fedllm_flwr.federation.messages import ClientInfo, Update
 from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
+from fedllm_flwr.federation.rule import find_rule
 from fedllm_flwr.federation.state import ServerState, kept_rounds, load_state, save_state
-from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
-from fedllm_flwr.federation.wire import pack_update, unpack_task
-from fedllm_flwr.params import Params, subtract
+from fedllm_flwr.federation.strategies import STRATEGIES, FederatedStrategy
+from fedllm_flwr.federation.wire import pack_update, unpack_assignment
+from fedllm_flwr.params import Kept, Params, subtract
 from fedllm_flwr.training.drift import DriftCorrection
+from fedllm_flwr.training.local_terms import LocalResult
 from memory_grid import MemoryGrid, superlink_error
+from strategy_runs import Listener
 
 SIZE, STEPS, LEARNING_RATE = 3, 5, 0.1
 START = {"w": np.zeros(SIZE, np.float32)}
@@ -86,12 +87,12 @@ class QuadraticClient:
         return Message(pack_update(update, "float32"), reply_to=message)
 
     def train(self, message: Message) -> Update:
-        task = unpack_task(message.content)
-        wanted = {"control"} if task.control is not None else set()
-        memory = ClientMemory.recall(task, self.directory, wanted)
-        control = ClientControl.of(task, memory.groups.get("control"))
-        weight = torch.nn.Parameter(torch.from_numpy(task.params["w"].copy()))
-        drift = DriftCorrection({"w": weight}, task.correction, control.drift(), task.learning_rate)
+        task = unpack_assignment(message.content)
+        rule = find_rule(task.config.algorithm)
+        memory = ClientMemory.recall(task, self.directory, rule.remembers)
+        terms = rule.local_terms(task.tensors, memory.tensors)
+        weight = torch.nn.Parameter(torch.from_numpy(terms.start["w"].copy()))
+        drift = DriftCorrection({"w": weight}, terms, task.learning_rate)
         optimizer = torch.optim.SGD([weight], lr=task.learning_rate)
         arguments = SimpleNamespace(fp16=False)
         for _ in range(STEPS):
@@ -102,10 +103,15 @@ class QuadraticClient:
             optimizer.step()
             drift.on_optimizer_step(arguments, None, None)
         delta = subtract({"w": weight.detach().numpy()}, task.params)
-        own, change = control.finish(delta, drift.mean_gradient(), drift.steps)
-        if own is not None:
-            ClientMemory.keep(task, self.directory, {"control": own})
-        return Update(delta, 1, {"loss": float(loss.detach())}, change, memory.lost)
+        end = {"w": weight.detach().numpy()}
+        optimizer_name = task.config.training.optimizer
+        gradient, steps = drift.mean_gradient(), drift.steps
+        result = LocalResult(end, delta, gradient, steps, task.learning_rate, optimizer_name)
+        after = rule.finish(result, task.tensors, memory.tensors, dict)
+        kept = {kind: Kept(tensors) for kind, tensors in after.memory.items()}
+        ClientMemory.keep(task, self.directory, kept)
+        loss_value = {"loss": float(loss.detach())}
+        return Update(delta, 1, loss_value, after.contributions, memory.lost)
 
 
 class Federation:
@@ -137,7 +143,7 @@ class Federation:
         roster = {
             name: Client(100 + i, ClientInfo(name, 1, "0")) for i, name in enumerate(self.clients)
         }
-        hooks = Hooks(
+        hooks = Listener(
             on_round=lambda state, _: (
                 save_state(self.checkpoints, state, keep=2)
                 if state.round % self.every == 0
@@ -182,7 +188,6 @@ class Federation:
         A client that has lost its c_i counts with what the server is going to take out.
         """
         state = self.strategy.state
-        assert state.control is not None
         shares: list[Params] = []
         for name, acknowledged in state.clients.items():
             own = RoundStore(self.clients[name].directory).load(acknowledged.round) or None
@@ -192,7 +197,9 @@ class Federation:
                 continue
             assert copy is not None
             if own is not None:
-                assert own["control"]["w"].tobytes() == copy["control"]["w"].tobytes()
-            shares.append(copy["control"])
+                assert (
+                    own["control"].tensors["w"].tobytes() == copy["control"].tensors["w"].tobytes()
+                )
+            shares.append(copy["control"].tensors)
         mean = np.mean([share["w"].astype(np.float64) for share in shares], axis=0)
-        return float(np.linalg.norm(state.control["w"] - mean))
+        return float(np.linalg.norm(state.tensors["control"]["w"] - mean))

@@ -10,10 +10,12 @@ from fedllm_flwr.config.schema import (
     FederationConfig,
 )
 from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.recorder import Recorder
 from fedllm_flwr.federation.roster import Client
+from fedllm_flwr.federation.rule import Counts
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
-from fedllm_flwr.federation.wire import pack_update, unpack_task
+from fedllm_flwr.federation.strategies import STRATEGIES
+from fedllm_flwr.federation.wire import pack_update, unpack_assignment
 
 START = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,
@@ -52,16 +54,47 @@ def roster_of(sizes=SIZES):
     }
 
 
+class Listener(Recorder):
+    """Tells the functions given by the names of a recorder's methods."""
+
+    def __init__(self, **methods):
+        for name, method in methods.items():
+            assert hasattr(Recorder, name)
+            setattr(self, name, method)
+
+
+def server_step(strategy, params, delta, tensors, **contributed):
+    """The rule's step on float64 tensors; the new adapter, and what the rule keeps."""
+    rule = strategy.rule
+    if "control_delta" in rule.contributes:
+        zero = {name: np.zeros(value.shape) for name, value in delta.items()}
+        contributed = {"control_delta": zero, **contributed}
+        tensors = {"control": zero, **tensors}
+    state = ServerState(0, params, tensors=tensors)
+    after = rule.step(state, {"delta": delta, **contributed}, Counts(1, 1, 1.0))
+    return after.params, dict(after.tensors)
+
+
+def control_step(strategy, control, change):
+    """c after a round whose contributions, added up and divided by N, are `change`."""
+    _, tensors = server_step(strategy, change, change, {"control": control}, control_delta=change)
+    return tensors["control"]
+
+
+def negative(params):
+    return {name: -value for name, value in params.items()}
+
+
 def update_of(message, name, **changes):
     """A client's honest update: random, but the same for the same client and round."""
-    task = unpack_task(message.content)
+    task = unpack_assignment(message.content)
     rng = np.random.default_rng([task.round, *name.encode()])
     draw = {key: rng.normal(size=v.shape).astype(np.float32) for key, v in START.items()}
     fields = {
         "delta": draw,
         "num_examples": min(8, SIZES.get(name, 8)),
         "metrics": {"loss": float(rng.uniform(1, 2))},
-        "control_delta": {k: -v for k, v in draw.items()} if task.control is not None else None,
+        "contributed": {"control_delta": negative(draw)} if "control" in task.sent else {},
     }
     return Update(**{**fields, **changes})
 
@@ -93,7 +126,7 @@ def nodes_of(bee=None, names=SIZES):
 def run(config, grid, rounds=1, state=None, hooks=None, roster=None, known=None):
     """Run to `rounds`; the final state and the report of every round."""
     reports = []
-    told = hooks or Hooks()
+    told = hooks or Listener()
     told.on_round = lambda _state, report: reports.append(report)
     strategy = STRATEGIES[config.algorithm.name](
         config, roster or roster_of(), state or ServerState(0, START), told, known
@@ -106,9 +139,9 @@ def assert_same_bits(left, right):
     assert left.round == right.round
     accepted = [{n: c for n, c in s.clients.items() if c.round} for s in (left, right)]
     assert accepted[0] == accepted[1]
-    assert left.moments.keys() == right.moments.keys()
-    groups = [(left.params, right.params), (left.control or {}, right.control or {})]
-    for mine, other in [*groups, *((left.moments[k], right.moments[k]) for k in left.moments)]:
+    assert left.tensors.keys() == right.tensors.keys()
+    pairs = [(left.params, right.params)]
+    for mine, other in [*pairs, *((left.tensors[k], right.tensors[k]) for k in left.tensors)]:
         assert mine.keys() == other.keys()
         assert all(mine[key].tobytes() == other[key].tobytes() for key in mine)
         assert all(mine[key].dtype == other[key].dtype for key in mine)

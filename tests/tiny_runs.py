@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from fedllm_flwr.client.app import app
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.federation.tensor_files import load_params
-from fedllm_flwr.federation.wire import unpack_task
+from fedllm_flwr.federation.wire import unpack_assignment
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.runs.directory import RunDirectory
 from fedllm_flwr.server.run import run_on_grid, run_simulation
@@ -87,7 +87,7 @@ def interrupting(at_round: int, after: int) -> WrappedApp:
     def before(message: Message, context: Context) -> None:
         if message.metadata.message_type != "train":
             return
-        if unpack_task(message.content).round == at_round:
+        if unpack_assignment(message.content).round == at_round:
             seen.append(message.metadata.message_id)
             if len(seen) > after:
                 raise KeyboardInterrupt

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from fedllm_flwr.errors import ConfigError
@@ -67,6 +69,19 @@ class Registry(Generic[T]):
                 f"{self.key}={name}: the package {package} that adds it cannot be loaded "
                 f"({type(error).__name__}: {error})."
             ) from error
+
+
+CONF_GROUP = "fedllm_flwr.conf"
+"""Entry points whose value is a package with groups of YAML files, as ``conf/`` of this one has."""
+
+
+@cache
+def plugin_folders(group: str) -> tuple[Path, ...]:
+    """Folders of the packages that entry points of a group name, which are not imported."""
+    specs = (find_spec(entry.value) for _, entry in sorted(_installed(group).items()))
+    return tuple(
+        Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()
+    )
 
 
 @cache

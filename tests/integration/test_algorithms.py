@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 
 from fedllm_flwr.federation.messages import Update
 from fedllm_flwr.federation.tensor_files import load_params
-from fedllm_flwr.federation.wire import unpack_info, unpack_task, unpack_update
+from fedllm_flwr.federation.wire import unpack_assignment, unpack_info, unpack_update
 from tiny_runs import ADAPTER, ALGORITHMS, NUM_CLIENTS, WrappedApp, outcome, run_intercepted
 
 VARIANTS = ("paper", pytest.param("openfedllm", marks=pytest.mark.slow))
@@ -37,7 +37,7 @@ class Recorder(WrappedApp):
         if kind == "query":
             self.sizes[node_id] = unpack_info(reply.content).num_examples
         if kind == "train":
-            server_round = unpack_task(message.content).round
+            server_round = unpack_assignment(message.content).round
             update = unpack_update(reply.content)
             self.updates.setdefault(server_round, []).append((node_id, update))
         return reply
@@ -65,7 +65,7 @@ def test_adapter_follows_from_the_updates(algorithm: str, variant: str, tmp_path
         np.testing.assert_allclose(found, server.w, rtol=1e-6, atol=1e-7)
         server.w = found.astype(np.float64)  # as the next round starts: in float32
     if algorithm == "scaffold":
-        check_control(states[2]["control"], recorder, directory.client_states)
+        check_control(states[2]["state.control"], recorder, directory.client_states)
 
 
 class NaiveServer:
@@ -126,8 +126,7 @@ def check_control(control: dict[str, Vector], recorder: Recorder, states: Path) 
     sent = np.zeros_like(own)
     for updates in recorder.updates.values():
         for _, update in updates:
-            assert update.control_delta is not None
-            sent += flat(update.control_delta)
+            sent += flat(update.contributed["control_delta"])
     np.testing.assert_allclose(flat(control), sent / NUM_CLIENTS, atol=1e-6)
     assert np.abs(flat(control)).max() > 0
 

@@ -34,7 +34,7 @@ def sending(change: str, only: str = "client-1") -> WrappedApp:
             delta[name] = delta[name] + np.float32(np.nan)
         else:
             delta["foreign"] = delta.pop(name)
-        spoilt = Update(delta, update.num_examples, update.metrics, update.control_delta)
+        spoilt = Update(delta, update.num_examples, update.metrics, update.contributed)
         return Message(pack_update(spoilt, "bfloat16"), reply_to=message)
 
     return WrappedApp(after=after)

@@ -20,6 +20,7 @@ from fedllm_flwr.federation.messages import ClientInfo, Update
 from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
+from strategy_runs import control_step, server_step
 
 ROUNDS = 6
 SHAPES = {"q.lora_A": (2, 3), "q.lora_B": (3, 2), "v.lora_A": (4,)}
@@ -117,8 +118,8 @@ def scalar_mean(values, weights):
 def weighted_mean(strategy, deltas):
     """The mean as a run forms it: the strategy's weights, the package's running sum."""
     mean = RunningMean()
-    for client, used, delta in zip("abc", USED, deltas, strict=True):
-        mean.add(delta, strategy._weight(client, Update(delta, used, {})))
+    for size, used, delta in zip(SIZES, USED, deltas, strict=True):
+        mean.add(delta, strategy._rounds.weight(Update(delta, used, {}), size))
     return mean.mean()
 
 
@@ -135,7 +136,7 @@ def test_server_matches_the_listing(name, variant):
     weights = [1, 1, 1] if (variant, name) in UNIFORM else SIZES
     for server_round in range(1, ROUNDS + 1):
         deltas = round_deltas(server_round)
-        params, moments = strategy.server_step(params, weighted_mean(strategy, deltas), moments)
+        params, moments = server_step(strategy, params, weighted_mean(strategy, deltas), moments)
         for (tensor, index), element in elements.items():
             delta = scalar_mean([float(d[tensor][index]) for d in deltas], weights)
             REFERENCE_STEP[variant](name, element, delta)
@@ -154,23 +155,23 @@ def test_fedavg_weights_are_mcmahans(variant, weighting, counts):
     """w <- sum_k (n_k / n) w_k (McMahan et al. 2017, Algorithm 1), n_k as asked for."""
     strategy, start = make("fedavg", variant, eta=1.0, weighting=weighting), draw(99)
     deltas = round_deltas(1)
-    params, _ = strategy.server_step(start, weighted_mean(strategy, deltas), {})
+    params, _ = server_step(strategy, start, weighted_mean(strategy, deltas), {})
     for name in SHAPES:
         clients = [start[name] + delta[name] for delta in deltas]
         n = sum(counts)
         expected = sum(n_k / n * w_k for n_k, w_k in zip(counts, clients, strict=True))
         np.testing.assert_allclose(params[name], expected, rtol=1e-12, atol=1e-14)
     if weighting == "examples":
-        assert make("fedavg", variant).weighting == "examples"  # the default
+        assert make("fedavg", variant).rule.weighting[variant] == "examples"  # the default
 
 
 @pytest.mark.parametrize("name", SEVEN)
 def test_server_step_is_pure(name):
     strategy, params, delta = make(name), draw(1), draw(2)
-    _, moments = strategy.server_step(params, delta, {})
+    _, moments = server_step(strategy, params, delta, {})
     copies = {k: {n: v.copy() for n, v in group.items()} for k, group in moments.items()}
-    first = strategy.server_step(params, delta, moments)
-    second = strategy.server_step(params, delta, moments)
+    first = server_step(strategy, params, delta, moments)
+    second = server_step(strategy, params, delta, moments)
     np.testing.assert_equal(first, second)
     np.testing.assert_equal(moments, copies)
     np.testing.assert_equal((params, delta), (draw(1), draw(2)))
@@ -183,15 +184,18 @@ def test_variants_differ_where_the_seed_differs(name):
     for variant in ("paper", "openfedllm"):
         params, moments = draw(99), {}
         for delta in deltas:
-            params, moments = make(name, variant).server_step(params, delta, moments)
+            params, moments = server_step(make(name, variant), params, delta, moments)
         results[variant] = params["q.lora_A"]
     assert np.abs(results["paper"] - results["openfedllm"]).max() > 1e-3
 
 
 def test_adagrad_of_openfedllm_has_no_momentum():
     for beta1 in (0.0, 0.9):
-        _, moments = make("fedadagrad", "openfedllm", beta1=beta1).server_step(
-            draw(99), draw(2), {"m": draw(3), "v": {k: np.ones(s) for k, s in SHAPES.items()}}
+        _, moments = server_step(
+            make("fedadagrad", "openfedllm", beta1=beta1),
+            draw(99),
+            draw(2),
+            {"m": draw(3), "v": {k: np.ones(s) for k, s in SHAPES.items()}},
         )
         np.testing.assert_array_equal(moments["m"]["q.lora_A"], draw(2)["q.lora_A"])
 
@@ -205,7 +209,7 @@ def test_scaffold_server_control():
         total = RunningMean()
         for change in changes:
             total.add(change, 1.0)
-        control = strategy.control_step(control, total.sum_over(len(strategy.roster)))
+        control = control_step(strategy, control, total.sum_over(len(strategy.roster)))
         for i in range(4):
             expected["v.lora_A"][i] += (
                 float(changes[0]["v.lora_A"][i]) + float(changes[1]["v.lora_A"][i])
@@ -245,7 +249,7 @@ def our_rounds(strategy, rounds, moments):
     params, history = draw(99), []
     for server_round in range(1, rounds + 1):
         mean = weighted_mean(strategy, round_deltas(server_round))
-        params, moments = strategy.server_step(params, mean, moments)
+        params, moments = server_step(strategy, params, mean, moments)
         history.append(params)
     return history
 
@@ -300,7 +304,7 @@ def test_flowers_fedadam_adds_a_bias_correction():
         correction = math.sqrt(1 - b2 ** (server_round + 1)) / (1 - b1 ** (server_round + 1))
         ours = make("fedadam", eta=HYPER["eta"] * correction)
         mean = weighted_mean(ours, round_deltas(server_round))
-        params, moments = ours.server_step(params, mean, moments)
+        params, moments = server_step(ours, params, mean, moments)
         assert_same([params], [theirs[server_round - 1]])
     uncorrected = our_rounds(make("fedadam"), ROUNDS, zero_moments())
     assert np.abs(uncorrected[0]["q.lora_A"] - theirs[0]["q.lora_A"]).max() > 1e-3

@@ -15,6 +15,7 @@ from fedllm_flwr.federation.messages import ClientInfo
 from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
+from strategy_runs import control_step, server_step
 
 NUM_CLIENTS, DIMENSION, STEPS, RATE = 5, 4, 10, 0.05
 _RNG = np.random.default_rng(3)
@@ -43,7 +44,7 @@ def descend(i, x, correction):
 def run(name, rounds, sampled=NUM_CLIENTS):
     """x, c and the c_i after `rounds` rounds with `sampled` clients each."""
     strategy = make(name)
-    params, moments, control = {"x": np.zeros(DIMENSION)}, {}, strategy.state.control
+    params, moments, control = {"x": np.zeros(DIMENSION)}, {}, strategy.state.tensors.get("control")
     local = [np.zeros(DIMENSION) for _ in range(NUM_CLIENTS)]
     rng = np.random.default_rng(0)
     for _ in range(rounds):
@@ -57,9 +58,9 @@ def run(name, rounds, sampled=NUM_CLIENTS):
                 assert np.abs(option_two - np.mean(gradients, axis=0)).max() < 1e-9
                 change.add({"x": option_two - local[i]}, 1.0)
                 local[i] = option_two
-        params, moments = strategy.server_step(params, delta.mean(), moments)
+        params, moments = server_step(strategy, params, delta.mean(), moments)
         if control is not None:
-            control = strategy.control_step(control, change.sum_over(NUM_CLIENTS))
+            control = control_step(strategy, control, change.sum_over(NUM_CLIENTS))
     return params["x"], control, local
 
 

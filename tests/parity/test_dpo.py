@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.federation.messages import Task, Update
+from fedllm_flwr.federation.messages import Assignment, Update
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params, add
 from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
@@ -64,7 +64,7 @@ def start(config: Config, seed: int = 5) -> Params:
 
 
 def train(config: Config, params: Params, pairs: EncodedPairs, state: Path) -> Update:
-    task = Task(1, params, LEARNING_RATE, config)
+    task = Assignment(1, params, LEARNING_RATE, config)
     return train_locally(task, ClientData("a", pairs, pairs), state)
 
 

@@ -45,9 +45,8 @@ def test_trajectory_of_algorithm_1(fate: str, tmp_path: Path) -> None:
         federation.round(client_1=fate if struck else "ok")
         paper.round([0, 2] if struck and fate != "ok" else [0, 1, 2])
         state = federation.strategy.state
-        assert state.control is not None
         np.testing.assert_allclose(state.params["w"], paper.x, rtol=0, atol=2e-6)
-        np.testing.assert_allclose(state.control["w"], paper.c, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(state.tensors["control"]["w"], paper.c, rtol=0, atol=1e-5)
 
 
 def test_trajectory_with_a_client_that_loses_its_disk(tmp_path: Path) -> None:
@@ -66,6 +65,5 @@ def test_trajectory_with_a_client_that_loses_its_disk(tmp_path: Path) -> None:
             assert np.linalg.norm(before) > 0.01
             paper.c = np.mean(paper.own, axis=0)
         state = federation.strategy.state
-        assert state.control is not None
         np.testing.assert_allclose(state.params["w"], paper.x, rtol=0, atol=2e-6)
-        np.testing.assert_allclose(state.control["w"], paper.c, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(state.tensors["control"]["w"], paper.c, rtol=0, atol=1e-5)

@@ -19,10 +19,9 @@ from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.federation.messages import Acknowledged, Task, Update
+from fedllm_flwr.federation.messages import Acknowledged, Assignment, Update
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params, derive_seed
-from fedllm_flwr.training.local_terms import LocalCorrection
 from fedllm_flwr.training.schedule import draw_examples
 
 LEARNING_RATE = 1e-2
@@ -145,13 +144,20 @@ def start(config: Config, seed: int = 5) -> Params:
     return {n: rng.normal(0, 0.1, shape).astype(np.float32) for n, shape in shapes.items()}
 
 
-def task(config: Config, params: Params, server_round: int = 1, **options: Any) -> Task:
+def task(
+    config: Config,
+    params: Params,
+    server_round: int = 1,
+    sent: dict[str, Params] | None = None,
+    **algorithm: Any,
+) -> Assignment:
     """A task of a client whose updates of all earlier rounds were accepted."""
     before = Acknowledged(server_round - 1, server_round - 1)
-    return Task(server_round, params, LEARNING_RATE, config, acknowledged=before, **options)
+    config = changed(config, algorithm=algorithm)
+    return Assignment(server_round, params, LEARNING_RATE, config, sent or {}, "", before)
 
 
-def run(asked: Task, examples: Encoded, state: Path) -> Update:
+def run(asked: Assignment, examples: Encoded, state: Path) -> Update:
     return train_locally(asked, ClientData("a", examples, examples), state)
 
 
@@ -240,7 +246,7 @@ def test_fedprox_adds_the_gradient_of_the_proximal_term(
     config, examples = make_config(**settings(optimizer=optimizer)), random_examples(50)
     params, mu = start(config), 50.0
 
-    update = run(task(config, params, correction=LocalCorrection(mu=mu)), examples, tmp_path)
+    update = run(task(config, params, mu=mu), examples, tmp_path)
     expected = PlainClient(config, examples, params, mu=mu).train(drawn(config, examples))
     plain = PlainClient(config, examples, params).train(drawn(config, examples))
     assert_near(update.delta, expected)
@@ -278,15 +284,13 @@ def test_openfedllm_clips_the_proximal_term_with_the_loss(
 
     updates = {}
     for as_openfedllm in (True, False):
-        correction = LocalCorrection(mu=mu, as_openfedllm=as_openfedllm)
-        asked = replace(task(config, params, correction=correction), learning_rate=1.0)
+        variant = "openfedllm" if as_openfedllm else "paper"
+        asked = task(config, params, mu=mu, variant=variant)
+        asked = replace(asked, learning_rate=1.0)
         updates[as_openfedllm] = run(asked, examples, tmp_path).delta
         assert_near(updates[as_openfedllm], loop(as_openfedllm))
     apart = [np.abs(updates[True][n] - updates[False][n]).max() for n in params]
     assert max(apart) > 20 * TOLERANCE
-
-
-SCAFFOLD = LocalCorrection(control_variates=True)
 
 
 def control(params: Params, seed: int) -> Params:
@@ -305,14 +309,13 @@ def test_scaffold_over_two_rounds(
 
     for server_round in (1, 2):
         c = control(params, server_round)
-        asked = task(config, params, server_round, correction=SCAFFOLD, control=c)
+        asked = task(config, params, server_round, name="scaffold", sent={"control": c})
         update = run(asked, examples, tmp_path)
         plain = PlainClient(config, examples, params, drift={n: c[n] - own[n] for n in c})
         assert_near(update.delta, plain.train(drawn(config, examples, server_round)))
-        assert update.control_delta is not None
         mean = plain.mean_gradient()
-        assert_near(update.control_delta, {n: mean[n] - own[n] for n in own}, 1e-5)
-        own = {name: own[name] + update.control_delta[name] for name in own}
+        assert_near(update.contributed["control_delta"], {n: mean[n] - own[n] for n in own}, 1e-5)
+        own = {name: own[name] + update.contributed["control_delta"][name] for name in own}
 
 
 def test_openfedllm_corrects_after_the_step_and_uses_option_two(
@@ -322,15 +325,15 @@ def test_openfedllm_corrects_after_the_step_and_uses_option_two(
     params = start(config)
     c = control(params, 1)
 
-    correction = replace(SCAFFOLD, as_openfedllm=True)
-    update = run(task(config, params, correction=correction, control=c), examples, tmp_path)
+    asked = task(config, params, name="scaffold", variant="openfedllm", sent={"control": c})
+    update = run(asked, examples, tmp_path)
     plain = PlainClient(config, examples, params)
     steps = drawn(config, examples)
     expected = _train_and_correct_after_the_step(plain, steps, c)
     assert_near(update.delta, expected)
-    assert update.control_delta is not None
+    assert update.contributed["control_delta"] is not None
     option_two = {n: -c[n] - expected[n] / (len(steps) * LEARNING_RATE) for n in c}
-    assert_near(update.control_delta, option_two, TOLERANCE / LEARNING_RATE)
+    assert_near(update.contributed["control_delta"], option_two, TOLERANCE / LEARNING_RATE)
 
 
 def _train_and_correct_after_the_step(

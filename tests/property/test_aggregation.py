@@ -18,6 +18,7 @@ from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
 from fedllm_flwr.params import LARGEST_VALUE
+from strategy_runs import control_step, server_step
 
 SHAPE = (3,)
 # Any float32 a client may send, from the smallest to the largest, and sums that cancel.
@@ -101,7 +102,7 @@ def test_client_order_does_not_matter_to_any_algorithm(name, variant, rounds, ra
             order = list(pairs)
             if shuffle:
                 random.shuffle(order)
-            params, moments = strategy.server_step(params, {"w": mean_of(order)}, moments)
+            params, moments = server_step(strategy, params, {"w": mean_of(order)}, moments)
         states.append((params["w"].tobytes(), {k: v["w"].tobytes() for k, v in moments.items()}))
     assert states[0] == states[1]
 
@@ -109,10 +110,13 @@ def test_client_order_does_not_matter_to_any_algorithm(name, variant, rounds, ra
 @given(usual_terms)
 def test_fedavgm_without_momentum_is_fedavg(pairs):
     delta = {"w": mean_of(pairs)}
-    plain, _ = make("fedavg").server_step({"w": np.ones(SHAPE)}, delta, {})
+    plain, _ = server_step(make("fedavg"), {"w": np.ones(SHAPE)}, delta, {})
     for variant in ("paper", "openfedllm"):
-        with_m, _ = make("fedavgm", variant=variant).server_step(
-            {"w": np.ones(SHAPE)}, delta, {"m": {"w": np.full(SHAPE, 5.0)}}
+        with_m, _ = server_step(
+            make("fedavgm", variant=variant),
+            {"w": np.ones(SHAPE)},
+            delta,
+            {"m": {"w": np.full(SHAPE, 5.0)}},
         )
         assert with_m["w"].tobytes() == plain["w"].tobytes()
 
@@ -121,10 +125,10 @@ def test_fedavgm_without_momentum_is_fedavg(pairs):
 def test_fedprox_without_the_term_is_fedavg(pairs):
     delta = {"w": mean_of(pairs)}
     prox, avg = make("fedprox", mu=0.0), make("fedavg")
-    assert prox.local_correction() == avg.local_correction()
-    assert prox.weighting == avg.weighting
-    ours, _ = prox.server_step({"w": np.ones(SHAPE)}, delta, {})
-    theirs, _ = avg.server_step({"w": np.ones(SHAPE)}, delta, {})
+    assert prox.rule.mu == avg.rule.mu
+    assert prox.rule.weighting == avg.rule.weighting
+    ours, _ = server_step(prox, {"w": np.ones(SHAPE)}, delta, {})
+    theirs, _ = server_step(avg, {"w": np.ones(SHAPE)}, delta, {})
     assert ours["w"].tobytes() == theirs["w"].tobytes()
 
 
@@ -142,13 +146,13 @@ def test_server_variate_is_the_mean_of_the_clients_under_full_participation(star
         for i in range(num_clients):
             local[i] = local[i] + changes[i]
             total.add({"w": changes[i]}, 1.0)
-        control = strategy.control_step(control, total.sum_over(num_clients))
+        control = control_step(strategy, control, total.sum_over(num_clients))
     np.testing.assert_allclose(control["w"], np.mean(local, axis=0), rtol=0, atol=1e-13)
 
 
 @given(usual_tensors)
 def test_local_never_aggregates(delta):
     start = {"w": np.ones(SHAPE)}
-    params, moments = make("local").server_step(start, {"w": delta.astype(np.float64)}, {})
+    params, moments = server_step(make("local"), start, {"w": delta.astype(np.float64)}, {})
     assert params["w"] is start["w"]
     assert moments == {}

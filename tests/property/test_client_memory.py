@@ -85,7 +85,7 @@ def test_a_client_that_lost_its_memory_is_named_and_its_share_taken_out(tmp_path
         federation.round()
     federation.wipe("client-2")
     told: list[dict[str, int]] = []
-    federation.strategy.hooks.on_round = lambda _, report: told.append(report.lost)
+    federation.strategy.recorder.on_round = lambda _, report: told.append(report.lost)
     federation.round(client_2="lost")
     federation.round()
     federation.round()

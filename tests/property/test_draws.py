@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm_flwr.federation.messages import ClientInfo
-from fedllm_flwr.federation.roster import Client
+from fedllm_flwr.federation.roster import Client, choose_clients
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.strategies import STRATEGIES
-from fedllm_flwr.federation.wire import pack_update, unpack_task
+from fedllm_flwr.federation.wire import pack_update, unpack_assignment
 from fedllm_flwr.training.schedule import draw_examples
 from memory_grid import MemoryGrid, superlink_error
 from strategy_runs import START, config_of, update_of
@@ -31,10 +31,11 @@ def accepted_draws(rounds: int, lost: set[int], size: int, seed: int) -> dict[st
 
     def node(name: str):
         def handler(message: Message) -> Message:
-            task = unpack_task(message.content)
+            task = unpack_assignment(message.content)
             updates = task.acknowledged.updates
             window = draw_examples(size, PER_ROUND, updates, seed, name).tolist()
-            if task.round in lost and name == strategy.sample(task.round)[0]:
+            chosen = choose_clients(roster, config, task.round)
+            if task.round in lost and name == chosen[0]:
                 return superlink_error(message.metadata.message_id, 5, "gone")
             drawn[name] += window
             return Message(pack_update(update_of(message, name), "float32"), reply_to=message)

@@ -7,24 +7,23 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.federation.messages import Acknowledged, ClientInfo, Failure, Task, Update
+from fedllm_flwr.federation.messages import Acknowledged, Assignment, ClientInfo, Failure, Update
 from fedllm_flwr.federation.updates.cast import from_bfloat16_bits, round_trip, to_bfloat16_bits
 from fedllm_flwr.federation.wire import (
+    pack_assignment,
     pack_failure,
     pack_info,
     pack_params,
     pack_query,
-    pack_task,
     pack_update,
+    unpack_assignment,
     unpack_failure,
     unpack_info,
     unpack_params,
     unpack_query,
-    unpack_task,
     unpack_update,
 )
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.local_terms import LocalCorrection
 
 DTYPES = ("float32", "bfloat16", "float16")
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,8 +110,6 @@ def test_transposed_and_double_tensors_arrive_as_float32(params: Params) -> None
     control=st.none() | tensors(small),
     server_round=st.integers(0, 2**31),
     learning_rate=st.floats(0, 1),
-    mu=st.floats(0, 1e6),
-    as_openfedllm=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
 def test_task_arrives(
@@ -120,26 +117,23 @@ def test_task_arrives(
     control: Params | None,
     server_round: int,
     learning_rate: float,
-    mu: float,
-    as_openfedllm: bool,
     dtype: str,
 ) -> None:
-    correction = LocalCorrection(mu, control is not None, as_openfedllm)
+    groups = {} if control is None else {"control": control}
     acknowledged = Acknowledged(server_round - server_round // 3, server_round // 2)
-    task = Task(
-        *(server_round, params, learning_rate, CONFIGS[dtype], correction, control),
+    task = Assignment(
+        *(server_round, params, learning_rate, CONFIGS[dtype], groups),
         acknowledged=acknowledged,
         oldest_checkpoint=server_round // 4,
     )
 
-    arrived = unpack_task(pack_task(task))
+    arrived = unpack_assignment(pack_assignment(task))
 
     assert_same_bits(arrived.params, round_trip(params, dtype))
-    assert (arrived.control is None) == (control is None)
-    if control is not None and arrived.control is not None:
-        assert_same_bits(arrived.control, round_trip(control, dtype))
+    assert arrived.sent.keys() == groups.keys()
+    if control is not None:
+        assert_same_bits(arrived.sent["control"], round_trip(control, dtype))
     assert (arrived.round, arrived.learning_rate) == (server_round, learning_rate)
-    assert arrived.correction == correction
     assert arrived.acknowledged == acknowledged
     assert arrived.oldest_checkpoint == server_round // 4
     assert arrived.config == CONFIGS[dtype]
@@ -162,13 +156,14 @@ def test_update_arrives(
     lost: bool,
     dtype: str,
 ) -> None:
-    sent = Update(delta, num_examples, metrics, control, lost)
+    groups = {} if control is None else {"control_delta": control}
+    sent = Update(delta, num_examples, metrics, groups, lost)
     arrived = unpack_update(pack_update(sent, dtype))
 
     assert_same_bits(arrived.delta, round_trip(delta, dtype))
-    assert (arrived.control_delta is None) == (control is None)
-    if control is not None and arrived.control_delta is not None:
-        assert_same_bits(arrived.control_delta, round_trip(control, dtype))
+    assert arrived.contributed.keys() == groups.keys()
+    if control is not None:
+        assert_same_bits(arrived.contributed["control_delta"], round_trip(control, dtype))
     assert (arrived.num_examples, arrived.metrics) == (num_examples, metrics)
     assert arrived.lost is lost
 

@@ -15,10 +15,10 @@ import fedllm_flwr
 from fedllm_flwr.client.requests import Site, answer
 from fedllm_flwr.client.resident.caller import answer_by_resident
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.federation.wire import (
+    pack_assignment,
     pack_query,
-    pack_task,
     unpack_failure,
     unpack_info,
     unpack_update,
@@ -62,7 +62,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
 
 @pytest.mark.slow  # imports torch in the trainer
 def test_same_update_as_in_process_and_the_process_stays(site: Site, tmp_path: Path) -> None:
-    content = pack_task(Task(1, load_model(CONFIG).initial, 5e-3, CONFIG))
+    content = pack_assignment(Assignment(1, load_model(CONFIG).initial, 5e-3, CONFIG))
 
     info = unpack_info(answer_by_resident("query", pack_query(CONFIG), site))
     assert (info.name, info.num_examples) == ("ward", 360)

@@ -15,7 +15,7 @@ from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.evaluation.central import evaluate
-from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.scoring import Question, score, score_examples
 from fedllm_flwr.tasks.sft.held_out import (
@@ -110,7 +110,7 @@ def test_training_on_an_answer_shows_in_every_score(config: Config, tmp_path: Pa
     before = evaluate(model, model.initial, data, 2048, 1)
     params = model.initial
     for server_round in (1, 2, 3):
-        task = Task(server_round, params, 1e-2, config)
+        task = Assignment(server_round, params, 1e-2, config)
         update = train_locally(task, ClientData("a", data.examples, data.examples), tmp_path)
         params = {name: params[name] + update.delta[name] for name in params}
     after = evaluate(model, params, data, 2048, 1)
@@ -126,7 +126,7 @@ def test_a_client_scores_what_it_holds_back(
 ) -> None:
     config, held_out = make_config(), random_examples(6)
     model = load_model(config)
-    task = Task(1, model.initial, 1e-2, config)
+    task = Assignment(1, model.initial, 1e-2, config)
     scores = evaluate_locally(task, ClientData("a", random_examples(1), held_out))
     tokens = score_examples(model, held_out, 2048)
     expected = {"loss": tokens.loss, "token_accuracy": tokens.token_accuracy}
@@ -137,6 +137,6 @@ def test_a_client_that_holds_nothing_back(
     make_config: MakeConfig, random_examples: MakeExamples
 ) -> None:
     config, nothing = make_config(), random_examples(1).take(np.empty(0, np.int64))
-    task = Task(1, load_model(config).initial, 1e-2, config)
+    task = Assignment(1, load_model(config).initial, 1e-2, config)
     with pytest.raises(DataError, match=r"desk-1 holds no examples back.*validation_fraction"):
         evaluate_locally(task, ClientData("desk-1", random_examples(1), nothing))

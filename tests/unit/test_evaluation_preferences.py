@@ -15,7 +15,7 @@ from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.templates import render_prompt
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.generation import as_text
 from fedllm_flwr.params import Params
@@ -261,7 +261,13 @@ def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel) -> N
     pairs, adapter, reference = random_pairs(9), random_adapter(model), random_adapter(model, 2)
     data = ClientData("a", random_pairs(3, seed=1), pairs)
     for given_reference in (None, reference):
-        task = Task(1, adapter, 0.0, config, reference=given_reference)
+        task = Assignment(
+            1,
+            adapter,
+            0.0,
+            config,
+            sent={} if given_reference is None else {"reference": given_reference},
+        )
         scores = evaluate_locally(task, data)
         model.load(adapter)
         policy = one_by_one(model.peft, pairs)
@@ -276,4 +282,4 @@ def test_a_client_that_holds_nothing_back(config: Config, model: AdaptedModel) -
     pairs = random_pairs(3)
     data = ClientData("desk-3", pairs, pairs.take(np.empty(0, np.int64)))
     with pytest.raises(DataError, match=r"^desk-3 holds no examples back; raise data\.validation"):
-        evaluate_locally(Task(1, model.initial, 0.0, config), data)
+        evaluate_locally(Assignment(1, model.initial, 0.0, config), data)

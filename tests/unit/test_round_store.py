@@ -9,18 +9,21 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
-from fedllm_flwr.params import Params
+from fedllm_flwr.params import Kept
 
 
-def groups(value: float) -> dict[str, Params]:
-    return {"control": {"a": np.full((2, 3), value, np.float32)}, "other": {"b/c": np.ones(2)}}
+def kept(value: float) -> dict[str, Kept]:
+    return {
+        "control": Kept({"a": np.full((2, 3), value, np.float32)}, "of hospital-b"),
+        "other": Kept({"b/c": np.ones(2)}),
+    }
 
 
 def played(directory: Path, *rounds: tuple[int, int, int]) -> list[int]:
     """The rounds that are kept after rounds of (round, acknowledged, oldest checkpoint)."""
     store = RoundStore(directory)
     for server_round, acknowledged, oldest in rounds:
-        store.store(server_round, groups(server_round), acknowledged, oldest)
+        store.store(server_round, kept(server_round), acknowledged, oldest)
     return store.rounds()
 
 
@@ -29,13 +32,15 @@ def test_a_version_comes_back_bit_for_bit_and_only_under_its_round(tmp_path: Pat
     store = RoundStore(tmp_path)
     found = store.load(7)
     assert found is not None
-    assert found["control"]["a"].tobytes() == groups(7)["control"]["a"].tobytes()
-    assert found["other"]["b/c"].tolist() == [1, 1]
+    expected = kept(7)["control"].tensors["a"]
+    assert found["control"].tensors["a"].tobytes() == expected.tobytes()
+    assert found["other"].tensors["b/c"].tolist() == [1, 1]
+    assert (found["control"].about, found["other"].about) == ("of hospital-b", "")
     assert store.load(5) is None
 
 
 @pytest.mark.parametrize(
-    ("rounds", "kept"),
+    ("rounds", "left"),
     [
         ([(1, 0, 0), (2, 1, 0), (3, 2, 1)], [1, 2, 3]),  # every=1, keep=2: back to round 1
         ([(1, 0, 0), (2, 1, 0), (3, 2, 1), (4, 3, 2)], [2, 3, 4]),
@@ -47,9 +52,9 @@ def test_a_version_comes_back_bit_for_bit_and_only_under_its_round(tmp_path: Pat
     ],
 )
 def test_what_the_server_may_still_ask_for_is_kept(
-    rounds: list[tuple[int, int, int]], kept: list[int], tmp_path: Path
+    rounds: list[tuple[int, int, int]], left: list[int], tmp_path: Path
 ) -> None:
-    assert played(tmp_path, *rounds) == kept
+    assert played(tmp_path, *rounds) == left
 
 
 def truncate(path: Path) -> None:

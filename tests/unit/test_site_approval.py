@@ -22,11 +22,11 @@ from fedllm_flwr.deployment.policy import read_policy
 from fedllm_flwr.deployment.site import SiteOptions, init_site
 from fedllm_flwr.deployment.site_views import node_config, site_folder
 from fedllm_flwr.errors import ApprovalPending, ConfigError
-from fedllm_flwr.federation.messages import ClientInfo, Failure, Task, Update
+from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure, Update
 from fedllm_flwr.federation.wire import (
+    pack_assignment,
     pack_info,
     pack_query,
-    pack_task,
     pack_update,
     unpack_failure,
     unpack_info,
@@ -174,7 +174,9 @@ def test_run_beyond_the_policy_is_refused_without_a_request(site: Path, ask: Ask
 
 def test_task_of_a_run_that_waits_is_refused(site: Path) -> None:
     node = Site(node_config(site), 11, 7)
-    failure = unpack_failure(answer("train", pack_task(Task(1, {}, 1e-3, CONFIG)), node))
+    failure = unpack_failure(
+        answer("train", pack_assignment(Assignment(1, {}, 1e-3, CONFIG)), node)
+    )
 
     assert failure is not None
     assert failure.kind == "ApprovalPending"
@@ -237,10 +239,10 @@ def test_log_says_what_left(site: Path, capsys: pytest.CaptureFixture[str]) -> N
     generator = np.random.default_rng(0)
     delta = {"a": generator.normal(size=(4, 8)).astype(np.float32), "b": np.ones(3, np.float32)}
     update = pack_update(
-        Update(delta, 17, {"loss": 0.5}, control_delta={"a": delta["a"]}), "float32"
+        Update(delta, 17, {"loss": 0.5}, {"control_delta": {"a": delta["a"]}}), "float32"
     )
     node = Site(node_config(site), 11, 7)
-    task = pack_task(Task(3, {}, 1e-3, CONFIG))
+    task = pack_assignment(Assignment(3, {}, 1e-3, CONFIG))
 
     assert audited("train", task, update, node, time.monotonic()) is update
 

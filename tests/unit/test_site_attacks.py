@@ -24,10 +24,10 @@ from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, FederationConfig
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.errors import FedLLMError
-from fedllm_flwr.federation.messages import ClientInfo, Failure, Task, Update
+from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure, Update
 from fedllm_flwr.federation.wire import (
+    pack_assignment,
     pack_query,
-    pack_task,
     unpack_failure,
     unpack_info,
     unpack_update,
@@ -35,7 +35,6 @@ from fedllm_flwr.federation.wire import (
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.tokenizer import EMBEDDED
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.local_terms import LocalCorrection
 
 NUM_RECORDS = 100
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
@@ -117,7 +116,7 @@ def initial(config: Config) -> Params:
 def task(config: Config, server_round: int = 1, **fields: object) -> RecordDict:
     """A task as it comes off the wire."""
     values = {"params": initial(config), "run": "honest", **fields}
-    return pack_task(Task(server_round, learning_rate=1e-3, config=config, **values))  # type: ignore[arg-type]
+    return pack_assignment(Assignment(server_round, learning_rate=1e-3, config=config, **values))  # type: ignore[arg-type]
 
 
 def refused(reply: RecordDict) -> Failure:
@@ -144,13 +143,14 @@ def test_base_weights_are_not_overwritten(site: Site) -> None:
         value = np.full(tuple(weights[original].shape), 7.0, np.float32)
         foreign = initial(config) | {name: value}
         for where in ("params", "control", "reference"):
-            fields: dict[str, object] = {where: foreign}
-            if where == "control":
-                fields["correction"] = LocalCorrection(control_variates=True)
-            reason = refused(answer("train", task(config, **fields), site)).reason
+            fields = {where: foreign} if where == "params" else {"sent": {where: foreign}}
+            algorithm = "scaffold" if where == "control" else "fedavg"
+            wanted = asking(algorithm__name=algorithm)
+            reason = refused(answer("train", task(wanted, **fields), site)).reason
             assert reason in (
                 f"{where} does not fit the base model and the LoRA settings: {name!r} is not a "
                 "tensor of this adapter.",
+                "it holds 'reference', which neither algorithm nor task asks for",
                 f"the site refuses an adapter of {name}: it is outside of the transformer blocks "
                 "(target_modules); ask within that, or let the site's "
                 "operator change this site's policy.yaml",
@@ -397,7 +397,7 @@ def drawn(site: Site, config: Config, monkeypatch: pytest.MonkeyPatch) -> list[i
     """The records that the site draws for round 1."""
     found: list[int] = []
 
-    def train(task: Task, data: ClientData, state_dir: Path) -> Update:
+    def train(task: Assignment, data: ClientData, state_dir: Path) -> Update:
         found.extend(local._draw(task, data).tolist())
         raise FedLLMError("enough")
 
@@ -431,7 +431,7 @@ def files_below(folder: Path) -> set[str]:
 def test_a_runs_name_leads_to_no_other_file(site: Site, tmp_path: Path, run: str) -> None:
     config = asking(algorithm__name="scaffold")
     control = {name: np.zeros_like(value) for name, value in initial(config).items()}
-    fields = {"correction": LocalCorrection(control_variates=True), "control": control}
+    fields = {"sent": {"control": control}}
     before = {file.name for file in tmp_path.iterdir()}
     trained(site, task(config, run=run, **fields))
 
@@ -482,7 +482,7 @@ def test_forgotten_records_are_gone(
     (tmp_path / "node.toml").write_text(f'state-dir = "{tmp_path / "state"}"\n')
     config = asking(algorithm__name="scaffold")
     control = {name: np.zeros_like(value) for name, value in initial(config).items()}
-    fields = {"correction": LocalCorrection(control_variates=True), "control": control}
+    fields = {"sent": {"control": control}}
     announced(site, config)
     for number, name in enumerate(("first", "second")):
         trained(replace(site, run_id=10 + number), task(config, run=name, **fields))

@@ -16,15 +16,17 @@ from fedllm_flwr.config.schema import (
 )
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Acknowledged, Update
+from fedllm_flwr.federation.roster import choose_clients
 from fedllm_flwr.federation.state import ServerState, load_state, save_state
-from fedllm_flwr.federation.strategies import STRATEGIES, Hooks
-from fedllm_flwr.federation.wire import pack_update, unpack_task
+from fedllm_flwr.federation.strategies import STRATEGIES
+from fedllm_flwr.federation.wire import pack_update, unpack_assignment
 from memory_grid import MemoryGrid
 from strategy_runs import (
     HYPER,
     NODES,
     SIZES,
     START,
+    Listener,
     assert_same_bits,
     config_of,
     honest,
@@ -82,19 +84,18 @@ def test_scaffold_sends_and_moves_the_server_variate():
                 own[name][key] = own[name][key] + change
     for key in START:
         mean = np.mean([own[name][key].astype(np.float64) for name in SIZES], axis=0)
-        np.testing.assert_allclose(state.control[key], mean, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(state.tensors["control"][key], mean, rtol=1e-12, atol=1e-15)
     assert reports[0].bytes_down == 2 * 2 * 10 * 4
-    tasks = [unpack_task(message.content) for message in grid.sent]
-    assert all(task.correction.control_variates for task in tasks)
-    assert not any(task.correction.as_openfedllm for task in tasks)
-    assert all(value.max() == 0 for value in tasks[0].control.values())
-    assert any(value.any() for value in tasks[-1].control.values())
+    tasks = [unpack_assignment(message.content) for message in grid.sent]
+    assert not any(task.config.algorithm.variant == "openfedllm" for task in tasks)
+    assert all(value.max() == 0 for value in tasks[0].sent["control"].values())
+    assert any(value.any() for value in tasks[-1].sent["control"].values())
 
 
 def test_openfedllm_scaffold_tells_clients_to_correct_after_the_step():
     grid = MemoryGrid(nodes_of())
     run(config_of("scaffold", variant="openfedllm"), grid)
-    assert unpack_task(grid.sent[0].content).correction.as_openfedllm
+    assert unpack_assignment(grid.sent[0].content).config.algorithm.variant == "openfedllm"
 
 
 @pytest.mark.parametrize("name", HYPER)
@@ -147,17 +148,21 @@ def test_sampling_is_seeded_and_covers_all_clients():
         STRATEGIES["fedavg"](config, dict(reversed(roster.items())), ServerState(0, START)),
         STRATEGIES["fedavg"](config, roster, ServerState(0, START)),
     ]
-    drawn = [[s.sample(r) for r in range(1, 60)] for s in strategies]
+
+    def chosen(strategy, server_round):
+        return choose_clients(strategy.roster, strategy.config, server_round)
+
+    drawn = [[chosen(s, r) for r in range(1, 60)] for s in strategies]
     assert drawn[0] == drawn[1]
     assert {len(set(names)) for names in drawn[0]} == {4}
     assert {name for names in drawn[0] for name in names} == set(roster)
     other = STRATEGIES["fedavg"](dataclasses.replace(config, seed=1), roster, ServerState(0, START))
-    assert [other.sample(r) for r in range(1, 60)] != drawn[0]
+    assert [chosen(other, r) for r in range(1, 60)] != drawn[0]
 
 
 def test_hooks_are_told_in_order():
     calls = []
-    hooks = Hooks(
+    hooks = Listener(
         on_start_round=lambda r, names: calls.append(("start", r, names)),
         on_reply=lambda r, name, loss: calls.append((name, r, loss is None)),
     )

@@ -8,12 +8,12 @@ from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDi
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Failure
-from fedllm_flwr.federation.report import Hooks
 from fedllm_flwr.federation.wire import pack_failure
 from memory_grid import MemoryGrid, superlink_error
 from strategy_runs import (
     SIZES,
     START,
+    Listener,
     assert_same_bits,
     config_of,
     honest,
@@ -219,7 +219,7 @@ def test_too_few_replies_end_the_run_and_name_clients_and_reasons():
     grid = MemoryGrid(nodes_of(replying(BAD["nan"][0]), names={"bee": 20, "cat": 40}))
     failed = []
     with pytest.raises(FederationError) as error:
-        run(config_of(min_replies=2), grid, hooks=Hooks(on_failed_round=failed.append))
+        run(config_of(min_replies=2), grid, hooks=Listener(on_failed_round=failed.append))
     assert [sorted(report.failures) for report in failed] == [["ant", "bee"]]
     assert str(error.value) == (
         "round 1: 1 of 3 replies could be used, federation.min_replies=2. "

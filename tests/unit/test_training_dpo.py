@@ -14,7 +14,7 @@ from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import DPO_LOSSES
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.federation.messages import Task, Update
+from fedllm_flwr.federation.messages import Assignment, Update
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.params import Params
 from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
@@ -152,7 +152,7 @@ def test_sft_term_by_formula(config: Config, model: AdaptedModel, pairs: Encoded
 
 def round_of(config: Config, pairs: EncodedPairs, folder: Path) -> Update:
     params = random_adapter(load_model(config))
-    task = Task(1, params, 1e-2, config)
+    task = Assignment(1, params, 1e-2, config)
     return train_locally(task, ClientData("a", pairs, pairs), folder)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedllm_flwr.training.drift import DriftCorrection
-from fedllm_flwr.training.local_terms import LocalCorrection
+from fedllm_flwr.training.local_terms import LocalTerms
 
 FP16 = SimpleNamespace(fp16=True)
 TARGETS = [1.0, 2.0, float("inf"), 3.0, float("nan"), 4.0]  # the gradient overflows at two
@@ -17,9 +17,13 @@ TARGETS = [1.0, 2.0, float("inf"), 3.0, float("nan"), 4.0]  # the gradient overf
 def test_steps_that_the_scaler_skips_do_not_count(as_openfedllm: bool) -> None:
     """c_i is the mean over the steps that were taken, and finite."""
     weight = torch.nn.Parameter(torch.zeros(3))
-    correction = LocalCorrection(0.5, control_variates=True, as_openfedllm=as_openfedllm)
     c = np.full(3, 0.25, np.float32)
-    drift = DriftCorrection({"w": weight}, correction, {"w": c}, learning_rate=0.1)
+    terms = LocalTerms(
+        {"w": np.zeros(3, np.float32)},
+        *(0.5, {"w": c}, as_openfedllm),
+        averages_gradient=True,
+    )
+    drift = DriftCorrection({"w": weight}, terms, learning_rate=0.1)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     expected, gradients = np.zeros(3, np.float32), []
@@ -47,7 +51,7 @@ def test_steps_that_the_scaler_skips_do_not_count(as_openfedllm: bool) -> None:
 def test_without_a_scaler_every_step_counts() -> None:
     """A NaN then reaches the weights, and the server refuses the update."""
     weight = torch.nn.Parameter(torch.zeros(3))
-    drift = DriftCorrection({"w": weight}, LocalCorrection(), None, 0.1)
+    drift = DriftCorrection({"w": weight}, LocalTerms({}), 0.1)
     weight.grad = torch.full((3,), float("nan"))
     drift.on_pre_optimizer_step(SimpleNamespace(fp16=False), None, None)
     assert drift.steps == 1

@@ -12,20 +12,21 @@ from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
-from fedllm_flwr.federation.messages import Acknowledged, Task, Update
+from fedllm_flwr.errors import ConfigError, DataError, FederationError, FedLLMError, ModelError
+from fedllm_flwr.federation.algorithms.fedavg import FedAvg
+from fedllm_flwr.federation.messages import Acknowledged, Assignment, Update
 from fedllm_flwr.models.adapted_model import load_model
-from fedllm_flwr.params import Params
-from fedllm_flwr.training.local_terms import LocalCorrection
+from fedllm_flwr.params import Groups, Params
+from fedllm_flwr.training.local_terms import LocalTerms
 
 MakeConfig = Callable[..., Config]
 MakeExamples = Callable[..., Encoded]
 
 
-def task(config: Config, server_round: int = 1) -> Task:
+def task(config: Config, server_round: int = 1) -> Assignment:
     """A task of a client whose updates of all earlier rounds were accepted."""
     before = Acknowledged(server_round - 1, server_round - 1)
-    return Task(server_round, load_model(config).initial, 1e-2, config, acknowledged=before)
+    return Assignment(server_round, load_model(config).initial, 1e-2, config, acknowledged=before)
 
 
 def client(name: str, examples: Encoded) -> ClientData:
@@ -63,10 +64,10 @@ def test_rounds_clients_and_seeds_draw_other_examples_and_other_dropout(
         examples = random_examples(count)
         params = load_model(config).initial
         tasks = [
-            (Task(1, params, 1e-2, config), "a"),
-            (Task(2, params, 1e-2, config, acknowledged=Acknowledged(1, 1)), "a"),
-            (Task(1, params, 1e-2, config), "b"),
-            (Task(1, params, 1e-2, replace(config, seed=1)), "a"),
+            (Assignment(1, params, 1e-2, config), "a"),
+            (Assignment(2, params, 1e-2, config, acknowledged=Acknowledged(1, 1)), "a"),
+            (Assignment(1, params, 1e-2, config), "b"),
+            (Assignment(1, params, 1e-2, replace(config, seed=1)), "a"),
         ]
         deltas = {
             frozenset(bits(train_locally(asked, client(name, examples), tmp_path).delta).items())
@@ -82,16 +83,45 @@ def test_a_repeated_scaffold_round_gives_the_same_bits(
     control = {n: np.full_like(v, 0.01) for n, v in load_model(config).initial.items()}
 
     def run(server_round: int) -> Update:
-        correction = LocalCorrection(control_variates=True)
-        asked = replace(task(config, server_round), correction=correction, control=control)
+        scaffold = changed(config, algorithm={"name": "scaffold"})
+        asked = replace(task(scaffold, server_round), sent={"control": control})
         return train_locally(asked, data, tmp_path)
 
     run(1)
     two, repeated = run(2), run(2)
     assert bits(two.delta) == bits(repeated.delta)
-    assert two.control_delta is not None
-    assert repeated.control_delta is not None
-    assert bits(two.control_delta) == bits(repeated.control_delta)
+    changes = [update.contributed["control_delta"] for update in (two, repeated)]
+    assert bits(changes[0]) == bits(changes[1])
+
+
+def test_groups_of_tensors_are_those_that_the_algorithm_asks_for(
+    config: Config, random_examples: MakeExamples, tmp_path: Path
+) -> None:
+    scaffold = changed(config, algorithm={"name": "scaffold"})
+    data = client("a", random_examples(5))
+    with pytest.raises(FederationError, match="it lacks 'control', which the algorithm needs"):
+        train_locally(task(scaffold), data, tmp_path)
+    foreign = replace(task(config), sent={"control": load_model(config).initial})
+    with pytest.raises(FederationError, match="it holds 'control', which neither algorithm nor"):
+        train_locally(foreign, data, tmp_path)
+
+
+def test_only_the_tensors_that_a_rule_trains_change(
+    config: Config, random_examples: MakeExamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an algorithm would that freezes A (Sun et al. 2024)."""
+
+    def only_b(rule: FedAvg, received: Groups, memory: Groups) -> LocalTerms:
+        return LocalTerms(received["params"], trains=lambda name: "lora_B" in name)
+
+    data = client("a", random_examples(20))
+    before = train_locally(task(config), data, tmp_path / "plain")
+    monkeypatch.setattr(FedAvg, "local_terms", only_b)
+    delta = train_locally(task(config), data, tmp_path / "frozen").delta
+    assert all(value.any() == ("lora_B" in name) for name, value in delta.items())
+    monkeypatch.undo()
+    after = train_locally(task(config), data, tmp_path / "plain")
+    assert bits(after.delta) == bits(before.delta)  # A is trainable again
 
 
 def test_what_a_round_reports(
@@ -100,7 +130,7 @@ def test_what_a_round_reports(
     examples = random_examples(40)
     update = train_locally(task(config), client("a", examples), tmp_path)
     metrics = update.metrics
-    assert (update.num_examples, metrics["steps"], update.control_delta) == (16, 2.0, None)
+    assert (update.num_examples, metrics["steps"], update.contributed) == (16, 2.0, {})
     assert 16 * 6 <= metrics["tokens"] <= metrics["computed_tokens"] <= 1.4 * metrics["tokens"]
     assert metrics["loss"] > 0
     assert metrics["seconds"] > 0

@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedllm_flwr.client.local_round import train_locally
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.data.encode import Encoded
-from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.scoring import score_examples
 from fedllm_flwr.params import Params
-from fedllm_flwr.training.local_terms import LocalCorrection
 
 MODELS = Path(__file__).parents[3] / "shared/data/models"
 EMBEDDED = Path(__file__).parents[2] / "src/fedllm_flwr/assets/tiny"
@@ -63,7 +62,7 @@ def train(config: Config, examples: Encoded, state: Path, rounds: int = 1, **tas
     """(loss of the first round, loss of the last, adapter) of a client alone."""
     params, losses = load_model(config).initial, []
     for server_round in range(1, rounds + 1):
-        asked = Task(server_round, params, 2e-2, config, **task)
+        asked = Assignment(server_round, params, 2e-2, config, **task)
         update = train_locally(asked, ClientData("a", examples, examples), state)
         params = {name: params[name] + update.delta[name] for name in params}
         losses.append(update.metrics["loss"])
@@ -87,7 +86,7 @@ def test_one_base_serves_all_clients_rounds_seeds_and_adapter_shapes(
             for name in ("a", "b"):
                 data = ClientData(name, random_examples(8), random_examples(1))
                 for server_round in (1, 2):
-                    task = Task(server_round, load_model(config).initial, 1e-2, config)
+                    task = Assignment(server_round, load_model(config).initial, 1e-2, config)
                     train_locally(task, data, tmp_path)
     assert loads == [str(copied)]
 
@@ -176,10 +175,10 @@ from fedllm_flwr.environment import prepare_environment
 prepare_environment()
 sys.path.insert(0, "{tests}")
 from toys import as_encoded
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.federation.messages import Task
+from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.models.adapted_model import load_model
 
@@ -189,7 +188,8 @@ examples = as_encoded(arrays["tokens"], arrays["supervised"], np.diff(arrays["of
 config = Config(model=ModelConfig(name="toy", path="{path}"))
 config.training.max_length, config.training.max_steps = 64, 3
 initial = load_model(config).initial
-update = train_locally(Task(1, initial, 2e-2, config), ClientData("a", examples, examples), folder)
+asked, data = Assignment(1, initial, 2e-2, config), ClientData("a", examples, examples)
+update = train_locally(asked, data, folder)
 save_file({{n: initial[n] + update.delta[n] for n in initial}}, folder / "fresh.safetensors")
 """
 
@@ -300,10 +300,8 @@ def test_training_learns(
     before = score_examples(model, examples, 2048)
 
     control = {name: np.zeros_like(value) for name, value in model.initial.items()}
-    correction = LocalCorrection(control_variates=True)
-    first, last, params = train(
-        config, examples, tmp_path, rounds=2, correction=correction, control=control
-    )
+    scaffold = changed(config, algorithm={"name": "scaffold"})
+    first, last, params = train(scaffold, examples, tmp_path, rounds=2, sent={"control": control})
     model.load(params)
     after = score_examples(model, examples, 2048)
     assert last < first

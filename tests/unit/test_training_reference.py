@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.data.client_data import ClientData
-from fedllm_flwr.federation.messages import Acknowledged, Task, Update
+from fedllm_flwr.federation.messages import Acknowledged, Assignment, Update
 from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.params import Params, add
@@ -109,7 +109,7 @@ def test_kept_values_equal_fresh_ones_however_they_were_padded(
     """Drawn in two rounds, with other neighbours and other padding than all at once."""
     order = np.random.default_rng(0).permutation(len(pairs))
     remembered = ReferenceCache(100).of(model, None, pairs, order[:13])
-    kept = ReferenceCache(700, remembered).of(model, None, pairs, order)["values"]
+    kept = ReferenceCache(700, remembered).of(model, None, pairs, order).tensors["values"]
     for batch_tokens in (1, 2048):
         fresh = reference_log_probs(model, None, pairs.rows, batch_tokens).reshape(-1, 2)
         np.testing.assert_allclose(kept, fresh, rtol=0, atol=1e-5 * float(np.abs(fresh).max()))
@@ -137,8 +137,8 @@ def test_a_repeated_round_gives_the_same_bits(model: AdaptedModel, pairs: Encode
     first = ReferenceCache(100).of(model, None, pairs, np.array([0, 1, 2, 3]))
 
     def second() -> bytes:
-        values = ReferenceCache(100, first).of(model, None, pairs, np.array([3, 9, 20]))["values"]
-        return values.tobytes()
+        cache, order = ReferenceCache(100, first), np.array([3, 9, 20])
+        return cache.of(model, None, pairs, order).tensors["values"].tobytes()
 
     before = second()
     with counted_rows(model) as rows:
@@ -171,11 +171,10 @@ def test_values_of_other_pairs_are_not_used(
     remembered = ReferenceCache(300).of(model, None, pairs, everything(pairs))
     others = change(pairs)
     with caplog.at_level(logging.WARNING):
-        values = ReferenceCache(300, remembered).of(model, None, others, everything(others))[
-            "values"
-        ]
+        kept = ReferenceCache(300, remembered).of(model, None, others, everything(others))
     np.testing.assert_array_equal(
-        values, reference_log_probs(model, None, others.rows, 300).reshape(-1, 2)
+        kept.tensors["values"],
+        reference_log_probs(model, None, others.rows, 300).reshape(-1, 2),
     )
     assert "remembered log-probabilities are not used" in caplog.text
 
@@ -189,14 +188,14 @@ def test_values_of_another_reference_are_not_used(
         with caplog.at_level(logging.WARNING):
             remembered = cache.of(model, adapter, pairs, everything(pairs))
         expected = reference_log_probs(model, adapter, pairs.rows, 300).reshape(-1, 2)
-        np.testing.assert_array_equal(remembered["values"], expected)
+        np.testing.assert_array_equal(remembered.tensors["values"], expected)
     assert caplog.text.count("are not used") == 2
 
 
-def task_of(server_round: int, params: Params, config: Config, **options: Any) -> Task:
+def task_of(server_round: int, params: Params, config: Config, **options: Any) -> Assignment:
     """A task of a client whose updates of all earlier rounds were accepted."""
     before = Acknowledged(server_round - 1, server_round - 1)
-    return Task(server_round, params, 1e-2, config, acknowledged=before, **options)
+    return Assignment(server_round, params, 1e-2, config, acknowledged=before, **options)
 
 
 def federate(config: Config, pairs: EncodedPairs, folder: Path, **options: Any) -> list[Update]:
@@ -268,7 +267,9 @@ def test_margins_of_every_round_are_against_the_same_reference(
         reference = one_by_one(model.peft, pairs)
     params = random_adapter(model, 6)
     for server_round in (1, 2, 3):
-        task = task_of(server_round, params, config, reference=adapter)
+        task = task_of(
+            server_round, params, config, sent={} if adapter is None else {"reference": adapter}
+        )
         update = train_locally(task, ClientData("a", pairs, pairs), tmp_path)
         model.load(params)
         rewards = config.dpo.beta * (one_by_one(model.peft, pairs) - reference)

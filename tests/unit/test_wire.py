@@ -16,34 +16,32 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.messages import ClientInfo, Task, Update
+from fedllm_flwr.federation.messages import Assignment, ClientInfo, Update
 from fedllm_flwr.federation.updates.cast import wire_bytes
 from fedllm_flwr.federation.wire import (
+    pack_assignment,
     pack_info,
     pack_params,
     pack_query,
-    pack_task,
     pack_update,
+    unpack_assignment,
     unpack_failure,
     unpack_info,
     unpack_params,
     unpack_query,
-    unpack_task,
     unpack_update,
 )
-from fedllm_flwr.training.local_terms import LocalCorrection
 
 PARAMS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
 CONFIG = compose()
 
 
 def task_content() -> RecordDict:
-    correction = LocalCorrection(mu=0.5, control_variates=True)
-    return pack_task(Task(3, PARAMS, 1e-3, CONFIG, correction, control=PARAMS))
+    return pack_assignment(Assignment(3, PARAMS, 1e-3, CONFIG, {"control": PARAMS}))
 
 
 def update_content() -> RecordDict:
-    return pack_update(Update(PARAMS, 5, {"loss": 1.0}, PARAMS), "bfloat16")
+    return pack_update(Update(PARAMS, 5, {"loss": 1.0}, {"control_delta": PARAMS}), "bfloat16")
 
 
 def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
@@ -76,8 +74,8 @@ ARRAYS = {
 @pytest.mark.parametrize("case", ARRAYS)
 def test_bad_array_is_refused(case: str) -> None:
     for content, unpack, name in (
-        (task_content(), unpack_task, "params"),
-        (task_content(), unpack_task, "control"),
+        (task_content(), unpack_assignment, "params"),
+        (task_content(), unpack_assignment, "control"),
         (update_content(), unpack_update, "delta"),
         (update_content(), unpack_update, "control_delta"),
     ):
@@ -108,9 +106,6 @@ FIELDS = {
         "round",
         "learning_rate",
         "dtype",
-        "mu",
-        "control_variates",
-        "as_openfedllm",
         "config",
     ],
     "update": ["dtype", "num_examples", "lost"],
@@ -120,8 +115,8 @@ FIELDS = {
     "failure": ["kind", "reason", "client"],
 }
 MESSAGES: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
-    "task": (task_content, unpack_task),
-    "acknowledged": (task_content, unpack_task),
+    "task": (task_content, unpack_assignment),
+    "acknowledged": (task_content, unpack_assignment),
     "update": (update_content, unpack_update),
     "query": (lambda: pack_query(CONFIG), unpack_query),
     "info": (lambda: pack_info(ClientInfo("ann", 3, "0.1")), unpack_info),
@@ -155,7 +150,6 @@ def test_missing_or_mistyped_field_is_named(message: str, field: str) -> None:
     [
         ("task", "task"),
         ("task", "params"),
-        ("task", "control"),
         ("task", "acknowledged"),
         ("update", "update"),
         ("update", "delta"),
@@ -172,9 +166,8 @@ def test_missing_record_or_one_of_another_kind_is_named(message: str, record: st
         unpack(content)
 
     content[record] = ConfigRecord() if record in ("params", "delta") else ArrayRecord()
-    if record != "control":  # there, an empty record of the right kind
-        with pytest.raises(FederationError, match=f"it lacks '{record}'"):
-            unpack(content)
+    with pytest.raises(FederationError, match=f"it lacks '{record}'"):
+        unpack(content)
 
 
 def test_failure_of_another_kind_is_refused() -> None:
@@ -192,8 +185,6 @@ def test_failure_of_another_kind_is_refused() -> None:
         ("task", "learning_rate", float("inf"), "learning_rate=inf"),
         ("task", "learning_rate", -1.0, "learning_rate=-1.0"),
         ("task", "learning_rate", "1", "learning_rate='1' is no number"),
-        ("task", "mu", -0.5, "mu=-0.5"),
-        ("task", "control_variates", 1, "control_variates=1 is no truth value"),
         ("task", "dtype", "float64", "unknown wire dtype 'float64'"),
         ("acknowledged", "round", 4, r"Acknowledged(round=4, updates=0) is not of round 3"),
         ("acknowledged", "updates", 1, r"Acknowledged(round=0, updates=1) is not of round 3"),
@@ -243,7 +234,7 @@ def test_broken_or_foreign_configuration_is_refused(text: str) -> None:
     task = task_content()
     task.config_records["task"]["config"] = text
 
-    for content, unpack in ((query, unpack_query), (task, unpack_task)):
+    for content, unpack in ((query, unpack_query), (task, unpack_assignment)):
         with pytest.raises(FederationError) as caught:
             unpack(content)
         assert str(caught.value).isprintable()
@@ -279,7 +270,7 @@ def test_what_concerns_the_server_alone_does_not_travel() -> None:
 
     for content, record in (
         (pack_query(config), "query"),
-        (pack_task(Task(1, PARAMS, 1e-3, config)), "task"),
+        (pack_assignment(Assignment(1, PARAMS, 1e-3, config)), "task"),
     ):
         assert "secret" not in str(content.config_records[record])
         question = ConfigRecord({"version": __version__, "config": content[record]["config"]})

@@ -22,6 +22,7 @@ from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.config.paths import validate_paths
 from fedllm_flwr.config.schema import Config
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.plugins import CONF_GROUP, plugin_folders
 
 __all__ = [
     "apply_overrides",
@@ -180,8 +181,7 @@ def _composed(chosen: Sequence[str], folder: Path | None) -> dict[Any, Any]:
     try:
         if folder is None:
             return copy.deepcopy(_of_package(*chosen))
-        search = f"hydra.searchpath=[{grammar.quoted(f'file://{folder}')}]"
-        return _by_hydra([search, *chosen])
+        return _by_hydra(chosen, folder)
     except Exception as error:  # besides Hydra's own, what PyYAML raises on a broken file
         raise ConfigError(_explained(error, folder)) from error
 
@@ -192,10 +192,13 @@ def _of_package(*chosen: str) -> dict[Any, Any]:
     return _by_hydra(chosen)
 
 
-def _by_hydra(overrides: Sequence[str]) -> dict[Any, Any]:
+def _by_hydra(chosen: Sequence[str], *more: Path) -> dict[Any, Any]:
+    """The groups as Hydra composes them: the package's, installed plug-ins' and those in `more`."""
+    folders = [grammar.quoted(f"file://{one}") for one in (*plugin_folders(CONF_GROUP), *more)]
+    overrides = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
     ConfigStore.instance().store(name="schema", node=asdict(Config()))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        node = hydra_compose("config", overrides=list(overrides))
+        node = hydra_compose("config", overrides=[*overrides, *chosen])
     values = OmegaConf.to_container(node, resolve=False)
     assert isinstance(values, dict)
     return values

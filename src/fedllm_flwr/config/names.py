@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic.fields import FieldInfo
 
 from fedllm_flwr.config.schema import Config, Registered
+from fedllm_flwr.plugins import CONF_GROUP, plugin_folders
 
 _PACKAGE = Path(__file__).parents[1]
 # What other programs call some keys, too far from ours to be found by likeness.
@@ -36,12 +37,12 @@ def conf_dir() -> Path:
 
 
 def group_choices(config_dir: Path | None = None) -> dict[str, list[str]]:
-    """The package's groups and, for each, its choices and those of `config_dir`."""
+    """The package's groups and, for each, its choices, plug-ins' and those of `config_dir`."""
     folders = sorted(folder for folder in conf_dir().iterdir() if folder.is_dir())
     groups = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in folders}
-    if config_dir:
+    for more in [*plugin_folders(CONF_GROUP), *([config_dir] if config_dir else [])]:
         for name, choices in groups.items():
-            choices |= {file.stem for file in (config_dir / name).glob("*.yaml")}
+            choices |= {file.stem for file in (more / name).glob("*.yaml")}
     return {name: sorted(choices) for name, choices in groups.items()}
 
 
@@ -103,6 +104,16 @@ def schema_fields() -> dict[str, SchemaField]:
 def field_of(key: str) -> SchemaField:
     """The field that a dotted `key` of the schema names."""
     return schema_fields()[key]
+
+
+def is_known(key: str) -> bool:
+    """Whether `key` is one of the schema, or within one that holds keys of its own."""
+    sections = key.split(".")
+    return key in schema_fields() or any(
+        (field := schema_fields().get(".".join(sections[:depth])))
+        and get_origin(field.hint) is dict
+        for depth in range(1, len(sections))
+    )
 
 
 def unknown_key(key: str) -> str:

@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from fedllm_flwr.config.names import (
+    is_known,
     schema_fields,
     shown,
     unknown_choice,
@@ -146,7 +147,7 @@ def _refuse_surgery(override: Override, sign: str, text: str) -> None:
             f"{shown(text)}: Hydra's own settings have no effect here; drop it "
             "(output_dir=<folder> says where the results go)."
         )
-    if key not in schema_fields() and key not in ("experiment", "config"):
+    if not is_known(key) and key not in ("experiment", "config"):
         raise ConfigError(unknown_key(key))
     if sign == "~":
         raise ConfigError(f"{shown(text)}: keys cannot be removed; write {key}=<value>.")

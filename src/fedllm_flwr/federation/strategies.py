@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, AlgorithmConfig
 from fedllm_flwr.errors import ConfigError, FederationError
@@ -143,10 +143,9 @@ class FederatedStrategy(Strategy):
             FederationError: too few clients, or a round that cannot be completed.
         """
         self.config = _with_sections(
-            self.config,
+            changed(self.config, federation={"num_rounds": num_rounds}),
             training=train_config or {},
             evaluation=evaluate_config or {},
-            federation={"num_rounds": num_rounds},
         )
         if self.roster is None:
             federation = self.config.federation
@@ -293,11 +292,11 @@ class FederatedStrategy(Strategy):
                 f"{', '.join(sorted(settings))}."
             )
         keys = {field.name for field in fields(AlgorithmConfig)}
-        known = {name: value for name, value in hyper.items() if name in keys}
+        known: dict[str, Any] = {name: value for name, value in hyper.items() if name in keys}
         options = {name: value for name, value in hyper.items() if name not in keys}
-        return _with_sections(
-            config, algorithm={**known, "options": {**config.algorithm.options, **options}}
-        )
+        if options:
+            known["options"] = {**config.algorithm.options, **options}
+        return _with_sections(config, algorithm=known)
 
 
 class FedAvg(FederatedStrategy):

@@ -29,6 +29,8 @@ from fedllm_flwr.data.kinds import Examples
 from fedllm_flwr.data.labels import require_scored
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.evaluation.suites.requested import requested_tasks
+from fedllm_flwr.federation.rule import find_rule
+from fedllm_flwr.federation.updates.transform import Chain
 from fedllm_flwr.models.base_facts import BaseFacts, ModelKey, base_facts
 from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.reporting.trackers import check_trackers
@@ -51,6 +53,8 @@ def check_fit(config: Config) -> None:
         FedLLMError: names the key, its value and the remedy.
     """
     check_trackers(config.tracking)
+    find_rule(config.algorithm)
+    Chain.of(config)
     requested_tasks(config)
     _check_adapters(config)
     facts = _check_model(config)

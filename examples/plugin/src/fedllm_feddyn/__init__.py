@@ -1,0 +1,1 @@
+"""FedDyn for fedllm-flwr, as a package of its own."""

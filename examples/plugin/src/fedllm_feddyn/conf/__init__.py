@@ -1,0 +1,1 @@
+"""Choices of the configuration groups that this package adds."""
