@@ -95,14 +95,14 @@ def test_every_algorithm_aligns(algorithm: str, whole_run: WholeRun) -> None:
         _check_control(path)
     if algorithm in ("fedavgm", "fedadagrad", "fedyogi", "fedadam"):
         moments = tensors(path, 2)
-        names = {name for name in moments if name not in ("params", "reference", "control")}
+        names = {name for name in moments if name in ("state.m", "state.v")}
         assert names
         assert all(np.abs(flat(moments[name])).max() > 0 for name in names)
 
 
 def _check_control(path: Path) -> None:
     """c is the mean of all clients' c_i, of gradients of the preference loss."""
-    control = tensors(path, 2)["control"]
+    control = tensors(path, 2)["state.control"]
     own = np.zeros_like(flat(control))
     for folder in (path / "clients").iterdir():
         own += flat(load_params(max(folder.glob("round-*")))[0]["control"])
@@ -225,7 +225,7 @@ def test_alignment_after_instruction_tuning(instructed: Path, tmp_path: Path) ->
     assert final["eval"]["margin"] > 0
     exported = load_file(instructed / "adapter_model.safetensors")
     for server_round in (0, 1, 2):
-        kept = tensors(path, server_round)["reference"]
+        kept = tensors(path, server_round)["sent.reference"]
         np.testing.assert_array_equal(flat(kept), flat(exported))
     np.testing.assert_array_equal(flat(tensors(path, 0)["params"]), flat(exported))
     # The adapter travels down twice, once as the reference.

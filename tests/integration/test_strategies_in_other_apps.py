@@ -59,7 +59,7 @@ def test_no_argument_of_start_is_ignored() -> None:
         grid(), start, 1, evaluate_config=ConfigRecord({"clients": True})
     )
     assert scored.evaluate_metrics_clientapp[1]["loss"] > 0
-    with pytest.raises(ConfigError, match=r"unknown key .training\\.lerning_rate."):
+    with pytest.raises(ConfigError, match=r"unknown key .training\.lerning_rate."):
         strategy.start(grid(), start, 1, train_config=ConfigRecord({"lerning_rate": 1.0}))
 
 

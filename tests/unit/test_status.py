@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -274,7 +275,10 @@ def test_watch_looks_again_until_the_run_has_ended(
                 finish(run)
                 running.close()
 
-        monkeypatch.setattr("fedllm_flwr.commands.status.command.time.sleep", pause)
+        # Not time.sleep itself, which other threads of this process use.
+        monkeypatch.setattr(
+            "fedllm_flwr.commands.status.command.time", SimpleNamespace(sleep=pause)
+        )
         code, shown = status(capsys, str(run.path), "--watch", "0.5")
     assert code == 0
     assert pauses == [0.5, 0.5]
