@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from flwr.app import RecordDict
 
 from fedllm_flwr import __version__
+from fedllm_flwr.client.simulated import noted_state_dir
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import Device
 from fedllm_flwr.data.encode import KEEP
@@ -93,7 +94,7 @@ def _train(content: RecordDict, site: Site) -> RecordDict:
 
     assignment, data, policy = _assigned(content, site)
     config = assignment.config
-    state_dir = state_folder(site, data.name, assignment.run)
+    state_dir = state_folder(site, data.name, assignment.run, content)
     if not site.is_simulated:
         policy.check_kept(assignment.round, assignment.oldest_checkpoint)
         _state(site).make_room(assignment.run, policy.state_days, policy.max_state_gb)
@@ -322,11 +323,14 @@ def _state(site: Site) -> SiteState:
     return site_state(site.node_config, cache_dir() / "sites")
 
 
-def state_folder(site: Site, name: str, run: str) -> Path:
-    """Where a client keeps its state of the run; a simulation's own directory is of one run."""
+def state_folder(site: Site, name: str, run: str, content: RecordDict) -> Path:
+    """Where a client keeps its memory of a run.
+
+    A site derives it from its own node config; only a simulated client takes it from the message.
+    """
     from fedllm_flwr.data.client_data import cache_dir
 
     if not site.is_simulated:
         return _state(site).folder(run, name)
-    default = os.environ.get("FEDLLM_STATE_DIR", cache_dir() / "state" / str(site.run_id))
-    return Path(default).expanduser() / name
+    noted = noted_state_dir(content)
+    return SiteState(cache_dir() / "state").folder(run, name) if noted is None else noted / name

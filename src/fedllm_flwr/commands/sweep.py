@@ -19,7 +19,8 @@ from fedllm_flwr.reporting.console import Console, print_error
 from fedllm_flwr.reporting.metrics import read_metrics, summarise
 from fedllm_flwr.runs.directory import PlannedRun
 from fedllm_flwr.runs.fit import first_refusal
-from fedllm_flwr.server.run import run_simulation, with_absolute_paths
+from fedllm_flwr.server.opening import with_absolute_paths
+from fedllm_flwr.server.run import run_simulation
 
 SWEEP = "sweep.json"  # in the directory of all runs: what was asked for, and the runs' names
 _TABLE = "results.csv"

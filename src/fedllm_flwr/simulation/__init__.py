@@ -1,31 +1,36 @@
-"""Engines: how the messages of a simulated run reach its clients."""
+"""Engines of a simulation: they start clients, and hand over the grid that reaches them."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.errors import ConfigError
-
-ServerMain = Callable[[Grid], None]
-Engine = Callable[[Config, int, ServerMain], None]
 
 
-def find_engine(name: str) -> Engine:
-    """The engine of ``federation.engine``; each imports what it needs only when chosen.
+@contextlib.contextmanager
+def simulated_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[Grid]:
+    """Start the clients of a run on the engine that ``federation.engine`` names.
+
+    Args:
+        state_dir: in which each client keeps its memory of the run.
+
+    Yields:
+        Flower's way to the clients, which end with the context.
 
     Raises:
-        ConfigError: a deployment, whose messages a SuperLink carries.
+        FederationError: the engine cannot start, or has failed.
+        ConfigError: a client takes more than the cluster of ``federation.ray_address`` has.
     """
-    if name == "deployment":
-        raise ConfigError(
-            "federation.engine=deployment runs on a SuperLink: flwr run . <connection> --stream "
-            "--run-config 'overrides=\"federation.engine=deployment ...\"'."
-        )
-    if name == "inprocess":
-        from fedllm_flwr.simulation.inprocess import run_inprocess
+    if config.federation.engine == "inprocess":
+        from fedllm_flwr.client.app import app
+        from fedllm_flwr.simulation.grid import SimulationGrid
+        from fedllm_flwr.simulation.inprocess import InProcessGrid
 
-        return run_inprocess
-    from fedllm_flwr.simulation.ray import run_ray
+        yield SimulationGrid(InProcessGrid(app, num_clients), state_dir)
+        return
+    from fedllm_flwr.simulation.ray import ray_clients
 
-    return run_ray
+    with ray_clients(config, num_clients, state_dir) as grid:
+        yield grid

@@ -11,9 +11,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedllm_flwr.config import Config
-from fedllm_flwr.simulation import ServerMain
-
 
 class InProcessGrid(Grid):
     """Flower's way to the clients, without any: a message is answered when it is pulled.
@@ -88,10 +85,3 @@ class InProcessGrid(Grid):
             for message_id in list(self.push_messages(messages))
             for reply in self.pull_messages([message_id])
         ]
-
-
-def run_inprocess(config: Config, num_clients: int, main: ServerMain) -> None:
-    """Run `main` against simulated clients in this process."""
-    from fedllm_flwr.client.app import app
-
-    main(InProcessGrid(app, num_clients))

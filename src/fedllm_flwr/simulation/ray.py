@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -14,120 +16,135 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.simulation import ServerMain
 from fedllm_flwr.simulation.access import private_ray
+from fedllm_flwr.simulation.grid import SimulationGrid
 from fedllm_flwr.simulation.resources import join_cluster, start_ray
-from fedllm_flwr.simulation.stoppable import StoppableGrid
+
+_INTERRUPTED = 130  # exit status
 
 
-def run_ray(config: Config, num_clients: int, main: ServerMain) -> None:
-    """Run `main` in a thread while this one feeds the clients' messages to Ray workers.
+@contextlib.contextmanager
+def ray_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[Grid]:
+    """Start Ray and Flower's simulation engine, and end both after the context.
 
-    Flower's `run_simulation` runs server and engine in this process, so that nothing is left
-    behind and errors come back as they are.
+    Nothing is left behind: Ray's processes belong to this one, and the engine is a thread of it.
 
     Raises:
-        FederationError: Ray cannot start, or no cluster is at ``federation.ray_address``.
+        FederationError: Ray cannot start, no cluster is at ``federation.ray_address``, or the
+            engine has failed, at the next use of the grid.
         ConfigError: a client takes more than any machine of that cluster has.
-        KeyboardInterrupt: the user stopped the run.
     """
     with contextlib.ExitStack() as stack:
         init_args: dict[str, Any] = {"logging_level": "critical", "log_to_driver": False}
         if address := config.federation.ray_address:
             init_args["address"] = address
-            join_cluster(address, init_args, config.federation)
+            with _interrupts_postponed():
+                join_cluster(address, init_args, config.federation)
         else:
             # Without an address Ray joins any cluster that runs on this machine.
             folder = stack.enter_context(private_ray())
             init_args |= {"address": "local", "_temp_dir": str(folder)}
-        _serve(config, num_clients, main, init_args)
-
-
-def _serve(
-    config: Config, num_clients: int, main: ServerMain, init_args: Mapping[str, Any]
-) -> None:
-    stop = threading.Event()
-    failures: list[BaseException] = []
-    server_app = ServerApp()
-
-    @server_app.main()
-    def serve(grid: Grid, context: Context) -> None:
-        try:
-            main(StoppableGrid(grid, stop))
-        except BaseException as error:
-            failures.append(error)
-            raise
-
-    with _interrupts(stop) as listen, _flower_silent():
-        try:
-            _simulate(server_app, config, num_clients, init_args, listen)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
-                raise KeyboardInterrupt from error  # Ray's own answer, until `listen`
-            if not failures:
+            try:
+                with _interrupts_postponed():
+                    start_ray(init_args)
+            except FederationError:
+                raise
+            except Exception as error:  # Ray raises many kinds
                 raise _engine_failed(error) from error
-    if failures:
-        raise failures[0]
+        resources = {
+            "num_cpus": config.federation.client_cpus,
+            "num_gpus": config.federation.client_gpus,
+        }
+        backend = {"init_args": init_args, "client_resources": resources}
+        stack.enter_context(_flower_silent())
+        yield stack.enter_context(_flower_engine(num_clients, backend, state_dir))
 
 
-def _simulate(
-    server_app: ServerApp,
-    config: Config,
-    num_clients: int,
-    init_args: Mapping[str, Any],
-    listen: Callable[[], None],
-) -> None:
+@contextlib.contextmanager
+def _flower_engine(num_clients: int, backend: Any, state_dir: Path) -> Iterator[Grid]:
+    """Run Flower's engine in a thread, which feeds the clients' messages to Ray's workers.
+
+    Flower calls a ServerApp in one more thread; the one here hands out its grid, and waits for the
+    end of the context. A second Ctrl-C, while the engine ends, ends the process.
+    """
     from flwr.simulation import run_simulation
 
     from fedllm_flwr.client.app import app as client_app
 
-    if not config.federation.ray_address:
-        start_ray(init_args)
-    listen()  # Ray has taken SIGTERM to itself
-    backend: Any = {
-        "init_args": init_args,
-        "client_resources": {
-            "num_cpus": config.federation.client_cpus,
-            "num_gpus": config.federation.client_gpus,
-        },
-    }
-    run_simulation(server_app, client_app, num_clients, backend_config=backend)
+    grids: SimpleQueue[Grid | None] = SimpleQueue()
+    served = threading.Event()
+    errors: list[BaseException] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def hand_out_grid(grid: Grid, context: Context) -> None:
+        grids.put(grid)
+        served.wait()
+
+    def run_engine() -> None:
+        try:
+            run_simulation(server_app, client_app, num_clients, backend_config=backend)
+        except (Exception, SystemExit) as error:
+            errors.append(error)
+        grids.put(None)
+
+    def check_engine() -> None:
+        if errors:
+            raise _engine_failed(errors[0]) from errors[0]
+
+    engine = threading.Thread(target=run_engine, name="simulation engine", daemon=True)
+    engine.start()
+    try:
+        grid = grids.get()
+        check_engine()
+        assert grid is not None
+        yield SimulationGrid(grid, state_dir, check_engine)
+    except BaseException:
+        served.set()
+        try:
+            engine.join()
+        except KeyboardInterrupt:
+            os._exit(_INTERRUPTED)
+        raise
+    served.set()
+    engine.join()
+    check_engine()
 
 
 def _engine_failed(error: BaseException) -> FederationError:
+    text = str(error.__cause__ or error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
     return FederationError(
-        f"the Ray engine failed ({_first_line(error)}); run `fedllm doctor`, or use "
+        f"the Ray engine failed ({reason}); run `fedllm doctor`, or use "
         "federation.engine=inprocess."
     )
 
 
 @contextlib.contextmanager
-def _interrupts(stop: threading.Event) -> Iterator[Callable[[], None]]:
-    """Let the first Ctrl-C end the server at its next look at the grid, the second all at once.
+def _interrupts_postponed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM take effect after the context: a half-started Ray leaves processes.
 
-    What it yields sets this up once more, after others have set up something else.
+    The handlers are those of before then; Ray sets one of its own for SIGTERM.
     """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield
         return
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in signals}
-
-    def listen() -> None:
-        for number in signals:
-            signal.signal(number, handle)
-
+    before = {number: signal.signal(number, note) for number in signals}
     try:
-        yield listen
+        yield
+    except SystemExit as error:  # Ray's own answer to SIGTERM
+        raise KeyboardInterrupt from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -136,15 +153,7 @@ def _flower_silent() -> Iterator[None]:
     logger = logging.getLogger("flwr")
     before = logger.disabled
     logger.disabled = True
-    hook = threading.excepthook
-    threading.excepthook = lambda _: None
     try:
         yield
     finally:
         logger.disabled = before
-        threading.excepthook = hook
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,18 +1,28 @@
-"""A grid that can be told to stop, so that Ctrl-C ends a run between two looks for replies."""
+"""Flower's `Grid` of a simulation, with what a simulation knows beyond it."""
 
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedllm_flwr.client.simulated import add_state_dir
 
-class StoppableGrid(Grid):
-    """Hands everything to another grid until `stop` is set; then raises KeyboardInterrupt."""
 
-    def __init__(self, grid: Grid, stop: threading.Event) -> None:
+class SimulationGrid(Grid):
+    """Hands everything to another grid, and tells clients where they keep their memory of the run.
+
+    Args:
+        state_dir: in which each client has a folder of its own.
+        check: called before the other grid is used; raises where the run cannot go on.
+    """
+
+    def __init__(
+        self, grid: Grid, state_dir: Path, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._grid = grid
-        self._stop = stop
+        self._state_dir = state_dir
+        self._check = check
 
     def set_run(self, run: object) -> None:
         """As the other grid."""
@@ -40,9 +50,9 @@ class StoppableGrid(Grid):
         return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the other grid."""
+        """As the other grid; each message names the directory of the clients' memory."""
         self._check()
-        return self._grid.push_messages(messages)
+        return self._grid.push_messages(self._noted(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """As the other grid."""
@@ -52,10 +62,11 @@ class StoppableGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """As the other grid."""
+        """As the other grid; each message names the directory of the clients' memory."""
         self._check()
-        return self._grid.send_and_receive(messages, timeout=timeout)
+        return self._grid.send_and_receive(self._noted(messages), timeout=timeout)
 
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise KeyboardInterrupt
+    def _noted(self, messages: Iterable[Message]) -> Iterable[Message]:
+        for message in messages:
+            add_state_dir(message.content, self._state_dir)
+            yield message

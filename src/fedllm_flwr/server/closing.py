@@ -1,0 +1,60 @@
+"""A run is closed: its summary is written, and the user is told of it and what to do next."""
+
+from pathlib import Path
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.reporting.metrics import name_of_start, read_metrics, summarise, write_summary
+from fedllm_flwr.reporting.table import is_past_best
+from fedllm_flwr.runs.directory import RunDirectory, best_round
+from fedllm_flwr.runs.timings import Timings
+from fedllm_flwr.tasks import task_of
+
+_LABELS = {"local": "local (mean)", "centralized": "centralized"}
+
+
+def close_run(
+    config: Config, directory: RunDirectory, console: Console, timings: Timings, seconds: float
+) -> None:
+    """Write the summary and show it; `seconds` are those of this start."""
+    records = read_metrics(directory.metrics)
+    summary = summarise(records, timings.seconds, sum(timings.earlier.values()) + seconds)
+    write_summary(directory.summary, summary)
+    at_sites = config.federation.engine == "deployment"
+    if at_sites:  # a server's app runs in its own directory, and who reads its log in another
+        directory = RunDirectory(directory.path.resolve())
+    task = task_of(config)
+    if directory.adapter.is_dir():
+        chosen = "@best" if is_past_best(summary) else ""
+        example = task.prompts.get(config.data.name, "...")
+        other = "fedprox" if config.algorithm.name != "fedprox" else "fedavg"
+        next_commands = [f'fedllm generate {directory.path}{chosen} "{example}"']
+        next_commands += [] if at_sites else [f"{task.command} algorithm={other}"]
+    else:
+        next_commands = [f"{task.command} algorithm=fedavg"]
+    # Where clients train their own adapters: the best and the worst of them, by loss.
+    each: dict[str, dict[str, float]] = records[-1].get("local", {}) if records else {}
+    ranked = sorted(each, key=lambda name: each[name]["loss"])
+    ends = {"best": ranked[0], "worst": ranked[-1]} if ranked else {}
+    console.closing(
+        summary,
+        _written(directory, summary["rounds"]),
+        rows=[(f"{label} ({name})", each[name]) for label, name in ends.items()],
+        next_commands=next_commands,
+        label=_LABELS.get(config.algorithm.name, "federated"),
+        first=name_of_start(config.init_adapter),
+        since_resumed=seconds if timings.earlier else None,
+    )
+
+
+def _written(directory: RunDirectory, last_round: int) -> dict[str, Path]:
+    """What a finished run has written, by label."""
+    if directory.adapter.is_dir():
+        trained = {"adapter": directory.adapter}
+    else:
+        trained = {"adapters": directory.adapters}
+    if (best := best_round(directory)) is not None and best != last_round:
+        each = directory.adapters_best
+        trained |= {f"best (round {best})": each if each.is_dir() else directory.adapter_best}
+    also = {"curves": directory.curves, "log": directory.metrics, "answers": directory.answers}
+    return trained | {label: path for label, path in also.items() if path.is_file()}
