@@ -17,7 +17,7 @@ from fedllm_flwr.federation.client_memory import ClientMemory
 from fedllm_flwr.federation.messages import Assignment, Update
 from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.updates.transform import Chain, Passage
-from fedllm_flwr.models.adapted_model import AdaptedModel, hide_libraries, load_model
+from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
 from fedllm_flwr.params import Kept, derive_seed, subtract
 from fedllm_flwr.tasks import task_of
@@ -39,7 +39,6 @@ def train_locally(assignment: Assignment, data: ClientData, state_dir: Path) -> 
     Raises:
         FedLLMError: the data or the model cannot be used as asked.
     """
-    hide_libraries()
     with torch_threads(assignment.config.federation.client_cpus):
         return _train(assignment, data, state_dir)
 

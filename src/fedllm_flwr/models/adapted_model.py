@@ -1,9 +1,9 @@
-"""The base model with its LoRA adapter: one per process, other adapters are swapped into it."""
+"""The base model with its LoRA adapter, and the one that a process keeps."""
 
 import gc
 import inspect
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -120,64 +120,50 @@ def _state_dict_name(name: str) -> str:
     return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
-@dataclass
-class _Held:
-    """The model that this process keeps, and what it was made from."""
+class ModelCache:
+    """The adapted model that a process keeps, since loading one takes seconds.
 
-    base_key: str
-    adapter_key: str
-    model: AdaptedModel
-    hidden: bool = False  # from the garbage collector
+    One model is kept: another adapter shape is put into the same base, and another base model
+    replaces it, after the old one has left the memory.
+    """
+
+    def __init__(self) -> None:
+        self._base_key: object = None
+        self._adapter_key: object = None
+        self._model: AdaptedModel | None = None
+
+    def load(self, config: Config) -> AdaptedModel:
+        """The base model of `config` with its adapter.
+
+        Raises:
+            ModelError, ConfigError: it cannot be loaded or adapted as asked.
+        """
+        device = resolve_device(config.training.device)
+        dtype = resolve_dtype(config.training.dtype, device)
+        attention = resolve_attention(config.model.attention, device)
+        base_key = (config.model, config.quantization, device, dtype, attention)
+        adapter_key = (config.lora, config.seed)
+        kept, self._model = self._model, None  # nothing is kept of a model that cannot be adapted
+        if kept is not None and base_key == self._base_key:
+            if adapter_key == self._adapter_key:
+                self._model = kept
+                return kept
+            base = kept.peft.unload()
+        else:
+            del kept
+            gc.collect()
+            base = load_base(config, device, dtype, attention)
+        self._base_key, self._adapter_key = base_key, adapter_key
+        self._model = _adapt(base, config, device, dtype, attention)
+        return self._model
 
 
-_held: _Held | None = None
+_process_models = ModelCache()
 
 
 def load_model(config: Config) -> AdaptedModel:
-    """The base model of `config` with its adapter; kept for the next call of this process.
-
-    One model is held: another base replaces it, another adapter shape is put into the same base.
-
-    Raises:
-        ModelError, ConfigError: it cannot be loaded or adapted as asked.
-    """
-    global _held
-    device = resolve_device(config.training.device)
-    dtype = resolve_dtype(config.training.dtype, device)
-    attention = resolve_attention(config.model.attention, device)
-    base_key = repr((config.model, config.quantization, device, dtype, attention))
-    adapter_key = repr((config.lora, config.seed))
-    base: Any = None
-    hidden = False
-    if _held is not None:
-        if (_held.base_key, _held.adapter_key) == (base_key, adapter_key):
-            return _held.model
-        if _held.base_key == base_key:
-            base = _held.model.peft.unload()
-        hidden, _held = _held.hidden, None
-        if base is None:  # make room for the next one
-            if hidden:
-                gc.unfreeze()
-            hidden = False
-            gc.collect()
-    if base is None:
-        gc.freeze()
-        base = load_base(config, device, dtype, attention)
-    model = _adapt(base, config, device, dtype, attention)
-    _held = _Held(base_key, adapter_key, model, hidden)
-    return model
-
-
-@cache
-def hide_libraries() -> None:
-    """Take all that the libraries made at import out of the garbage collector's sight, once.
-
-    Each Trainer starts with a full collection: up to half a second if it walks through all that,
-    less than a millisecond if not. For a process that trains, with all imported.
-    """
-    gc.freeze()
-    if _held is not None:
-        _held.hidden = True
+    """The model of `config`, from the one cache of this process; see `ModelCache.load`."""
+    return _process_models.load(config)
 
 
 def load_beside(config: Config) -> AdaptedModel:
@@ -207,13 +193,6 @@ def load_dequantized(config: Config) -> AdaptedModel:
     base = load_base(config, device, dtype, attention).dequantize().to(dtype)
     full = replace(config, quantization=QuantizationConfig())
     return _adapt(base, full, device, dtype, attention)
-
-
-def forget_model() -> None:
-    """Keep the model no longer: its owner takes it apart, and the next call loads another."""
-    global _held
-    _held = None
-    gc.unfreeze()
 
 
 def _adapt(
