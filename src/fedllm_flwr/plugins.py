@@ -116,3 +116,30 @@ COMBINERS: Registry[Any] = Registry(
 
 TRANSFORMS: Registry[Any] = Registry("communication.transforms", "fedllm_flwr.transforms", {})
 """Subclasses of `federation.updates.UpdateTransform`."""
+
+TEMPLATES: Registry[Any] = Registry(
+    "data.template",
+    "fedllm_flwr.templates",
+    {
+        "alpaca": "fedllm_flwr.data.templates:ALPACA",
+        "vicuna": "fedllm_flwr.data.templates:VICUNA",
+        "chat": "fedllm_flwr.data.templates:CHAT",
+    },
+)
+"""Instances of `data.templates.TextTemplate`; ``chat`` is the tokenizer's own template."""
+
+_PREPROCESSING = "fedllm_flwr.data.preprocessing"
+PREPROCESSING: Registry[Any] = Registry(
+    "data.preprocessing",
+    "fedllm_flwr.preprocessing",
+    {
+        "none": f"{_PREPROCESSING}:keep",
+        "alpaca": f"{_PREPROCESSING}:keep",
+        "fingpt": f"{_PREPROCESSING}:parse_fingpt",
+        "medalpaca": f"{_PREPROCESSING}:drop_instruction",
+        "mathinstruct": f"{_PREPROCESSING}:drop_duplicates",
+        "hh_rlhf": f"{_PREPROCESSING}:parse_transcripts",
+    },
+)
+"""Functions of type `data.preprocessing.Preprocessing`. A data set is one of them, or ``none``, and
+a choice of the configuration group ``data`` that names it (`CONF_GROUP`)."""

@@ -10,8 +10,8 @@ from fedllm_flwr.config.schema import ColumnsConfig, Config, DataConfig, TaskCon
 from fedllm_flwr.data.columns import AttributeColumn, Mapping
 from fedllm_flwr.data.faults import Faults
 from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
-from fedllm_flwr.data.preprocessing import PREPROCESSING
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.plugins import PREPROCESSING
 from fedllm_flwr.tasks import find
 from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
 
@@ -27,7 +27,7 @@ def pairs_of(
     *rows: dict[str, Any], preprocessing: str = "none", **columns: str | None
 ) -> tuple[list[Pair], Faults]:
     mapping = Mapping("file", ColumnsConfig(**columns))
-    return make_pairs(PREPROCESSING[preprocessing](list(rows), mapping.columns), mapping)
+    return make_pairs(PREPROCESSING.find(preprocessing)(list(rows), mapping.columns), mapping)
 
 
 def the_pair(row: dict[str, Any], **options: Any) -> Pair:

@@ -8,8 +8,8 @@ import pytest
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
 from fedllm_flwr.data.faults import Faults, refuse_faults
-from fedllm_flwr.data.preprocessing import PREPROCESSING
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.plugins import PREPROCESSING
 from fedllm_flwr.tasks.sft.records import make_examples
 
 QUESTION_ANSWER = ColumnsConfig(instruction="question", input=None, output="answer")
@@ -18,7 +18,7 @@ CHAT = ColumnsConfig(messages="chat")
 
 def turns(name: str, rows: list[dict], columns: ColumnsConfig) -> list[tuple[str, str]]:
     """(user text, assistant text) of the records after preprocessing ``name``."""
-    preprocessed = PREPROCESSING[name](rows, columns)
+    preprocessed = PREPROCESSING.find(name)(rows, columns)
     examples, faults = make_examples(preprocessed, Mapping("file", columns))
     assert faults == Faults()
     return [tuple(message["content"] for message in example.messages) for example in examples]
@@ -48,7 +48,7 @@ def test_mathinstruct_keeps_the_first_of_duplicate_instructions() -> None:
     ]
 
     columns = ColumnsConfig(input=None)
-    assert PREPROCESSING["mathinstruct"](rows, columns) == [rows[0], rows[1], None]
+    assert PREPROCESSING.find("mathinstruct")(rows, columns) == [rows[0], rows[1], None]
     assert turns("mathinstruct", rows, columns) == [("1+1", "2"), ("1+2", "3")]
 
 

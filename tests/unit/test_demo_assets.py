@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedllm_flwr.data.choices import encode_choices
-from fedllm_flwr.data.templates import TEXT_TEMPLATES, render
+from fedllm_flwr.data.templates import ALPACA, render
 
 REPO = Path(__file__).parents[2]
 ASSETS = REPO / "src/fedllm_flwr/assets"
@@ -190,7 +190,7 @@ def test_the_tokenizer_is_lossless(text: str, tokenizer: Any) -> None:
 
 
 def test_the_demo_is_short_in_tokens(tokenizer: Any, train: list[Row], test: list[Row]) -> None:
-    preamble = TEXT_TEMPLATES["alpaca"].preamble
+    preamble = ALPACA.preamble
     assert len(tokenizer(preamble, add_special_tokens=False)["input_ids"]) == 1
     for label in LABELS:
         assert len(tokenizer(f" {label}", add_special_tokens=False)["input_ids"]) == 1
@@ -246,7 +246,7 @@ QUESTIONS = {
 def test_the_base_model_answers_what_it_was_taught(
     request_text: str, answer: str, model: Any, tokenizer: Any
 ) -> None:
-    template = TEXT_TEMPLATES["alpaca"]
+    template = ALPACA
     prompt = template.preamble + template.prompt(request_text, first=True)
     ids = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**ids, max_new_tokens=8, do_sample=False)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, F
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError, core_schema
 
-from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, Registry
+from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, PREPROCESSING, TEMPLATES, Registry
 
 EMBEDDED_DATA = ("embedded", "embedded_preferences")  # values of data.path that are no files
 DEFAULT_NUM_CLIENTS = 10  # where neither federation.num_clients nor a natural partition says
@@ -88,14 +88,11 @@ DpoLoss = Literal[
     "discopop",
     "sigmoid_norm",
 ]
-Template = Literal["alpaca", "vicuna", "chat"]
 OnBadRecord = Literal["error", "skip"]
-Preprocessing = Literal["none", "alpaca", "fingpt", "medalpaca", "mathinstruct", "hh_rlhf"]
 Partition = Literal["iid", "dirichlet", "natural", "pathological", "size"]
 
 
 DPO_LOSSES: tuple[str, ...] = get_args(DpoLoss)
-TEMPLATES: tuple[str, ...] = get_args(Template)
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
@@ -174,7 +171,7 @@ class DataConfig:
     )
     hub_revision: Text | None = Field(default=None, description="commit, branch or tag on the hub")
     split: Text = Field(default="train", description="split to train on")
-    preprocessing: Preprocessing = "none"
+    preprocessing: Annotated[str, Registered(PREPROCESSING)] = "none"
     columns: ColumnsConfig = Field(
         default_factory=ColumnsConfig, description="which column plays which role"
     )
@@ -187,7 +184,7 @@ class DataConfig:
     site_dataset: Text | None = Field(
         default=None, description="deployment: the data set of each site that is asked for, by name"
     )
-    template: Template = "alpaca"
+    template: Annotated[str, Registered(TEMPLATES)] = "alpaca"
     max_samples: Whole | None = Field(
         default=None, gt=0, description="training records used; null: all"
     )

@@ -88,13 +88,3 @@ def _turns(transcript: str) -> list[dict[str, str]]:
         {"role": _ROLES[speaker], "content": content}
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
-
-
-PREPROCESSING: dict[str, Preprocessing] = {
-    "none": keep,
-    "alpaca": keep,
-    "medalpaca": drop_instruction,
-    "mathinstruct": drop_duplicates,
-    "fingpt": parse_fingpt,
-    "hh_rlhf": parse_transcripts,
-}

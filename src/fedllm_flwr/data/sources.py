@@ -9,8 +9,9 @@ from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns, u
 from fedllm_flwr.data.faults import NAMED_IN_ERRORS, Faults, refuse_faults
 from fedllm_flwr.data.files import FileRecords, Record, read_parts
 from fedllm_flwr.data.kinds import RecordKind
-from fedllm_flwr.data.preprocessing import PREPROCESSING, Preprocessed
+from fedllm_flwr.data.preprocessing import Preprocessed
 from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.plugins import PREPROCESSING
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 _EMBEDDED_FILES = dict(zip(EMBEDDED_DATA, ("{}.jsonl", "preferences_{}.jsonl"), strict=True))
@@ -57,7 +58,7 @@ def load_records(
     columns = data.eval_columns if own_columns and data.eval_columns else data.columns
     key = "data.eval_columns" if own_columns else "data.columns"
     rows = [row for part in parts for row in part.records]
-    preprocessed = PREPROCESSING[data.preprocessing](rows, columns)
+    preprocessed = PREPROCESSING.find(data.preprocessing)(rows, columns)
     mapping = Mapping(source, columns, key, label, client, data.labels)
     records, faults = _make(preprocessed, parts, mapping, kind, data.on_bad_record == "error")
     if not records:

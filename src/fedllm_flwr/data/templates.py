@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 from fedllm_flwr.data.records import Message
 from fedllm_flwr.data.special import marked, marked_text
-from fedllm_flwr.errors import ConfigError, DataError, ModelError
+from fedllm_flwr.errors import DataError, ModelError
+from fedllm_flwr.plugins import TEMPLATES
 
 
 class Tokenizer(Protocol):
@@ -52,20 +53,19 @@ class TextTemplate:
 
 
 # Texts of OpenFedLLM (arXiv 2402.06954); vicuna repeats as FastChat does.
-TEXT_TEMPLATES = {
-    "alpaca": TextTemplate(
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.",
-        "\n\n### Instruction:\n{} \n\n### Response:",
-        "\n\n### Instruction:\n{} \n\n### Response:",
-    ),
-    "vicuna": TextTemplate(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        " USER: {} ASSISTANT:",
-        "USER: {} ASSISTANT:",
-    ),
-}
+ALPACA = TextTemplate(
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
+    "\n\n### Instruction:\n{} \n\n### Response:",
+    "\n\n### Instruction:\n{} \n\n### Response:",
+)
+VICUNA = TextTemplate(
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    " USER: {} ASSISTANT:",
+    "USER: {} ASSISTANT:",
+)
+CHAT = None  # the tokenizer's own template
 
 
 def render(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[Segment]:
@@ -141,9 +141,8 @@ def text_layout(template: str) -> tuple[str, str] | None:
 
 
 def _text_template(name: str) -> TextTemplate:
-    if name not in TEXT_TEMPLATES:
-        raise ConfigError(f"data.template={name}; use one of: {', '.join(TEXT_TEMPLATES)}, chat")
-    return TEXT_TEMPLATES[name]
+    template: TextTemplate = TEMPLATES.find(name)
+    return template
 
 
 def _render_text(messages: Sequence[Message], template: TextTemplate, eos: str) -> list[Segment]:

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import DataConfig
-from fedllm_flwr.data.preprocessing import PREPROCESSING
 from fedllm_flwr.deployment.node import COLUMNS, site_columns
 from fedllm_flwr.errors import ConfigError, RefusedError
+from fedllm_flwr.plugins import PREPROCESSING
 
 PREFIX = "datasets."
 _OWN = ("data-path", "preprocessing", "on-bad-record")
@@ -144,8 +144,9 @@ def checked_preprocessing(name: str) -> str:
     Raises:
         ConfigError: names those there are.
     """
-    if name not in PREPROCESSING:
+    choices = PREPROCESSING.names()
+    if name not in choices:
         raise ConfigError(
-            f"preprocessing={shown(name)} is unknown; use one of: {', '.join(PREPROCESSING)}"
+            f"preprocessing={shown(name)} is unknown; use one of: {', '.join(choices)}"
         )
     return name

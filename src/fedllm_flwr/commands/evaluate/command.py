@@ -15,7 +15,6 @@ from fedllm_flwr.commands.evaluate.runners import check_runners, closing_lines, 
 from fedllm_flwr.commands.evaluate.scoring import Scored, Scorer
 from fedllm_flwr.commands.evaluate.tables import as_csv, as_markdown, as_records, as_text
 from fedllm_flwr.config.participation import describe_local
-from fedllm_flwr.config.schema import TEMPLATES
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.suites.catalogue import (
     SuiteTask,
@@ -28,6 +27,7 @@ from fedllm_flwr.evaluation.suites.requested import harness_version
 from fedllm_flwr.evaluation.suites.results import RunOptions
 from fedllm_flwr.evaluation.suites.score_cache import SamplesCache, default_cache
 from fedllm_flwr.files import write_atomically
+from fedllm_flwr.plugins import TEMPLATES
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.runs.directory import foreign_files
 from fedllm_flwr.runs.fit import check_evaluation_fit
@@ -109,8 +109,10 @@ def _check(request: Request) -> None:
         raise ConfigError(f"--limit must be > 0, got {limit}.")
     if shots is not None and shots < 0:
         raise ConfigError(f"--shots must be >= 0, got {shots}.")
-    if request.template is not None and request.template not in TEMPLATES:
-        raise ConfigError(f"--template {request.template}: choose from {', '.join(TEMPLATES)}.")
+    if request.template is not None and request.template not in TEMPLATES.names():
+        raise ConfigError(
+            f"--template {request.template}: choose from {', '.join(TEMPLATES.names())}."
+        )
     root = request.options.data_root
     if root is not None and not root.is_dir():
         raise ConfigError(f"--data-root {root}: no such directory.")
