@@ -117,6 +117,13 @@ COMBINERS: Registry[Any] = Registry(
 TRANSFORMS: Registry[Any] = Registry("communication.transforms", "fedllm_flwr.transforms", {})
 """Subclasses of `federation.updates.UpdateTransform`."""
 
+TASKS: Registry[Any] = Registry(
+    "task",
+    "fedllm_flwr.tasks",
+    {"sft": "fedllm_flwr.tasks.sft:Sft", "dpo": "fedllm_flwr.tasks.dpo:Dpo"},
+)
+"""Subclasses of `tasks.base.TrainingTask`."""
+
 TEMPLATES: Registry[Any] = Registry(
     "data.template",
     "fedllm_flwr.templates",

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, F
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError, core_schema
 
-from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, PREPROCESSING, TEMPLATES, Registry
+from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, PREPROCESSING, TASKS, TEMPLATES, Registry
 
 EMBEDDED_DATA = ("embedded", "embedded_preferences")  # values of data.path that are no files
 DEFAULT_NUM_CLIENTS = 10  # where neither federation.num_clients nor a natural partition says
@@ -71,7 +71,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 WireDtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 EngineName = Literal["ray", "inprocess", "deployment"]
-TaskName = Literal["sft", "dpo"]
 DpoLoss = Literal[
     "sigmoid",
     "ipo",
@@ -216,7 +215,7 @@ class DataConfig:
 class TaskConfig:
     """What is trained: sft (instruction tuning) or dpo (preference alignment)."""
 
-    name: TaskName = "sft"
+    name: Annotated[str, Registered(TASKS)] = "sft"
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

@@ -1,24 +1,21 @@
 """Training tasks by name: what is learnt, from which records, and how it is scored."""
 
 from functools import cache
-from importlib import import_module
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.plugins import TASKS
 from fedllm_flwr.tasks.base import TrainingTask
-
-_ENTRIES = {"sft": "fedllm_flwr.tasks.sft:Sft", "dpo": "fedllm_flwr.tasks.dpo:Dpo"}
 
 
 def names() -> tuple[str, ...]:
     """Values of ``task.name``."""
-    return tuple(_ENTRIES)
+    return tuple(TASKS.names())
 
 
 @cache
 def find(name: str) -> TrainingTask:
     """The entry of the task `name`; neither this nor its declarations import torch."""
-    module, _, attribute = _ENTRIES[name].partition(":")
-    entry: TrainingTask = getattr(import_module(module), attribute)()
+    entry: TrainingTask = TASKS.find(name)()
     return entry
 
 
