@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fedllm_flwr.data.partition import ClientStats
+from fedllm_flwr.reporting import clients as client_figures
 from fedllm_flwr.reporting import plots
 from fedllm_flwr.reporting.clients import OTHER, clients_table, label_counts
 
@@ -75,7 +76,7 @@ def test_any_number_of_rounds_makes_a_figure(tmp_path: Path, count: int) -> None
 
 def test_sizes_are_stacked_by_label() -> None:
     axis = Figure().subplots()
-    plots._plot_sizes(axis, [stats("a", x=1, y=2), stats("b", y=5, _z=7)])
+    client_figures._plot_sizes(axis, [stats("a", x=1, y=2), stats("b", y=5, _z=7)])
 
     bars = [[(bar.get_x(), bar.get_width()) for bar in group] for group in axis.containers]
     assert bars == [[(0, 0), (0, 7)], [(0, 1), (7, 0)], [(1, 2), (7, 5)]]  # labels _z, x, y
@@ -99,7 +100,7 @@ def test_any_clients_make_a_figure_without_warnings(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots.plot_clients(clients, tmp_path / "clients.png")
+        client_figures.plot_clients(clients, tmp_path / "clients.png")
 
     assert share_of(plots.PALETTE[0], tmp_path / "clients.png") > 0.0005
 

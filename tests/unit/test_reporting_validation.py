@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedllm_flwr.reporting.early_stopping import (
+from fedllm_flwr.reporting.metrics import (
     best_record,
     evaluations_without_better,
     has_converged,

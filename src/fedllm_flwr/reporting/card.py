@@ -1,4 +1,4 @@
-"""The README.md of an exported adapter: a model card."""
+"""The model card (README.md) of an exported adapter."""
 
 import json
 import re
@@ -23,53 +23,88 @@ def model_card(
 
     Args:
         config: of the run.
-        summary: as `fedllm_flwr.reporting.metrics.summarise` makes it.
-        base_model: hub id, local directory or "embedded". Only a hub id appears in the front
-            matter, and of a local directory only its last part, as the card may be published.
+        summary: from `fedllm_flwr.reporting.metrics.summarise`.
+        base_model: hub id, local directory or "embedded". The front matter names hub ids only, and
+            the text the last part of a local path only, as the card may be published.
         dtype: of the base model's weights in the run.
     """
+    is_hub_id = _HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
     sections = [
-        _front_matter(config, base_model),
-        _introduction(config, base_model),
-        _loading(config, base_model, dtype),
+        _introduction(config, base_model, is_hub_id),
+        _usage(config, base_model, is_hub_id, dtype),
         _results(summary, name_of_start(config.init_adapter)),
-        _making(config, summary),
+        _training(config, summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(config: Config, base_model: str) -> str:
+def _introduction(config: Config, base_model: str, is_hub_id: bool) -> str:
     tags = ["lora", "peft", "federated-learning", "flower", config.algorithm.name, config.task.name]
-    lines = ["---"]
-    if _is_hub_id(base_model):
-        lines.append(f"base_model: {json.dumps(base_model)}")
-    lines += ["library_name: peft", "pipeline_tag: text-generation", "tags:"]
-    lines += [f"- {json.dumps(tag)}" for tag in tags]
-    return "\n".join([*lines, "---"])
-
-
-def _introduction(config: Config, base_model: str) -> str:
+    front_matter = [
+        "---",
+        *([f"base_model: {json.dumps(base_model)}"] if is_hub_id else []),
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in tags),
+        "---",
+    ]
+    if base_model == "embedded":
+        base = "the small demonstration model inside the package fedllm-flwr, which is on no hub"
+    elif is_hub_id:
+        base = f"[{base_model}](https://huggingface.co/{base_model})"
+    else:
+        base = f"a local copy of `{_code_free(Path(base_model).name)}`"
+    front = "\n".join(front_matter)
     return (
-        f"# {_code_free(config.model.name)}, fine-tuned by {config.algorithm.name} on "
+        f"{front}\n\n# {_code_free(config.model.name)}, fine-tuned by {config.algorithm.name} on "
         f"{_code_free(config.data.name)}\n\n"
-        f"A LoRA adapter (rank {config.lora.r}, alpha {config.lora.alpha}) for "
-        f"{_base_in_words(base_model)}. It was trained by federated learning: the data stayed with "
+        f"A LoRA adapter (rank {config.lora.r}, alpha {config.lora.alpha}) for {base}. "
+        "It was trained by federated learning: the data stayed with "
         "the clients, and only adapter weights travelled."
     )
 
 
-def _loading(config: Config, base_model: str, dtype: str) -> str:
-    kind = _kind(base_model)
+def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str) -> str:
+    """Code that loads the adapter and builds prompts exactly as in training."""
     imports = [
         "import torch",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
     ]
-    if kind == "embedded":
+    if base_model == "embedded":
         imports = ["from pathlib import Path", "", "import fedllm_flwr", *imports]
         base = 'str(Path(fedllm_flwr.__file__).parent / "assets" / "tiny")'
     else:
-        base = json.dumps(base_model if kind == "hub" else "path/to/your/copy/of/the/base/model")
+        base = json.dumps(base_model if is_hub_id else "path/to/your/copy/of/the/base/model")
+    layout = text_layout(config.data.template)
+    if layout is None:
+        prompting = [
+            'messages = [{"role": "user", "content": "..."}]',
+            "prompt = tokenizer.apply_chat_template(",
+            "    messages, tokenize=False, add_generation_prompt=True",
+            ').rstrip(" ")',
+            'with_bos = not prompt.startswith(tokenizer.bos_token or "")',
+            'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=with_bos)',
+        ]
+        note = (
+            "Prompts and answers were laid out by the chat template of the base model's tokenizer; "
+            "spaces at the end of the prompt belong to the answer."
+        )
+    else:
+        prompt, answer = layout
+        prompting = [
+            f"template = {json.dumps(prompt, ensure_ascii=False)}",
+            'prompt = template.format(instruction="...")',
+            'inputs = tokenizer(prompt, return_tensors="pt")',
+        ]
+        space = answer.removesuffix("{answer}")
+        note = (
+            f"This is the `{config.data.template}` template. In training the prompt was followed "
+            f"by {'one space' if space == ' ' else json.dumps(space)}, the answer and the "
+            "tokenizer's end token, so that a prompt ends without a space. "
+            "An instruction with an input is both, joined by a space."
+        )
     lines = [
         *imports,
         "",
@@ -78,49 +113,12 @@ def _loading(config: Config, base_model: str, dtype: str) -> str:
         f"model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})",
         'model = PeftModel.from_pretrained(model, "path/to/this/adapter").eval()',
         "",
-        *_prompting(config.data.template),
+        *prompting,
         "written = model.generate(**inputs, max_new_tokens=64)[0, inputs.input_ids.shape[1] :]",
         "print(tokenizer.decode(written, skip_special_tokens=True))",
     ]
     code = "\n".join(["```python", *lines, "```"])
-    return f"## How to use it\n\n{code}\n\n{_layout_in_words(config)}"
-
-
-def _prompting(template: str) -> list[str]:
-    """Code that makes `prompt` of an instruction, exactly as the training data were laid out."""
-    layout = text_layout(template)
-    if layout is not None:
-        prompt = json.dumps(layout[0], ensure_ascii=False)
-        return [
-            f"template = {prompt}",
-            'prompt = template.format(instruction="...")',
-            'inputs = tokenizer(prompt, return_tensors="pt")',
-        ]
-    return [
-        'messages = [{"role": "user", "content": "..."}]',
-        "prompt = tokenizer.apply_chat_template(",
-        "    messages, tokenize=False, add_generation_prompt=True",
-        ').rstrip(" ")',
-        'with_bos = not prompt.startswith(tokenizer.bos_token or "")',
-        'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=with_bos)',
-    ]
-
-
-def _layout_in_words(config: Config) -> str:
-    """What follows the prompt in training."""
-    layout = text_layout(config.data.template)
-    if layout is None:
-        return (
-            "Prompts and answers were laid out by the chat template of the base model's tokenizer; "
-            "spaces at the end of the prompt belong to the answer."
-        )
-    space = layout[1].removesuffix("{answer}")
-    one = "one space" if space == " " else json.dumps(space)
-    return (
-        f"This is the `{config.data.template}` template. In training the prompt was followed by "
-        f"{one}, the answer and the tokenizer's end token, so that a prompt ends without a space. "
-        "An instruction with an input is both, joined by a space."
-    )
+    return f"## How to use it\n\n{code}\n\n{note}"
 
 
 def _results(summary: Mapping[str, Any], start: str) -> str:
@@ -147,7 +145,7 @@ def _results(summary: Mapping[str, Any], start: str) -> str:
     return "## Results on held-out records\n\n" + "\n".join(lines)
 
 
-def _making(config: Config, summary: Mapping[str, Any]) -> str:
+def _training(config: Config, summary: Mapping[str, Any]) -> str:
     training, federation = config.training, config.federation
     if training.max_steps > 0:
         local = f"{training.max_steps} steps"
@@ -156,8 +154,14 @@ def _making(config: Config, summary: Mapping[str, Any]) -> str:
     variant = "" if config.algorithm.variant == "paper" else f" ({config.algorithm.variant})"
     clients = "one per value" if federation.num_clients is None else str(federation.num_clients)
     column = f" by `{_code_free(config.partition.column)}`" if config.partition.column else ""
+    data = config.data
+    records = _code_free(data.hub_id or data.name)
+    if data.path in EMBEDDED_DATA:
+        records = f"{_code_free(data.name)}, generated records inside the package fedllm-flwr"
+    elif data.path is not None:
+        records = f"{_code_free(data.name)}, a local file (`{_code_free(Path(data.path).name)}`)"
     rows = {
-        "data": _data_in_words(config),
+        "data": records,
         "clients": f"{config.partition.name}{column}"
         + (f", {clients}" if federation.num_clients or config.partition.name == "natural" else ""),
         "algorithm": f"{config.algorithm.name}{variant}, {summary['rounds']} rounds",
@@ -174,35 +178,6 @@ def _making(config: Config, summary: Mapping[str, Any]) -> str:
     lines = [_row(["", ""]), _row(["---", "---"])]
     lines += [_row([name, value]) for name, value in rows.items()]
     return "## How it was made\n\n" + "\n".join(lines)
-
-
-def _kind(base_model: str) -> str:
-    if base_model == "embedded":
-        return "embedded"
-    return "hub" if _is_hub_id(base_model) else "local"
-
-
-def _is_hub_id(base_model: str) -> bool:
-    """A hub id is owner/name; a directory of that name on this machine wins, as in loading."""
-    return _HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
-
-
-def _base_in_words(base_model: str) -> str:
-    kind = _kind(base_model)
-    if kind == "embedded":
-        return "the small demonstration model inside the package fedllm-flwr, which is on no hub"
-    if kind == "hub":
-        return f"[{base_model}](https://huggingface.co/{base_model})"
-    return f"a local copy of `{_code_free(Path(base_model).name)}`"
-
-
-def _data_in_words(config: Config) -> str:
-    data = config.data
-    if data.path in EMBEDDED_DATA:
-        return f"{_code_free(data.name)}, generated records inside the package fedllm-flwr"
-    if data.path is not None:
-        return f"{_code_free(data.name)}, a local file (`{_code_free(Path(data.path).name)}`)"
-    return _code_free(data.hub_id or data.name)
 
 
 def _row(cells: list[str]) -> str:

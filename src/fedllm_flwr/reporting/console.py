@@ -1,4 +1,4 @@
-"""What a run prints: plan, progress, a row per round, the closing table; and errors."""
+"""The report of a run on the console: plan, progress, table of rounds, result; and errors."""
 
 import atexit
 import os
@@ -29,22 +29,22 @@ from fedllm_flwr.reporting.table import (
 )
 from fedllm_flwr.reporting.text import one_line
 
-LOG_WIDTH = 140  # columns, where there is no terminal
-HEARTBEAT_S = 30.0  # a log shows a sign of life at most this often within a round
-_MOST_NAMED = 5  # clients that a log names as those it waits for
+LOG_WIDTH = 140  # columns, without a terminal
+HEARTBEAT_S = 30.0  # shortest time between two progress lines in a log
+_MOST_NAMED = 5  # more missing clients than this are not listed by name
 
 
 class Console:
-    """Prints a run's report; live progress on a terminal, plain lines elsewhere.
+    """Prints the report of a run, with live progress on a terminal and plain lines elsewhere.
 
-    Nothing here raises because of the stream: a closed pipe or a narrow encoding costs output,
-    not the run. Use as a context manager, or call `close`, to give the terminal back.
+    A closed pipe or a narrow encoding never ends the run. Use it as a context manager or call
+    `close`, which restores the terminal.
 
     Args:
         stream: standard output if None.
-        interactive: whether to animate; None asks the stream.
+        interactive: animate the progress; None: if the stream is a terminal.
         quiet: print errors only.
-        clock: seconds that never go back.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Console:
         self._table: RoundTable | None = None
         self._plan: Plan | None = None
         self._names: set[str] = set()
-        self._waiting: list[str] = []  # clients of this round that have not answered
+        self._waiting: list[str] = []  # clients of this round without a reply
         self._last_output_s = clock()
 
     def __enter__(self) -> "Console":
@@ -81,7 +81,7 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """End the animation and show the cursor again; may be called twice."""
+        """Stop the animation and restore the cursor; may be called twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -90,12 +90,11 @@ class Console:
     @property
     def width(self) -> int:
         """Columns of the terminal; `LOG_WIDTH` without one."""
-        if not self._interactive:
-            return LOG_WIDTH
-        return shutil.get_terminal_size((LOG_WIDTH, 24)).columns
+        columns = shutil.get_terminal_size((LOG_WIDTH, 24)).columns
+        return columns if self._interactive else LOG_WIDTH
 
     def plan(self, plan: Plan) -> None:
-        """Show what will happen."""
+        """Print the plan."""
         self._plan = plan
         self._names |= set(plan.client_names)
         title, *rest = plan_lines(plan, self.width)
@@ -107,11 +106,11 @@ class Console:
         self._print("")
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line."""
         self._print(one_line(text))
 
     def status(self, text: str) -> None:
-        """Say what is going on: passing on a terminal, a line in a log until rounds begin."""
+        """Show what the run does now; in a log, before the first round only."""
         if self._interactive:
             self._progress.status = text
             self._animate()
@@ -119,7 +118,7 @@ class Console:
             self._print(f"  {one_line(text)}")
 
     def start_round(self, round: int, names: Sequence[str]) -> None:
-        """A round begins with these clients."""
+        """A round starts with these clients."""
         self._names |= set(names)
         self._waiting = list(names)
         total = self._plan.num_rounds if self._plan else None
@@ -127,7 +126,7 @@ class Console:
         self._animate()
 
     def reply(self, round: int, name: str, loss: float | None) -> None:
-        """A client has answered; loss None: without a usable update."""
+        """A client has replied; `loss` is None without a usable update."""
         self._progress.reply(loss)
         self._waiting = [other for other in self._waiting if other != name]
         if not self._interactive and self._clock() - self._last_output_s >= HEARTBEAT_S:
@@ -136,9 +135,16 @@ class Console:
             self._print(f"        {self._progress.line()}{rest}")
 
     def round(self, record: Record, eta_s: float | None = None) -> None:
-        """A row of the table; `eta_s` is the estimated time until the run ends, in seconds."""
+        """Print a row of the table; `eta_s` is the estimated time left in seconds."""
         if self._table is None:
-            self._table = self._new_table(record)
+            plan = self._plan
+            planned = plan.eval_metrics if plan and plan.eval_records else ()
+            self._table = RoundTable(
+                [*self._names, *(record.get("failures") or {})],
+                metrics=[*(record.get("eval") or {}), *planned],
+                client_eval="client_eval" in record or bool(plan and plan.client_eval),
+                time_left=not self._interactive,
+            )
             self._print(self._table.header(), "bold")
         self._progress.finish_round(eta_s)
         self._print(self._table.row(record, eta_s))
@@ -155,22 +161,21 @@ class Console:
         first: str = "base",
         since_resumed: float | None = None,
     ) -> None:
-        """The result against the base model, where the time went, what was written, what next.
+        """Print the scores before and after training, the time spent, the files written.
 
         Args:
-            summary: as `summarise` makes it.
-            paths: what was written, by label; the first in full, its neighbours shortened.
-            rows: further rows between the base model and the result.
-            next_commands: commands worth trying now.
-            label: name of the result's row.
-            first: name of the row of what training started from.
-            since_resumed: seconds of this start, if the run had been stopped before.
+            summary: from `summarise`.
+            paths: written files by label; files beside the first are shortened.
+            rows: additional rows between the start and the result.
+            next_commands: commands to suggest.
+            label: of the result's row.
+            first: label of the scores before training.
+            since_resumed: seconds of this start, for a resumed run.
         """
         self.close()
-        table = summary_rows(summary, rows, label, first)
-        if table:
-            self._print("")
+        if table := summary_rows(summary, rows, label, first):
             header, *lines = closing_table(table)
+            self._print("")
             self._print(header, "bold")
             for line in lines:
                 self._print(line)
@@ -183,19 +188,9 @@ class Console:
             self._print(line)
 
     def error(self, message: str) -> None:
-        """End the animation and print one line on standard error."""
+        """Stop the animation and print one line on standard error."""
         self.close()
         print_error(message)
-
-    def _new_table(self, record: Record) -> RoundTable:
-        metrics, plan = record.get("eval") or {}, self._plan
-        failures = record.get("failures") or {}
-        return RoundTable(
-            [*self._names, *failures],
-            metrics=[*metrics, *(plan.eval_metrics if plan and plan.eval_records else ())],
-            client_eval="client_eval" in record or bool(plan and plan.client_eval),
-            time_left=not self._interactive,
-        )
 
     def _animate(self) -> None:
         if self._live is None and self._interactive and not self._quiet:

@@ -1,13 +1,18 @@
-"""One JSON object per round in ``metrics.jsonl``, and their summary in ``summary.json``.
+"""Round records in ``metrics.jsonl``, early stopping, and the summary in ``summary.json``.
 
-A record is plain data: ``round``, ``seconds``, and where they apply ``learning_rate``, ``loss``,
-``clients`` and ``failures`` by client name, ``bytes_up``, ``bytes_down``, ``eval`` (metrics on the
-held-out records, on evaluated rounds only) and ``client_eval``. ``refused`` has the clients that
-could not take part in this start, ``evaluation_failures`` those that did not score the adapter,
-``lost`` those that have lost their memory of the round given and started anew, ``ignored`` what
-counts for no client; ``failed`` marks the round that a run stopped in.
-``phases`` has the seconds by phase since the record before: start-up, training, federation,
-evaluation, and the checkpoint that was saved after that record.
+A record is plain data: ``round`` and ``seconds``, and where they apply
+
+- ``learning_rate``, ``loss`` (mean of the clients), ``bytes_up``, ``bytes_down``
+- ``clients``, ``failures``: metrics, or the reason of a missing update, by client name
+- ``eval``, ``client_eval``: scores on the central and on the clients' own held-out records
+- ``refused``: clients that cannot take part in this run; ``evaluation_failures``: clients that did
+  not score the adapter; ``lost``: clients whose memory of a round is gone, with that round;
+  ``ignored``: replies that belong to no client
+- ``failed``: the run stopped in this round
+- ``phases``: seconds by phase since the previous record, its checkpoint included
+
+The best round and early stopping depend on these records alone, so that a resumed run decides as an
+uninterrupted one does.
 """
 
 import contextlib
@@ -22,7 +27,6 @@ from typing import Any
 
 from fedllm_flwr.errors import DataError, FederationError
 from fedllm_flwr.files import write_atomically
-from fedllm_flwr.reporting.early_stopping import best_record
 
 Record = dict[str, Any]
 
@@ -30,16 +34,16 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends records to a file, each on the disk before `append` returns.
+    """Appends records to a file and syncs each one to disk.
 
     Args:
-        path: the file; its directory is made if needed.
-        resume_from_round: keep the records up to this round (that of the checkpoint) and drop
-            those of later rounds, which will be run again; None starts an empty file.
+        path: the file; its directory is created if needed.
+        resume_from_round: round of the checkpoint to resume from; records of later rounds are
+            dropped. None starts an empty file.
 
     Raises:
         FederationError: the file cannot be written.
-        DataError: the file to resume is damaged before its last line.
+        DataError: the file is damaged before its last line.
     """
 
     def __init__(self, path: Path, resume_from_round: int | None = None) -> None:
@@ -50,7 +54,7 @@ class MetricsLog:
         write_atomically(path, "".join(_line(item) for item in kept).encode())
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record; NaN and infinity become null, as JSON has neither."""
+        """Write one record; NaN and infinity become null."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
@@ -63,10 +67,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All records of a file; a last line that a crash cut short is dropped with a warning.
+    """All records of a file; an incomplete last line is dropped with a warning.
 
     Raises:
-        DataError: the file is missing, or a line other than the last is no record.
+        DataError: the file is missing, or a line before the last is not a record.
     """
     try:
         lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
@@ -77,12 +81,63 @@ def read_metrics(path: Path) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(_parse(line))
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("round"), int):
+                raise ValueError("an object with an integer 'round' is expected")
+            records.append(record)
         except ValueError as error:
             if number < len(lines):
                 raise DataError(f"{path}, line {number}: not a record ({error}).") from error
             logger.warning("%s, line %d: cut short and dropped", path, number)
     return records
+
+
+def validation_losses(records: Sequence[Record]) -> list[tuple[int, float]]:
+    """(round, loss) of the evaluated rounds; the loss is infinite where it was not finite.
+
+    The loss is that on the central held-out records, or without them ``client_eval``'s mean loss.
+    """
+    section = "eval" if any(record.get("eval") for record in records) else "client_eval"
+    found = []
+    for record in records:
+        if scores := record.get(section):
+            loss = scores.get("loss")
+            finite = loss is not None and math.isfinite(loss)
+            found.append((int(record["round"]), float(loss) if finite else math.inf))
+    return found
+
+
+def best_record(records: Sequence[Record]) -> Record | None:
+    """Record of the first round with the lowest validation loss; None without a finite loss."""
+    losses = [pair for pair in validation_losses(records) if math.isfinite(pair[1])]
+    if not losses:
+        return None
+    best, _ = min(losses, key=lambda pair: pair[1])
+    return next(item for item in records if item["round"] == best and not item.get("failed"))
+
+
+def evaluations_without_better(records: Sequence[Record]) -> int:
+    """Number of evaluations since the lowest validation loss."""
+    lowest, waited = math.inf, 0
+    for _, loss in validation_losses(records):
+        if loss < lowest:
+            lowest, waited = loss, 0
+        else:
+            waited += 1
+    return waited
+
+
+def has_converged(records: Sequence[Record], patience: int | None) -> bool:
+    """Whether ``training.early_stopping=<patience>`` ends the run after these records."""
+    return patience is not None and evaluations_without_better(records) >= patience
+
+
+def why_stopped(records: Sequence[Record], last_round: int) -> str:
+    """Message for a run that early stopping ended after `last_round`."""
+    waited, best = evaluations_without_better(records), best_record(records)
+    found = "" if best is None else f", the best is that of round {best['round']}"
+    count = f"{waited} evaluation{'s' * (waited != 1)}"
+    return f"stopped early after round {last_round}: no lower loss in {count}{found}"
 
 
 def summarise(
@@ -92,9 +147,8 @@ def summarise(
 
     Args:
         records: of all rounds, in order.
-        timings: seconds by phase over all starts of the run; phases must not overlap.
-        seconds: of the whole run, all starts together; what the phases leave of it becomes the
-            phase ``rest``.
+        timings: seconds by phase, summed over all starts of the run; phases do not overlap.
+        seconds: duration of all starts; time outside the phases becomes the phase ``rest``.
     """
     phases = dict(timings)
     covered = math.fsum(phases.values())
@@ -117,21 +171,21 @@ def summarise(
 
 
 def name_of_start(init_adapter: str | None) -> str:
-    """What tables call the scores before training: of the base model, or of a given adapter."""
+    """Label of the scores before training: ``base``, or ``start`` with ``init_adapter``."""
     return "base" if init_adapter is None else "start"
 
 
 def earlier_phases(path: Path, records: Sequence[Record], last_round: int) -> dict[str, float]:
-    """Seconds by phase that the starts of a run before this one took.
+    """Seconds by phase of the earlier starts of a resumed run.
 
     Args:
-        path: ``summary.json``, there if the run was finished once and is now extended.
+        path: ``summary.json``; exists if a finished run is being extended.
         records: of ``metrics.jsonl``.
-        last_round: round of the newest checkpoint; what came after it is run again.
+        last_round: round of the newest checkpoint; later rounds are run again.
     """
     phases: dict[str, float] = defaultdict(float)
     summarised = -1
-    with contextlib.suppress(OSError, ValueError):  # none, or cut short
+    with contextlib.suppress(OSError, ValueError):  # missing or incomplete
         summary = json.loads(path.read_text("utf-8"))
         phases.update(summary["phases"])
         summarised = int(summary["rounds"])
@@ -154,13 +208,6 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(_plain(record), allow_nan=False) + "\n"
-
-
-def _parse(line: str) -> Record:
-    record = json.loads(line)
-    if not isinstance(record, dict) or not isinstance(record.get("round"), int):
-        raise ValueError("an object with an integer 'round' is expected")
-    return record
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Figures of a run as PNG files. Matplotlib is imported when the first one is drawn."""
+"""Figures as PNG files. Matplotlib is imported when the first figure is drawn."""
 
 import io
 import logging
@@ -7,22 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.files import write_atomically
-from fedllm_flwr.reporting.clients import label_counts
 from fedllm_flwr.reporting.metrics import Record
-from fedllm_flwr.reporting.text import one_line, shorten, shorten_middle
+from fedllm_flwr.reporting.text import one_line, shorten
 
-if TYPE_CHECKING:
-    from fedllm_flwr.data.partition import ClientStats
-
-# Okabe and Ito (2008), told apart with any kind of colour vision.
+# Okabe and Ito (2008): distinguishable with any kind of colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 Curve = Sequence[tuple[int, float, float, float]]  # (round, mean, low, high)
+Bar = tuple[float, float, float]  # value, low, high
 
 
 @dataclass(frozen=True)
@@ -52,13 +49,12 @@ _STYLE = {
     "savefig.dpi": 150,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
-_MARKED_ROUNDS = 30  # more points than this make a line, not marks
-_NAMED_CLIENTS = 60  # more names than this cannot be read
+_MARKED_ROUNDS = 30  # more points than this are drawn without marks
 _LINE_PALETTE = (*PALETTE, "#000000", "#8C510A", "#6A3D9A")
-_FLAT = 4.0  # times the lowest value: the highest one from which an axis is logarithmic
+_BAR_PALETTE = (*PALETTE, "#F0E442", "#999999", "#332288", "#88CCEE", "#44AA99", "#AA4499")
+_FLAT = 4.0  # the axis is logarithmic if highest / lowest value exceeds this
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (8, 3)))
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-_LABEL_PALETTE = (*PALETTE[:6], "#F0E442", "#999999")
 
 
 def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
@@ -84,14 +80,14 @@ def plot_comparison(
     ylabel: str = "loss on held-out records (nats/token)",
     caption: str = "",
 ) -> None:
-    """One line per name with its spread, such as the algorithms of a comparison.
+    """One line with a band per name, such as the algorithms of a comparison.
 
-    Names stand at the ends of their lines. Each line has a colour, dashes and marks of its own and
-    is thinner than those below it, so that one that lies on another is seen. The axis is
-    logarithmic where the start would flatten the rest.
+    Names are written at the ends of the lines. Lines differ in colour, dashes and marks, and a
+    later line is thinner than the one below it, so that coinciding lines stay visible. The axis is
+    logarithmic if the values before training would flatten the rest.
 
     Args:
-        caption: what lines and bands are; below the axes.
+        caption: text below the axes.
 
     Raises:
         FederationError: the file cannot be written.
@@ -109,7 +105,11 @@ def plot_comparison(
                 color=color,
                 linestyle=_DASHES[i % len(_DASHES)],
                 linewidth=3.2 - 2.0 * depth,
-                **_own_marks(i, len(curve), 7.5 - 3.5 * depth),
+                marker=_MARKS[i % len(_MARKS)],
+                markersize=7.5 - 3.5 * depth,
+                markerfacecolor="none",
+                markeredgewidth=1.2,
+                markevery=max(1, len(curve) // 12),
             )
             axis.fill_between(rounds, low, high, color=color, alpha=0.12, linewidth=0)
             if len(curve):
@@ -130,19 +130,8 @@ def plot_comparison(
         _label_ends(axis, ends)
 
 
-def _own_marks(index: int, points: int, size: float) -> dict[str, Any]:
-    """The marks of a line: hollow, and on a few points only where there are many."""
-    return {
-        "marker": _MARKS[index % len(_MARKS)],
-        "markersize": size,
-        "markerfacecolor": "none",
-        "markeredgewidth": 1.2,
-        "markevery": max(1, points // 12),
-    }
-
-
 def _flattened(curves: Sequence[NDArray[np.float64]]) -> bool:
-    """Whether the highest value of (round, mean, low, high) would flatten the lowest ones."""
+    """Whether the values of (round, mean, low, high) span more than `_FLAT` times the lowest."""
     values = [curve for curve in curves if len(curve)]
     if not values:
         return False
@@ -151,7 +140,7 @@ def _flattened(curves: Sequence[NDArray[np.float64]]) -> bool:
 
 
 def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names to the right of the ends of lines, moved apart where they would overlap."""
+    """Write names to the right of the line ends, moved apart where they would overlap."""
     figure = axis.figure
     figure.draw_without_rendering()
     height = 10.5 * figure.dpi / 72  # pixels of a line of text
@@ -177,30 +166,61 @@ def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
         )
 
 
-def plot_clients(stats: "Sequence[ClientStats]", path: Path) -> None:
-    """Clients' sizes, divided by label, and the lengths of their records.
+def plot_bars(
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[Bar | None]],
+    chances: Sequence[float | None],
+    path: Path,
+    title: str,
+) -> None:
+    """One group of bars per name (such as a task), with one bar per model.
+
+    Args:
+        names: of the groups.
+        groups: bars by model, one for each group; None without a score.
+        chances: chance level of each group, drawn as a dashed line; None if unknown.
 
     Raises:
         FederationError: the file cannot be written.
     """
-    height = min(max(3.0, 1.5 + 0.24 * len(stats)), 14.0)
-    with figure_file(path, (11.0, height)) as figure:
-        sizes, lengths = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        _plot_sizes(sizes, stats)
-        _plot_lengths(lengths, stats)
-        _client_axis(sizes, stats)
-        lengths.tick_params(axis="y", length=0)
+    width = 0.8 / max(1, len(groups))
+    size = (max(6.0, 1.2 + len(names) * (0.5 + 0.22 * len(groups))), 4.5)
+    with figure_file(path, size) as figure:
+        axis = figure.subplots()
+        for i, (model, bars) in enumerate(groups.items()):
+            shift = (i - (len(groups) - 1) / 2) * width
+            known = [(place + shift, *bar) for place, bar in enumerate(bars) if bar is not None]
+            if known:
+                places, values, lows, highs = np.array(known, dtype=float).T
+                axis.bar(
+                    places,
+                    values,
+                    width * 0.92,
+                    yerr=np.maximum([values - lows, highs - values], 0.0),
+                    color=_BAR_PALETTE[i % len(_BAR_PALETTE)],
+                    label=shorten(one_line(model.strip()), 30),
+                    error_kw={"elinewidth": 0.8, "ecolor": "#444444"},
+                )
+        for place, chance in enumerate(chances):
+            if chance is not None:
+                axis.hlines(chance, place - 0.45, place + 0.45, colors="#444444", linestyles="--")
+        labels = [shorten(name, 24) for name in names]
+        axis.set_xticks(range(len(names)), labels, rotation=20, ha="right")
+        axis.set_title(shorten(one_line(title), 100), loc="left")
+        axis.set_ylabel("score, with its 95 % interval")
+        axis.grid(axis="x", visible=False)
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
 
 
 @contextmanager
 def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure that is drawn without a display and written to `path` when the block ends."""
+    """A figure, drawn without a display and written to `path` at the end of the block."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # font cache, missing home directory
     import matplotlib
     from matplotlib.figure import Figure
 
     with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
-        warnings.filterwarnings("ignore", message="Glyph")  # names in scripts the font lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # scripts that the font lacks
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         image = io.BytesIO()
@@ -209,7 +229,7 @@ def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def _series(records: Sequence[Record], section: str, key: str) -> list[tuple[int, float]]:
-    """(round, value) of the rounds that have one."""
+    """(round, value) of the rounds with this value."""
     found = ((item["round"], (item.get(section) or {}).get(key)) for item in records)
     return [(number, float(value)) for number, value in found if value is not None]
 
@@ -217,7 +237,11 @@ def _series(records: Sequence[Record], section: str, key: str) -> list[tuple[int
 def _plot_losses(axis: Any, records: Sequence[Record]) -> None:
     trained = [item for item in records if item.get("loss") is not None]
     rounds = [item["round"] for item in trained]
-    spreads = [_client_range(item) for item in trained]
+    spreads = []  # lowest and highest training loss among the clients of each round
+    for item in trained:
+        losses = [client.get("loss") for client in (item.get("clients") or {}).values()]
+        known = [loss for loss in losses if loss is not None] or [item["loss"]]
+        spreads.append((min(known), max(known)))
     blue, orange, green = PALETTE[:3]
     if trained:
         axis.plot(
@@ -231,7 +255,7 @@ def _plot_losses(axis: Any, records: Sequence[Record]) -> None:
         low, high = zip(*spreads, strict=True)
         label = "training, lowest to highest client"
         axis.fill_between(rounds, low, high, color=blue, alpha=0.18, linewidth=0, label=label)
-        if len(trained) == 1:  # an area of one round has no width
+        if len(trained) == 1:  # a band over one round has no width
             axis.vlines(rounds, low, high, color=blue, alpha=0.4, linewidth=4)
     for section, name, color, style in (
         ("eval", "held-out records", orange, "-"),
@@ -247,13 +271,6 @@ def _plot_losses(axis: Any, records: Sequence[Record]) -> None:
         axis.legend(fontsize=9)
 
 
-def _client_range(record: Record) -> tuple[float, float]:
-    """Lowest and highest training loss among the clients of a round."""
-    values = [item.get("loss") for item in (record.get("clients") or {}).values()]
-    losses = [value for value in values if value is not None] or [record["loss"]]
-    return min(losses), max(losses)
-
-
 def _plot_scores(axis: Any, panel: _Panel, records: Sequence[Record]) -> None:
     for key, color, style in zip(panel.keys, PALETTE[1:], ("-", "--", ":"), strict=False):
         if series := _series(records, "eval", key):
@@ -266,84 +283,9 @@ def _plot_scores(axis: Any, panel: _Panel, records: Sequence[Record]) -> None:
     axis.legend(fontsize=9, loc="best")
 
 
-def _plot_sizes(axis: Any, stats: "Sequence[ClientStats]") -> None:
-    labels, counts = label_counts(stats, len(_LABEL_PALETTE))
-    rows = np.arange(len(stats))
-    height = 0.75 if len(stats) > 3 else 0.4
-    if len(labels) < 2:
-        axis.barh(rows, [item.num_examples for item in stats], color=PALETTE[0], height=height)
-    else:
-        table = np.array(counts)  # (clients, labels)
-        starts = np.cumsum(table, axis=1) - table
-        for i in range(len(labels)):
-            axis.barh(
-                rows,
-                table[:, i],
-                left=starts[:, i],
-                color=_LABEL_PALETTE[i],
-                height=height,
-            )
-        names = [shorten_middle(one_line(label), 24) for label in labels]
-        fitting = max(2, 60 // (4 + max(map(len, names))))
-        _legend_below(axis, "left", axis.containers, names, columns=fitting)
-    axis.set_title("Records" + (" by label" if len(labels) > 1 else ""), loc="left")
-    axis.set_xlabel("training records")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.grid(axis="y", visible=False)
-
-
-def _plot_lengths(axis: Any, stats: "Sequence[ClientStats]") -> None:
-    rows = np.arange(len(stats))
-    median = np.array([item.median_length for item in stats])
-    longest = np.array([item.max_length for item in stats])
-    axis.hlines(rows, median, longest, color="#bbbbbb", linewidth=1.5)
-    marks = axis.plot(median, rows, "o", color=PALETTE[0], markersize=5)
-    marks += axis.plot(longest, rows, "|", color=PALETTE[1], markersize=8)
-    if median.size and longest.max() > 20 * max(1.0, median.min()):
-        axis.set_xscale("log")
-    else:
-        axis.set_xlim(left=0)
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.set_title("Length of a record", loc="left")
-    axis.set_xlabel("characters, all turns")
-    axis.grid(axis="y", visible=False)
-    _legend_below(axis, "right", marks, ["median", "longest"], columns=2)
-
-
-def _client_axis(axis: Any, stats: "Sequence[ClientStats]") -> None:
-    """Clients from top to bottom, named while there is room, by number otherwise."""
-    axis.set_ylim(len(stats) - 0.4, -0.6)
-    if len(stats) <= _NAMED_CLIENTS:
-        names = [shorten_middle(one_line(item.name), 28) for item in stats]
-        axis.set_yticks(range(len(stats)), names, fontsize=9 if len(stats) <= 30 else 7.5)
-    else:
-        axis.set_ylabel(f"{len(stats)} clients, by number")
-
-
 def _round_axis(axis: Any) -> None:
     axis.set_xlabel("round")
     axis.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _legend_below(
-    axis: Any, side: str, artists: Sequence[Any], labels: Sequence[str], columns: int
-) -> None:
-    """A legend at the foot of the figure; names that begin with "_" appear, too."""
-    axis.figure.legend(
-        artists,
-        labels,
-        loc=f"outside lower {side}",
-        ncols=min(len(labels), columns),
-        fontsize=9,
-        handlelength=1.2,
-        columnspacing=1.2,
-    )
-
-
-def _legend_outside(axis: Any) -> None:
-    if axis.has_data():
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
 
 
 def _marks(points: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The line that moves while a round is on."""
+"""Live progress of the current round."""
 
 from collections.abc import Callable
 
@@ -14,10 +14,10 @@ _BAR_WIDTH = 20
 
 
 class Progress:
-    """State of the current round: a renderable for rich, and the same as text for logs.
+    """Progress of the current round, as a rich renderable and as text for logs.
 
     Args:
-        clock: seconds that never go back.
+        clock: monotonic, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -33,19 +33,19 @@ class Progress:
         self._spinner: Spinner | None = None
 
     def start_round(self, round: int, total: int | None, sampled: int) -> None:
-        """Round `round` of `total` begins with so many clients."""
+        """Round `round` of `total` starts with `sampled` clients."""
         self._round, self._total, self._sampled = round, total, sampled
         self._replies, self._losses = 0, []
         self.status, self._busy = "", True
 
     def reply(self, loss: float | None) -> None:
-        """One more client is done."""
+        """One more client has replied; `loss` is None without a usable update."""
         self._replies += 1
         if loss is not None:
             self._losses.append(loss)
 
     def finish_round(self, eta_s: float | None) -> None:
-        """The round is over, and the run is expected to take so many seconds more."""
+        """The round has ended; `eta_s` is the estimated time until the run ends, in seconds."""
         self._busy, self.status = False, ""
         self._end_s = None if eta_s is None else self._clock() + eta_s
 
@@ -64,8 +64,8 @@ class Progress:
         return ", ".join(part for part in parts if part)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A spinner, the line, and a bar over the clients of the round."""
-        if self._spinner is None:  # once: a spinner counts its frames from its creation
+        """A spinner, a bar over the round's clients, and the line."""
+        if self._spinner is None:  # kept: frames count from its creation
             wide = console.encoding.lower().startswith("utf")
             self._spinner = Spinner("dots" if wide else "line", style="cyan")
         grid = Table.grid(padding=(0, 1))

@@ -1,4 +1,4 @@
-"""A text stream that never fails: closed pipes and narrow encodings are absorbed."""
+"""A text stream for reports, which survives closed pipes and narrow encodings."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ _ASCII = str.maketrans({"·": "-", "±": "~", "…": "...", "━": "-", "╸": "
 
 
 class SafeStream:
-    """Wraps a stream, for writing reports that must not end the run they report on.
+    """Wraps a text stream so that writing to it never raises.
 
-    Characters outside the stream's encoding are replaced. Once the reader has gone, what follows
-    is dropped, and the descriptor leads to the null device, so that the interpreter's own flush
-    at exit does not complain either.
+    Characters outside the stream's encoding are replaced. After the reader has closed the pipe,
+    output is dropped and the descriptor points to the null device, so that the interpreter's flush
+    at exit succeeds, too.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -25,16 +25,22 @@ class SafeStream:
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write what the encoding can show; the rest is replaced."""
+        """Write `text`, with characters outside the encoding replaced."""
+        encodable = text
+        try:
+            text.encode(self.encoding)
+        except UnicodeEncodeError:
+            ascii_marks = text.translate(_ASCII)
+            encodable = ascii_marks.encode(self.encoding, "replace").decode(self.encoding)
         if self._open:
             try:
-                self._stream.write(self._encodable(text))
+                self._stream.write(encodable)
             except (OSError, ValueError):
                 self._abandon()
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless the reader has gone."""
+        """Flush, unless the reader has closed the pipe."""
         if self._open:
             try:
                 self._stream.flush()
@@ -42,7 +48,7 @@ class SafeStream:
                 self._abandon()
 
     def isatty(self) -> bool:
-        """Whether a person may be looking."""
+        """Whether the stream is an open terminal."""
         with contextlib.suppress(ValueError, OSError):
             return self._open and self._stream.isatty()
         return False
@@ -50,14 +56,6 @@ class SafeStream:
     def fileno(self) -> int:
         """Descriptor of the wrapped stream."""
         return self._stream.fileno()
-
-    def _encodable(self, text: str) -> str:
-        try:
-            text.encode(self.encoding)
-        except UnicodeEncodeError:
-            narrow = text.translate(_ASCII)
-            return narrow.encode(self.encoding, "replace").decode(self.encoding)
-        return text
 
     def _abandon(self) -> None:
         self._open = False

@@ -1,29 +1,22 @@
-"""Numbers and quantities as people read them."""
+"""Numbers, sizes, durations and names as text."""
 
 import math
 from collections.abc import Mapping
 
-_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
-_COUNT_UNITS = ("", " k", " M", " B", " T")
-
 
 def fixed(value: float | None, decimals: int) -> str:
-    """`value` with so many decimals; a dash where there is none."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.{decimals}f}"
+    """`value` with `decimals` decimals; a dash for None."""
+    return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def format_bytes(count: int) -> str:
     """Decimal units, three significant digits: 81 kB, 1.66 MB."""
-    return _scaled(count, 1000, _BYTE_UNITS, " ")
+    return _scaled(count, (" B", " kB", " MB", " GB", " TB"))
 
 
 def format_count(count: int) -> str:
-    """1.9 M, 135 M, 8.03 B; digits in groups below a million."""
-    return f"{count:,}" if count < 1_000_000 else _scaled(count, 1000, _COUNT_UNITS, "")
+    """1.9 M, 135 M, 8.03 B; all digits below a million."""
+    return f"{count:,}" if count < 1_000_000 else _scaled(count, ("", " k", " M", " B", " T"))
 
 
 def format_seconds(seconds: float) -> str:
@@ -40,9 +33,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def whole_parts(parts: Mapping[str, float], total: int) -> dict[str, int]:
-    """Parts rounded to whole numbers that add up to `total`, largest first, zeros left out.
+    """Parts rounded to integers that sum to `total`, largest first, without zeros.
 
-    Largest remainders are rounded up, so no part is off by one or more.
+    The largest remainders are rounded up (Hamilton's method).
     """
     floors = {name: math.floor(value) for name, value in parts.items()}
     by_remainder = sorted(parts, key=lambda name: floors[name] - parts[name])
@@ -53,12 +46,12 @@ def whole_parts(parts: Mapping[str, float], total: int) -> dict[str, int]:
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` cut to `width` characters, its loss shown by dots."""
+    """`text` cut to `width` characters, ending in dots."""
     return text if len(text) <= width else text[: max(0, width - 3)] + "..."
 
 
 def shorten_middle(text: str, width: int) -> str:
-    """`text` cut to `width` characters (at least 5); names often differ in their last ones."""
+    """`text` with its middle cut to fit `width` characters (at least 5)."""
     if len(text) <= width:
         return text
     tail = (width - 3) // 2
@@ -66,15 +59,15 @@ def shorten_middle(text: str, width: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with line breaks and control characters replaced, safe to print on a terminal."""
+    """`text` on one line, without control characters: safe to print on a terminal."""
     return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
 
 
-def _scaled(count: int, step: int, units: tuple[str, ...], gap: str) -> str:
+def _scaled(count: int, units: tuple[str, ...]) -> str:
     value, index = float(count), 0
-    while value >= step - 0.5 and index < len(units) - 1:
-        value, index = value / step, index + 1
+    while value >= 999.5 and index < len(units) - 1:
+        value, index = value / 1000, index + 1
     decimals = 0 if index == 0 or value >= 100 else 1 if value >= 10 else 2
     number = f"{value:.{decimals}f}"
     number = number.rstrip("0").rstrip(".") if "." in number else number
-    return f"{number}{gap}{units[index]}"
+    return number + units[index]

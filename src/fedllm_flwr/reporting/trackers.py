@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow, through their own libraries, when asked for."""
+"""TensorBoard, Weights & Biases and MLflow, through their own libraries."""
 
 import importlib.util
 import json
@@ -24,24 +24,27 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")  # keys of the section, and names 
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_S = 5.0  # seconds
+_CONNECT_S = 5.0
+_TRACKER_IDS = "trackers.json"  # in the run's directory
 
 
 class Tracker(Protocol):
-    """Where scalars go besides ``metrics.jsonl``."""
+    """Receives the scalars of each round."""
 
     def log(self, record: Record) -> None:
         """Send the scalars of one round."""
 
     def close(self, succeeded: bool = True) -> None:
-        """Flush, and say how the run ended."""
+        """Flush, and mark the run as finished or failed."""
 
 
 def check_trackers(tracking: TrackingConfig) -> None:
-    """Before anything expensive: are the libraries of the chosen trackers there?
+    """Check the libraries of the chosen trackers, and that an MLflow server accepts connections.
+
+    MLflow itself retries an unreachable server for many minutes.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: a library is missing, or the server does not answer.
     """
     for name in TRACKERS:
         if getattr(tracking, name) and importlib.util.find_spec(name) is None:
@@ -49,16 +52,10 @@ def check_trackers(tracking: TrackingConfig) -> None:
                 f"tracking.{name}=true, but {name} is not installed; "
                 "pip install 'fedllm-flwr[tracking]', or leave it out."
             )
-    if tracking.mlflow:
-        _check_mlflow_answers()
-
-
-def _check_mlflow_answers() -> None:
-    """MLflow itself tries an address where nothing answers again for many minutes."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    parts = urlsplit(uri)
+    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
     proxied = parts.scheme in getproxies() and not proxy_bypass(parts.hostname or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname or proxied:
+    remote = parts.scheme in ("http", "https") and parts.hostname
+    if not tracking.mlflow or not remote or proxied:
         return
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -72,7 +69,7 @@ def _check_mlflow_answers() -> None:
 
 
 def open_trackers(config: Config, run_dir: Path) -> Tracker:
-    """All trackers that ``config.tracking`` names, as one; a resumed run goes on in its old record.
+    """All trackers of ``config.tracking`` as one; a resumed run continues in the tracker's run.
 
     Raises:
         ConfigError: a library is missing, or a tracker cannot start (not logged in, no server).
@@ -93,7 +90,7 @@ def open_trackers(config: Config, run_dir: Path) -> Tracker:
 
 
 class Trackers:
-    """Several trackers as one. One that fails is switched off: a run outlives its tracker."""
+    """Several trackers as one. A tracker that fails is dropped, and the run goes on."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
@@ -122,10 +119,10 @@ class Trackers:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record by slash-separated name, such as ``clients/banking/loss``.
+    """Numbers of a record by slash-separated name, such as ``clients/banking/loss``.
 
-    Names keep letters, digits, spaces and ``_-./``, which every tracker takes; other characters
-    become underscores. Missing numbers are left out.
+    Names consist of letters, digits, spaces and ``_-./``, which every tracker accepts; other
+    characters become underscores.
     """
     renamed = {
         "train/loss": record.get("loss"),
@@ -172,11 +169,11 @@ class _Wandb:
             name=run_dir.name,
             dir=str(run_dir),
             config=asdict(config),
-            id=_earlier_id(run_dir, "wandb"),
+            id=_tracker_ids(run_dir).get("wandb"),
             resume="allow",
             settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
-        _remember_id(run_dir, "wandb", self._run.id)
+        _keep_tracker_id(run_dir, "wandb", self._run.id)
 
     def log(self, record: Record) -> None:
         self._run.log({**scalars(record), "round": record["round"]}, step=record["round"])
@@ -186,25 +183,26 @@ class _Wandb:
 
 
 class _MLflow:
-    """Runs go to MLFLOW_TRACKING_URI, else to MLflow's default store."""
+    """Logs to MLFLOW_TRACKING_URI, or to MLflow's default store."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # Its defaults wait for 2 minutes, eight times, for a server that takes the connection.
+        # By default MLflow waits eight times 2 minutes for a server that accepts a connection.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports its database tables
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs its database tables
         self._client = MlflowClient()
-        earlier = _earlier_id(run_dir, "mlflow")
+        earlier = _tracker_ids(run_dir).get("mlflow")
         if earlier is None:
-            created = self._client.create_run(
-                _experiment(self._client, config), run_name=run_dir.name
-            )
+            project = config.tracking.project
+            found = self._client.get_experiment_by_name(project)
+            experiment = found.experiment_id if found else self._client.create_experiment(project)
+            created = self._client.create_run(experiment, run_name=run_dir.name)
             self._run_id: str = created.info.run_id
-            _remember_id(run_dir, "mlflow", self._run_id)
+            _keep_tracker_id(run_dir, "mlflow", self._run_id)
             params = [
                 Param(name, str(value)[:500]) for name, value in _flat(asdict(config)).items()
             ]
@@ -228,27 +226,15 @@ class _MLflow:
         self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")
 
 
-def _experiment(client: Any, config: Config) -> str:
-    """Id of the experiment that bears the project's name, made if needed."""
-    found = client.get_experiment_by_name(config.tracking.project)
-    identity = client.create_experiment(config.tracking.project) if found is None else None
-    return str(identity or found.experiment_id)
+def _tracker_ids(run_dir: Path) -> dict[str, str]:
+    """Ids of this run by tracker, from an earlier start."""
+    file = run_dir / _TRACKER_IDS
+    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def _ids_file(run_dir: Path) -> Path:
-    return run_dir / "trackers.json"
-
-
-def _earlier_id(run_dir: Path, tracker: str) -> str | None:
-    file = _ids_file(run_dir)
-    known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
-    return known.get(tracker)
-
-
-def _remember_id(run_dir: Path, tracker: str, identity: str) -> None:
-    file = _ids_file(run_dir)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    write_atomically(file, json.dumps({**known, tracker: identity}, indent=2).encode())
+def _keep_tracker_id(run_dir: Path, tracker: str, identity: str) -> None:
+    ids = {**_tracker_ids(run_dir), tracker: identity}
+    write_atomically(run_dir / _TRACKER_IDS, json.dumps(ids, indent=2).encode())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

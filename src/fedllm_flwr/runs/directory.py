@@ -17,8 +17,7 @@ from fedllm_flwr.config.names import shown
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.federation.state import newest_readable, newest_round
 from fedllm_flwr.files import write_atomically
-from fedllm_flwr.reporting.early_stopping import has_converged
-from fedllm_flwr.reporting.metrics import read_metrics
+from fedllm_flwr.reporting.metrics import has_converged, read_metrics
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
 # Options that may change when a stopped run goes on. The rule: none of them decides who trains on

@@ -23,8 +23,14 @@ from fedllm_flwr.federation.state import (
 from fedllm_flwr.models.device import cpu_count, torch_threads
 from fedllm_flwr.params import Params
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.reporting.early_stopping import best_record, has_converged
-from fedllm_flwr.reporting.metrics import MetricsLog, Record, read_metrics, summarise
+from fedllm_flwr.reporting.metrics import (
+    MetricsLog,
+    Record,
+    best_record,
+    has_converged,
+    read_metrics,
+    summarise,
+)
 from fedllm_flwr.reporting.trackers import Tracker, open_trackers
 from fedllm_flwr.runs.adapter_files import recover, save_best
 from fedllm_flwr.runs.directory import RunDirectory, best_round

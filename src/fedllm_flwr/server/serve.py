@@ -18,10 +18,9 @@ from fedllm_flwr.federation.state import ServerState, load_state
 from fedllm_flwr.federation.strategies import strategy_of
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.params import Params
-from fedllm_flwr.reporting.clients import clients_table, sizes_table
+from fedllm_flwr.reporting.clients import clients_table, plot_clients, sizes_table
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.reporting.early_stopping import why_stopped
-from fedllm_flwr.reporting.metrics import Record, summarise
+from fedllm_flwr.reporting.metrics import Record, summarise, why_stopped
 from fedllm_flwr.runs.adapter_files import save_adapter
 from fedllm_flwr.runs.directory import RunDirectory
 from fedllm_flwr.runs.fit import scored_on_one
@@ -151,7 +150,7 @@ def draw_figures(
     console: Console,
 ) -> None:
     """Curves of the run and the sizes of its clients; one that cannot be drawn is a warning."""
-    from fedllm_flwr.reporting.plots import plot_clients, plot_curves
+    from fedllm_flwr.reporting.plots import plot_curves
 
     drawings: dict[str, Callable[[], None]] = {
         "curves": lambda: plot_curves(records, directory.curves, _title(config))

@@ -150,7 +150,7 @@ def _tasks(request: Request) -> tuple[list[SuiteTask], list[str]]:
 
 def _draw(output: Path, comparison: Comparison) -> None:
     """A figure for each suite: its tasks' first metrics, and its averages."""
-    from fedllm_flwr.reporting.bars import plot_bars
+    from fedllm_flwr.reporting.plots import plot_bars
 
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
         columns = [c for c in comparison.columns if c.suite == suite and c.headline]

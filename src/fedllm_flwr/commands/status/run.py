@@ -9,8 +9,7 @@ from typing import Any
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.federation.state import newest_readable
-from fedllm_flwr.reporting.early_stopping import best_record, validation_losses
-from fedllm_flwr.reporting.metrics import Record, read_metrics
+from fedllm_flwr.reporting.metrics import Record, best_record, read_metrics, validation_losses
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
 from fedllm_flwr.runs.directory import RunDirectory, how_to_go_on, is_finished
 from fedllm_flwr.runs.lock import CurrentRound, Holder, current_round, holder
