@@ -41,13 +41,17 @@ class Registry(Generic[T]):
         """All names that may be chosen, this package's first."""
         return [*self.builtin, *sorted(_installed(self.group).keys() - self.builtin.keys())]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether `name` may be chosen; installed packages are looked at for other names only."""
+        return name in self.builtin or name in _installed(self.group)
+
     def check(self, name: str) -> None:
         """Refuse a name that nothing installed has, without importing anything.
 
         Raises:
             ConfigError: says which names there are.
         """
-        if name in self.builtin or name in _installed(self.group):
+        if name in self:
             return
         raise ConfigError(f"{self.key}={name} is unknown; choose one of {', '.join(self.names())}.")
 

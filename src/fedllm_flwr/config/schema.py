@@ -57,7 +57,7 @@ class Registered:
         return (*self._also, *self._registry.names())
 
     def _check(self, name: str) -> str:
-        if name not in self.names:
+        if name not in self._also and name not in self._registry:
             raise PydanticCustomError("literal_error", "no such choice")
         return name
 
