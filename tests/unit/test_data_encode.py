@@ -314,7 +314,7 @@ def test_choices_cut_long_prompts_and_need_labels() -> None:
 
 def test_errors_of_templates_and_tokenizers() -> None:
     messages = chat("a", "b")
-    with pytest.raises(ConfigError, match=r"data\.template=alpacca; use one of: alpaca, vicuna, c"):
+    with pytest.raises(ConfigError, match=r"data\.template=alpacca is unknown; choose one of"):
         encode([messages], byte_level(), "alpacca", 10)
     with pytest.raises(ConfigError, match=r"data\.truncation=middle; use one of: right, left, dro"):
         encode([messages], byte_level(), "alpaca", 10, "middle")

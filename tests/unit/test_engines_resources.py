@@ -12,7 +12,7 @@ import torch
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.simulation import resources
-from fedllm_flwr.simulation.resources import check_machine, join_cluster
+from fedllm_flwr.simulation.resources import check_machine, join_cluster, start_ray
 
 MakeConfig = Callable[..., Config]
 CPUS = len(os.sched_getaffinity(0))
@@ -68,3 +68,23 @@ def test_address_of_something_else(
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ConfigError, match=r"no answer of a Ray cluster within 0\.5 s"):
             join_cluster(address, {"address": address}, make_config().federation)
+
+
+def test_ray_that_is_slow_to_start_gets_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own limit is 30 s; another failure is not tried again."""
+    late = Exception("The current node timed out during startup.")
+    outcomes: list[Exception | None] = [late, None]
+    closed: list[bool] = []
+
+    def init(**_: object) -> None:
+        if (error := outcomes.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: closed.append(True))
+    start_ray({"address": "elsewhere:6379"})
+    assert (outcomes, closed) == ([], [True])
+    outcomes += [ValueError("no such address"), None]
+    with pytest.raises(ValueError, match="no such address"):
+        start_ray({"address": "elsewhere:6379"})
+    assert outcomes == [None]

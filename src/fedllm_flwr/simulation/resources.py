@@ -58,12 +58,21 @@ def join_cluster(address: str, init_args: Mapping[str, Any], federation: Federat
 
 
 def start_ray(init_args: Mapping[str, Any]) -> None:
-    """Connect this process to Ray; its workers find this package and what it depends on."""
+    """Connect this process to Ray; its workers find this package and what it depends on.
+
+    Ray gives its own processes 30 s to start, which a busy machine may exceed; it gets a second try.
+    """
     import ray
 
     path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
     environment = {"env_vars": {"PYTHONPATH": path}}
-    ray.init(include_dashboard=False, runtime_env=environment, **init_args)
+    try:
+        ray.init(include_dashboard=False, runtime_env=environment, **init_args)
+    except Exception as error:  # Ray's own class is Exception
+        if "timed out" not in str(error).lower():
+            raise
+        ray.shutdown()
+        ray.init(include_dashboard=False, runtime_env=environment, **init_args)
     if init_args["address"] == "local":
         check_is_private(ray.get_runtime_context().gcs_address.rpartition(":")[0])
 
