@@ -2,10 +2,13 @@
 
 import logging
 import shlex
+import sys
 import threading
+import time
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from fedllm_flwr.deployment.flower import DRY_RUN
 from fedllm_flwr.environment import prepare_environment
@@ -25,14 +28,17 @@ def main(grid: Grid, context: Context) -> None:
     """
     from fedllm_flwr.config.compose import from_run_config
     from fedllm_flwr.reporting.console import Console, print_error
-    from fedllm_flwr.server.dry_run import rehearse
-    from fedllm_flwr.server.run import run_on_grid
 
     asked = dict(context.run_config)
     is_dry = asked.pop(DRY_RUN, "") == "yes"
     try:
         with Console(interactive=False) as console:
             config = from_run_config(asked)
+            if isinstance(grid, InMemoryGrid):
+                wait_for_ray()
+            from fedllm_flwr.server.dry_run import rehearse
+            from fedllm_flwr.server.run import run_on_grid
+
             if is_dry:
                 rehearse(config, grid, console)
             else:
@@ -46,6 +52,21 @@ def main(grid: Grid, context: Context) -> None:
         print_error(str(failure))
         _keep_trace_away(failure)
         raise failure from error
+
+
+def wait_for_ray(limit_s: float = 120.0) -> None:
+    """Load nothing before Flower's engine has started Ray in another thread of this process.
+
+    Ray gives each of its processes 30 s to start, which cannot be changed. On a busy machine that
+    is too little for them beside a server that imports torch and reads a model.
+    """
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        # The other thread may be about to import it.
+        is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
+        if is_initialized is not None and is_initialized():
+            return
+        time.sleep(0.1)
 
 
 def _command(context: Context) -> str:
