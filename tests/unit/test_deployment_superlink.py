@@ -1,8 +1,20 @@
-"""The server's SuperLink waits for its database for longer than Flower's own does."""
+"""The server's SuperLink waits for its database, and for who was there before, unlike Flower's."""
 
+import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
+
+import pytest
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.constant import NOOP_FEDERATION, RunType
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.federation import NoOpFederationManager
+
+from fedllm_flwr.deployment.superlink import expect_back
 
 STORING = """
 import hashlib, sqlite3, sys, threading, time
@@ -28,3 +40,52 @@ def test_query_outlasts_a_lock_that_ends_flowers_own(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-500:]
     assert 6 < float(done.stdout) < 30
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> SqlLinkState:
+    """A SuperLink's state, in a file as the server's is."""
+    state = SqlLinkState(
+        str(tmp_path / "superlink.db"), NoOpFederationManager(), InMemoryObjectStore()
+    )
+    state.initialize()
+    return state
+
+
+def last_heard_of(file: Path, seconds_ago: float) -> None:
+    """Let the minute of every app and site have ended some time ago."""
+    then = time.time() - seconds_ago
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("UPDATE node SET online_until = ?", (then,))
+        text = str(datetime.fromtimestamp(then, UTC))
+        database.execute("UPDATE task SET active_until = ? WHERE token IS NOT NULL", (text,))
+
+
+@pytest.mark.parametrize(("seconds_ago", "goes_on"), [(500, True), (1000, False)])
+def test_who_was_there_is_expected_back_after_a_short_absence(
+    seconds_ago: float, goes_on: bool, state: SqlLinkState, tmp_path: Path
+) -> None:
+    """Flower's own takes both for dead, and the run has failed."""
+    node = state.create_node("", "", b"key", 30)
+    state.activate_node(node, 30)
+    run = state.create_run(None, None, "", {}, NOOP_FEDERATION, None, None, RunType.SERVER_APP)
+    task = state.get_run_info(run_ids=[run])[0].primary_task_id
+    assert task is not None
+    assert state.claim_task(task)
+    assert state.activate_task(task)
+    last_heard_of(tmp_path / "superlink.db", seconds_ago)
+
+    expect_back(tmp_path / "superlink.db")
+    assert state.get_nodes(run) == ({node} if goes_on else set())
+    assert state.acknowledge_task_heartbeat(task) is goes_on
+    assert state.get_run_status({run})[run].status == ("running" if goes_on else "finished")
+
+
+def test_database_of_another_version_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "superlink.db"
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("CREATE TABLE node (id INTEGER)")
+    expect_back(file)
+    assert "cannot be read (no such column" in capsys.readouterr().err

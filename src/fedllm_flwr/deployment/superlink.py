@@ -1,18 +1,30 @@
-"""Flower's ``flower-superlink`` with more patience for its own database.
+"""Flower's ``flower-superlink`` with more patience: for its own database, and after a restart.
 
 Flower gives a query of its SQLite file 5 s to get the lock; then the API call fails, and a
 SuperNode ends whose call it was. One reply of a gigabyte, whose removal is one transaction, holds
 the lock for longer than that, so that one site could end all others.
+
+Flower takes a run's app or a site for dead that it has not heard of for a minute, also when it was
+the SuperLink that was away; the run then fails.
 """
 
+import sqlite3
 import sys
+import time
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
 
 BUSY_MS = 60_000  # that a query waits for the database
+_ABSENCE_S = 600.0  # of a SuperLink, after which sites and `fedllm server run` have given up, too
+_WORD_S = 60.0  # for those that were there before, to find the new one and say that they still are
 
 
 def main() -> None:
     """Run Flower's command on this process's arguments."""
     wait_for_the_database()
+    if "--database" in sys.argv[:-1]:
+        expect_back(Path(sys.argv[sys.argv.index("--database") + 1]))
     from flwr.server.app import run_superlink
 
     sys.argv[0] = "flower-superlink"
@@ -34,6 +46,36 @@ def wait_for_the_database() -> None:
         )
     pragmas["busy_timeout"] = str(BUSY_MS)
     sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())  # type: ignore[assignment, attr-defined]
+
+
+def expect_back(file: Path) -> None:
+    """Give all apps and sites that the last SuperLink saw a minute from now to be heard of.
+
+    Says so and does nothing if this version of Flower keeps them elsewhere in its database.
+    """
+    if not file.is_file():
+        return
+    now = time.time()
+    until, since = now + _WORD_S, now - _ABSENCE_S
+    try:
+        with closing(sqlite3.connect(file, BUSY_MS / 1000)) as database, database:
+            database.execute(
+                "UPDATE node SET online_until = MAX(online_until, ?)"
+                " WHERE status = 'online' AND online_until > ?",
+                (until, since),
+            )
+            # As Flower writes it: UTC, in an order of characters that is that of time.
+            database.execute(
+                "UPDATE task SET active_until = MAX(active_until, ?)"
+                " WHERE token IS NOT NULL AND finished_at IS NULL AND active_until > ?",
+                (_text(until), _text(since)),
+            )
+    except sqlite3.OperationalError as error:
+        print(f"{file}: who was connected before cannot be read ({error})", file=sys.stderr)
+
+
+def _text(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(" ", "microseconds")
 
 
 if __name__ == "__main__":
