@@ -152,7 +152,7 @@ class Deployment:
     def start_server(self) -> None:
         """Both of its processes."""
         self.server = self.started([str(self.folder / "start.sh")], "server")
-        assert wait_for(lambda: listens(self.fleet_port), 90), self.server.said()
+        assert wait_for(lambda: listens(self.fleet_port), 180), self.server.said()
 
     def add_site(self, name: str, first: int = 0, dial: str | None = None) -> Path:
         """A site's directory, registered; the server runs already, if sites are registered."""

@@ -120,7 +120,7 @@ def running_federation(
     ports = {name: base + i for i, name in enumerate(names)}
     with ExitStack() as stack:
         stack.enter_context(started([str(server / "start.sh")], root))
-        assert wait_for(lambda: listens(ports["fleet"]), 60)
+        assert wait_for(lambda: listens(ports["fleet"]), 180)
         for name, lines in sites.items():
             port = stack.enter_context(link(ports["fleet"]))
             site = make_site(root, name, port, server / "ca.crt", lines)

@@ -77,7 +77,7 @@ def relatives(cwd: Path) -> list[psutil.Process]:
     return found
 
 
-def nothing_left(cwd: Path, within_s: float = 5.0) -> list[str]:
+def nothing_left(cwd: Path, within_s: float = 15.0) -> list[str]:
     """Command lines of what is still there after a while; [] as soon as all has ended."""
     wait_for(lambda: not relatives(cwd), within_s)
     return [command_line(process)[:200] or "ended by now" for process in relatives(cwd)]

@@ -71,7 +71,7 @@ def waiting(federation: Deployment, name: str) -> list[psutil.Process]:
 
 def trainer_of(federation: Deployment, name: str) -> psutil.Process:
     """The resident trainer of a site; its next task starts one if there is none."""
-    assert wait_for(lambda: bool(federation.processes(TRAINER, name)), 60)
+    assert wait_for(lambda: bool(federation.processes(TRAINER, name)), 180)
     [trainer] = federation.processes(TRAINER, name)
     return trainer
 

@@ -66,7 +66,7 @@ def test_killed_server_app_is_resumed_to_the_same_bits(federation: Deployment, w
     assert federation.kill("flwr-serverapp") + federation.kill("flower-superexec") == 2
     stopped_at = run.last_round()
     assert stopped_at < 3
-    assert wait_for(lambda: bool(federation.processes("flower-superexec")), 60)
+    assert wait_for(lambda: bool(federation.processes("flower-superexec")), 180)
 
     resumed = federation.submit(run.output, f"resume={run.output}")
     assert finished(resumed), resumed.said()

@@ -59,7 +59,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     """A server and one site, started with the scripts of their directories."""
     root = tmp_path_factory.mktemp("federation")
     with running_federation(root, {"ward": None}) as running:
-        assert wait_for(lambda: running.nodes() == ["online"], 90)
+        assert wait_for(lambda: running.nodes() == ["online"], 180)
         yield running
 
 
@@ -152,14 +152,14 @@ def test_an_unguarded_site_answers_only_with_trust(federation: Federation, tmp_p
         folder = tmp_path / f"run-{trusted}"
         folder.mkdir()
         with started(command, site, **variables) as supernode:
-            assert wait_for(lambda: federation.nodes() == ["online", "online"], 150)
+            assert wait_for(lambda: federation.nodes() == ["online", "online"], 180)
             found = answers_to(federation, folder, "fedllm_flwr.client.app:app")
             supernode.terminate()
-            supernode.wait(timeout=60)
+            supernode.wait(timeout=180)
             for process in relatives(site):  # its SuperExec and trainer hold the pipes
                 process.kill()
             said = "".join(supernode.communicate(timeout=60))
-            assert wait_for(lambda: sorted(federation.nodes()) == ["offline", "online"], 90)
+            assert wait_for(lambda: sorted(federation.nodes()) == ["offline", "online"], 180)
         assert all(isinstance(one, dict) for one in found), (found, said[-3000:])
         [answer] = [one for one in found if one["client"] == "careless"]
         if trusted:

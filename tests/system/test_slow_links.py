@@ -29,7 +29,7 @@ def test_five_of_five_runs_start_and_finish(tmp_path: Path, round_trip_s: float)
 
     outcomes = []
     with running_federation(tmp_path, dict.fromkeys(SITES), link) as federation:
-        assert wait_for(lambda: federation.nodes() == ["online"] * 3, 120)
+        assert wait_for(lambda: federation.nodes() == ["online"] * 3, 240)
         for number in range(RUNS):
             output = tmp_path / f"run-{number}"
             done = federation.run(
