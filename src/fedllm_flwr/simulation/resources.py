@@ -60,7 +60,7 @@ def join_cluster(address: str, init_args: Mapping[str, Any], federation: Federat
 def start_ray(init_args: Mapping[str, Any]) -> None:
     """Connect this process to Ray; its workers find this package and what it depends on.
 
-    Ray gives its own processes 30 s to start, which a busy machine may exceed; it gets a second try.
+    Ray gives its own processes 30 s to start; where a busy machine exceeds that, it is tried again.
     """
     import ray
 
