@@ -35,8 +35,9 @@ class JudgeServer:
     `faults` are used up one per chat request, in order of arrival; then `reply` answers. A fault is
     a status code, a pair of status code and headers, or a word: timeout, reset, truncated (a body
     shorter than announced, or a stream without its end), garbage (a body that is no JSON), empty
-    (no choices), redirect, endless (64 MB), bomb (gzip of 256 MB), echo (an error that quotes the
-    key and colours it), malformed (no verdict in the reply), usage (no token counts).
+    (no choices), redirect, endless (64 MB), drip (a byte each `hang_s`), bomb (gzip of 256 MB),
+    echo (an error that quotes the key and colours it), malformed (no verdict in the reply), usage
+    (no token counts).
     """
 
     reply: Callable[[Messages], str] = verdict
@@ -143,6 +144,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             for _ in range(64):
                 self.wfile.write(b" " * 2**20)
+        elif fault == "drip":
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.close_connection = True
+            for _ in range(50):
+                self.wfile.write(b" ")
+                time.sleep(self.state.hang_s)
         elif fault == "bomb":
             body = gzip.compress(b" " * 2**28, 1)
             self._send(200, body, "application/json", {"Content-Encoding": "gzip"})

@@ -12,11 +12,7 @@ import pytest
 from fedllm_flwr.commands.main import main
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError
-from fedllm_flwr.evaluation.judging.local import LocalJudge
-from fedllm_flwr.evaluation.judging.options import JudgeOptions
-from fedllm_flwr.evaluation.judging.panel import Case, Verdict, judge_all
-from fedllm_flwr.evaluation.judging.runner import OpenEnded, check
-from fedllm_flwr.evaluation.judging.verdicts import Scale
+from fedllm_flwr.evaluation.judging.open_ended import JudgeOptions, check, run_open_ended_task
 from fedllm_flwr.evaluation.suites.catalogue import all_suites
 from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
 from fedllm_flwr.evaluation.suites.scores import task_estimates
@@ -65,7 +61,7 @@ def score(make_config: MakeConfig, data: Path, tmp_path: Path) -> Callable[..., 
     model = TextModel(load_model(make_config()), template="vicuna")
 
     def run(task: str, limit: int | None = None, **judging: Any) -> Samples:
-        return OpenEnded().run(TASKS[task], model, options(data, tmp_path, limit, **judging))
+        return run_open_ended_task(TASKS[task], model, options(data, tmp_path, limit, **judging))
 
     return run
 
@@ -137,27 +133,6 @@ def test_advbench_without_a_judge(score: Callable[..., Samples]) -> None:
     }
 
 
-def test_a_local_judge(copied: Path, tmp_path: Path) -> None:
-    """A toy of a judge: it replies, without a verdict, and declines what it cannot read whole."""
-    template = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
-    (copied / "chat_template.jinja").write_text(template)
-    texts = ["Grade this.", "Grade that.", "Too long. " * 100]
-    cases = [Case(Scale.RATING, [{"role": "user", "content": text}]) for text in texts]
-    judge = LocalJudge(copied, batch_size=2, max_tokens=8)
-    judge.check()
-    verdicts, usage = judge_all(cases, judge, tmp_path / "v.jsonl", attempts=2)
-    assert verdicts == [Verdict(None, 2), Verdict(None, 2), Verdict(None, 1)]
-    assert (usage.replies, usage.declined, usage.uncounted) == (5, 1, 0)
-    lengths = [len(text) + 2 for text in texts[:2]]  # bytes, the line's end and <s>
-    assert usage.prompt_tokens == 2 * sum(lengths)
-    assert 0 < usage.completion_tokens <= 4 * 8
-    entries = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
-    again = LocalJudge(copied, batch_size=1, max_tokens=8)
-    judge_all(cases, again, tmp_path / "w.jsonl", attempts=2)
-    others = [json.loads(line) for line in (tmp_path / "w.jsonl").read_text().splitlines()]
-    assert sorted(map(str, entries)) == sorted(map(str, others))  # whatever the batch
-
-
 MISTAKES: list[tuple[str, dict[str, Any], type[FedLLMError], str]] = [
     ("mt_bench", {"model": None}, ConfigError, r"--task mt_bench: it needs --judge-model"),
     ("alpaca_eval", {}, ConfigError, r"it needs --reference"),
@@ -165,8 +140,6 @@ MISTAKES: list[tuple[str, dict[str, Any], type[FedLLMError], str]] = [
     ("mt_bench", {"attempts": 0}, ConfigError, r"--judge-attempts must be > 0, got 0"),
     ("mt_bench", {"timeout_s": -1.0}, ConfigError, r"--judge-timeout must be > 0, got -1"),
     ("mt_bench", {"model": "judge-2"}, ConfigError, r"Did you mean 'judge-1'"),
-    ("mt_bench", {"model": "./nowhere"}, ConfigError, r"--judge-model ./nowhere: no such dir"),
-    ("advbench", {"backend": "vllm"}, ConfigError, r"vLLM is not installed; pip install"),
 ]
 
 
@@ -185,8 +158,11 @@ def test_mistakes_are_seen_before_a_model_is_loaded(
     assert server.requests == []
 
 
-def test_a_local_judge_needs_a_chat_template(toy_model: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no chat template"):
+def test_a_local_judge_has_to_be_served(
+    toy_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ConfigError, match=r"a local judge is an endpoint too; serve it \(vllm"):
         check([TASKS["advbench"]], options(data, tmp_path, model=str(toy_model)))
 
 

@@ -2,12 +2,13 @@
 
 import json
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 
 from judge_server import JudgeServer, judge_server
-from processes import started, wait_for
+from processes import free_ports, started, wait_for
 
 pytest.importorskip("openai")
 
@@ -72,3 +73,37 @@ def test_killed_in_the_middle_of_judging(tmp_path: Path) -> None:
         assert len(server.requests) == seen
     rows = (tmp_path / "out" / "results.csv").read_text().splitlines()
     assert [row.split(",")[2] for row in rows[1:]] == ["score", "unparsable"]
+
+
+@pytest.mark.slow
+def test_a_served_model_writes_and_judges(copied: Path, tmp_path: Path) -> None:
+    """``transformers serve`` with a toy model: all replies come, and none has a verdict."""
+    for name in ("fastapi", "uvicorn"):
+        pytest.importorskip(name, reason="pip install 'transformers[serving]'")
+    template = "{% for turn in messages %}{{ turn['content'][:200] }}\n{% endfor %}"
+    (copied / "chat_template.jinja").write_text(template)
+    write_questions(tmp_path / "data" / "open_ended", 2)
+    port = free_ports(1)
+    serve = ["transformers", "serve", str(copied), "--port", str(port), "--device", "cpu"]
+    there = {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
+    options = ["--writer-url", there["OPENAI_BASE_URL"], "--judge-attempts", "1"]
+    evaluate = [word if word != "judge-1" else str(copied) for word in command(tmp_path)]
+    evaluate[evaluate.index("embedded")] = str(copied)
+    with started(serve, tmp_path):
+        assert wait_for(lambda: is_listening(port), 300)
+        with started([*evaluate, *options], tmp_path, **there) as process:
+            out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert f"judge {copied}: 2 replies for 2 verdicts" in out
+    [answers] = (tmp_path / "cache" / "work").glob("*/vicuna_bench.answers.jsonl")
+    written = [json.loads(line)["answers"][0] for line in answers.read_text().splitlines()]
+    assert len(written) == 2
+    assert all(0 < answer["num_tokens"] <= 4 for answer in written)
+
+
+def is_listening(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True

@@ -56,7 +56,6 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "matplotlib": ((), ("reporting",)),
     "ray": (("simulation",), ("commands",)),
     "openai": ((), ("evaluation",)),
-    "vllm": ((), ("evaluation",)),
     "prometheus_client": ((), ("commands",)),
 }
 
@@ -203,7 +202,7 @@ LIGHT = [
     ("config.compose", {"torch", "transformers", "datasets", "ray", "flwr", "numpy"}),
     ("config.parsing", {"torch", "transformers", "datasets", "ray", "flwr", "numpy", "hydra"}),
     ("commands.main", {"torch", "transformers", "datasets", "ray"}),
-    ("evaluation.judging.runner", {"torch", "transformers", "datasets", "ray", "openai"}),
+    ("evaluation.judging.open_ended", {"torch", "transformers", "datasets", "ray", "openai"}),
     ("evaluation.judging.endpoint", {"torch", "transformers", "datasets", "ray", "openai"}),
 ]
 

@@ -11,9 +11,15 @@ import torch
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
-from fedllm_flwr.evaluation.judging.answers import Answered, answer_all
 from fedllm_flwr.evaluation.judging.questions import Question
-from fedllm_flwr.evaluation.judging.writing import Answer, ModelWriter, Request
+from fedllm_flwr.evaluation.judging.written_answers import (
+    Answer,
+    Answered,
+    ModelWriter,
+    Request,
+    answer_all,
+)
+from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.generation import SeededSampling
 
@@ -29,12 +35,9 @@ def model(make_config: MakeConfig) -> AdaptedModel:
 
 
 def writer(model: AdaptedModel, max_new_tokens: int = 8, context: int = 400) -> ModelWriter:
-    return ModelWriter(
-        model,
-        lambda conversations: encode_prompts(conversations, model.tokenizer, "vicuna"),
-        max_new_tokens,
-        context,
-    )
+    asked = TextModel(model, template="vicuna")
+    asked.__dict__["max_length"] = context  # in the place of the cached property
+    return ModelWriter(asked, max_new_tokens)
 
 
 def questions(count: int, temperature: float = 0.9) -> list[Question]:
@@ -97,7 +100,6 @@ class Counting:
     real: ModelWriter
     stop_at: int | None = None
     asked: list[list[Request]] = field(default_factory=list)
-    max_new_tokens: int = 8
 
     def write(self, requests: Sequence[Request]) -> list[Answer]:
         if len(self.asked) == self.stop_at:

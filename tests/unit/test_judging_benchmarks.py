@@ -10,11 +10,10 @@ import pytest
 
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.evaluation.judging import questions
-from fedllm_flwr.evaluation.judging.answers import Answered
 from fedllm_flwr.evaluation.judging.benchmarks import BENCHMARKS, Cases, rule_scores
 from fedllm_flwr.evaluation.judging.prompts import load_prompts
 from fedllm_flwr.evaluation.judging.questions import Question
-from fedllm_flwr.evaluation.judging.writing import Answer
+from fedllm_flwr.evaluation.judging.written_answers import Answer, Answered
 
 SUITE = Path(__file__).parents[2] / "evaluation" / "open_ended"
 SHARED = Path(__file__).parents[3] / "shared/data/eval/open_ended"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.errors import ConfigError, DataError, FederationError
-from fedllm_flwr.evaluation.judging.records import RecordFile
+from fedllm_flwr.evaluation.judging.record_file import RecordFile
 
 TEXTS = ["plain", "a line\nand\u2028another", "\ud800 half a pair", "日本"]
 

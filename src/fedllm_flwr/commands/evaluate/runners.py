@@ -18,11 +18,10 @@ def _harness() -> Runner:
     return HarnessTasks().run
 
 
-@cache
 def _open_ended() -> Runner:
-    from fedllm_flwr.evaluation.judging.runner import OpenEnded
+    from fedllm_flwr.evaluation.judging.open_ended import run_open_ended_task
 
-    return OpenEnded().run
+    return run_open_ended_task
 
 
 def _code() -> Runner:
@@ -49,7 +48,7 @@ def runner_of(task: SuiteTask) -> Runner:
 def why_not(task: SuiteTask, options: RunOptions) -> str | None:
     """What a task lacks among the options; None if nothing."""
     if task.runner == "open_ended":
-        from fedllm_flwr.evaluation.judging.runner import what_lacks
+        from fedllm_flwr.evaluation.judging.open_ended import what_lacks
 
         return what_lacks(task.name, options)
     return None
@@ -63,7 +62,7 @@ def check_runners(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
     """
     open_ended = [task for task in tasks if task.runner == "open_ended"]
     if open_ended:
-        from fedllm_flwr.evaluation.judging.runner import check
+        from fedllm_flwr.evaluation.judging.open_ended import check
 
         check(open_ended, options)
     if any(task.runner == "code" for task in tasks):
@@ -75,7 +74,7 @@ def check_runners(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
 def closing_lines(samples: Sequence[Samples]) -> list[str]:
     """What a runner says of all that it did."""
     if any("judge" in item.notes for item in samples):
-        from fedllm_flwr.evaluation.judging.runner import usage_line
+        from fedllm_flwr.evaluation.judging.open_ended import usage_line
 
         return [usage_line([item.notes for item in samples if "judge" in item.notes])]
     return []

@@ -13,7 +13,7 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
     add(
         "--judge-model",
         metavar="NAME",
-        help="model at OPENAI_BASE_URL (key: OPENAI_API_KEY), or a local model's directory",
+        help="model at OPENAI_BASE_URL (key: OPENAI_API_KEY)",
     )
     add("--judge-concurrency", type=int, default=4, metavar="N", help="requests at once; default 4")
     add("--judge-timeout", type=float, default=120, metavar="S", help="of a try; default 120 s")
@@ -21,7 +21,7 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
     add("--judge-stream", action="store_true", help="take replies token by token")
     add("--judge-price", metavar="IN,OUT", help="per million prompt and completion tokens")
     add("--reference", metavar="FILE", help="answers to be better than (instruction, output)")
-    add("--backend", default="torch", choices=("torch", "vllm"), help="what writes answers")
+    add("--writer-url", metavar="URL", help="endpoint that writes answers; default: this process")
     add("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer; default 1024")
     add("--answer-batch", type=int, default=16, metavar="N", help="answers at once; default 16")
 
@@ -32,7 +32,7 @@ def judging_extra(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, DataError: an option cannot be read.
     """
-    from fedllm_flwr.evaluation.judging.options import JudgeOptions
+    from fedllm_flwr.evaluation.judging.open_ended import JudgeOptions
 
     return JudgeOptions(
         model=arguments.judge_model,
@@ -42,7 +42,7 @@ def judging_extra(arguments: argparse.Namespace) -> dict[str, Any]:
         stream=arguments.judge_stream,
         price=_price(arguments.judge_price),
         reference=arguments.reference,
-        backend=arguments.backend,
+        writer_url=arguments.writer_url,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.answer_batch,
     ).as_extra()

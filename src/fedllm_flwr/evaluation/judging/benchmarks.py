@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.evaluation.judging import questions
-from fedllm_flwr.evaluation.judging.answers import Answered
-from fedllm_flwr.evaluation.judging.panel import Case
 from fedllm_flwr.evaluation.judging.prompts import JudgePrompts
 from fedllm_flwr.evaluation.judging.questions import Question
 from fedllm_flwr.evaluation.judging.refusals import refuses_advbench, refuses_openfedllm
-from fedllm_flwr.evaluation.judging.verdicts import Scale
+from fedllm_flwr.evaluation.judging.verdicts import Case, Scale
+from fedllm_flwr.evaluation.judging.written_answers import Answered
 
 Values = NDArray[np.float64]  # (questions,): NaN where there is no verdict
 Cases = dict[str, Case]  # by what they are about the question: turn_1, turn_2, ...

@@ -1,250 +1,327 @@
-"""A judge behind an OpenAI-compatible endpoint."""
+"""Models behind an OpenAI-compatible endpoint: judges that grade, and writers of answers.
+
+A local model is an endpoint too (``vllm serve``, ``transformers serve``). Retries, waits and
+``Retry-After`` are the openai client's own. The way is to the endpoint that was named, and no more
+bytes come back than an answer can have.
+"""
 
 import asyncio
 import difflib
+import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from fedllm_flwr.config.names import shown
+from fedllm_flwr.data.records import Messages
 from fedllm_flwr.errors import ConfigError, FedLLMError, JudgeError
-from fedllm_flwr.evaluation.judging.judge import (
-    DECLINED,
-    MAX_TOKENS,
-    Ask,
-    Record,
-    Reply,
-    temperature,
-)
-from fedllm_flwr.evaluation.judging.transport import AnswerRefusedError, check_answer
 
 if TYPE_CHECKING:
     import openai
 
-    from fedllm_flwr.evaluation.judging.retries import Gate
-
+RETRIES = 6  # of one request: with doubling waits about half a minute in all
+LARGEST_BODY = 2**23  # bytes of one answer, or of the list of models
+MAX_TOKENS = 2048  # of a reply, as in MT-Bench
+# Finish reasons besides the endpoint's own: it will not reply to this; its reply breaks off.
+DECLINED, BROKEN = "declined", "broken"
 _OPENAI_URL = "https://api.openai.com/v1"
-# Codes of requests that this judge will never reply to, while others go on.
+# Codes of requests that a judge will never reply to, while others go on.
 _DECLINES = ("context_length_exceeded", "content_filter", "content_policy_violation")
 _NEWER_NAMES = {"max_tokens": "max_completion_tokens"}  # parameters that newer models call so
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class AnswerRefusedError(Exception):
+    """An answer that is not taken from an endpoint."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to a judge."""
+
+    key: str  # of what is asked; equal keys ask the same
+    messages: Messages
+    attempt: int = 0  # > 0: replies without a verdict came before
+
+    @property
+    def temperature(self) -> float:
+        """The first reply is the most likely one; another like it would help nobody."""
+        return 0.7 if self.attempt else 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge said. Token counts are None where it did not say."""
+
+    text: str
+    finish_reason: str  # stop, length, `DECLINED`, `BROKEN`
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
 
 @dataclass
-class EndpointJudge:
-    """A model by its name at ``OPENAI_BASE_URL`` (OpenAI's own if unset), with ``OPENAI_API_KEY``.
+class Endpoint:
+    """An OpenAI-compatible endpoint.
 
     Args:
+        url: None: ``OPENAI_BASE_URL``, and OpenAI's own if that is unset. The key is
+            ``OPENAI_API_KEY``.
         concurrency: requests under way at once.
-        timeout_s: of one try of one request, from sending it to the last byte of its reply.
-        stream: take replies token by token, for proxies that cut silent connections.
+        timeout_s: of one try of one request.
+        option: of the command line that asked for it.
     """
 
-    model: str
+    url: str | None = None
     concurrency: int = 4
     timeout_s: float = 120.0
-    stream: bool = False
-    retries: int = 0  # requests made again so far
-    dropped: set[str] = field(default_factory=set)  # parameters that the model has refused
+    option: str = "--judge-model"
 
     @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.model
-
-    @property
-    def url(self) -> str:
+    def shown_url(self) -> str:
         """Where it is, without a password or what else a query may hold."""
-        parts = urlsplit(os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL)
+        parts = urlsplit(self.url or os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
         return shown(bare.geturl())
 
-    def check(self) -> None:
-        """Look the model up, where the endpoint has a list of its models."""
-        asyncio.run(self._check())
-
-    def ask(self, asks: Sequence[Ask], record: Record) -> None:
-        """Ask all, at most `concurrency` at once."""
-        asyncio.run(self._ask_all(iter(asks), record))
-
-    async def _check(self) -> None:
+    def models(self) -> list[str]:
+        """The models that it lists; empty where it has no list."""
         import openai
 
-        from fedllm_flwr.evaluation.judging.retries import Gate, retrying
+        async def listed() -> list[str]:
+            async with self.client() as client:
+                try:
+                    found = await client.with_options(max_retries=2).models.list()
+                except openai.APIStatusError as error:
+                    if error.status_code in (404, 405, 501):
+                        return []
+                    raise self.failure(error) from error
+                except openai.OpenAIError as error:
+                    raise self.failure(error) from error
+                return [model.id for model in found.data or []]
 
-        async def models() -> list[str]:
-            return [model.id for model in (await client.models.list()).data or []]
+        return asyncio.run(listed())
 
-        async with self._client() as client:
-            try:
-                names: list[str] = await retrying(Gate().sleep, lambda: True, tries=3)(models)
-            except openai.APIStatusError as error:
-                if error.status_code in (404, 405, 501):  # it has no list: the first question tells
-                    return
-                raise self._failure(error) from error
-            except (openai.OpenAIError, TimeoutError, AnswerRefusedError) as error:
-                raise self._failure(error) from error
-        if names and self.model not in names:
-            close = difflib.get_close_matches(self.model, names, n=1)
-            hint = f"Did you mean {shown(close[0])!r}?" if close else f"It has {shown(names[:5])}."
-            raise ConfigError(f"--judge-model {self.model}: {self.url} has no such model. {hint}")
+    def each(
+        self,
+        items: Iterable[Item],
+        ask: Callable[["openai.AsyncOpenAI", Item], Awaitable[Answer]],
+        record: Callable[[Item, Answer], None],
+    ) -> None:
+        """Ask for every item and record the answers as they come, at most `concurrency` at once.
 
-    async def _ask_all(self, todo: Iterator[Ask], record: Record) -> None:
-        from fedllm_flwr.evaluation.judging.retries import Gate
-
-        gate = Gate()
-        failures: list[FedLLMError] = []
+        Raises:
+            FedLLMError: the first that an `ask` raised; what was under way then is recorded.
+        """
+        todo, failures = iter(items), list[FedLLMError]()
 
         async def work(client: "openai.AsyncOpenAI") -> None:
-            for ask in todo:  # shared by all
-                if gate.closed.is_set():
+            for item in todo:  # shared by all
+                if failures:
                     return
                 try:
-                    record(ask, await self._ask(client, ask, gate))
+                    record(item, await ask(client, item))
                 except FedLLMError as error:  # the others finish what they have under way
                     failures.append(error)
-                    gate.closed.set()
 
-        async with self._client() as client, asyncio.TaskGroup() as group:
-            for _ in range(self.concurrency):
-                group.create_task(work(client))
+        async def all_of_them() -> None:
+            async with self.client() as client, asyncio.TaskGroup() as group:
+                for _ in range(self.concurrency):
+                    group.create_task(work(client))
+
+        asyncio.run(all_of_them())
         if failures:
             raise failures[0]
 
-    async def _ask(
-        self, client: "openai.AsyncOpenAI", ask: Ask, gate: "Gate", may_adapt: int = 2
-    ) -> Reply:
+    def client(self) -> "openai.AsyncOpenAI":
+        """The client, which tries again by itself what may pass.
+
+        Raises:
+            ConfigError: it is not installed, or there is no key.
+        """
+        if importlib.util.find_spec("openai") is None:
+            raise ConfigError(
+                f"{self.option} needs the openai client; pip install 'fedllm-flwr[judge]'."
+            )
         import openai
 
-        from fedllm_flwr.evaluation.judging.retries import TruncatedError, retry_after_s, retrying
+        own = self.url or os.environ.get("OPENAI_BASE_URL")
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if own else None)
+        if key is None:
+            raise ConfigError(
+                f"{self.option}: set OPENAI_API_KEY, or OPENAI_BASE_URL for an endpoint of your "
+                "own, such as vllm serve or transformers serve for a local model."
+            )
+        return openai.AsyncOpenAI(
+            api_key=key,
+            base_url=own,
+            max_retries=RETRIES,
+            timeout=self.timeout_s,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, event_hooks={"response": [self._bound]}
+            ),
+        )
 
-        tries = retrying(gate.sleep, lambda: not gate.closed.is_set())
+    def failure(self, error: BaseException) -> JudgeError:
+        """One line: what failed, and what to do."""
+        import openai
 
-        async def once() -> Reply:
-            self.retries += tries.statistics["attempt_number"] > 1
-            await gate.passed()
+        if isinstance(error.__cause__, AnswerRefusedError):
+            error = error.__cause__
+        status = getattr(error, "status_code", None)
+        message, remedy = _message(error), "run the same command again; what was done is kept."
+        if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
+            target = urlsplit(error.response.headers.get("location", "")).netloc or "another page"
+            message = f"HTTP {status}, it redirects to {shown(target)}"
+        if isinstance(error, AnswerRefusedError) or (status and 300 <= status < 400):
+            remedy = "check OPENAI_BASE_URL."
+        elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            remedy = "check OPENAI_API_KEY and OPENAI_BASE_URL."
+        elif isinstance(error, openai.NotFoundError | openai.BadRequestError):
+            remedy = f"check {self.option} and OPENAI_BASE_URL."
+        elif isinstance(error, openai.APITimeoutError):
+            message = f"no reply within {self.timeout_s:g} s"
+        elif isinstance(error, openai.APIConnectionError):
+            remedy = f"check OPENAI_BASE_URL, or {remedy}"
+        return JudgeError(f"{self.shown_url}: {message}; {remedy}")
+
+    async def _bound(self, response: Any) -> None:
+        """Refuse an encoded body, and bound what is read, in bytes and in time.
+
+        A hook of the HTTP client that openai is built on: httpx, or httpx2 in newer versions. A
+        compressed body has no bound that one can see.
+        """
+        if encoding := response.headers.get("content-encoding"):
+            raise AnswerRefusedError(
+                f"it answers in an encoding ({shown(encoding)}) that nobody asked for"
+            )
+        http = importlib.import_module(type(response).__module__.partition(".")[0])
+        ends, stream, limit_s = time.monotonic() + self.timeout_s, response.stream, self.timeout_s
+
+        class Bounded(http.AsyncByteStream):  # type: ignore[misc, name-defined]
+            async def __aiter__(self) -> AsyncIterator[bytes]:
+                read = 0
+                async for part in stream:
+                    read += len(part)
+                    if read > LARGEST_BODY:
+                        raise AnswerRefusedError(f"its answer is longer than {LARGEST_BODY} bytes")
+                    if time.monotonic() > ends:
+                        raise http.ReadTimeout(f"no whole answer within {limit_s:g} s")
+                    yield part
+
+            async def aclose(self) -> None:
+                await stream.aclose()
+
+        response.stream = Bounded()
+
+
+@dataclass
+class EndpointJudge(Endpoint):
+    """A model that grades, by its name at the endpoint.
+
+    Args:
+        stream: take replies token by token, for proxies that cut silent connections.
+    """
+
+    model: str = ""
+    stream: bool = False
+    dropped: set[str] = field(default_factory=set)  # parameters that the model has refused
+
+    def check(self) -> None:
+        """Look the model up, where the endpoint has a list of its models.
+
+        Raises:
+            JudgeError, ConfigError: it cannot be asked at all.
+        """
+        names = self.models()
+        if names and self.model not in names:
+            close = difflib.get_close_matches(self.model, names, n=1)
+            hint = f"Did you mean {shown(close[0])!r}?" if close else f"It has {shown(names[:5])}."
+            raise ConfigError(
+                f"--judge-model {self.model}: {self.shown_url} has no such model. {hint}"
+            )
+
+    def ask(self, asks: Sequence[Ask], record: Callable[[Ask, Reply], None]) -> None:
+        """Ask all, and call `record` with each reply as soon as it is there.
+
+        Raises:
+            JudgeError: it cannot go on; replies so far were recorded.
+        """
+        self.each(asks, self._ask, record)
+
+    def failure(self, error: BaseException) -> JudgeError:
+        """One line: which judge, what failed, and what to do."""
+        return JudgeError(f"judge {self.model} at {super().failure(error)}")
+
+    async def _ask(self, client: "openai.AsyncOpenAI", ask: Ask) -> Reply:
+        import openai
+
+        while True:
             try:
-                async with asyncio.timeout(self.timeout_s):
-                    return await self._request(client, ask)
-            except openai.APIStatusError as error:
-                if error.status_code in (429, 503):
-                    gate.hold(retry_after_s(error) or 0.0)
-                raise
-
-        try:
-            return await tries(once)
-        except openai.BadRequestError as error:
-            if error.code in _DECLINES:
-                return Reply(_message(error), DECLINED)
-            if may_adapt and self._adapts_to(error):
-                return await self._ask(client, ask, gate, may_adapt - 1)
-            raise self._failure(error) from error
-        except (openai.OpenAIError, TimeoutError, TruncatedError, AnswerRefusedError) as error:
-            raise self._failure(error) from error
+                return await self._request(client, ask)
+            except openai.BadRequestError as error:
+                if error.code in _DECLINES:
+                    return Reply(_message(error), DECLINED)
+                if not self._adapts_to(error):
+                    raise self.failure(error) from error
+            except openai.APIResponseValidationError:
+                return Reply("", BROKEN)
+            except (openai.OpenAIError, AnswerRefusedError) as error:
+                raise self.failure(error) from error
 
     async def _request(self, client: "openai.AsyncOpenAI", ask: Ask) -> Reply:
-        from fedllm_flwr.evaluation.judging.retries import TruncatedError
-
-        options: dict[str, Any] = {
-            "max_tokens": MAX_TOKENS,
-            "temperature": temperature(ask.attempt),
-        }
+        options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": ask.temperature}
         for parameter in self.dropped & set(options):
             value = options.pop(parameter)
             if parameter in _NEWER_NAMES:
                 options[_NEWER_NAMES[parameter]] = value
         create: Any = client.chat.completions.create
         if self.stream:
-            return await self._streamed(
-                await create(
-                    model=self.model,
-                    messages=ask.messages,
-                    stream=True,
-                    stream_options={"include_usage": True},
-                    **options,
-                )
-            )
+            options |= {"stream": True, "stream_options": {"include_usage": True}}
         answer = await create(model=self.model, messages=ask.messages, **options)
+        if self.stream:
+            return await _streamed(answer)
         if not getattr(answer, "choices", None):
-            raise TruncatedError("a reply without choices")
+            return Reply("", BROKEN)
         [choice, *_] = answer.choices
         return _reply(choice.message.content, choice.finish_reason, answer.usage)
-
-    async def _streamed(self, stream: Any) -> Reply:
-        parts: list[str] = []
-        reason = usage = None
-        async for chunk in stream:
-            usage = chunk.usage or usage
-            for choice in chunk.choices[:1]:
-                parts.append(choice.delta.content or "")
-                reason = choice.finish_reason or reason
-        return _reply("".join(parts), reason, usage)
-
-    def _client(self) -> "openai.AsyncOpenAI":
-        if importlib.util.find_spec("openai") is None:
-            raise ConfigError(
-                f"--judge-model {self.model} needs the openai client; "
-                "pip install 'fedllm-flwr[judge]'."
-            )
-        import openai
-
-        own = os.environ.get("OPENAI_BASE_URL")
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if own else None)
-        if key is None:
-            raise ConfigError(
-                f"--judge-model {self.model}: set OPENAI_API_KEY, or OPENAI_BASE_URL for an "
-                "endpoint of your own, or give the directory of a local model."
-            )
-        return openai.AsyncOpenAI(
-            api_key=key,
-            base_url=own,
-            max_retries=0,
-            timeout=self.timeout_s,
-            default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultAsyncHttpxClient(
-                follow_redirects=False, event_hooks={"response": [check_answer]}
-            ),
-        )
 
     def _adapts_to(self, error: "openai.BadRequestError") -> bool:
         """Whether the model refuses a parameter that it can be asked without."""
         refused = error.code in ("unsupported_parameter", "unsupported_value")
         parameter = str(error.param)
-        if not refused or parameter not in ("max_tokens", "temperature"):
+        if not refused or parameter not in {"max_tokens", "temperature"} - self.dropped:
             return False
         self.dropped.add(parameter)
         return True
 
-    def _failure(self, error: BaseException) -> JudgeError:
-        """One line: what failed, and what to do."""
-        import openai
 
-        refused = error if isinstance(error, AnswerRefusedError) else error.__cause__
-        if isinstance(refused, AnswerRefusedError):
-            error = refused
-        message, remedy = _message(error), "run the same command again; what was judged is kept."
-        if isinstance(error, AnswerRefusedError):
-            remedy = "check OPENAI_BASE_URL."
-        elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            remedy = "check OPENAI_API_KEY and OPENAI_BASE_URL."
-        elif isinstance(error, openai.NotFoundError | openai.BadRequestError):
-            remedy = "check --judge-model and OPENAI_BASE_URL."
-        elif isinstance(error, TimeoutError | openai.APITimeoutError):
-            message = f"no reply within {self.timeout_s:g} s"
-        elif isinstance(error, openai.APIConnectionError):
-            remedy = f"check OPENAI_BASE_URL, or {remedy}"
-        return JudgeError(f"judge {self.model} at {self.url}: {message}; {remedy}")
+async def _streamed(stream: Any) -> Reply:
+    import openai
+
+    http = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__)
+    parts: list[str] = []
+    reason = usage = None
+    try:
+        async for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices[:1]:
+                parts.append(choice.delta.content or "")
+                reason = choice.finish_reason or reason
+    except (http.HTTPError, ValueError):  # the connection breaks, or an event is no JSON
+        reason = None
+    return _reply("".join(parts), reason, usage)
 
 
 def _reply(text: str | None, reason: str | None, usage: Any) -> Reply:
-    from fedllm_flwr.evaluation.judging.retries import TruncatedError
-
-    if reason is None:
-        raise TruncatedError("a reply that breaks off")
     tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-    return Reply(text or "", reason, *tokens)
+    return Reply(text or "", reason or BROKEN, *tokens)
 
 
 def _message(error: BaseException) -> str:

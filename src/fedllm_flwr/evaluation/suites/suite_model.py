@@ -109,7 +109,7 @@ class TextModel:
         for some in answers:
             split = [_split(*next(encoded)) for _ in some]
             room = self.max_length - max(len(answer) for _, answer in split)
-            prompt = self._fitting(split[0][0], room)
+            prompt = self.fitting(split[0][0], room)
             questions.append(Question(prompt, [answer for _, answer in split]))
         return score(self.adapted, questions, self.batch_tokens)
 
@@ -123,7 +123,7 @@ class TextModel:
         new_tokens = self.answer_room(decoding.max_new_tokens)
         decoding = replace(decoding, max_new_tokens=new_tokens, seed=self.seed)
         room = self.max_length - new_tokens
-        tokens = [self._fitting(row, room) for row, _ in tokenise(rows, self.adapted.tokenizer)]
+        tokens = [self.fitting(row, room) for row, _ in tokenise(rows, self.adapted.tokenizer)]
         answers = generate(self.adapted, tokens, decoding, self.batch_tokens)
         return [as_text(self.adapted, answer, decoding.stop, strip) for answer in answers]
 
@@ -164,7 +164,8 @@ class TextModel:
             else self._around_answer[0] + answer.lstrip()
         )
 
-    def _fitting(self, tokens: TokenArray, room: int) -> TokenArray:
+    def fitting(self, tokens: TokenArray, room: int) -> TokenArray:
+        """A prompt without as many tokens at its start as do not fit, which is counted."""
         self.cut += len(tokens) > room
         return cut_start(tokens, max(1, room), self.adapted.tokenizer.bos_token_id)
 

@@ -1,0 +1,245 @@
+"""Answers to a set of questions, turn by turn, kept on disk as they are written."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fedllm_flwr.data.records import Messages
+from fedllm_flwr.data.templates import Segment, render_prompt
+from fedllm_flwr.data.tokens import TokenArray, tokenise
+from fedllm_flwr.errors import JudgeError
+from fedllm_flwr.evaluation.judging.endpoint import Endpoint
+from fedllm_flwr.evaluation.judging.questions import Question
+from fedllm_flwr.evaluation.judging.record_file import Record, RecordFile
+from fedllm_flwr.params import derive_seed
+
+if TYPE_CHECKING:
+    from fedllm_flwr.evaluation.suites.suite_model import TextModel
+
+Progress = Callable[[int, int], None]  # done, of how many
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to answer, which ends with the user."""
+
+    messages: Messages
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote."""
+
+    text: str
+    num_tokens: int
+    ended: bool  # by itself, not by the limit of new tokens
+    prompt_cut: int  # tokens of the conversation's start that did not fit
+
+
+class Writer(Protocol):
+    """Something that answers conversations, several at a time."""
+
+    def write(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer per request."""
+
+
+@dataclass(frozen=True)
+class ModelWriter:
+    """The model under evaluation, in the prompt that it is evaluated with.
+
+    Answers take at most half of the model's context, so that prompts keep the other half.
+    """
+
+    model: "TextModel"
+    max_new_tokens: int
+
+    def write(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers to all requests in one batch."""
+        from fedllm_flwr.models.generation import Decoding, as_text, generate
+
+        adapted, room = self.model.adapted, self.model.answer_room(self.max_new_tokens)
+        whole = self.prompts(requests)
+        prompts = [self.model.fitting(prompt, self.model.max_length - room) for prompt in whole]
+        found = generate(
+            adapted,
+            prompts,
+            Decoding(room),
+            temperatures=[request.temperature for request in requests],
+            seeds=[request.seed for request in requests],
+        )
+        eos = adapted.tokenizer.eos_token_id
+        return [
+            Answer(
+                text=as_text(adapted, tokens),
+                num_tokens=len(tokens),
+                ended=bool(len(tokens) and tokens[-1] == eos),
+                prompt_cut=len(before) - len(after),
+            )
+            for tokens, before, after in zip(found, whole, prompts, strict=True)
+        ]
+
+    def prompts(self, requests: Sequence[Request]) -> list[TokenArray]:
+        """The conversations as tokens, whatever their length."""
+        texts = [[Segment(render(self.model, item.messages), False)] for item in requests]
+        return [tokens for tokens, _ in tokenise(texts, self.model.adapted.tokenizer)]
+
+
+@dataclass(frozen=True)
+class EndpointWriter:
+    """The same base model and adapter, served at an endpoint that completes text.
+
+    The base model goes by its own path or hub id there, an adapter by its directory.
+    """
+
+    model: "TextModel"
+    max_new_tokens: int
+    endpoint: Endpoint = field(default_factory=Endpoint)
+
+    def write(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers to all requests, several at once."""
+        room = self.model.answer_room(self.max_new_tokens)
+        name = str(self.model.adapter or self.model.source)
+        tokenizer, context = self.model.adapted.tokenizer, self.model.max_length
+        whole = ModelWriter(self.model, self.max_new_tokens).prompts(requests)
+        cut = [self.model.fitting(prompt, context - room) for prompt in whole]
+        answers: dict[int, Answer] = {}
+
+        async def complete(client: Any, row: int) -> Answer:
+            import openai
+
+            try:
+                done = await client.completions.create(
+                    model=name,
+                    prompt=tokenizer.decode(cut[row], skip_special_tokens=True),
+                    max_tokens=room,
+                    temperature=requests[row].temperature,
+                    seed=requests[row].seed % 2**31,
+                )
+            except openai.OpenAIError as error:
+                raise self.endpoint.failure(error) from error
+            if not getattr(done, "choices", None):
+                raise JudgeError(f"{self.endpoint.shown_url}: a reply without choices.")
+            [choice, *_] = done.choices
+            text = str(choice.text).strip()
+            counted = done.usage.completion_tokens if done.usage else len(tokenizer(text).input_ids)
+            shorter = len(whole[row]) - len(cut[row])
+            return Answer(text, int(counted), choice.finish_reason == "stop", shorter)
+
+        self.endpoint.each(range(len(requests)), complete, answers.__setitem__)
+        return [answers[row] for row in range(len(requests))]
+
+
+def render(model: "TextModel", messages: Messages) -> str:
+    """A conversation that ends with the user, turn by turn as in training."""
+    if model.prompt == "raw":
+        return "\n\n".join(turn["content"] for turn in messages)
+    template = "chat" if model.prompt == "chat" else model.template
+    return render_prompt(messages, template, model.adapted.tokenizer)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question's answers, turn by turn."""
+
+    question: Question
+    answers: tuple[Answer, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What the judge reads."""
+        return tuple(answer.text for answer in self.answers)
+
+
+def answer_all(
+    questions: Sequence[Question],
+    writer: Writer,
+    path: Path,
+    identity: object,
+    seed: int,
+    batch_size: int,
+    progress: Progress = lambda done, total: None,
+) -> list[Answered]:
+    """Answers to all questions; those that the file at `path` holds are not written again.
+
+    Batches are the same in each call, whatever was done before, so that answers of a run that
+    stopped and went on are those of one that did not.
+
+    Args:
+        identity: of the model, its prompt and its limits: answers of another one are not used.
+        seed: of sampled answers; each question and turn has its own sequence.
+    """
+    keys = {question.id: _key(question, identity, seed) for question in questions}
+    with RecordFile(path) as file:
+        done = {record["key"]: record for record in file.records}
+        for batch in _batches(questions, batch_size):
+            if any(keys[question.id] not in done for question in batch):
+                written = _write(batch, writer, seed)
+                fresh = [
+                    _record(keys[answered.question.id], answered)
+                    for answered in written
+                    if keys[answered.question.id] not in done
+                ]
+                file.append(fresh)
+                done |= {record["key"]: record for record in fresh}
+            progress(sum(key in done for key in keys.values()), len(keys))
+    return [
+        Answered(question, tuple(Answer(**answer) for answer in done[keys[question.id]]["answers"]))
+        for question in questions
+    ]
+
+
+def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Questions of like length together."""
+    order = np.argsort([-len(question.turns[0]) for question in questions], kind="stable")
+    ordered = [questions[i] for i in order.tolist()]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _write(batch: Sequence[Question], writer: Writer, seed: int) -> list[Answered]:
+    """All turns of a batch; a question of fewer turns leaves it earlier."""
+    answers: dict[str, list[Answer]] = {question.id: [] for question in batch}
+    for turn in range(max(len(question.turns) for question in batch)):
+        asked = [question for question in batch if turn < len(question.turns)]
+        requests = [
+            Request(
+                _conversation(question, answers[question.id]),
+                question.temperature,
+                derive_seed(seed, "answer", question.id, turn),
+            )
+            for question in asked
+        ]
+        for question, answer in zip(asked, writer.write(requests), strict=True):
+            answers[question.id].append(answer)
+    return [Answered(question, tuple(answers[question.id])) for question in batch]
+
+
+def _conversation(question: Question, answers: Sequence[Answer]) -> Messages:
+    """The turns so far with their answers, and the next turn."""
+    messages: Messages = []
+    for turn, answer in zip(question.turns, answers, strict=False):
+        messages.append({"role": "user", "content": turn})
+        messages.append({"role": "assistant", "content": answer.text})
+    return [*messages, {"role": "user", "content": question.turns[len(answers)]}]
+
+
+def _key(question: Question, identity: object, seed: int) -> str:
+    what: list[Any] = [question.id, question.turns, question.temperature, identity, seed]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _record(key: str, answered: Answered) -> Record:
+    question = answered.question
+    return {
+        "key": key,
+        "id": question.id,
+        "category": question.category,
+        "turns": question.turns,
+        "answers": [asdict(answer) for answer in answered.answers],
+    }
