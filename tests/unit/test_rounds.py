@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedllm_flwr.federation.channel import NoReplyError, Reply, Request
-from fedllm_flwr.federation.messages import Assignment, Scores, Update
+from fedllm_flwr.federation.channel import NoReplyError, Reply, RequestKind
+from fedllm_flwr.federation.messages import Assignment, LocalScores, Update
 from fedllm_flwr.federation.recorder import Recorder
 from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.rounds import OpenRound, Rounds
@@ -25,14 +25,14 @@ class Direct:
     def __init__(self, away: frozenset[str] = frozenset()) -> None:
         self.roster: Roster = roster_of()
         self.away = away
-        self.requests: list[Request] = []
+        self.requests: list[RequestKind] = []
 
     def settle(self) -> None:
         """All stay where they are."""
 
     def exchange(
         self,
-        request: Request,
+        request: RequestKind,
         assignments: Mapping[str, Assignment],
         timeout_s: float,
         expected: Groups,
@@ -41,8 +41,8 @@ class Direct:
         for name, assignment in assignments.items():
             if name in self.away:
                 yield Reply(name, NoReplyError("asleep"))
-            elif request is Request.EVALUATE:
-                yield Reply(name, Scores({"loss": 1.0}, 3))
+            elif request is RequestKind.EVALUATE:
+                yield Reply(name, LocalScores({"loss": 1.0}, 3))
             else:
                 yield Reply(name, work(name, assignment))
 
@@ -71,7 +71,7 @@ def test_the_loop_needs_no_flower(tmp_path: Path) -> None:
     final = rounds.run(state, channel, last=12, timeout_s=1.0)
     for value in final.params.values():
         np.testing.assert_allclose(value, mean_target(("ant", "bee", "cat")), atol=2e-3)
-    assert channel.requests == [Request.TRAIN] * 12
+    assert channel.requests == [RequestKind.TRAIN] * 12
 
 
 def test_a_client_that_does_not_answer_is_left_out(tmp_path: Path) -> None:

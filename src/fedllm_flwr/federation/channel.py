@@ -6,12 +6,12 @@ from enum import StrEnum
 from typing import Protocol
 
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.messages import Assignment, Scores, Update
+from fedllm_flwr.federation.messages import Assignment, LocalScores, Update
 from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.params import Groups
 
 
-class Request(StrEnum):
+class RequestKind(StrEnum):
     """What clients are asked for; Flower's names of message types."""
 
     TRAIN = "train"
@@ -27,7 +27,7 @@ class Reply:
     """A client's answer to a request, or why there is none that can be used."""
 
     client: str
-    answer: Update | Scores | FederationError
+    answer: Update | LocalScores | FederationError
 
 
 class Channel(Protocol):
@@ -42,7 +42,7 @@ class Channel(Protocol):
 
     def exchange(
         self,
-        request: Request,
+        request: RequestKind,
         assignments: Mapping[str, Assignment],
         timeout_s: float,
         expected: Groups,

@@ -8,10 +8,10 @@ from flwr.serverapp import Grid
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census
-from fedllm_flwr.federation.channel import NoReplyError, Reply, Request
+from fedllm_flwr.federation.channel import NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.exchange import receive, send, time_to_live
 from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
-from fedllm_flwr.federation.messages import Assignment, Scores, Update
+from fedllm_flwr.federation.messages import Assignment, LocalScores, Update
 from fedllm_flwr.federation.replies import Asked, read_scores, read_update
 from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.wire import pack_assignments
@@ -38,7 +38,7 @@ class FlowerChannel:
         self.roster = self._census.settled()
 
     def messages(
-        self, request: Request, assignments: Mapping[str, Assignment], timeout_s: float
+        self, request: RequestKind, assignments: Mapping[str, Assignment], timeout_s: float
     ) -> list[Message]:
         """Flower's messages to the named clients; their contents share what all are sent."""
         ttl = time_to_live(timeout_s)
@@ -50,7 +50,7 @@ class FlowerChannel:
 
     def exchange(
         self,
-        request: Request,
+        request: RequestKind,
         assignments: Mapping[str, Assignment],
         timeout_s: float,
         expected: Groups,
@@ -68,7 +68,7 @@ class FlowerChannel:
 
     def read(
         self,
-        request: Request,
+        request: RequestKind,
         messages: Iterable[Message],
         asked: Asked,
         names: Collection[str],
@@ -97,8 +97,8 @@ class FlowerChannel:
         return notes
 
 
-def _answer(request: Request, message: Message) -> Update | Scores | FederationError:
+def _answer(request: RequestKind, message: Message) -> Update | LocalScores | FederationError:
     try:
-        return read_update(message) if request is Request.TRAIN else read_scores(message)
+        return read_update(message) if request is RequestKind.TRAIN else read_scores(message)
     except FederationError as error:
         return error

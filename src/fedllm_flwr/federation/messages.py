@@ -86,7 +86,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Scores:
+class LocalScores:
     """A client's answer to the question how good the global adapter is on its held-out records."""
 
     metrics: dict[str, float]

@@ -8,7 +8,7 @@ from flwr.app import Message, RecordDict
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.exchange import failure_reason
-from fedllm_flwr.federation.messages import Scores, Update, check_metrics, printable
+from fedllm_flwr.federation.messages import LocalScores, Update, check_metrics, printable
 from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.wire import unpack_update
 
@@ -63,7 +63,7 @@ def read_update(reply: Message) -> Update:
     return _decoded(reply.content, unpack_update)
 
 
-def read_scores(reply: Message) -> Scores:
+def read_scores(reply: Message) -> LocalScores:
     """A client's scores of the global adapter on its own records.
 
     Raises:
@@ -76,7 +76,7 @@ def read_scores(reply: Message) -> Scores:
     count = metrics.pop("num_examples", 0.0)
     if not (count >= 1 and math.isfinite(count) and count == int(count)):
         raise FederationError(f"scores refused: num_examples={count:g} is no count")
-    return Scores(metrics, int(count))
+    return LocalScores(metrics, int(count))
 
 
 def _unpack_scores(content: RecordDict) -> dict[str, float]:

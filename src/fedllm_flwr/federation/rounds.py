@@ -15,12 +15,12 @@ import numpy as np
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import min_replies
 from fedllm_flwr.errors import FederationError, NotFiniteError
-from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, Request
+from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
 from fedllm_flwr.federation.messages import (
     Acknowledged,
     Assignment,
-    Scores,
+    LocalScores,
     Update,
     check_metrics,
 )
@@ -68,13 +68,13 @@ class Rounds:
             report = opened.report
             self.recorder.on_start_round(current, report.sampled)
             replies = channel.exchange(
-                Request.TRAIN, opened.assignments, timeout_s, self.expected(state)
+                RequestKind.TRAIN, opened.assignments, timeout_s, self.expected(state)
             )
             state = self.close(opened, replies, channel)
             report.seconds = time.monotonic() - started
             if self.config.evaluation.clients:
                 questions = self.questions(state, channel.roster)
-                answers = channel.exchange(Request.EVALUATE, questions, timeout_s, {})
+                answers = channel.exchange(RequestKind.EVALUATE, questions, timeout_s, {})
                 note_scores(report, answers)
             self.recorder.on_round(state, report)
         return state
@@ -292,7 +292,7 @@ class OpenRound:
 def note_scores(report: RoundReport, replies: Iterable[Reply]) -> None:
     """Put the clients' scores of the new adapter into the report of a round."""
     for reply in replies:
-        if isinstance(reply.answer, Scores):
+        if isinstance(reply.answer, LocalScores):
             report.scores[reply.client] = reply.answer.metrics
             report.num_scored[reply.client] = reply.answer.num_examples
         else:

@@ -26,7 +26,7 @@ from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, AlgorithmConfig
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.federation.census import discover
-from fedllm_flwr.federation.channel import Reply, Request
+from fedllm_flwr.federation.channel import Reply, RequestKind
 from fedllm_flwr.federation.flower_channel import FlowerChannel
 from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.federation.recorder import Recorder, RoundReport
@@ -185,7 +185,7 @@ class FederatedStrategy(Strategy):
             self._state = self._rounds.begin(self.state, channel.roster)
         channel = self._open_channel(grid)
         self._opened = self._rounds.open(self.state, channel.roster, server_round)
-        return self._messages(channel, Request.TRAIN, self._opened.assignments)
+        return self._messages(channel, RequestKind.TRAIN, self._opened.assignments)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -199,7 +199,7 @@ class FederatedStrategy(Strategy):
         opened, channel = self._opened, self._channel
         if opened is None or channel is None or opened.report.round != server_round:
             raise FederationError(f"round {server_round} was not opened by `configure_train`")
-        read = self._read(channel, Request.TRAIN, replies, opened.assignments)
+        read = self._read(channel, RequestKind.TRAIN, replies, opened.assignments)
         self._state = self._rounds.close(opened, read, channel)
         return _arrays(self.state.params), _metrics(opened.report.loss)
 
@@ -216,7 +216,7 @@ class FederatedStrategy(Strategy):
             return []
         channel = self._open_channel(grid)
         questions = self._rounds.questions(self.state, channel.roster)
-        return self._messages(channel, Request.EVALUATE, questions)
+        return self._messages(channel, RequestKind.EVALUATE, questions)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -225,7 +225,7 @@ class FederatedStrategy(Strategy):
         if self._channel is None or not self.config.evaluation.clients:
             return None
         report = RoundReport(server_round, [])
-        read = self._read(self._channel, Request.EVALUATE, replies, self._channel.roster)
+        read = self._read(self._channel, RequestKind.EVALUATE, replies, self._channel.roster)
         note_scores(report, read)
         return _metrics(report.score)
 
@@ -251,7 +251,7 @@ class FederatedStrategy(Strategy):
         return self._channel
 
     def _messages(
-        self, channel: FlowerChannel, request: Request, assignments: Mapping[str, Assignment]
+        self, channel: FlowerChannel, request: RequestKind, assignments: Mapping[str, Assignment]
     ) -> list[Message]:
         timeout_s = self.config.federation.round_timeout_s
         self._sent = channel.messages(request, assignments, timeout_s)
@@ -260,7 +260,7 @@ class FederatedStrategy(Strategy):
     def _read(
         self,
         channel: FlowerChannel,
-        request: Request,
+        request: RequestKind,
         replies: Iterable[Message],
         names: Collection[str],
     ) -> Iterator[Reply]:
