@@ -11,26 +11,27 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedllm_flwr.commands.checks import Check
-from fedllm_flwr.commands.checks.compute import (
-    check_devices,
-    check_packages,
-    check_quantization,
-    package_check,
-    quantization_error,
-)
-from fedllm_flwr.commands.checks.system import (
+from fedllm_flwr.commands.doctor import (
+    Check,
     captured_by_proxy,
     check_assets,
     check_commands,
+    check_devices,
     check_disk,
     check_hub,
+    check_lines,
     check_local_superlink,
     check_loopback,
+    check_packages,
+    check_quantization,
     check_ray,
     check_sandbox,
+    exit_status,
+    package_check,
+    quantization_error,
+    run_checks,
+    verdict,
 )
-from fedllm_flwr.commands.doctor import check_lines, exit_status, run_checks, verdict
 from fedllm_flwr.evaluation.sandbox.bubblewrap import why_refused
 
 OK, WARN, FAIL = (

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedllm_flwr.commands import main as cli
-from fedllm_flwr.commands.merge import Difference, merge
+from fedllm_flwr.commands.merge import LogitDifference, merge
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.models.adapted_model import load_beside
@@ -161,10 +161,10 @@ def test_a_merge_that_differs_is_refused_and_leaves_nothing(
 
 def test_difference() -> None:
     expected = torch.tensor([3.0, -4.0])
-    found = Difference.of(torch.tensor([3.0, -4.5]), expected)
+    found = LogitDifference.of(torch.tensor([3.0, -4.5]), expected)
     assert (found.largest, found.scale, found.relative) == (0.5, 4.0, pytest.approx(0.1))
     assert str(found) == "5.0e-01 at most, of logits up to 4.0"
-    assert not Difference.of(torch.tensor([np.nan, 0.0]), expected).relative <= 1
+    assert not LogitDifference.of(torch.tensor([np.nan, 0.0]), expected).relative <= 1
 
 
 def test_command_takes_a_directory_of_peft(

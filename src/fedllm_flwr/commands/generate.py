@@ -1,4 +1,4 @@
-"""What an adapter is for: answers side by side with the base model's."""
+"""``fedllm generate``: answers of the base model and of the adapter, side by side."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,7 @@ from fedllm_flwr.runs.kept_adapters import KeptAdapter
 
 
 def answer_side_by_side(kept: KeptAdapter, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Print each prompt's greedy answer by the base model and with the adapter.
-
-    Prompts are put into the template that the adapter was trained with.
+    """Print the greedy answers to each prompt, in the template of the adapter's training.
 
     Raises:
         FedLLMError: the model or the adapter cannot be loaded.

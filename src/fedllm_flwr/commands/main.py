@@ -9,13 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from fedllm_flwr import __version__
-from fedllm_flwr.commands.evaluate.arguments import add_evaluation
-from fedllm_flwr.commands.status.arguments import (
-    add_metrics,
-    add_status,
-    metrics_arguments,
-    status_arguments,
-)
+from fedllm_flwr.commands.evaluate.arguments import add_evaluation, evaluate_arguments
 from fedllm_flwr.commands.usage import CommandParser, refuse_unknown
 from fedllm_flwr.deployment.commands import add_server, add_site
 from fedllm_flwr.environment import prepare_environment
@@ -25,27 +19,33 @@ Command = Callable[[argparse.Namespace], int]
 
 _STARTED = time.monotonic()
 
-# Exit statuses besides 0. Wrong use is whatever the user typed, or has put into a file that was
-# named: nothing was begun, and the same command will fail again.
+# Exit statuses besides 0. Wrong use: a mistake in the arguments or in a file that they name, found
+# before anything was started.
 FAILED, WRONG_USE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 _WRONG_USE = (ConfigError, DataError, ModelError)
 _ADAPTER = "a run, RUN@best, RUN@round=8, RUN@client=NAME, or the directory of an adapter"
 _BASE = "base model, where the adapter's own record of it does not hold here: hub id or directory"
+_TEMPLATE = "template of the prompts, where no run says: alpaca (default), vicuna or chat"
+_ONTO = (
+    "of a quantized run: merge into the base model's own weights (default), or into those that "
+    "quantization had made of them"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
-    No trace reaches the user: a mistake costs one line, and so does an error that nobody foresaw,
-    with the name of the file that holds its trace.
+    Every error is printed as one line. The traceback of an unexpected one goes to a file, which the
+    line names.
     """
     prepare_environment()
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    _end_on_sigterm_as_on_ctrl_c()
+    handles_sigterm = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    if not handles_sigterm and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run is kept
     try:
         parsed = _parsed(typed)
-        command: Command = parsed.command
-        status = command(parsed)
+        status: int = parsed.command(parsed)
         sys.stdout.flush()
         return status
     except _WRONG_USE as error:
@@ -54,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), FAILED)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted.", INTERRUPTED)
-    except BrokenPipeError:  # as of `fedllm status | head`
-        _drop_output()
+    except BrokenPipeError:  # as of `fedllm status | head`; the flush at exit needs a reader
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
         return NO_READER
     except Exception as error:
         from fedllm_flwr.runs.crash_log import explain_crash
@@ -63,22 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(explain_crash(error, typed), FAILED)
 
 
-def _drop_output() -> None:
-    """Lead standard output to nowhere, so that the flush at the interpreter's end has a reader."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
-
-
-def _end_on_sigterm_as_on_ctrl_c() -> None:
-    """Job schedulers and `kill` send it; what is there of a run is to be kept then, too."""
-    is_free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if is_free and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command; its overrides may stand before and after its options."""
+    """Parse the arguments; overrides may come before and after options."""
     parsed, more = _parser().parse_known_args(arguments)
     unknown = [text for text in more if text.startswith("-") or "overrides" not in parsed]
     if unknown:
@@ -173,10 +161,19 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.commands.evaluate.arguments import evaluate_arguments
+def _status(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.status.command import status
 
-    return evaluate_arguments(arguments)
+    return status(arguments.directory, arguments.health, arguments.json, arguments.watch)
+
+
+def _metrics(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedllm_flwr.commands.status.exporter import serve_metrics
+
+    serve_metrics(Path(arguments.directory), arguments.port)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -209,33 +206,41 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--hub", action="store_true", help="try to reach the Hugging Face Hub")
     doctor.add_argument("--output-dir", default="outputs", help="where runs will write")
 
-    _add_prompts(_add(commands, "generate", _generate, "answer a prompt with base and adapter"))
-    merge = _add(commands, "merge", _merge, "write the model with an adapter merged into it")
-    merge.add_argument("run", help=_ADAPTER)
-    merge.add_argument("output", help="directory to write")
-    text = "of a quantized run: merge into the base model's own weights (default), or into those "
-    text += "that quantization had made of them"
-    merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=text)
-    merge.add_argument("--base", metavar="MODEL", help=_BASE)
-    evaluate = _add(commands, "evaluate", _evaluate, "benchmark suites on base and adapters")
-    add_evaluation(evaluate)
-    add_status(_add(commands, "status", status_arguments, "how a run, a server or a site stands"))
-    text = "counts of a server or a site for Prometheus, on loopback"
-    add_metrics(_add(commands, "metrics", metrics_arguments, text))
-    add_server(commands, _add)
-    add_site(commands, _add)
-    return parser
-
-
-def _add_prompts(generate: argparse.ArgumentParser) -> None:
+    generate = _add(commands, "generate", _generate, "answer a prompt with base and adapter")
     generate.add_argument("run", help=_ADAPTER)
     text = "instructions to answer, each in quotes; an input follows after a space"
     generate.add_argument("prompt", nargs="+", help=text)
     text = "longest answer, in tokens; default 128"
     generate.add_argument("--max-new-tokens", type=int, default=128, help=text)
     generate.add_argument("--base", metavar="MODEL", help=_BASE)
-    text = "template of the prompts, where no run says: alpaca (default), vicuna or chat"
-    generate.add_argument("--template", choices=("alpaca", "vicuna", "chat"), help=text)
+    generate.add_argument("--template", choices=("alpaca", "vicuna", "chat"), help=_TEMPLATE)
+
+    merge = _add(commands, "merge", _merge, "write the model with an adapter merged into it")
+    merge.add_argument("run", help=_ADAPTER)
+    merge.add_argument("output", help="directory to write")
+    merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=_ONTO)
+    merge.add_argument("--base", metavar="MODEL", help=_BASE)
+
+    text = "benchmark suites on base and adapters"
+    add_evaluation(_add(commands, "evaluate", evaluate_arguments, text))
+
+    status = _add(commands, "status", _status, "how a run, a server or a site stands")
+    text = "of a run, a comparison, a sweep, of server init or of site init"
+    status.add_argument("directory", nargs="?", help=text)
+    text = "ask a health server of Flower's; may be given several times"
+    status.add_argument("--health", action="append", default=[], metavar="HOST:PORT", help=text)
+    text = "look again every SECONDS (default 5) until what runs has ended"
+    status.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help=text)
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+
+    text = "counts of a server or a site for Prometheus, on loopback"
+    metrics = _add(commands, "metrics", _metrics, text)
+    metrics.add_argument("directory", help="of server init or of site init")
+    metrics.add_argument("--port", type=int, default=9464, help="on 127.0.0.1; default 9464")
+
+    add_server(commands, _add)
+    add_site(commands, _add)
+    return parser
 
 
 def _add(

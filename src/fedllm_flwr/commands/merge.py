@@ -1,4 +1,4 @@
-"""The base model with an adapter merged into its weights, checked before it is handed out."""
+"""``fedllm merge``: merge an adapter into its base model, and check the merged logits."""
 
 import gc
 import shutil
@@ -22,29 +22,23 @@ from fedllm_flwr.runs.adapter_files import give_usual_mode, load_kept
 from fedllm_flwr.runs.kept_adapters import KeptAdapter, check_output
 from fedllm_flwr.server.preparation import evaluation_threads, held_out_records
 
-ONTO = ("full", "quantized")  # base weights that a quantized run's adapter may go into
-
 _PROBE_SHAPE = (2, 64)  # sequences, tokens
-# Largest root-mean-square difference of the logits, as a share of the logits' own. Merging rounds
-# every weight once more; measured on CPU: 1e-6 in float32, 7e-3 in bfloat16.
+# Largest relative root-mean-square difference of the logits. Merging rounds every weight once more:
+# 1e-6 in float32 and 7e-3 in bfloat16, measured on CPU.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How the logits of two models differ on the probe.
+class LogitDifference:
+    """Difference between the logits of two models on the same tokens."""
 
-    ``largest`` and ``scale`` are the largest absolute difference and logit, ``relative`` the
-    root-mean-square difference as a share of the root-mean-square logit.
-    """
-
-    largest: float
-    scale: float
-    relative: float
+    largest: float  # absolute
+    scale: float  # largest absolute logit
+    relative: float  # root mean square, relative to that of the logits
 
     @classmethod
-    def of(cls, found: torch.Tensor, expected: torch.Tensor) -> "Difference":
-        """Of logits of one shape."""
+    def of(cls, found: torch.Tensor, expected: torch.Tensor) -> "LogitDifference":
+        """Difference between two tensors of one shape."""
         difference = (found - expected).float()
         norm = float(expected.float().norm())
         return cls(
@@ -58,28 +52,36 @@ class Difference:
 
 
 def merge(kept: KeptAdapter, output: Path, onto: str = "full") -> Iterator[str]:
-    """Write the base model with an adapter in its weights; yields lines on what was done.
+    """Write the base model with the adapter in its weights; yields progress lines.
 
-    The merged model is loaded again from what was written, and its logits are compared with those
-    of base model and adapter side by side: one that differs is refused, and nothing is left. A
-    model whose input and output embeddings are one matrix gets two where the adapter changes
-    either.
+    The written model is loaded again, and its logits are compared with those of base model plus
+    adapter; if they differ, nothing is kept. Tied input and output embeddings are untied if the
+    adapter changes one of them.
 
     Args:
         output: a directory that does not exist.
-        onto: for a quantized run ``full``, the base model's own weights, or ``quantized``, what
-            quantization had made of them, in full precision again. The result is never quantized.
+        onto: for a quantized run ``full``, the base model's original weights, or ``quantized``, its
+            dequantized weights. The merged model is always in full precision.
 
     Raises:
-        FedLLMError: the model cannot be loaded, written, or differs.
+        FedLLMError: the model cannot be loaded or written, or its logits differ.
     """
     check_output(output)
     config = kept.config
     quantization = config.quantization.name
     if onto == "quantized" and quantization == "none":
         raise ConfigError("--onto quantized: the run's base model is not quantized; drop it.")
-    if quantization != "none":
-        yield from _about_quantized(config, onto)
+    if quantization != "none" and onto == "full":
+        yield (
+            f"the adapter was trained on the base model in {quantization}, and is merged into the "
+            f"base model's own weights; --onto quantized takes those that {quantization} had made "
+            "of them"
+        )
+    elif quantization != "none":
+        yield (
+            f"the adapter is merged into what {quantization} had made of the base model's weights, "
+            "as it was trained; they are written in full precision"
+        )
     full = replace(config, quantization=QuantizationConfig())
     trained = _scores(kept, load_beside(config), config) if quantization != "none" else None
     gc.collect()
@@ -104,22 +106,8 @@ def merge(kept: KeptAdapter, output: Path, onto: str = "full") -> Iterator[str]:
     yield f"merged model written to {output}; load it with AutoModelForCausalLM.from_pretrained"
 
 
-def _about_quantized(config: Config, onto: str) -> Iterator[str]:
-    name = config.quantization.name
-    if onto == "full":
-        yield (
-            f"the adapter was trained on the base model in {name}, and is merged into the base "
-            f"model's own weights; --onto quantized takes those that {name} had made of them"
-        )
-    else:
-        yield (
-            f"the adapter is merged into what {name} had made of the base model's weights, as it "
-            "was trained; they are written in full precision"
-        )
-
-
 def _scores(kept: KeptAdapter, model: AdaptedModel, config: Config) -> dict[str, float] | str:
-    """Scores of the adapter in `model` on the run's held-out records, or why there are none."""
+    """Scores of the adapter in `model` on the run's held-out records, or the reason for none."""
     try:
         data = held_out_records(config, model)
     except FedLLMError as error:
@@ -131,8 +119,8 @@ def _scores(kept: KeptAdapter, model: AdaptedModel, config: Config) -> dict[str,
     return evaluate(model, params, data, tokens, evaluation_threads(config))
 
 
-def _write(model: AdaptedModel, params: Params, output: Path) -> Difference:
-    """Merge and write; the directory appears as a whole, once its logits are right."""
+def _write(model: AdaptedModel, params: Params, output: Path) -> LogitDifference:
+    """Merge, check the logits, then create the directory by one rename."""
     model.load(params)
     model.peft.eval()
     expected = _logits(model.peft, model.device)
@@ -145,7 +133,7 @@ def _write(model: AdaptedModel, params: Params, output: Path) -> Difference:
         merged.save_pretrained(str(fresh), safe_serialization=True)
         model.tokenizer.save_pretrained(str(fresh))
         give_usual_mode(fresh, like="config.json")
-        merged.to("meta")  # room for the one that is read back
+        merged.to("meta")  # frees memory for the model that is read back
         written = AutoModelForCausalLM.from_pretrained(
             fresh,
             dtype=dtype,
@@ -154,7 +142,7 @@ def _write(model: AdaptedModel, params: Params, output: Path) -> Difference:
             trust_remote_code=False,
             use_safetensors=True,
         )
-        difference = Difference.of(_logits(written.eval(), device), expected)
+        difference = LogitDifference.of(_logits(written.eval(), device), expected)
         if not difference.relative <= _TOLERANCE[dtype]:
             raise ModelError(
                 f"the merged model is not the adapted one, its logits differ by {difference}; it "
@@ -165,7 +153,7 @@ def _write(model: AdaptedModel, params: Params, output: Path) -> Difference:
 
 
 def _logits(model: Any, device: torch.device) -> torch.Tensor:
-    """On random tokens, the same for every model of one vocabulary; (2, tokens, vocabulary)."""
+    """Logits on seeded random tokens; shape (2, tokens, vocabulary)."""
     text = model.config.get_text_config()
     longest = min(_PROBE_SHAPE[1], getattr(text, "max_position_embeddings", None) or 64)
     generator = torch.Generator().manual_seed(0)
@@ -176,9 +164,9 @@ def _logits(model: Any, device: torch.device) -> torch.Tensor:
 
 
 def _untie(peft: Any) -> None:
-    """Give input and output embeddings a matrix each, where they share one that is adapted.
+    """Untie input and output embeddings if the adapter changes one of them.
 
-    Merging changes a matrix in place: shared, the change of one side would reach the other.
+    Merging changes a matrix in place, so that a shared matrix would change on both sides.
     """
     base = peft.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())

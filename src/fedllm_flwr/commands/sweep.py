@@ -1,4 +1,4 @@
-"""Sweeps: one run after the other for every combination of values."""
+"""``fedllm run --multirun``: one run for each combination of values."""
 
 import csv
 import io
@@ -13,7 +13,6 @@ from pathlib import Path
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose, expand_sweep
 from fedllm_flwr.errors import ConfigError, FedLLMError, RunInterrupted
-from fedllm_flwr.federation.state import newest_round
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.console import Console, print_error
 from fedllm_flwr.reporting.metrics import read_metrics, summarise
@@ -22,48 +21,52 @@ from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.server.opening import with_absolute_paths
 from fedllm_flwr.server.run import run_simulation
 
-SWEEP = "sweep.json"  # in the directory of all runs: what was asked for, and the runs' names
+SWEEP = "sweep.json"  # in the directory of all runs: overrides, and the runs' names
 _TABLE = "results.csv"
 _SCORES = ("loss", "accuracy", "macro_f1", "margin", "answer_tokens")
 
 
 @dataclass(frozen=True)
-class _Run(PlannedRun):
-    """One combination: its name, its swept values by key, and its configuration."""
+class SweptRun(PlannedRun):
+    """One combination of values, by key."""
 
     name: str
     values: dict[str, str]
 
 
 def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = False) -> int:
-    """Carry out every combination of a sweep and write a table of their results.
+    """Run every combination of a sweep and write a table of the results; returns the exit status.
 
-    Each run writes a directory of its own below ``output_dir``, which holds the table, too; it is
-    written anew after each run. All configurations are checked before the first run starts. A run
-    that fails is reported and the others go on; the status is then 1. ``resume=<directory>`` goes
-    on with a sweep that stopped: what is done stays, what was begun is continued.
+    Each run writes to its own directory below ``output_dir``, and the table is updated after each.
+    All configurations are checked before the first run starts. After a failed run the sweep
+    continues, and the exit status is 1. ``resume=<directory>`` continues a stopped sweep.
 
     Raises:
-        ConfigError: no sweep, a combination that cannot work, or a directory that is taken.
-        RunInterrupted: by the user; says how to go on.
+        ConfigError: no key has several values, a combination is invalid, or the directory is taken.
+        RunInterrupted: by the user; names the command that continues.
     """
     resumed = [text.partition("=")[2] for text in overrides if text.startswith("resume=")]
     if resumed:
         root = Path(resumed[-1]).expanduser()
-        overrides, config_dir = _saved(root, overrides)
+        if not (root / SWEEP).is_file():
+            raise ConfigError(f"resume={root}: no {SWEEP} there; give the directory of a sweep.")
+        if other := [text for text in overrides if not text.startswith("resume=")]:
+            raise ConfigError(f"{other[0]}: a sweep goes on with its own overrides; drop it.")
+        saved = json.loads((root / SWEEP).read_text(encoding="utf-8"))
+        overrides, config_dir = saved["overrides"], saved["config_dir"]
     combinations = expand_sweep(overrides, config_dir)
     if len(combinations) < 2:
         raise ConfigError("--multirun needs a key with several values, such as seed=1,2,3.")
     configs = [compose(combination, config_dir) for combination in combinations]
     first_refusal([with_absolute_paths(config) for config in configs])
     if not resumed:
-        root = _root(configs)
+        root = _new_directory(configs)
     runs = []
     for number, (combination, config) in enumerate(zip(combinations, configs, strict=True)):
         swept = [text for text in combination if text not in overrides]
         path = str(root / f"{number}-{','.join(swept)}".replace("/", "_"))
         values = dict(text.split("=", 1) for text in swept)
-        runs.append(_Run(",".join(swept), values, config=replace(config, output_dir=path)))
+        runs.append(SweptRun(",".join(swept), values, config=replace(config, output_dir=path)))
     names = [run.directory.path.name for run in runs]
     saved = {"overrides": [*overrides], "config_dir": config_dir, "runs": names}
     write_atomically(root / SWEEP, json.dumps(saved, indent=2).encode())
@@ -72,8 +75,8 @@ def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = Fal
     return 1 if errors else 0
 
 
-def _carry_out(root: Path, runs: Sequence[_Run], quiet: bool) -> dict[str, str]:
-    """Do what is not done yet; returns errors by name."""
+def _carry_out(root: Path, runs: Sequence[SweptRun], quiet: bool) -> dict[str, str]:
+    """Carry out the runs that are not done; returns errors by name."""
     errors: dict[str, str] = {}
     for number, run in enumerate(runs, start=1):
         done = ", done before" if run.done else ""
@@ -82,7 +85,7 @@ def _carry_out(root: Path, runs: Sequence[_Run], quiet: bool) -> dict[str, str]:
             continue
         try:
             with Console(quiet=quiet) as console:
-                run_simulation(_begun(run), console, time.monotonic())
+                run_simulation(run.begin(), console, time.monotonic())
         except FedLLMError as error:
             print_error(str(error))
             errors[run.name] = str(error)
@@ -98,27 +101,8 @@ def _carry_out(root: Path, runs: Sequence[_Run], quiet: bool) -> dict[str, str]:
     return errors
 
 
-def _begun(run: _Run) -> Config:
-    """The configuration that goes on with a run that has saved a round, else begins it."""
-    if newest_round(run.directory.checkpoints) is not None:
-        return replace(run.config, resume=str(run.directory.path))
-    run.directory.config.unlink(missing_ok=True)  # of a process that was killed before that
-    return run.config
-
-
-def _saved(root: Path, typed: Sequence[str]) -> tuple[list[str], str | None]:
-    """The overrides of a sweep that stopped, and its directory of further choices."""
-    file = root / SWEEP
-    if not file.is_file():
-        raise ConfigError(f"resume={root}: no {SWEEP} there; give the directory of a sweep.")
-    if other := [text for text in typed if not text.startswith("resume=")]:
-        raise ConfigError(f"{other[0]}: a sweep goes on with its own overrides; drop it.")
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    return saved["overrides"], saved["config_dir"]
-
-
-def _root(configs: Sequence[Config]) -> Path:
-    """The directory of all runs: ``output_dir``, else multirun/<month day-time>."""
+def _new_directory(configs: Sequence[Config]) -> Path:
+    """Directory of all runs: ``output_dir``, or multirun/<month day-time>."""
     asked = {config.output_dir for config in configs}
     if len(asked) > 1:
         raise ConfigError(
@@ -139,8 +123,8 @@ def _root(configs: Sequence[Config]) -> Path:
     return root
 
 
-def _rows(runs: Sequence[_Run], errors: Mapping[str, str]) -> list[dict[str, str]]:
-    """A row for each run that is done or has failed: its swept values, then its final scores."""
+def _rows(runs: Sequence[SweptRun], errors: Mapping[str, str]) -> list[dict[str, str]]:
+    """A row for each run that is done or has failed: swept values, then final scores."""
     rows = []
     for run in runs:
         row = {"run": run.name, **run.values}
@@ -156,7 +140,7 @@ def _rows(runs: Sequence[_Run], errors: Mapping[str, str]) -> list[dict[str, str
 
 
 def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """``run``, the swept keys, the scores that any run has, and ``error`` if one failed."""
+    """``run``, the swept keys, the scores of any run, and ``error`` if a run failed."""
     found = list(dict.fromkeys(name for row in rows for name in row))
     last = [name for name in (*_SCORES, "error") if name in found]
     return ["run", *(name for name in found if name not in ("run", *last)), *last]
@@ -171,7 +155,7 @@ def _as_csv(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _as_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Aligned columns for a terminal: swept keys and scores; an error in the place of scores."""
+    """Aligned columns for a terminal: swept keys, then scores or an error."""
     names = [name for name in _columns(rows) if name not in ("run", "error")]
     table = [names, *([row.get(name, "") for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(names))]

@@ -1,16 +1,16 @@
-"""Arguments that cannot be parsed, in one line each, with what was probably meant."""
+"""One-line errors for wrong command lines, with a suggestion."""
 
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from fedllm_flwr.config.names import closest_key, shown
 from fedllm_flwr.errors import ConfigError
 
-# What people type for a command that has another name here.
-_SAID_ELSEWHERE = {
+# Names of commands in other tools, and the command here.
+_SYNONYMS = {
     **dict.fromkeys(("train", "finetune", "simulate", "start", "resume", "sweep"), "run"),
     **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
     **dict.fromkeys(("infer", "predict", "chat", "ask"), "generate"),
@@ -21,10 +21,10 @@ _SAID_ELSEWHERE = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose refusals are `ConfigError`, as those of everything else."""
+    """A parser that raises `ConfigError` on a wrong command line."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line; `message` is argparse's wording.
+        """Turn argparse's `message` into a `ConfigError`.
 
         Raises:
             ConfigError: always.
@@ -40,8 +40,8 @@ class CommandParser(argparse.ArgumentParser):
             raise ConfigError(
                 f"{name} {value}: choose from {', '.join(known)}.{_hint(value, known)}"
             )
-        elsewhere = {text: meant for text, meant in _SAID_ELSEWHERE.items() if meant in known}
-        hint = _hint(value, known, elsewhere, self.prog)
+        synonyms = {text: meant for text, meant in _SYNONYMS.items() if meant in known}
+        hint = _hint(value, known, synonyms, f"{self.prog} ")
         raise ConfigError(
             f"{self.prog} has no {name} {shown(value)!r}.{hint} Choose from {', '.join(known)}."
         )
@@ -53,11 +53,11 @@ def refuse_unknown(
     parser: argparse.ArgumentParser,
     takes_overrides: bool,
 ) -> NoReturn:
-    """Refuse what a command does not take, with what was probably meant.
+    """Raise an error for arguments that a command does not take.
 
     Args:
-        arguments: everything that was typed.
-        unknown: the texts among them that the parser of the command left over.
+        arguments: the whole command line.
+        unknown: the arguments that the command's parser did not recognise.
         parser: of the command.
         takes_overrides: whether the command takes ``section.key=value``.
 
@@ -91,13 +91,8 @@ def refuse_unknown(
 
 
 def _hint(
-    value: str,
-    known: Iterable[str],
-    said: dict[str, str] | None = None,
-    program: str = "",
+    value: str, known: Iterable[str], synonyms: Mapping[str, str] = {}, prefix: str = ""
 ) -> str:
-    candidates = {**{name: name for name in known}, **(said or {})}
+    candidates = {**{name: name for name in known}, **synonyms}
     close = difflib.get_close_matches(value.lower(), candidates, n=1, cutoff=0.6)
-    if not close:
-        return ""
-    return f" Did you mean {f'{program} {candidates[close[0]]}'.strip()!r}?"
+    return f" Did you mean {prefix + candidates[close[0]]!r}?" if close else ""

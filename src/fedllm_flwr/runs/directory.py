@@ -180,8 +180,15 @@ class PlannedRun:
 
     @property
     def done(self) -> bool:
-        """Whether the run has been carried out before."""
+        """Whether the run has finished."""
         return self.directory.summary.is_file()
+
+    def begin(self) -> Config:
+        """The configuration to run: it resumes the run if there is a checkpoint, else starts it."""
+        if newest_round(self.directory.checkpoints) is not None:
+            return replace(self.config, resume=str(self.directory.path))
+        self.directory.config.unlink(missing_ok=True)  # stopped before its first checkpoint
+        return self.config
 
 
 def foreign_files(folder: Path, own: Sequence[str]) -> list[str]:

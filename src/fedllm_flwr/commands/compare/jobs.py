@@ -1,4 +1,4 @@
-"""The runs of a comparison: their configurations, and carrying them out side by side."""
+"""The runs of a comparison: their configurations, and how they run in parallel."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from fedllm_flwr.config.schema import AlgorithmConfig, PartitionConfig
 from fedllm_flwr.config.validation import validate
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import ConfigError, FedLLMError
-from fedllm_flwr.runs.directory import PlannedRun, RunDirectory
+from fedllm_flwr.runs.directory import PlannedRun
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Job(PlannedRun):
 def make_jobs(
     overrides: Sequence[str], config_dir: str | None, algorithms: Sequence[str], root: Path
 ) -> list[Job]:
-    """The runs, all seeds of one algorithm after those of another, seeds outermost.
+    """The runs, ordered by seed and then by algorithm.
 
     Raises:
-        ConfigError: a configuration that cannot work.
+        ConfigError: a configuration is invalid.
     """
     jobs = []
     for name in algorithms:
@@ -49,47 +49,42 @@ def make_jobs(
 
 
 def carry_out(jobs: Sequence[Job], workers: int, report: Callable[[Job, str | None], None]) -> None:
-    """Run what is not done yet, `workers` at a time; a run that stopped goes on.
+    """Carry out or resume the runs that are not done, in `workers` processes.
 
-    Every worker is a process that keeps its base model from run to run.
+    A worker process keeps its base model from run to run.
 
     Args:
-        report: called when a run has ended, with its error or None.
+        report: called at the end of each run, with its error or None.
     """
     pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare_environment)
     try:
         futures: dict[Future[str | None], Job] = {
-            pool.submit(_run, job.config): job for job in jobs if not job.done
+            pool.submit(_run, job): job for job in jobs if not job.done
         }
         for future in as_completed(futures):
             report(futures[future], future.result())
     except BaseException:
-        for process in list((pool._processes or {}).values()):  # a run takes minutes to end
+        for process in list((pool._processes or {}).values()):  # a run would end only after minutes
             process.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run(config: Config) -> str | None:
-    """Carry out one run in a worker; its error in one line, or None."""
+def _run(job: Job) -> str | None:
+    """Carry out one run in a worker process; returns its error in one line, or None."""
     from fedllm_flwr.reporting.console import Console
     from fedllm_flwr.server.run import run_simulation
 
-    directory = RunDirectory(Path(str(config.output_dir)))
-    if any(directory.checkpoints.glob("round-*")):
-        config = replace(config, resume=str(directory.path))
-    elif directory.config.is_file():  # stopped before its first checkpoint
-        directory.config.unlink()
     try:
-        run_simulation(config, Console(quiet=True), time.monotonic())
+        run_simulation(job.begin(), Console(quiet=True), time.monotonic())
     except FedLLMError as error:
         return str(error)
     return None
 
 
 def _with_own_settings(config: Config) -> Config:
-    """The configuration with what ``compare.settings`` says for its algorithm."""
+    """The configuration with its algorithm's ``compare.settings``."""
     settings = config.compare.settings or {}
     known = {item.name for item in fields(AlgorithmConfig)} - {"name"}
     own = settings.get(config.algorithm.name, {})
@@ -105,14 +100,17 @@ def _with_own_settings(config: Config) -> Config:
 
 
 def _centralized(federated: Config, algorithm: AlgorithmConfig) -> Config:
-    """All data in one client, which takes as many steps a round as all sampled clients do."""
+    """One client with all data and as many steps per round as all sampled clients together."""
+    from fedllm_flwr.data.client_data import divided_data
+    from fedllm_flwr.tasks import task_of
+
     federation, training = federated.federation, federated.training
-    sampled = num_sampled(federated, _num_clients(federated))
+    num_clients = divided_data(federated, task_of(federated).records)[1].num_clients
+    sampled = num_sampled(federated, num_clients)
     if training.max_steps > 0:
         training = replace(training, max_steps=training.max_steps * sampled)
     else:
-        share = sampled / _num_clients(federated)
-        training = replace(training, num_epochs=training.num_epochs * share)
+        training = replace(training, num_epochs=training.num_epochs * (sampled / num_clients))
     return replace(
         federated,
         algorithm=algorithm,
@@ -122,10 +120,3 @@ def _centralized(federated: Config, algorithm: AlgorithmConfig) -> Config:
             federation, num_clients=1, sample_clients=None, sample_fraction=1.0, min_replies=1
         ),
     )
-
-
-def _num_clients(config: Config) -> int:
-    from fedllm_flwr.data.client_data import divided_data
-    from fedllm_flwr.tasks import task_of
-
-    return divided_data(config, task_of(config).records)[1].num_clients

@@ -1,4 +1,4 @@
-"""``fedllm status``: one look at a run, a server, a site or a health server."""
+"""``fedllm status``: the state of a run, a server, a site or a health server."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from fedllm_flwr.commands.status.run import RunStatus, run_status
 from fedllm_flwr.commands.status.several import SeveralStatus, holds_several, several_status
 from fedllm_flwr.errors import ConfigError
 
-NOT_WELL = 3  # exit status, as that of `systemctl status` for what does not run
+NOT_WELL = 3  # exit status, as of `systemctl status` for a service that is down
 
 
 def status(
     directory: str | None, health: Sequence[str], as_json: bool, watch_s: float | None = None
 ) -> int:
-    """Print how things stand, once or every `watch_s` seconds.
+    """Print the state once, or every `watch_s` seconds until the run has ended or Ctrl-C.
 
     Args:
         directory: of a run, of a comparison or sweep, of ``fedllm server init`` or of ``fedllm
@@ -27,42 +27,37 @@ def status(
         health: ``host:port`` of health servers to ask.
 
     Returns:
-        0 if the run goes on or has finished and every process serves, else `NOT_WELL`.
+        0 if the run is running or has finished and every process serves, else `NOT_WELL`.
 
     Raises:
         FedLLMError: the directory is none of these, or cannot be read.
     """
-    if watch_s is not None:
-        if watch_s <= 0:
-            raise ConfigError(f"--watch must be > 0 seconds, got {watch_s:g}.")
-        return _watch(directory, health, as_json, watch_s)
-    return _once(directory, health, as_json)[0]
-
-
-def _watch(directory: str | None, health: Sequence[str], as_json: bool, pause_s: float) -> int:
-    """Look until nothing runs any more, or until Ctrl-C; the status of the last look."""
-    code, goes_on = NOT_WELL, True
+    if watch_s is None:
+        return _print_state(directory, health, as_json)[0]
+    if watch_s <= 0:
+        raise ConfigError(f"--watch must be > 0 seconds, got {watch_s:g}.")
+    code, may_change = NOT_WELL, True
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             if not as_json and sys.stdout.isatty():
                 print("\033[H\033[2J", end="")
-            code, goes_on = _once(directory, health, as_json)
+            code, may_change = _print_state(directory, health, as_json)
             sys.stdout.flush()
-            if not goes_on:
+            if not may_change:
                 break
-            time.sleep(pause_s)
+            time.sleep(watch_s)
     return code
 
 
-def _once(directory: str | None, health: Sequence[str], as_json: bool) -> tuple[int, bool]:
-    """Print how things stand; exit status, and whether that may change by itself."""
+def _print_state(directory: str | None, health: Sequence[str], as_json: bool) -> tuple[int, bool]:
+    """Print the state once; returns the exit status, and whether the state may still change."""
     if directory is None and not health:
         raise ConfigError(
             "nothing to look at; give the directory of a run, a server or a site, or "
             "--health host:port"
         )
     checks = [check_health("health", address) for address in health]
-    found = None if directory is None else _look(Path(directory).expanduser())
+    found = None if directory is None else _state_of(Path(directory).expanduser())
     well = not any(check.problem for check in checks) and (found is None or found.is_well)
     if as_json:
         answers = [{"address": check.address, "problem": check.problem} for check in checks]
@@ -75,7 +70,7 @@ def _once(directory: str | None, health: Sequence[str], as_json: bool) -> tuple[
     return 0 if well else NOT_WELL, not ends
 
 
-def _look(folder: Path) -> RunStatus | SeveralStatus | FederationStatus:
+def _state_of(folder: Path) -> RunStatus | SeveralStatus | FederationStatus:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such directory; give that of a run, a server or a site")
     if holds_several(folder):

@@ -1,7 +1,7 @@
-"""``fedllm metrics``: what a server or a site has counted, for Prometheus, on loopback alone.
+"""``fedllm metrics``: counters of a server or a site for Prometheus, on loopback only.
 
-Nothing is counted in the processes that work: every scrape reads what they have written, the
-rounds of a server's runs and the audit log of a site, so that a restart loses nothing.
+Each scrape reads the round records of a server's runs or a site's audit log, so that a restart
+loses no counts.
 """
 
 import threading
@@ -19,7 +19,6 @@ from fedllm_flwr.deployment.site_views import site_requests
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.reporting.metrics import read_metrics
 
-DEFAULT_PORT = 9464
 _HEALTH_TIMEOUT_S = 1.0
 
 Labels = tuple[str, ...]
@@ -29,8 +28,8 @@ def serve_metrics(directory: Path, port: int) -> None:
     """Answer on ``http://127.0.0.1:<port>/metrics`` until interrupted.
 
     Raises:
-        ConfigError: no directory of a server or a site, prometheus-client is missing, or a port
-            that cannot be.
+        ConfigError: not the directory of a server or a site, prometheus-client is missing, or the
+            port is invalid.
         FederationError: the port is taken.
     """
     server, thread = start_metrics(directory, port)
@@ -70,12 +69,8 @@ class ServerMetrics:
         self._folder = folder
 
     def collect(self) -> Iterator[Any]:
-        """Metric families, read anew."""
-        rounds: Counter[Labels] = Counter()
-        replies: Counter[Labels] = Counter()
-        refusals: Counter[Labels] = Counter()
-        moved: Counter[Labels] = Counter()
-        seconds: Counter[Labels] = Counter()
+        """Metric families, from the current files."""
+        rounds, replies, refusals, moved, seconds = (Counter[Labels]() for _ in range(5))
         losses: dict[Labels, float] = {}
         for file in sorted(self._folder.glob("outputs/*/metrics.jsonl")):
             run = file.parent.name
@@ -105,7 +100,7 @@ class ServerMetrics:
 
 
 class SiteMetrics:
-    """What the audit log of a site has noted, and what waits for its operator."""
+    """Entries of a site's audit log, and requests that wait for its operator."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -113,8 +108,11 @@ class SiteMetrics:
         self._read: tuple[object, AuditReport] | None = None
 
     def collect(self) -> Iterator[Any]:
-        """Metric families, read anew if the log has grown."""
-        report = self._report()
+        """Metric families; the log is read again if it has grown."""
+        state = [(file.name, file.stat().st_size) for file in self._log.files()]
+        if self._read is None or self._read[0] != state:
+            self._read = (state, self._log.read())
+        report = self._read[1]
         messages: Counter[Labels] = Counter()
         sums: dict[str, Counter[Labels]] = {
             name: Counter() for name in ("records", "bytes", "seconds")
@@ -136,15 +134,9 @@ class SiteMetrics:
         yield _gauge("fedllm_site_audit_unbroken", text, (), {(): float(not report.problems)})
         yield _up(self._folder)
 
-    def _report(self) -> AuditReport:
-        state = [(file.name, file.stat().st_size) for file in self._log.files()]
-        if self._read is None or self._read[0] != state:
-            self._read = (state, self._log.read())
-        return self._read[1]
-
 
 def _up(folder: Path) -> Any:
-    """Whether each process of the directory answers its health check."""
+    """Health checks of the directory's processes."""
     states: dict[Labels, float] = {
         (part,): float(not check_health(part, address, _HEALTH_TIMEOUT_S).problem)
         for part, address in addresses(folder).items()

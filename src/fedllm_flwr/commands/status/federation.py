@@ -1,4 +1,4 @@
-"""How a server or a site stands: its processes, its sites and its newest run."""
+"""State of a server or a site: its processes, its sites and its newest run."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,31 +18,31 @@ _SHOWN_RUNS = 3
 
 @dataclass(frozen=True)
 class FederationStatus:
-    """A server's or site's directory as it stands; a site knows nothing of nodes and runs."""
+    """State of a server or of a site; the fields on nodes and runs are a server's only."""
 
     path: str
     health: list[Health]
     registered: list[str] = field(default_factory=list)  # names of the sites' keys
-    online: list[str] = field(default_factory=list)  # names, or node ids of what has no key here
+    online: list[str] = field(default_factory=list)  # names, or node ids without a registered key
     offline: list[str] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)  # id, status, seconds; newest first
-    problem: str = ""  # why Flower's own lists could not be had
+    problem: str = ""  # why Flower's own lists are missing
     newest: RunStatus | None = None  # in outputs/
     waiting: list[str] = field(default_factory=list)  # a site's undecided requests
 
     @property
     def is_well(self) -> bool:
-        """Whether all processes serve, and the newest run goes on or has finished."""
-        runs_well = self.newest is None or self.newest.is_well
-        return not self.problem and not any(part.problem for part in self.health) and runs_well
+        """Whether all processes serve, and the newest run is running or has finished."""
+        problems = [self.problem, *(part.problem for part in self.health)]
+        return not any(problems) and (self.newest is None or self.newest.is_well)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
-        lines = [f"{self.path}", *(part.line for part in self.health)]
+        """The state as lines of text."""
+        lines = [self.path, *(part.line for part in self.health)]
         if self.problem:
             lines.append(f"  {self.problem}")
         elif self.registered or self.online or self.offline:
@@ -64,24 +64,24 @@ class FederationStatus:
 
 
 def is_operators(folder: Path) -> bool:
-    """Whether `fedllm server init` or `fedllm site init` has made this directory."""
+    """Whether a directory was made by ``fedllm server init`` or ``fedllm site init``."""
     return is_server(folder) or (folder / "node.toml").is_file()
 
 
 def federation_status(folder: Path) -> FederationStatus:
-    """Ask the processes of a server's or site's directory, each for a few seconds at most."""
+    """State of a server's or site's directory; asks each process with a timeout of seconds."""
     health = [check_health(part, address) for part, address in addresses(folder).items()]
     if not is_server(folder):
         waiting = [request.id for request in site_requests(folder).all() if request.is_waiting]
         return FederationStatus(str(folder), health, waiting=waiting)
     registered = sorted(file.stem for file in (folder / SITE_KEYS).glob("*.pub"))
-    newest = _newest_run(folder / "outputs")
-    down = [part.part for part in health if part.part == "superlink" and part.problem]
-    if down:
+    runs = sorted(folder.glob("outputs/*/config.yaml"), key=lambda file: file.stat().st_mtime)
+    newest = run_status(runs[-1].parent) if runs else None
+    if any(part.part == "superlink" and part.problem for part in health):
         return FederationStatus(str(folder), health, registered, newest=newest)
     try:
         nodes = _listed(folder, "nodes", "supernode", "list")
-        runs = _listed(folder, "runs", "list")
+        listed = _listed(folder, "runs", "list")
     except FederationError as error:
         return FederationStatus(str(folder), health, registered, problem=str(error), newest=newest)
     return FederationStatus(
@@ -92,14 +92,14 @@ def federation_status(folder: Path) -> FederationStatus:
         offline=_names(folder, [node for node in nodes if node["status"] != "online"]),
         runs=[
             {"id": run["run-id"], "status": run["status"], "seconds": float(run["elapsed"])}
-            for run in runs
+            for run in listed
         ],
         newest=newest,
     )
 
 
 def _names(folder: Path, nodes: list[dict[str, Any]]) -> list[str]:
-    """Names of nodes in order; a node without a registered key is called by its id."""
+    """Sorted names of nodes; a node without a registered key has its id as name."""
     sites = registered_sites(folder)
     ids = [int(node["node-id"]) for node in nodes]
     return sorted(sites.get(node_id, f"node {node_id}") for node_id in ids)
@@ -116,8 +116,3 @@ def _listed(folder: Path, what: str, *command: str) -> list[dict[str, Any]]:
         reason = one_line(str(answer.get("error-message") or said)) or "no answer"
         raise FederationError(f"flwr {' '.join(command)}: {reason}")
     return cast(list[dict[str, Any]], answer[what])
-
-
-def _newest_run(outputs: Path) -> RunStatus | None:
-    runs = sorted(outputs.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime)
-    return run_status(runs[-1].parent) if runs else None

@@ -1,4 +1,4 @@
-"""gRPC health checks of Flower's processes, as grpc_health_probe makes them."""
+"""gRPC health checks of Flower's processes, as by grpc_health_probe."""
 
 import tomllib
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ _OPTION = "--health-server-address"
 
 @dataclass(frozen=True)
 class Health:
-    """The answer of one process; `problem` is empty if it serves."""
+    """Result of one health check; `problem` is empty if the process serves."""
 
-    part: str  # superlink, superexec, supernode; or what was asked for
+    part: str  # superlink, superexec, supernode or health
     address: str  # host:port
     problem: str
 
     @property
     def line(self) -> str:
-        """For people."""
+        """The result as a line of text."""
         state = "serving" if not self.problem else f"NOT serving: {self.problem}"
         return f"  {self.part:<12}{state} ({self.address})"
 
 
 def check_health(part: str, address: str, timeout_s: float = _TIMEOUT_S) -> Health:
-    """Ask the health server at ``host:port``; an answer within `timeout_s` or a problem.
+    """Ask the health server at ``host:port``.
 
     Raises:
-        ConfigError: no host:port.
+        ConfigError: `address` is not host:port.
     """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -43,13 +43,19 @@ def check_health(part: str, address: str, timeout_s: float = _TIMEOUT_S) -> Heal
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            return Health(part, address, _problem(error.code().name, timeout_s))
+            code = error.code().name
+            problems = {
+                "UNAVAILABLE": "nothing answers there",
+                "DEADLINE_EXCEEDED": f"no answer within {timeout_s:g} s",
+                "UNIMPLEMENTED": "what answers there has no health service",
+            }
+            return Health(part, address, problems.get(code, code))
     serving = answer.status == health_pb2.HealthCheckResponse.SERVING
     return Health(part, address, "" if serving else "it says that it does not serve")
 
 
 def addresses(folder: Path) -> dict[str, str]:
-    """Health server addresses by process, as the start files of a directory name them."""
+    """Health server addresses by process, from the start files in a directory."""
     found = {}
     if (supernode := folder / SUPERNODE).is_file():
         options = tomllib.loads(supernode.read_text("utf-8"))
@@ -60,11 +66,3 @@ def addresses(folder: Path) -> dict[str, str]:
             part = script.stem.removeprefix("start-")
             found[part] = words[words.index(_OPTION) + 1]
     return found
-
-
-def _problem(code: str, timeout_s: float) -> str:
-    return {
-        "UNAVAILABLE": "nothing answers there",
-        "DEADLINE_EXCEEDED": f"no answer within {timeout_s:g} s",
-        "UNIMPLEMENTED": "what answers there has no health service",
-    }.get(code, code)

@@ -1,4 +1,4 @@
-"""How a run stands, from its directory alone; nothing of it is changed."""
+"""State of a run, read from its directory."""
 
 import time
 from collections.abc import Mapping
@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.federation.state import newest_readable
 from fedllm_flwr.reporting.metrics import Record, best_record, read_metrics, validation_losses
@@ -19,44 +18,49 @@ _MOST_NAMES = 10  # in a line
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as it stands.
+    """State of a run.
 
-    ``state`` is running, finished, failed (it ended with ``error``) or stopped (it was killed);
-    ``current`` the round that is on, or was when the run stopped; ``last`` the record of the last
-    round that was finished, as in ``metrics.jsonl``.
+    ``state`` is running, finished, failed (with ``error``) or stopped (its process was killed).
     """
 
     path: str
     state: str
     algorithm: str
     data: str
-    round: int  # finished
+    round: int  # last finished
     num_rounds: int
     error: str
-    pid: int | None  # of the process that runs it, or did
+    pid: int | None  # of its process, which may have ended
     host: str | None
-    saved_round: int | None  # from which it can go on
+    saved_round: int | None  # newest checkpoint
     seconds_per_round: float | None  # mean
     bytes: int  # up and down, all rounds
     failures: int  # replies missing or refused, all rounds
-    best_round: int | None  # whose adapter is kept as the best
-    best_loss: float | None  # its loss on held-out records
-    current: CurrentRound | None
-    last: Record | None
-    command: str = "fedllm run"  # goes on with the run, given resume=
+    best_round: int | None  # lowest validation loss
+    best_loss: float | None
+    current: CurrentRound | None  # the round in progress, or in which the run stopped
+    last: Record | None  # of the last finished round, as in metrics.jsonl
+    command: str = "fedllm run"  # resumes the run, given resume=
 
     @property
     def is_well(self) -> bool:
-        """Whether it runs or has finished."""
+        """Whether it is running or has finished."""
         return self.state in ("running", "finished")
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; the last record without the per-client numbers of local training."""
+        """Plain data."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
-        lines = [f"{self.path}: {self._headline()}"]
+        """The state as lines of text."""
+        where = f" (process {self.pid} on {self.host})" if self.state == "running" else ""
+        early = self.state == "finished" and self.round < self.num_rounds
+        done = f"{'stopped early after ' if early else ''}{self.round} of {self.num_rounds}"
+        error = f": {one_line(self.error)}" if self.error else ""
+        lines = [
+            f"{self.path}: {self.state}, {done} rounds of {self.algorithm} on {self.data}"
+            f"{where}{error}"
+        ]
         if self.current is not None and self.state != "finished":
             lines += _round_now(self.current, self.state == "running")
         if self.last is not None and self.last["round"] > 0:
@@ -75,31 +79,30 @@ class RunStatus:
             lines.append(f"  {kept or 'nothing is saved; start it anew'}")
         return lines
 
-    def _headline(self) -> str:
-        where = f" (process {self.pid} on {self.host})" if self.state == "running" else ""
-        early = self.state == "finished" and self.round < self.num_rounds
-        done = f"{'stopped early after ' if early else ''}{self.round} of {self.num_rounds}"
-        text = f"{self.state}, {done} rounds of {self.algorithm} on "
-        return f"{text}{self.data}{where}{f': {one_line(self.error)}' if self.error else ''}"
-
 
 def run_status(path: Path) -> RunStatus:
     """Read a run's directory.
 
     Raises:
-        ConfigError: it holds no run.
-        DataError: its log is damaged.
+        ConfigError: the directory holds no run.
+        DataError: ``metrics.jsonl`` is damaged.
     """
     directory, config = RunDirectory(path), load_run(path, str(path))
     records = read_metrics(directory.metrics) if directory.metrics.is_file() else []
     finished = [item for item in records if not item.get("failed")]
     rounds = [item for item in finished if item["round"] > 0]
     who = holder(directory)
+    if who is not None and who.is_alive:
+        state = "running"
+    elif who is None and is_finished(directory, config):
+        state = "finished"
+    else:
+        state = "failed" if who is not None and who.error else "stopped"
     best = best_record(finished)
     losses = dict(validation_losses(finished))
     return RunStatus(
         path=str(path),
-        state=_state(directory, config, who),
+        state=state,
         algorithm=config.algorithm.name,
         data=config.data.name,
         round=rounds[-1]["round"] if rounds else 0,
@@ -117,14 +120,6 @@ def run_status(path: Path) -> RunStatus:
         last=finished[-1] if finished else None,
         command=who.command if who else Holder.command,
     )
-
-
-def _state(directory: RunDirectory, config: Config, who: Holder | None) -> str:
-    if who is not None and who.is_alive:
-        return "running"
-    if who is None and is_finished(directory, config):
-        return "finished"
-    return "failed" if who is not None and who.error else "stopped"
 
 
 def _round_now(current: CurrentRound, is_running: bool) -> list[str]:

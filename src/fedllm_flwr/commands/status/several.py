@@ -1,4 +1,4 @@
-"""How the runs of a comparison or of a sweep stand, from their directory alone."""
+"""State of a comparison or a sweep, read from its directory."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ from fedllm_flwr.commands.status.run import RunStatus, run_status
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.reporting.text import fixed
 
-# What says that a directory holds several runs, where those lie below it, and how to go on.
+# By marker file: the kind of directory, where its runs are, and the command that resumes it.
 _KINDS = {
     "compare.json": ("comparison", "runs", "fedllm compare resume="),
     "sweep.json": ("sweep", ".", "fedllm run --multirun resume="),
@@ -19,7 +19,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class SeveralStatus:
-    """The runs of a comparison or sweep; ``runs`` has None for those that have not begun."""
+    """State of a comparison or sweep; ``runs`` has None for runs that have not started."""
 
     path: str
     kind: str  # comparison | sweep
@@ -27,7 +27,7 @@ class SeveralStatus:
 
     @property
     def state(self) -> str:
-        """running while one is, finished once all are, failed or stopped otherwise."""
+        """running if any run is, finished if all are, else failed or stopped."""
         states = {run.state if run else "waiting" for run in self.runs.values()}
         if "running" in states:
             return "running"
@@ -37,7 +37,7 @@ class SeveralStatus:
 
     @property
     def is_well(self) -> bool:
-        """Whether a run goes on or all have finished."""
+        """Whether a run is running or all have finished."""
         return self.state in ("running", "finished")
 
     def as_json(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class SeveralStatus:
         return {**asdict(self), "state": self.state}
 
     def lines(self) -> list[str]:
-        """For people: a line for each run."""
+        """The state as text, with a line for each run."""
         counts = Counter(run.state if run else "waiting" for run in self.runs.values())
         done = f"{counts.pop('finished', 0)} of {len(self.runs)} runs finished"
         rest = [f"{count} {state}" for state, count in sorted(counts.items())]
