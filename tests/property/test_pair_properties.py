@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.columns import Mapping
+from fedllm_flwr.data.columns import Columns, Mapping
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.data.faults import Faults
 from fedllm_flwr.plugins import PREPROCESSING
@@ -64,8 +64,8 @@ def transcript(turns: list[str]) -> str:
 
 def parsed(chosen: str, rejected: str) -> tuple[list[Pair], Faults]:
     columns = ColumnsConfig()
-    rows = PREPROCESSING.find("hh_rlhf")([{"chosen": chosen, "rejected": rejected}], columns)
-    return make_pairs(rows, Mapping("f", columns))
+    rows = list(PREPROCESSING.find("hh_rlhf")([{"chosen": chosen, "rejected": rejected}], columns))
+    return make_pairs(rows, Mapping("f", columns), Columns(rows))
 
 
 def messages(turns: list[str]) -> list[dict[str, str]]:

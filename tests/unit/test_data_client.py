@@ -13,9 +13,12 @@ import pytest
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
 from fedllm_flwr.data import client_data as client
+from fedllm_flwr.data import files
 from fedllm_flwr.data.client_data import ClientData, SimulatedData
 from fedllm_flwr.data.federated import FederatedData
-from fedllm_flwr.data.partition import Partition
+from fedllm_flwr.data.overlap import overlap
+from fedllm_flwr.data.partition import Partition, describe
+from fedllm_flwr.data.sources import records_digest
 from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.errors import DataError
@@ -53,7 +56,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 
 
 def forget() -> None:
-    for kept in (client._divided, client._encoded, client._site):
+    for kept in (client._divided, client._simulated, client._site):
         kept.cache_clear()
 
 
@@ -193,6 +196,27 @@ def test_records_are_tokenised_once(make: Callable[..., Config], encodings: list
     config = changed(config, training={"max_length": 40})
     simulated_client(config, TOKENIZER, 0)
     assert len(encodings) == 2
+
+
+def test_a_second_start_reads_no_record(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in simulation, whose digest and overlap are known as well, and not at a site."""
+
+    def read_all(config: Config) -> list[Any]:
+        data = simulated_data(config, TOKENIZER)
+        clients = [whole(simulated_client(config, TOKENIZER, i)) for i in range(3)]
+        found = overlap(data.source.train, data.source.eval)
+        digests = [records_digest(records) for records in (data.source.train, data.source.eval)]
+        described = describe(data.partition, data.source.train)
+        site = whole(site_client(config, TOKENIZER, "st-marys"))
+        return [clients, found, digests, described, data.source.eval["messages"], site]
+
+    config = make(40, 3)
+    first = read_all(config)
+    forget()
+    monkeypatch.setattr(files, "_opened", None)
+    assert read_all(config) == first
 
 
 def test_a_site_tokenises_its_file_once(make: Callable[..., Config], encodings: list[int]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fedllm_flwr.config.schema import ColumnsConfig, Config, DataConfig, PartitionConfig
 from fedllm_flwr.data import sources
 from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.tasks.sft.examples import INSTRUCTIONS
 
@@ -19,6 +20,11 @@ SHARED = Path(os.environ.get("FEDLLM_DATA", Path(__file__).parents[3] / "shared/
 SENTIMENTS = ["negative", "neutral", "positive"]
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the real data sets are not here")
 needs_demo = pytest.mark.skipif(not sources.DEMO.exists(), reason="the demo data is not here yet")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -37,7 +43,7 @@ def load(seed: int = 0, partition: PartitionConfig | None = None, **data: Any) -
     )
 
 
-def questions(records: datasets.Dataset) -> list[str]:
+def questions(records: Records) -> list[str]:
     return [turns[0]["content"] for turns in records["messages"]]
 
 
@@ -49,7 +55,7 @@ def test_hold_out_is_seeded_disjoint_and_complete(tmp_path: Path) -> None:
     assert questions(one.eval) != questions(other.eval)
     assert len(one.eval) == one.report.held_out == 20
     assert sorted(questions(one.train) + questions(one.eval)) == sorted(f"q{i}" for i in range(100))
-    assert one.train.column_names == ["messages", "label", "client", "choice"]
+    assert one.train.column_names == ("messages", "label", "client", "choice")
 
 
 def test_hold_out_takes_no_more_than_eval_max_samples(tmp_path: Path) -> None:
@@ -168,8 +174,8 @@ def test_answers_outside_the_label_set_are_counted(tmp_path: Path) -> None:
     )
 
     data = load(path=path, labels=SENTIMENTS, validation_fraction=0.0)
-    assert data.train["choice"][:] == [2, 1, -1]
-    assert data.train["label"][:] == ["positive", "neutral", ""]
+    assert data.train["choice"] == [2, 1, -1]
+    assert data.train["label"] == ["positive", "neutral", ""]
     assert data.report.train.unscored == 1
 
 
@@ -197,9 +203,36 @@ def test_errors_of_the_source(tmp_path: Path) -> None:
         load(path=path, eval_path="nowhere.json")
     with pytest.raises(DataError, match=r"leave nothing to train on.*set it to 0"):
         load(path=path)
+    for name, content in (("none.json", "[]"), ("header.csv", "a,b\n"), ("bad.jsonl", "{\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=rf"data\.path: .*{name}: holds no records"):
+            load(path=str(tmp_path / name), on_bad_record="skip")
     write(tmp_path / "bad.jsonl", [{"instruction": "a", "output": ""}])
     with pytest.raises(DataError, match="none of its 1 records is usable"):
         load(path=str(tmp_path / "bad.jsonl"), on_bad_record="skip")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    write(path, rows(5000))
+    data = load(path=str(path))
+    reading = iter(data.train)
+    next(reading)
+    write(path, rows(5001))
+    with pytest.raises(DataError, match=r"d\.jsonl: has changed while it was read; start again"):
+        list(reading)
+
+
+def test_columns_may_first_come_late(tmp_path: Path) -> None:
+    """What the first records lack may be in the last one, in another piece of the file."""
+    path = write(tmp_path / "d.jsonl", [*rows(3000), *rows(1, desk="fx", kind="x", input="more")])
+    with pytest.raises(DataError, match=r"3000 of 3001 records .*no value in column 'desk'"):
+        load(path=path, client_column="desk")
+    columns = ColumnsConfig(label="kind")
+    data = load(path=path, columns=columns, validation_fraction=0.0)
+    assert data.train["label"] == [""] * 3000 + ["x"]
+    assert questions(data.train)[-1] == "q0 more"
+    assert data.report.train.unused_columns == ("desk",)
 
 
 def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +327,6 @@ def test_real_finance_sets(test_set: str, size: int) -> None:
     assert (len(data.train), len(data.eval)) == (13895, size)
     assert set(data.train["client"]) == {"fpb", "tfns", "fiqa"}
     assert data.report.train.unscored == data.report.evaluation.unscored == 0
-    prompt = data.eval[0]["messages"][0]["content"]
+    prompt = data.eval["messages"][0][0]["content"]
     assert prompt.startswith("What is the sentiment of this ")
     assert "Input:" not in prompt

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedllm_flwr.data.files import BadLine, Record, read_parts, refuse
+from fedllm_flwr.data import files
+from fedllm_flwr.data.files import BadLine, Record, open_records, refuse
 from fedllm_flwr.errors import DataError
 
 RECORDS = [
@@ -47,7 +48,7 @@ WRITERS = {
 def read_records(
     path: Path, split: str | None = None, on_bad_line: BadLine = refuse
 ) -> list[Record]:
-    return [record for part in read_parts(path, split, on_bad_line) for record in part.records]
+    return [record for file in open_records(path, split) for record in file.read(on_bad_line)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -55,6 +56,17 @@ def test_every_format_gives_the_same_records(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / name)
 
     assert read_records(tmp_path / name) == RECORDS
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 50])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_list_is_read_in_pieces(
+    piece: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PIECE", piece)
+    records = [*RECORDS, {"a": {"b": ["],", "}"]}}, {}, {"x": "\\"}, {"y": '"'}]
+    (tmp_path / "list.json").write_text(f" {json.dumps(records, indent=indent)}\n")
+    assert read_records(tmp_path / "list.json") == records
 
 
 def test_directory_reads_its_record_files_in_name_order(tmp_path: Path) -> None:
@@ -115,12 +127,14 @@ def test_saved_dataset_dict_reads_the_split(tmp_path: Path) -> None:
 BROKEN = {
     "empty.jsonl": (b"", "the file is empty"),
     "blank.json": (b" \n ", "the file is empty"),
-    "none.json": (b"[]", "holds no records"),
-    "header.csv": (b"a,b\n", "holds no records"),
     "line.jsonl": (
         b'{"x": 1}\n\n{"x": 1 "y": 2}\n',
         r"line\.jsonl, line 3: not valid JSON \(Expecting ',' delimiter at column 9\)\. "
         r"Fix the line, or drop bad lines with data\.on_bad_record=skip",
+    ),
+    "end.jsonl": (
+        b'{"x": \n{"x": 1}\n',
+        r"end\.jsonl, line 1: not valid JSON \(Expecting value at column 7\)",
     ),
     "number.jsonl": (b'{"x": 1}\n2\n', r"number\.jsonl, line 2: a JSON number, not an object"),
     "list.jsonl": (b'[{"x": 1}]', "line 1: a JSON list, not an object"),

@@ -1,20 +1,19 @@
 """Label sets that do not fit the records."""
 
-import datasets
 import pytest
 
 from fedllm_flwr.config.schema import DataConfig
 from fedllm_flwr.data.labels import require_scored, unseen_labels
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.tasks.sft.examples import INSTRUCTIONS
 from fedllm_flwr.tasks.sft.records import Example
 
 LABELS = DataConfig(labels=["good", "bad", "ugly"])
 
 
-def records(*answers: str) -> datasets.Dataset:
+def records(*answers: str) -> Records:
     labels = LABELS.labels
-    return INSTRUCTIONS.to_dataset(
+    return Records.of(
         [
             Example(
                 [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}],
@@ -23,7 +22,8 @@ def records(*answers: str) -> datasets.Dataset:
                 labels.index(answer) if answer in labels else -1,
             )
             for answer in answers
-        ]
+        ],
+        "",
     )
 
 

@@ -3,29 +3,26 @@
 import math
 from collections import Counter
 
-import datasets
 import numpy as np
 import pytest
 
 from fedllm_flwr.config.schema import PartitionConfig
 from fedllm_flwr.data.partition import Partition, describe, partition
+from fedllm_flwr.data.records import Messages
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.tasks.preferences.records import Pair
+from fedllm_flwr.tasks.sft.records import Example
 
 CLASSES = ("negative", "neutral", "positive")
 
 
-def records(count: int, classes: tuple[str, ...] = CLASSES) -> datasets.Dataset:
-    values = [classes[i % len(classes)] for i in range(count)]
-    return datasets.Dataset.from_dict(
-        {
-            "messages": [
-                [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * i}]
-                for i in range(count)
-            ],
-            "label": values,
-            "client": values,
-        }
-    )
+def keys(count: int, classes: tuple[str, ...] = CLASSES) -> list[str]:
+    return [classes[i % len(classes)] for i in range(count)]
+
+
+def of_clients(divided: Partition, train: list[str]) -> list[list[str]]:
+    return [[train[i] for i in part] for part in rows(divided)]
 
 
 def by_label(name: str, **options: object) -> PartitionConfig:
@@ -38,7 +35,7 @@ def rows(divided: Partition) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", ["iid", "dirichlet", "natural", "pathological", "size"])
 def test_every_record_has_one_client_and_a_seed_repeats(name: str) -> None:
-    train, config = records(90), by_label(name, min_size=1)
+    train, config = keys(90), by_label(name, min_size=1)
     count = None if name == "natural" else 5
 
     divided = partition(train, config, count, seed=3)
@@ -47,11 +44,10 @@ def test_every_record_has_one_client_and_a_seed_repeats(name: str) -> None:
     if name != "natural":
         assert rows(partition(train, config, count, seed=4)) != rows(divided)
         assert divided.names == [f"client-{i}" for i in range(5)]
-    assert divided.client(1)["label"][:] == [train[i]["label"] for i in rows(divided)[1]]
 
 
 def test_iid_sizes_differ_by_one_and_ignore_the_order_of_the_file() -> None:
-    divided = partition(records(100), PartitionConfig("iid"), None, seed=0)
+    divided = partition(keys(100), PartitionConfig("iid"), None, seed=0)
 
     assert [len(part) for part in rows(divided)] == [10] * 10
     assert rows(divided)[0] != list(range(10))
@@ -68,10 +64,10 @@ def test_label_skew_is_not_skew_of_source(config: PartitionConfig) -> None:
     Rows 0-299 come from one source, rows 300-599 from another. Cuts in the file's order gave
     every client of a class records of one source only, except where the cut crosses row 300.
     """
-    train = records(600)
+    train = keys(600)
     divided = partition(train, config, 6, seed=0)
 
-    labels = np.array(train["label"][:])
+    labels = np.array(train)
     checked = 0
     for part in divided.indices:
         for label in CLASSES:
@@ -88,16 +84,18 @@ def test_label_skew_is_not_skew_of_source(config: PartitionConfig) -> None:
 @pytest.mark.parametrize("name", ["dirichlet", "pathological"])
 def test_the_order_of_a_file_does_not_change_sizes_and_counts(name: str) -> None:
     """The partitioners' own shares, whichever records fill them."""
-    train = records(90)
-    upside_down = train.select(range(89, -1, -1))
+    train = keys(90)
+    upside_down = train[::-1]
     for seed in range(3):
-        divided = [partition(t, by_label(name), 5, seed) for t in (train, upside_down)]
-        counts = [[Counter(clients.client(i)["label"]) for i in range(5)] for clients in divided]
-        assert counts[0] == counts[1]
+        one, other = (
+            [Counter(part) for part in of_clients(partition(some, by_label(name), 5, seed), some)]
+            for some in (train, upside_down)
+        )
+        assert one == other
 
 
 def test_size_gives_shares_of_a_power_law() -> None:
-    divided = partition(records(550), PartitionConfig("size", alpha=1.0), 10, seed=0)
+    divided = partition(keys(550), PartitionConfig("size", alpha=1.0), 10, seed=0)
 
     sizes = [len(part) for part in rows(divided)]
     assert sum(sizes) == 550
@@ -105,23 +103,22 @@ def test_size_gives_shares_of_a_power_law() -> None:
 
 
 def test_natural_clients_are_the_sorted_values() -> None:
-    train = records(12, ("tfns", "fpb", "fiqa"))
+    train = keys(12, ("tfns", "fpb", "fiqa"))
 
     divided = partition(train, by_label("natural"), None, seed=0)
     assert divided.names == ["fiqa", "fpb", "tfns"]
-    for i, name in enumerate(divided.names):
-        assert set(divided.client(i)["client"]) == {name}
+    assert list(map(set, of_clients(divided, train))) == [{"fiqa"}, {"fpb"}, {"tfns"}]
 
 
 def test_pathological_clients_hold_exactly_so_many_classes() -> None:
-    divided = partition(records(90), by_label("pathological", classes_per_client=2), 6, seed=0)
+    train = keys(90)
 
-    for i in range(6):
-        assert len(set(divided.client(i)["label"])) == 2
+    divided = partition(train, by_label("pathological", classes_per_client=2), 6, seed=0)
+    assert [len(set(part)) for part in of_clients(divided, train)] == [2] * 6
 
 
 def test_pathological_leaves_out_classes_that_nobody_holds() -> None:
-    divided = partition(records(90), by_label("pathological", classes_per_client=1), 2, seed=0)
+    divided = partition(keys(90), by_label("pathological", classes_per_client=1), 2, seed=0)
 
     assert sum(map(len, rows(divided))) == 60
 
@@ -129,8 +126,8 @@ def test_pathological_leaves_out_classes_that_nobody_holds() -> None:
 def test_small_alpha_is_more_skewed_than_a_large_one() -> None:
     def spread(alpha: float) -> float:
         config = by_label("dirichlet", alpha=alpha, min_size=1)
-        divided = partition(records(3000), config, 5, seed=1)
-        shares = [Counter(divided.client(i)["label"]) for i in range(5)]
+        train = keys(3000)
+        shares = map(Counter, of_clients(partition(train, config, 5, seed=1), train))
         return float(np.mean([max(count.values()) / count.total() for count in shares]))
 
     assert spread(0.1) > 0.7 > 0.4 > spread(1000.0)
@@ -139,13 +136,18 @@ def test_small_alpha_is_more_skewed_than_a_large_one() -> None:
 def test_dirichlet_reaches_min_size() -> None:
     config = by_label("dirichlet", alpha=0.3, min_size=20)
 
-    assert min(map(len, rows(partition(records(600), config, 5, seed=0)))) >= 20
+    assert min(map(len, rows(partition(keys(600), config, 5, seed=0)))) >= 20
+
+
+def asked(answer: str) -> Messages:
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
 
 
 def test_describe_counts_labels_and_lengths() -> None:
-    train = records(6)
+    labels = keys(6)
+    train = Records.of([Example(asked("a" * i), labels[i], labels[i], -1) for i in range(6)])
 
-    stats = describe(partition(train, by_label("natural"), 3, seed=0))
+    stats = describe(partition(labels, by_label("natural"), 3, seed=0), train)
     assert [item.name for item in stats] == list(CLASSES)
     assert stats[1].label_counts == {"neutral": 2}
     # Records 1 and 4: one character of question, one and four of answer.
@@ -154,9 +156,10 @@ def test_describe_counts_labels_and_lengths() -> None:
 
 
 def test_lengths_of_preference_pairs_include_both_answers() -> None:
-    train = records(6).add_column("chosen", ["abc"] * 6).add_column("rejected", ["de"] * 6)
+    labels = keys(6)
+    train = Records.of([Pair(asked("a" * i), "abc", "de", labels[i], labels[i]) for i in range(6)])
 
-    stats = describe(partition(train, by_label("natural"), 3, seed=0))
+    stats = describe(partition(labels, by_label("natural"), 3, seed=0), train)
     assert (stats[1].mean_length, stats[1].max_length) == (8.5, 10)
 
 
@@ -206,16 +209,16 @@ def test_impossible_partitions_are_one_clear_line(
     config: PartitionConfig, count: int | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        partition(records(30), config, count, seed=0)
+        partition(keys(30), config, count, seed=0)
     assert "\n" not in str(caught.value)
 
 
 def test_records_without_a_value_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"partition\.column=output has no value in 2 records"):
-        partition(records(6, ("", "a", "b")), by_label("natural"), None, seed=0)
+        partition(keys(6, ("", "a", "b")), by_label("natural"), None, seed=0)
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
-    partition(records(30), by_label("natural"), None, seed=0)
+    partition(keys(30), by_label("natural"), None, seed=0)
 
     assert capfd.readouterr() == ("", "")

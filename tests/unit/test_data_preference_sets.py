@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,6 @@ def load_pairs(*overrides: str) -> FederatedData:
 def load(data: str, path: Path) -> FederatedData:
     changes = ["data.eval_split=null", "data.validation_fraction=0", "partition=iid"]
     return load_pairs(f"data={data}", f"data.path={path}", *changes)
-
-
-def pairs_of(records: datasets.Dataset) -> list[Pair]:
-    return [Pair(*row.values()) for row in records]
 
 
 def decoded(tokenizer: Any, row: Any) -> tuple[str, str]:
@@ -88,7 +85,7 @@ def test_dialogues_decode_to_their_transcripts(name: str) -> None:
     """The prompt is the transcript through its last "Assistant:", the answer is the rest."""
     tokenizer = TOKENIZERS[name]()
     tokenizer.chat_template = HH_TEMPLATE
-    encoded = encode_pairs(pairs_of(load("hh_rlhf", HH_RLHF).train), tokenizer, "chat", 10**6)
+    encoded = encode_pairs(list(load("hh_rlhf", HH_RLHF).train), tokenizer, "chat", 10**6)
     seen = {tuple(decoded(tokenizer, row) for row in encoded[i]) for i in range(len(encoded))}
 
     raw = transcripts()
@@ -108,8 +105,8 @@ def test_dialogues_decode_to_their_transcripts(name: str) -> None:
 def test_real_prompts_are_the_same_for_both_answers(name: str, template: str) -> None:
     tokenizer = TOKENIZERS[name]()
     pairs = [
-        *pairs_of(load("hh_rlhf", HH_RLHF).train.select(range(300))),
-        *pairs_of(load("ultrafeedback", ULTRAFEEDBACK).train.select(range(100))),
+        *islice(load("hh_rlhf", HH_RLHF).train, 300),
+        *islice(load("ultrafeedback", ULTRAFEEDBACK).train, 100),
     ]
     encoded = encode_pairs(pairs, tokenizer, template, 10**6)
     alone = encode_prompts([pair.messages for pair in pairs], tokenizer, template)
@@ -126,7 +123,7 @@ def test_real_prompts_are_the_same_for_both_answers(name: str, template: str) ->
 @needs_sets
 def test_real_pairs_in_512_tokens_keep_what_they_should() -> None:
     tokenizer = TOKENIZERS["stories260k"]()
-    pairs = pairs_of(load("ultrafeedback", ULTRAFEEDBACK).train.select(range(300)))
+    pairs = list(islice(load("ultrafeedback", ULTRAFEEDBACK).train, 300))
     whole = encode_pairs(pairs, tokenizer, "vicuna", 10**6)
     encoded = encode_pairs(pairs, tokenizer, "vicuna", 512)
 
@@ -162,7 +159,7 @@ def test_hub_sets_come_as_lists_of_turns(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_pairs("data=ultrafeedback", "partition=iid")
-    assert data.train[0] == Pair([asked], "good", "bad", "", "")._asdict()
+    assert next(iter(data.train)) == Pair([asked], "good", "bad", "", "")
     assert len(data.eval) == 3
     assert calls == [
         ("HuggingFaceH4/ultrafeedback_binarized", split) for split in ("train_prefs", "test_prefs")
@@ -179,7 +176,7 @@ def test_the_embedded_pairs_and_the_embedded_headlines_have_files_of_their_own()
     for part, name in ((pairs.train, "train"), (pairs.eval, "test")):
         file = sources.DEMO / f"preferences_{name}.jsonl"
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        assert part["chosen"][:] == [row["chosen"] for row in rows]
-        assert part["client"][:] == [row["desk"] for row in rows]
+        assert part["chosen"] == [row["chosen"] for row in rows]
+        assert part["client"] == [row["desk"] for row in rows]
     assert pairs.report.held_out == pairs.report.train.empty == pairs.report.train.equal == 0
     assert "choice" in headlines.train.column_names

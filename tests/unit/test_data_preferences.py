@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedllm_flwr.config.schema import ColumnsConfig, Config, DataConfig, TaskConfig
-from fedllm_flwr.data.columns import AttributeColumn, Mapping
+from fedllm_flwr.data.columns import AttributeColumn, Columns, Mapping
 from fedllm_flwr.data.faults import Faults
 from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
 from fedllm_flwr.errors import DataError
@@ -27,7 +27,8 @@ def pairs_of(
     *rows: dict[str, Any], preprocessing: str = "none", **columns: str | None
 ) -> tuple[list[Pair], Faults]:
     mapping = Mapping("file", ColumnsConfig(**columns))
-    return make_pairs(PREPROCESSING.find(preprocessing)(list(rows), mapping.columns), mapping)
+    preprocessed = list(PREPROCESSING.find(preprocessing)(rows, mapping.columns))
+    return make_pairs(preprocessed, mapping, Columns(preprocessed))
 
 
 def the_pair(row: dict[str, Any], **options: Any) -> Pair:
@@ -82,9 +83,10 @@ def test_columns_are_mapped_and_attributes_kept() -> None:
     label = AttributeColumn("kind", "data.columns.label", required=True)
     client = AttributeColumn("desk", "partition.column", required=True)
 
-    pairs, _ = make_pairs(rows, Mapping("f", columns, "data.columns", label, client))
+    pairs, _ = make_pairs(rows, Mapping("f", columns, "data.columns", label, client), Columns(rows))
     assert pairs == [Pair(turns("u:q"), "good", "bad", "7", "fx")]
-    _, faults = make_pairs([{**rows[0], "desk": None}], Mapping("f", columns, client=client))
+    rows = [{**rows[0], "desk": None}]
+    _, faults = make_pairs(rows, Mapping("f", columns, client=client), Columns(rows))
     assert faults.bad == [(1, "no value in column 'desk' (partition.column)")]
 
 
@@ -289,7 +291,7 @@ def test_nothing_left_is_one_error(tmp_path: Path) -> None:
 def test_columns_and_parts_of_a_set_of_pairs(tmp_path: Path) -> None:
     data = load(tmp_path / "p.jsonl", good(20), validation_fraction=0.2, max_samples=15)
 
-    assert data.train.column_names == ["messages", "chosen", "rejected", "label", "client"]
+    assert data.train.column_names == ("messages", "chosen", "rejected", "label", "client")
     assert (len(data.train), len(data.eval)) == (12, 3)
     for part in (data.train, data.eval):
         for context, chosen in zip(part["messages"], part["chosen"], strict=True):
@@ -309,4 +311,4 @@ def test_a_site_reads_pairs(tmp_path: Path) -> None:
     load(path, good(5))
     config = Config(data=DataConfig(path=str(path), client_column="x"), task=TaskConfig("dpo"))
 
-    assert load_site_data(config, find("dpo").records)["rejected"][:] == [f"b{i}" for i in range(5)]
+    assert load_site_data(config, find("dpo").records)["rejected"] == [f"b{i}" for i in range(5)]

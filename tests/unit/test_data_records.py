@@ -6,20 +6,24 @@ import sys
 import pytest
 
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns
+from fedllm_flwr.data.columns import AttributeColumn, Columns, Mapping, unused_columns
 from fedllm_flwr.data.faults import Faults, refuse_faults
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.plugins import PREPROCESSING
-from fedllm_flwr.tasks.sft.records import make_examples
+from fedllm_flwr.tasks.sft.records import Example, make_examples
 
 QUESTION_ANSWER = ColumnsConfig(instruction="question", input=None, output="answer")
 CHAT = ColumnsConfig(messages="chat")
 
 
+def examples_of(rows: list[dict | None], mapping: Mapping) -> tuple[list[Example], Faults]:
+    return make_examples(rows, mapping, Columns(rows))
+
+
 def turns(name: str, rows: list[dict], columns: ColumnsConfig) -> list[tuple[str, str]]:
     """(user text, assistant text) of the records after preprocessing ``name``."""
-    preprocessed = PREPROCESSING.find(name)(rows, columns)
-    examples, faults = make_examples(preprocessed, Mapping("file", columns))
+    preprocessed = list(PREPROCESSING.find(name)(rows, columns))
+    examples, faults = examples_of(preprocessed, Mapping("file", columns))
     assert faults == Faults()
     return [tuple(message["content"] for message in example.messages) for example in examples]
 
@@ -48,7 +52,7 @@ def test_mathinstruct_keeps_the_first_of_duplicate_instructions() -> None:
     ]
 
     columns = ColumnsConfig(input=None)
-    assert PREPROCESSING.find("mathinstruct")(rows, columns) == [rows[0], rows[1], None]
+    assert list(PREPROCESSING.find("mathinstruct")(rows, columns)) == [rows[0], rows[1], None]
     assert turns("mathinstruct", rows, columns) == [("1+1", "2"), ("1+2", "3")]
 
 
@@ -77,7 +81,7 @@ def test_sharegpt_and_role_content_give_the_same_messages() -> None:
         {"role": "assistant", "content": "Hello"},
     ]
 
-    examples, _ = make_examples([{"chat": sharegpt}, {"chat": messages}], Mapping("file", CHAT))
+    examples, _ = examples_of([{"chat": sharegpt}, {"chat": messages}], Mapping("file", CHAT))
     assert [example.messages for example in examples] == [messages, messages]
 
 
@@ -101,7 +105,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     ],
 )
 def test_broken_chats_are_faults(chat: object, reason: str) -> None:
-    examples, faults = make_examples([{"chat": chat}], Mapping("file", CHAT))
+    examples, faults = examples_of([{"chat": chat}], Mapping("file", CHAT))
 
     assert examples == []
     assert faults.bad[0][0] == 1
@@ -117,7 +121,7 @@ def test_empty_and_bad_records_are_told_apart_and_numbered() -> None:
         {"instruction": "a", "input": ["x"], "output": "b"},
     ]
 
-    examples, faults = make_examples(rows, Mapping("data.path=f", ColumnsConfig()))
+    examples, faults = examples_of(rows, Mapping("data.path=f", ColumnsConfig()))
     assert len(examples) == 1
     assert faults.empty == [(2, "column 'output' is empty"), (3, "column 'output' is missing")]
     assert faults.bad == [
@@ -147,23 +151,23 @@ def test_missing_column_names_key_value_columns_and_the_closest() -> None:
         match=r"f: data\.columns\.output=ouput, but there is no such column; "
         r"did you mean data\.columns\.output=output\? \(columns: instruction, output\)",
     ):
-        make_examples([{"instruction": "a", "output": "b"}], Mapping("f", columns))
+        examples_of([{"instruction": "a", "output": "b"}], Mapping("f", columns))
 
 
 def test_missing_instruction_in_a_chat_file_points_at_the_chat_column() -> None:
     with pytest.raises(DataError, match=r"for chats: data\.columns\.messages=conversations"):
-        make_examples([{"conversations": []}], Mapping("f", ColumnsConfig()))
+        examples_of([{"conversations": []}], Mapping("f", ColumnsConfig()))
 
 
 def test_default_input_column_may_be_absent_and_a_chosen_one_not() -> None:
     rows = [{"instruction": "a", "output": "b", "context": "c"}]
     mapping = Mapping("f", ColumnsConfig())
 
-    examples, _ = make_examples(rows, mapping)
+    examples, _ = examples_of(rows, mapping)
     assert examples[0].messages[0]["content"] == "a"
-    assert unused_columns(rows, mapping, ("instruction", "input", "output")) == ["context"]
+    assert unused_columns(Columns(rows), mapping, ("instruction", "input", "output")) == ["context"]
     with pytest.raises(DataError, match=r"data\.columns\.input=contxt.*input=context\?"):
-        make_examples(rows, Mapping("f", ColumnsConfig(input="contxt")))
+        examples_of(rows, Mapping("f", ColumnsConfig(input="contxt")))
 
 
 def test_label_client_and_choice() -> None:
@@ -175,7 +179,7 @@ def test_label_client_and_choice() -> None:
     client = AttributeColumn("desk", "partition.column", required=True)
     mapping = Mapping("f", ColumnsConfig(), "data.columns", label, client, ["negative", "positive"])
 
-    examples, _ = make_examples(rows, mapping)
+    examples, _ = examples_of(rows, mapping)
     assert [example[1:] for example in examples] == [(" Positive.", "3", 1), ("unsure", "4", -1)]
 
 
@@ -183,10 +187,10 @@ def test_record_without_client_is_a_fault_where_one_is_required() -> None:
     rows = [{"instruction": "a", "output": "b", "desk": value} for value in ("x", None)]
     required = AttributeColumn("desk", "partition.column", required=True)
 
-    _, faults = make_examples(rows, Mapping("f", ColumnsConfig(), client=required))
+    _, faults = examples_of(rows, Mapping("f", ColumnsConfig(), client=required))
     assert faults.bad == [(2, "no value in column 'desk' (partition.column)")]
     with pytest.raises(DataError, match=r"f: partition\.column=desks, .*column=desk\?"):
-        make_examples(
+        examples_of(
             rows,
             Mapping("f", ColumnsConfig(), client=required.__class__("desks", required.key, True)),
         )
@@ -195,14 +199,14 @@ def test_record_without_client_is_a_fault_where_one_is_required() -> None:
 def test_half_a_surrogate_pair_is_a_fault() -> None:
     rows = [{"instruction": "a", "output": "smile \ud83d"}]
 
-    _, faults = make_examples(rows, Mapping("f", ColumnsConfig()))
+    _, faults = examples_of(rows, Mapping("f", ColumnsConfig()))
     assert faults.bad == [(1, "half of a surrogate pair, such as \\ud83d, in its text")]
 
 
 def test_importing_the_data_package_loads_no_model_library() -> None:
     modules = (
-        "choices, encode, federated, files, kinds, partition, records, sources, "
-        "templates, token_cache"
+        "choices, encode, federated, files, kinds, overlap, partition, records, "
+        "remembered, sources, templates, token_cache"
     )
     code = (
         f"import sys; from fedllm_flwr.data import {modules}; "

@@ -113,7 +113,7 @@ def test_the_data_set_reads_its_records(tmp_path: Path) -> None:
     row = {"subject": "Login", "text": "It fails.", "reply": "Reset it."}
     prepare = plugins.PREPROCESSING.find(config.data.preprocessing)
     columns = config.data.columns
-    assert prepare([row, {**row, "reply": ""}], columns) == [
+    assert list(prepare([row, {**row, "reply": ""}], columns)) == [
         {"question": "Login\nIt fails.", "answer": "Reset it."},
         None,
     ]

@@ -4,7 +4,6 @@ import socket
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
@@ -12,8 +11,9 @@ from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.data.client_data import simulated_data
 from fedllm_flwr.data.encode import encode
-from fedllm_flwr.data.overlap import overlap
+from fedllm_flwr.data.overlap import _beginning, _words, overlap
 from fedllm_flwr.data.records import Messages
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.models.base_facts import ModelKey, base_facts
 from fedllm_flwr.models.tokenizer import load_tokenizer
@@ -23,6 +23,7 @@ from fedllm_flwr.runs.fit import fit_warnings, scored_on_one
 from fedllm_flwr.server.run import run_on_grid
 from fedllm_flwr.simulation.inprocess import InProcessGrid
 from fedllm_flwr.tasks import find
+from fedllm_flwr.tasks.sft.records import Example
 from fedllm_flwr.training.batches import split_step
 from tiny_runs import tiny
 
@@ -35,12 +36,12 @@ def test_facts_of_the_embedded_model_are_those_of_its_files() -> None:
     assert len(facts.layers) == 4 * 7 + 2
 
 
-def _dataset(texts: list[str]) -> datasets.Dataset:
+def _records(texts: list[str]) -> Records:
     turns = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
         for text in texts
     ]
-    return datasets.Dataset.from_dict({"messages": turns})
+    return Records.of([Example(messages, "", "", -1) for messages in turns])
 
 
 def test_overlap_counts_equal_and_nearly_equal_records() -> None:
@@ -50,14 +51,23 @@ def test_overlap_counts_equal_and_nearly_equal_records() -> None:
     changed = train[1].replace(train[1].split()[15], "other")  # one word of thirty
     half = " ".join([*train[2].split()[:15], *(f"x{i}" for i in range(15))])
     unseen = [" ".join(f"y{i}z{j}" for j in range(30)) for i in range(17)]
-    found = overlap(_dataset(train), _dataset([shouted, changed, half, *unseen]))
+    found = overlap(_records(train), _records([shouted, changed, half, *unseen]))
     assert (found.num_held_out, found.equal, found.near) == (20, 1, 1)
+
+
+def test_beginnings_are_those_of_the_whole_text() -> None:
+    """The first words decide which texts are compared as a whole: they are never cut."""
+    chance = np.random.default_rng(1)
+    pieces = ["a", "bc", "ß", "İ", "ŉ", "Σ", ".", "--", " ", "   ", "\n", "!" * 120, "w" * 130]
+    for _ in range(2000):
+        text = "".join(chance.choice(pieces, chance.integers(0, 40)))
+        assert _beginning(text) == tuple(_words(text)[:5])
 
 
 def test_what_all_records_share_makes_none_of_them_a_duplicate() -> None:
     question = "What is the sentiment of this news, please choose from negative neutral positive: "
-    train = _dataset([question + f"a{i} b{i} c{i} d{i} e{i} f{i}" for i in range(40)])
-    held_out = _dataset([question + f"g{i} h{i} j{i} k{i} l{i} m{i}" for i in range(40)])
+    train = _records([question + f"a{i} b{i} c{i} d{i} e{i} f{i}" for i in range(40)])
+    held_out = _records([question + f"g{i} h{i} j{i} k{i} l{i} m{i}" for i in range(40)])
     assert overlap(train, held_out).share == 0
 
 

@@ -138,7 +138,7 @@ def _trained_only(
 def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
     """Refuse token ids and positions that the base model has no weights for."""
     vocabulary = model.peft.get_input_embeddings().weight.shape[0]
-    largest, longest = int(data.train.tokens.max()), int(data.train.lengths.max())
+    largest, longest = len(data.train.token_counts) - 1, int(data.train.lengths.max())
     if largest >= vocabulary:
         raise ModelError(
             f"model.path={config.model.path}: its tokenizer makes token {largest}, but the model "

@@ -98,7 +98,7 @@ def _train(content: RecordDict, site: Site) -> RecordDict:
     if not site.is_simulated:
         policy.check_kept(assignment.round, assignment.oldest_checkpoint)
         _state(site).make_room(assignment.run, policy.state_days, policy.max_state_gb)
-        _check_unchanged(config, state_dir)
+        _check_unchanged(config, state_dir, _state(site).digests)
     return pack_update(train_locally(assignment, data, state_dir), config.communication.dtype)
 
 
@@ -157,8 +157,11 @@ _ANSWERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
 }
 
 
-def _check_unchanged(config: Config, state_dir: Path) -> None:
+def _check_unchanged(config: Config, state_dir: Path, digests: Path) -> None:
     """A run's data stay the same: its control variates, and the sizes announced, are of them.
+
+    Args:
+        digests: folder where digests of files are kept.
 
     Raises:
         DataError: the site's file is another one than in an earlier round of the run.
@@ -166,7 +169,7 @@ def _check_unchanged(config: Config, state_dir: Path) -> None:
     """
     from fedllm_flwr.data.client_data import data_identity
 
-    noted, identity = state_dir / "data.sha256", data_identity(config)
+    noted, identity = state_dir / "data.sha256", data_identity(config, digests)
     try:
         known = noted.read_text("utf-8").strip()
     except OSError:
@@ -313,12 +316,12 @@ def _data(config: Config, site: Site, policy: Policy) -> "ClientData":
         return simulated_client(config, kind, tokenizer, int(site.node_config["partition-id"]))
     state = _state(site)
     secret = state.secret() if policy.secret_draws else ""
-    return site_client(config, kind, tokenizer, site.name, state.tokens, secret)
+    return site_client(config, kind, tokenizer, site.name, state.tokens, secret, state.digests)
 
 
 def _state(site: Site) -> SiteState:
     """What a site with data of its own keeps on its disk."""
-    from fedllm_flwr.data.client_data import cache_dir
+    from fedllm_flwr.data.remembered import cache_dir
 
     return site_state(site.node_config, cache_dir() / "sites")
 
@@ -328,7 +331,7 @@ def state_folder(site: Site, name: str, run: str, content: RecordDict) -> Path:
 
     A site derives it from its own node config; only a simulated client takes it from the message.
     """
-    from fedllm_flwr.data.client_data import cache_dir
+    from fedllm_flwr.data.remembered import cache_dir
 
     if not site.is_simulated:
         return _state(site).folder(run, name)

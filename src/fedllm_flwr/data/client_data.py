@@ -1,27 +1,30 @@
 """One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
 
-import hashlib
 import logging
-import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.federated import FederatedData, load_federated_data, load_site_data
+from fedllm_flwr.data.federated import (
+    FederatedData,
+    load_federated_data,
+    load_site_data,
+    site_source,
+)
 from fedllm_flwr.data.kinds import Examples, RecordKind
 from fedllm_flwr.data.partition import Partition, partition
+from fedllm_flwr.data.remembered import cache_dir, path_digest, stamps
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.data.token_cache import encode_cached
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.params import derive_seed
-
-if TYPE_CHECKING:
-    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +58,6 @@ class SimulatedData:
     encoded: Examples  # all training records
 
 
-def cache_dir() -> Path:
-    """Where encoded examples are kept between runs: $FEDLLM_CACHE, else the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fedllm-flwr"
-    return Path(os.environ.get("FEDLLM_CACHE", default)).expanduser()
-
-
 @dataclass(frozen=True)
 class _Keyed:
     """A configuration as a cache key: equal where the same examples come out."""
@@ -74,30 +71,12 @@ class _Keyed:
     def of(cls, config: Config, kind: RecordKind, tokenizer: Tokenizer | None = None) -> "_Keyed":
         """The key for a configuration's records, or with a tokenizer for its examples."""
         parts = [config.task, config.data, config.partition, config.federation.num_clients]
-        parts += [config.seed, _stamps(config.data.path), _stamps(config.data.eval_path)]
+        parts.append(config.seed)
+        for path in (config.data.path, config.data.eval_path):
+            parts.append(None if path is None else stamps(Path(path).expanduser()))
         if tokenizer is not None:
             parts += [config.model, config.training.max_length]
         return cls(repr(parts), config, kind, tokenizer)
-
-
-def _stamps(path: str | None) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a local file, or of the files in a directory."""
-    place = Path(path or "").expanduser()
-    if path is None or not place.exists():
-        return []
-    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def divided_data(config: Config, kind: RecordKind) -> tuple[FederatedData, Partition]:
-    """The records of a simulated run and its clients; kept by the process, as the next."""
-    return _divided(_Keyed.of(config, kind))
-
-
-def simulated_data(config: Config, kind: RecordKind, tokenizer: Tokenizer) -> SimulatedData:
-    """The records, clients and encoded examples of a simulated run."""
-    source, clients = divided_data(config, kind)
-    return SimulatedData(source, clients, _encoded(_Keyed.of(config, kind, tokenizer)))
 
 
 @lru_cache(maxsize=1)
@@ -105,38 +84,70 @@ def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
     config = keyed.config
     source = load_federated_data(config, keyed.kind)
     count = config.federation.num_clients
-    return source, partition(source.train, config.partition, count, config.seed)
+    return source, partition(source.train["client"], config.partition, count, config.seed)
 
 
 @lru_cache(maxsize=1)
-def _encoded(keyed: _Keyed) -> Examples:
+def _simulated(keyed: _Keyed) -> SimulatedData:
     assert keyed.tokenizer is not None
-    source, _ = divided_data(keyed.config, keyed.kind)
-    return encode_records(keyed.config, keyed.kind, keyed.tokenizer, source.train)
+    source, clients = divided_data(keyed.config, keyed.kind)
+    encoded = encode_records(keyed.config, keyed.kind, keyed.tokenizer, source.train)
+    return SimulatedData(source, clients, encoded)
+
+
+@lru_cache(maxsize=1)
+def _site(keyed: _Keyed, folder: Path, digests: Path | None) -> Examples:
+    assert keyed.tokenizer is not None
+    config = keyed.config
+    sample = [config.seed, config.data.max_samples] if config.data.max_samples else []
+    identity = f"{site_source(config, keyed.kind).identity(digests)} {sample}"
+    encoded = _encode(
+        *(config, keyed.kind, keyed.tokenizer, identity),
+        lambda: load_site_data(config, keyed.kind),
+        folder,
+        _SITE_CACHE_FILES,
+    )
+    for line in losses(config, encoded):
+        logger.warning("%s", line)
+    return encoded
+
+
+def divided_data(config: Config, kind: RecordKind) -> tuple[FederatedData, Partition]:
+    """The records of a simulated run and its clients; the process keeps those of the last call."""
+    return _divided(_Keyed.of(config, kind))
+
+
+def simulated_data(config: Config, kind: RecordKind, tokenizer: Tokenizer) -> SimulatedData:
+    """The records, clients and encoded examples of a simulated run; kept as by `divided_data`."""
+    return _simulated(_Keyed.of(config, kind, tokenizer))
 
 
 def encode_records(
+    config: Config, kind: RecordKind, tokenizer: Tokenizer, records: Records
+) -> Examples:
+    """Encode records as the configuration says; kept in the user's cache."""
+    folder = cache_dir() / "tokens" if records.identity else None
+    return _encode(config, kind, tokenizer, records.identity, lambda: records, folder)
+
+
+def _encode(
     config: Config,
     kind: RecordKind,
     tokenizer: Tokenizer,
-    records: "datasets.Dataset",
-    cache: Path | None = None,
+    identity: str,
+    records: Callable[[], Iterable[Any]],
+    folder: Path | None,
     most_files: int | None = None,
 ) -> Examples:
-    """Encode a data set of a kind of records as the configuration says, cached on disk.
-
-    Args:
-        cache: folder of the cached files; None: that of the user.
-        most_files: how many it keeps; None: all.
-    """
     encoded: Examples = encode_cached(
         kind.codec,
+        identity,
         records,
         tokenizer,
         config.data.template,
         config.training.max_length,
         config.data.truncation,
-        cache_dir() / "tokens" if cache is None else cache,
+        folder,
         most_files,
     )
     return encoded
@@ -199,45 +210,28 @@ def site_client(
     name: str,
     cache: Path | None = None,
     secret: str = "",
+    digests: Path | None = None,
 ) -> ClientData:
     """The examples of a site, whose own file is ``config.data.path``.
 
     Args:
         cache: folder for its tokenised records; None: that of the user.
         secret: of the site, for its draws.
+        digests: folder where digests of files are kept between processes; None: nowhere.
     """
-    encoded = _site(_Keyed.of(config, kind, tokenizer), data_identity(config), cache)
+    folder = cache_dir() / "tokens" if cache is None else cache
+    encoded = _site(_Keyed.of(config, kind, tokenizer), folder, digests)
     require_examples(config, name, len(encoded))
     return _with_held_out(name, encoded, np.arange(len(encoded)), config, secret)
 
 
-def data_identity(config: Config) -> str:
-    """Digest of a site's own file, or of the files in its directory; "" where there is none."""
-    path = Path(str(config.data.path)).expanduser()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    digests = []
-    for file in files:
-        status = file.stat()
-        digests.append(f"{file.name} {_digest(file, status.st_size, status.st_mtime_ns)}")
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else ""
+def data_identity(config: Config, digests: Path | None = None) -> str:
+    """Digest of a site's own file, or of the files in its directory; "" where there is none.
 
-
-@lru_cache(maxsize=1024)
-def _digest(file: Path, size: int, modified_ns: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _site(keyed: _Keyed, identity: str, cache: Path | None) -> Examples:
-    assert keyed.tokenizer is not None
-    records = load_site_data(keyed.config, keyed.kind)
-    encoded = encode_records(
-        keyed.config, keyed.kind, keyed.tokenizer, records, cache, _SITE_CACHE_FILES
-    )
-    for line in losses(keyed.config, encoded):
-        logger.warning("%s", line)
-    return encoded
+    Args:
+        digests: as for `site_client`.
+    """
+    return path_digest(Path(str(config.data.path)).expanduser(), digests)
 
 
 def _with_held_out(
@@ -250,6 +244,8 @@ def _with_held_out(
     whole = ClientData(name, encoded, encoded, secret)
     generator = np.random.default_rng(derive_seed(config.seed, "held out", whole.draw_name(count)))
     chosen = np.sort(generator.permutation(len(mine))[:count])
+    if len(mine) == len(encoded) and not count:  # as they are: nothing is copied
+        return replace(whole, held_out=encoded.take(chosen))
     return replace(
         whole, train=encoded.take(np.delete(mine, chosen)), held_out=encoded.take(mine[chosen])
     )

@@ -3,9 +3,10 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from typing import Any
 
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.data.files import Record
 from fedllm_flwr.errors import DataError
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
@@ -32,29 +33,45 @@ class Mapping:
     labels: list[str] = field(default_factory=list)
 
 
-def columns_present(rows: Preprocessed) -> set[str]:
-    """Columns that at least one record has."""
-    present: set[str] = set()
-    for row in rows:
-        if row is not None:
-            present.update(row)
-    return present
+class Columns(set[str]):
+    """Columns that at least one of some records has."""
+
+    def __init__(self, rows: Iterable[Record | None] = ()) -> None:
+        super().__init__()
+        self.values: dict[str, dict[type, Any]] = {}
+        """Per column and type of value, the first value that is not empty."""
+        for row in rows:
+            self.include(row)
+
+    def include(self, row: Record | None) -> None:
+        """Add the columns of one more record."""
+        for name, value in (row or {}).items():
+            self.add(name)
+            if value and type(value) not in self.values.setdefault(name, {}):
+                self.values[name][type(value)] = value
 
 
-def unused_columns(rows: Preprocessed, mapping: Mapping, roles: Iterable[str]) -> list[str]:
+def unused_columns(present: Columns, mapping: Mapping, roles: Iterable[str]) -> list[str]:
     """Columns of the source that none of the roles is mapped to, sorted."""
     used = {getattr(mapping.columns, role) for role in roles}
     used |= {column.name for column in (mapping.label, mapping.client) if column}
-    return sorted(columns_present(rows) - used)
+    return sorted(present - used)
 
 
-def used_columns(rows: Preprocessed, mapping: Mapping, roles: Iterable[str]) -> list[str]:
-    """``role=column`` for every role whose column the source has; turns of a chat are alone."""
-    present, columns = columns_present(rows), mapping.columns
+def used_columns(present: Columns, mapping: Mapping, roles: Iterable[str]) -> list[str]:
+    """``role=column`` for every role whose column the source has."""
+    names = mapped_columns(replace(mapping, client=None), roles)
+    return [f"{role}={name}" for role, name in names.items() if name in present]
+
+
+def mapped_columns(mapping: Mapping, roles: Iterable[str]) -> dict[str, str]:
+    """The column of every role that has one; the turns of a chat take the place of other texts."""
+    columns = mapping.columns
     is_chat = "messages" in roles and columns.messages is not None
-    pairs = [(role, getattr(columns, role)) for role in (("messages",) if is_chat else roles)]
-    pairs += [("label", mapping.label.name)] if mapping.label else []
-    return [f"{role}={column}" for role, column in pairs if column in present]
+    names = {role: getattr(columns, role) for role in (("messages",) if is_chat else roles)}
+    names["label"] = mapping.label and mapping.label.name
+    names["client"] = mapping.client and mapping.client.name
+    return {role: name for role, name in names.items() if name is not None}
 
 
 def resolve_attributes(mapping: Mapping, present: Collection[str]) -> Mapping:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
 from fedllm_flwr.errors import ConfigError
 
 KEEP: Literal["keep"] = "keep"  # every record counts, however long; what sites do
+_COUNTED = 2**22  # tokens at once
 TRUNCATIONS = ("right", "left", "drop", KEEP)
 
 
@@ -60,6 +62,14 @@ class Encoded:
         """The chosen examples, in the order given; the report counts them alone."""
         kept = [self[int(i)] for i in examples]
         return flatten(kept, self.source[examples].tolist(), len(kept), truncated=0)
+
+    @cached_property
+    def token_counts(self) -> NDArray[np.int64]:
+        """How often each token occurs, by its id, shape (largest id + 1,)."""
+        counts = np.zeros(int(self.tokens.max(initial=0)) + 1, np.int64)
+        for start in range(0, len(self.tokens), _COUNTED):
+            counts += np.bincount(self.tokens[start : start + _COUNTED], minlength=len(counts))
+        return counts
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -1,24 +1,23 @@
 """The training and evaluation records of a run, sampled and split by the run's seed."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedllm_flwr.config.schema import EMBEDDED_DATA, Config, DataConfig
 from fedllm_flwr.data.columns import AttributeColumn
 from fedllm_flwr.data.kinds import RecordKind
-from fedllm_flwr.data.sources import SourceReport, load_records
+from fedllm_flwr.data.remembered import cache_dir
+from fedllm_flwr.data.sources import Records, Source, SourceReport, open_source, scanned
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.params import derive_seed
 
-if TYPE_CHECKING:
-    import datasets
-
 logger = logging.getLogger(__name__)
-Record = TypeVar("Record")
+
+Positions = NDArray[np.int64]  # of records among the usable ones of a source, ascending
 
 
 @dataclass(frozen=True)
@@ -41,88 +40,82 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Records of a run, before they are divided among clients.
+    """Records of a run, before they are divided among clients; those held out are in memory.
 
-    Both sets have the columns messages (list of {role, content}), label (str) and client (str:
-    value of partition.column, else of data.client_column, else "") and those of the task, see its
+    Both have the fields messages (list of {role, content}), label (str) and client (str: value of
+    partition.column, else of data.client_column, else "") and those of the task, see its
     `RecordKind`.
     """
 
-    train: "datasets.Dataset"
-    eval: "datasets.Dataset"
+    train: Records
+    eval: Records
     report: LoadReport
 
 
 def load_federated_data(config: Config, kind: RecordKind) -> FederatedData:
     """Load what ``config.data`` names; the same seed gives the same records in the same order.
 
-    Raises DataError and ConfigError with key, value and remedy.
+    Raises:
+        DataError: of the files or of what they hold.
+        ConfigError: options that cannot work.
     """
-    data = config.data
+    data, folder = config.data, cache_dir() / "records"
     label = _column(data.columns.label, "data.columns.label", required=True)
-    client = _client_column(config)
-    loaded = load_records(data, kind, label=label, client=client)
-    train = _sample(loaded.records, data.max_samples, config.seed, "max_samples")
+    client = _column(data.client_column, "data.client_column", required=True)
+    if config.partition.column is not None:
+        client = _column(config.partition.column, "partition.column", required=True)
+    source = open_source(data, kind, label=label, client=client)
+    scan = scanned(source, folder)
+    chosen = _sample(scan.report.usable, data.max_samples, config.seed, "max_samples")
     if _has_eval_source(data):
-        test, report = _load_evaluation(config, kind, client)
-        held_out = 0
+        test, report, num_held = *_load_evaluation(config, kind, client), 0
     else:
-        train, test = _hold_out(train, data, config.seed)
-        held_out, report = len(test), None
-    counts = LoadReport(loaded.report, report, len(train), len(test), held_out)
-    return FederatedData(kind.to_dataset(train), kind.to_dataset(test), counts)
+        chosen, held = _hold_out(chosen, data, config.seed)
+        test = source.records(scan, held, folder).held(kind.record, folder)
+        report, num_held = None, len(held)
+    counts = LoadReport(scan.report, report, len(chosen), len(test), num_held)
+    return FederatedData(source.records(scan, chosen, folder), test, counts)
 
 
-def load_evaluation_data(config: Config, kind: RecordKind) -> "datasets.Dataset | None":
+def load_evaluation_data(config: Config, kind: RecordKind) -> Records | None:
     """The evaluation records of a server whose training data lie with its sites, if it has any."""
     if not _has_eval_source(config.data):
         return None
     client = _column(config.data.client_column, "data.client_column", required=False)
-    return kind.to_dataset(_load_evaluation(config, kind, client)[0])
+    return _load_evaluation(config, kind, client)[0]
 
 
 def _load_evaluation(
     config: Config, kind: RecordKind, client: AttributeColumn | None
-) -> tuple[list[Any], SourceReport]:
-    data = config.data
-    loaded = load_records(
-        data, kind, True, label=_optional(_eval_label(data)), client=_optional(client)
-    )
-    records = _sample(loaded.records, data.eval_max_samples, config.seed, "eval_max_samples")
-    return records, loaded.report
+) -> tuple[Records, SourceReport]:
+    data, folder = config.data, cache_dir() / "records"
+    label = _column((data.eval_columns or data.columns).label, "data.columns.label", required=False)
+    client = client and replace(client, required=False)
+    source = open_source(data, kind, evaluation=True, label=label, client=client)
+    scan = scanned(source, folder)
+    count = scan.report.usable
+    chosen = _sample(count, data.eval_max_samples, config.seed, "eval_max_samples")
+    return source.records(scan, chosen, folder).held(kind.record, folder), scan.report
 
 
-def load_site_data(config: Config, kind: RecordKind) -> "datasets.Dataset":
-    """The training records of one site's own file; columns as in FederatedData.
-
-    The label and client columns may be absent here: a site is one client.
-    """
-    data = config.data
-    label = _column(data.columns.label, "data.columns.label", required=False)
-    client = _column(data.client_column, "data.client_column", required=False)
-    loaded = load_records(data, kind, label=label, client=client)
-    records = _sample(loaded.records, data.max_samples, config.seed, "max_samples")
-    logger.info("%s", _describe(loaded.report, len(records)))
-    return kind.to_dataset(records)
+def site_source(config: Config, kind: RecordKind) -> Source:
+    """The file of one site, which is one client: it may lack the label and client columns."""
+    label = _column(config.data.columns.label, "data.columns.label", required=False)
+    client = _column(config.data.client_column, "data.client_column", required=False)
+    return open_source(config.data, kind, label=label, client=client)
 
 
-def _client_column(config: Config) -> AttributeColumn | None:
-    if config.partition.column is not None:
-        return _column(config.partition.column, "partition.column", required=True)
-    return _column(config.data.client_column, "data.client_column", required=True)
-
-
-def _eval_label(data: DataConfig) -> AttributeColumn | None:
-    columns = data.eval_columns or data.columns
-    return _column(columns.label, "data.columns.label", required=False)
+def load_site_data(config: Config, kind: RecordKind) -> Records:
+    """The training records of a site's own file; fields as in FederatedData."""
+    source = site_source(config, kind)
+    scan = source.scan()
+    chosen = _sample(scan.report.usable, config.data.max_samples, config.seed, "max_samples")
+    logger.info("%s", _describe(scan.report, len(chosen)))
+    return source.records(scan, chosen)
 
 
 def _column(name: str | None, key: str, required: bool) -> AttributeColumn | None:
     return None if name is None else AttributeColumn(name, key, required)
-
-
-def _optional(column: AttributeColumn | None) -> AttributeColumn | None:
-    return None if column is None else AttributeColumn(column.name, column.key, required=False)
 
 
 def _has_eval_source(data: DataConfig) -> bool:
@@ -135,29 +128,26 @@ def _has_eval_source(data: DataConfig) -> bool:
     return data.path is None or Path(data.path).expanduser().is_dir()
 
 
-def _hold_out(
-    records: list[Record], data: DataConfig, seed: int
-) -> tuple[list[Record], list[Record]]:
+def _hold_out(positions: Positions, data: DataConfig, seed: int) -> tuple[Positions, Positions]:
     """A seeded part of the records, at most eval_max_samples; both parts keep the order."""
-    count = round(len(records) * data.validation_fraction)
+    count = round(len(positions) * data.validation_fraction)
     if data.validation_fraction > 0:
         count = min(max(count, 1), data.eval_max_samples or count)
-    if count >= len(records):
+    if count >= len(positions):
         raise DataError(
-            f"{len(records)} usable training record(s) leave nothing to train on after holding "
+            f"{len(positions)} usable training record(s) leave nothing to train on after holding "
             f"out data.validation_fraction={data.validation_fraction}; set it to 0"
         )
-    chosen = set(_generator(seed, "validation").permutation(len(records))[:count].tolist())
-    rest = [record for i, record in enumerate(records) if i not in chosen]
-    return rest, [record for i, record in enumerate(records) if i in chosen]
+    is_held = np.zeros(len(positions), np.bool_)
+    is_held[_generator(seed, "validation").permutation(len(positions))[:count]] = True
+    return positions[~is_held], positions[is_held]
 
 
-def _sample(records: list[Record], limit: int | None, seed: int, purpose: str) -> list[Record]:
-    """A seeded sample of at most ``limit`` records, in their order."""
-    if limit is None or limit >= len(records):
-        return records
-    chosen = np.sort(_generator(seed, purpose).permutation(len(records))[:limit])
-    return [records[i] for i in chosen]
+def _sample(count: int, limit: int | None, seed: int, purpose: str) -> Positions:
+    """Positions of a seeded sample of at most ``limit`` of `count` records."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(_generator(seed, purpose).permutation(count)[:limit])
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:

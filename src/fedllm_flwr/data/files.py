@@ -3,16 +3,20 @@
 import codecs
 import csv
 import gzip
-import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fedllm_flwr.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 Record = dict[str, Any]
 BadLine = Callable[[str], None]
@@ -25,14 +29,19 @@ _UNREAD = (".tsv", ".ndjson", ".arrow", ".feather", ".xls", ".xlsx", ".zip", ".z
 _NO_RECORDS = ("dataset_infos.json",)  # of older data sets of the hub
 _NAMED = 10  # files in a message
 _EMPTY = "its data file is empty"
+_FIX_LINE = "Fix the line, or drop bad lines with data.on_bad_record=skip"
+_ROWS = 1000  # that are converted from arrow at once
+_PIECE = 2**20  # characters of a JSON list that are read at once
 
 
 @dataclass(frozen=True)
-class FileRecords:
-    """The records of one file."""
+class RecordFile:
+    """The records of one file, which is read from the start at every iteration."""
 
-    name: str  # inside the directory that was read; "" where a single file was
-    records: list[Record]
+    name: str  # inside the directory that was opened; "" where a single file was
+    read: Callable[[BadLine], Iterator[Record]]
+    """Yields the records. The callable receives one message per broken JSON line; what it does not
+    raise is left out. Raises DataError with file, place and remedy for what cannot be read."""
 
 
 def refuse(message: str) -> None:
@@ -40,46 +49,40 @@ def refuse(message: str) -> None:
     raise DataError(message, "a line of its data file is broken")
 
 
-def read_parts(
-    path: Path, split: str | None = None, on_bad_line: BadLine = refuse
-) -> list[FileRecords]:
-    """The records of a file or directory, by file, in the order of the files' names.
+def open_records(path: Path, split: str | None = None) -> list[RecordFile]:
+    """The record files of a path, a file or a directory, in the order of their names.
 
-    ``split`` chooses among the splits of a directory (where no file is named after a split, all
-    is training data); files ignore it. ``on_bad_line`` receives
-    one message per broken JSON line; what it does not raise is left out. Raises DataError with
-    file, place and remedy for anything that cannot be read.
+    Args:
+        split: chooses among the splits of a directory (where no file is named after a split, all
+            is training data); single files ignore it.
+
+    Raises:
+        DataError: there is no such path, or it is unclear which files hold the records.
     """
     if not path.exists():
         raise DataError(
             f"{path}: no such file or directory (working directory {Path.cwd()})",
             "its data file is missing",
         )
-    parts = (
-        _read_directory(path, split, on_bad_line)
-        if path.is_dir()
-        else [FileRecords("", _read_file(path, on_bad_line))]
-    )
-    if not any(part.records for part in parts):
-        raise DataError(f"{path}: holds no records; give a file with at least one", _EMPTY)
-    return parts
+    if not path.is_dir():
+        return [RecordFile("", _reader(path))]
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return [RecordFile("", partial(read_dataset, _open_saved(path, split)))]
+    return [RecordFile(file.name, _reader(file)) for file in _choose_files(path, split)]
 
 
-def _read_file(path: Path, on_bad_line: BadLine) -> list[Record]:
-    """Dispatch on the extension; '.gz' on top of a text format is undone first."""
+def _reader(path: Path) -> Callable[[BadLine], Iterator[Record]]:
+    """How a file is read, by its extension."""
     extension = _extension(path)
     if extension is None:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; give one of: {FORMATS}")
-    if extension == ".parquet":
-        return _read_parquet(path)
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty", _EMPTY)
-    if extension == ".csv":
-        return _parse_csv(path, text)
-    if extension == ".jsonl":
-        return list(_parse_lines(path, text, on_bad_line))
-    return _parse_json(path, text, on_bad_line)
+    readers = {
+        ".json": _read_json,
+        ".jsonl": _read_lines,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    return partial(readers[extension], path)
 
 
 def _extension(path: Path) -> str | None:
@@ -91,51 +94,136 @@ def _extension(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in (*TEXT_FORMATS, ".parquet") else None
 
 
-def _read_text(path: Path) -> str:
+@contextmanager
+def _opened(path: Path, newline: str | None = "\n") -> Iterator[TextIO]:
+    """A text file, unzipped; what goes wrong while it is read becomes a DataError."""
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 (byte {error.start}); convert it, for example with "
-            f"'iconv -f {_likely_encoding(content)} -t utf-8'"
-        ) from None
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError:
+        with opener(path, "rb") as file:
+            raise _not_utf8(path, file) from None
     except (EOFError, zlib.error, OSError) as error:
         raise DataError(
             f"{path}: cannot be read ({error})", "its data file cannot be read"
         ) from None
 
 
-def _likely_encoding(content: bytes) -> str:
-    """What a text that is not UTF-8 probably is, by its byte order mark or its zero bytes."""
-    for mark, name in (
-        (codecs.BOM_UTF32_LE, "utf-32"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if content.startswith(mark):
-            return name
-    head = content[:1000]
-    if head[1::2].count(0) > len(head) // 4:
-        return "utf-16le"
-    return "utf-16be" if head[::2].count(0) > len(head) // 4 else "latin1"
+def _not_utf8(path: Path, file: Any) -> DataError:
+    """The error for a text in another encoding, which its byte order mark or zero bytes tell."""
+    place, encoding = 0, ""
+    for line in file:
+        if not encoding:
+            marks = {
+                codecs.BOM_UTF32_LE: "utf-32",
+                codecs.BOM_UTF32_BE: "utf-32",
+                codecs.BOM_UTF16_LE: "utf-16",
+                codecs.BOM_UTF16_BE: "utf-16",
+            }
+            head = line[:1000]
+            few = len(head) // 4
+            by_zeros = "utf-16be" if head[::2].count(0) > few else "latin1"
+            by_zeros = "utf-16le" if head[1::2].count(0) > few else by_zeros
+            encoding = next((marks[mark] for mark in marks if line.startswith(mark)), by_zeros)
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            place += error.start
+            break
+        place += len(line)
+    return DataError(
+        f"{path}: not UTF-8 (byte {place}); convert it, for example with "
+        f"'iconv -f {encoding} -t utf-8'"
+    )
 
 
-def _parse_json(path: Path, text: str, on_bad_line: BadLine) -> list[Record]:
-    """A JSON list of objects; JSON lines under the name .json are accepted too."""
+class _TwiceError(Exception):
+    """A JSON object has two values for one name; which is meant cannot be told."""
+
+
+def _record(pairs: list[tuple[str, Any]]) -> Record:
+    """A JSON object."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return record
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_record)
+_FIRST = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(?=\{)")  # what comes before the first object of a list
+_NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\{)")  # and before any other
+_END = re.compile(r"[ \t\n\r]*\][ \t\n\r]*\Z")
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _read_lines(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
+    """JSON lines."""
+    is_empty = True
+    with _opened(path) as file:  # lines end at \n alone: U+2028 and its kind are legal in a string
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            is_empty = False
+            try:
+                record = _JSON.decode(line.removesuffix("\n"))
+            except _TwiceError as error:
+                reason = f"two values for {str(error)!r}"
+            except json.JSONDecodeError as error:
+                reason = f"not valid JSON ({error.msg} at column {error.colno})"
+            else:
+                if isinstance(record, dict):
+                    yield record
+                    continue
+                reason = f"a JSON {_json_type(record)}, not an object with columns"
+            on_bad_line(f"{path.name}, line {number}: {reason}. {_FIX_LINE}")
+    if is_empty:
+        raise DataError(f"{path}: the file is empty", _EMPTY)
+
+
+def _read_json(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
+    """A JSON list of objects, a piece of the file at a time; JSON lines are accepted, too."""
+    with _opened(path) as file:
+        text, place, before = file.read(_PIECE), 0, _FIRST
+        while True:
+            found = before.match(text, place)
+            try:
+                if found:
+                    record, place = _JSON.raw_decode(text, found.end())
+                    before = _NEXT
+                    yield record
+                    continue
+            except json.JSONDecodeError:
+                pass  # the object goes on in the next piece, or is broken
+            except _TwiceError as error:
+                raise _two_values(path, error) from None
+            if not (piece := file.read(max(_PIECE, len(text) - place))):
+                break
+            text, place = text[place:] + piece, 0
+    if before is _FIRST or not _END.match(text, place):
+        yield from _read_other_json(path, on_bad_line)
+
+
+def _read_other_json(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
+    """JSON lines under the name .json, or the error for what is no list of objects."""
+    with _opened(path) as file:
+        text = file.read()
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty", _EMPTY)
     try:
-        content = json.loads(text, object_pairs_hook=_record)
+        content = _JSON.decode(text)
     except _TwiceError as error:
-        raise DataError(
-            f"{path}: an object has two values for {str(error)!r}; give each its own name",
-            "two columns of its data file have one name",
-        ) from None
+        raise _two_values(path, error) from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return list(_parse_lines(path, text, on_bad_line))
+            del text
+            yield from _read_lines(path, on_bad_line)
+            return
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). "
             f"Fix the file; records one per line belong in a .jsonl file",
@@ -152,71 +240,44 @@ def _parse_json(path: Path, text: str, on_bad_line: BadLine) -> list[Record]:
                 f"{path}, record {number}: a JSON {_json_type(item)}, not an object with columns; "
                 f"give a list of objects"
             )
-    return content
 
 
-def _parse_lines(path: Path, text: str, on_bad_line: BadLine) -> Iterator[Record]:
-    # Not splitlines(): U+2028 and its kind are legal inside JSON strings.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        remedy = "Fix the line, or drop bad lines with data.on_bad_record=skip"
-        try:
-            record = json.loads(line, object_pairs_hook=_record)
-        except _TwiceError as error:
-            reason = f"two values for {str(error)!r}"
-            on_bad_line(f"{path.name}, line {number}: {reason}. {remedy}")
-            continue
-        except json.JSONDecodeError as error:
-            reason = f"not valid JSON ({error.msg} at column {error.colno})"
-            on_bad_line(f"{path.name}, line {number}: {reason}. {remedy}")
-            continue
-        if isinstance(record, dict):
-            yield record
-        else:
-            reason = f"a JSON {_json_type(record)}, not an object with columns"
-            on_bad_line(f"{path.name}, line {number}: {reason}. {remedy}")
+def _two_values(path: Path, error: _TwiceError) -> DataError:
+    return DataError(
+        f"{path}: an object has two values for {str(error)!r}; give each its own name",
+        "two columns of its data file have one name",
+    )
 
 
-class _TwiceError(Exception):
-    """A JSON object has two values for one name; which is meant cannot be told."""
-
-
-def _record(pairs: list[tuple[str, Any]]) -> Record:
-    """A JSON object."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(next(name for name in names if names.count(name) > 1))
-    return record
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _parse_csv(path: Path, text: str) -> list[Record]:
+def _read_csv(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)
-    try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        records: list[Record] = list(rows)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
-    _check_separator(path, rows.fieldnames or [])
-    _refuse_twice(path, rows.fieldnames or [])
-    for number, record in enumerate(records, start=1):
-        if None in record:
-            raise DataError(
-                f"{path}, record {number}: more fields than the header has; the first line must "
-                f"name the columns, and fields with commas need quotes"
-            )
-    return records
+    with _opened(path, newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            columns = list(rows.fieldnames or [])
+            if not columns:
+                raise DataError(f"{path}: the file is empty", _EMPTY)
+            for separator, name in ((";", "';'"), ("\t", "tabs")):
+                if len(columns) == 1 and separator in columns[0]:
+                    raise DataError(
+                        f"{path}: the file seems to use {name} as separator; save it with commas, "
+                        "and with quotes around fields that hold commas"
+                    )
+            _refuse_twice(path, columns)
+            for number, record in enumerate(rows, start=1):
+                if None in record:
+                    raise DataError(
+                        f"{path}, record {number}: more fields than the header has; the first line "
+                        "must name the columns, and fields with commas need quotes"
+                    )
+                yield record
+        except csv.Error as error:
+            raise DataError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
 
 
 def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
     """Refuse two columns of one name: which of them is meant cannot be told."""
-    if twice := [name for name in columns if list(columns).count(name) > 1]:
+    if twice := [name for name in columns if columns.count(name) > 1]:
         raise DataError(
             f"{path}: {columns.count(twice[0])} columns are called {twice[0]!r}; give each its own "
             "name",
@@ -224,33 +285,40 @@ def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
         )
 
 
-def _check_separator(path: Path, columns: Sequence[str]) -> None:
-    for separator, name in ((";", "';'"), ("\t", "tabs")):
-        if len(columns) == 1 and separator in columns[0]:
-            raise DataError(
-                f"{path}: the file seems to use {name} as separator; save it with commas, and with "
-                "quotes around fields that hold commas"
-            )
-
-
-def _read_parquet(path: Path) -> list[Record]:
+def _read_parquet(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            _refuse_twice(path, file.schema_arrow.names)
+            for rows in file.iter_batches(_ROWS):
+                yield from rows.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
-    _refuse_twice(path, table.column_names)
-    rows: list[Record] = table.to_pylist()
-    return rows
 
 
-def _read_directory(path: Path, split: str | None, on_bad_line: BadLine) -> list[FileRecords]:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return [FileRecords("", _read_saved_dataset(path, split))]
-    files = _choose_files(path, split)
-    return [FileRecords(file.name, _read_file(file, on_bad_line)) for file in files]
+def read_dataset(rows: "datasets.Dataset", on_bad_line: BadLine = refuse) -> Iterator[Record]:
+    """The rows of a data set of the datasets library, which maps its files into memory."""
+    for table in rows.with_format("arrow").iter(_ROWS):
+        yield from table.to_pylist()
+
+
+def _open_saved(path: Path, split: str | None) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets and pyarrow raise many kinds; all mean the same here
+        raise DataError(f"{path}: not a readable saved data set ({_first_line(error)})") from None
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise DataError(
+            f"{path}: has no split {split!r}; it has: {', '.join(saved)}. Choose with "
+            f"data.split or data.eval_split"
+        )
+    return saved[split]
 
 
 def _choose_files(path: Path, split: str | None) -> list[Path]:
@@ -293,24 +361,6 @@ def _names_split(file: Path, split: str) -> bool:
 def _names(files: list[Path]) -> str:
     more = ", ..." if len(files) > _NAMED else ""
     return ", ".join(file.name for file in files[:_NAMED]) + more
-
-
-def _read_saved_dataset(path: Path, split: str | None) -> list[Record]:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets and pyarrow raise many kinds; all mean the same here
-        raise DataError(f"{path}: not a readable saved data set ({_first_line(error)})") from None
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise DataError(
-                f"{path}: has no split {split!r}; it has: {', '.join(saved)}. Choose with "
-                f"data.split or data.eval_split"
-            )
-        saved = saved[split]
-    rows: list[Record] = saved.to_list()
-    return rows
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,47 +1,47 @@
 """Whether ``data.labels`` are the answers that the records have."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import DataConfig
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import DataError
-
-if TYPE_CHECKING:
-    import datasets
 
 _QUOTED = 3  # answers in a message
 
 
-def unseen_labels(data: DataConfig, *sources: "datasets.Dataset") -> list[str]:
+def unseen_labels(data: DataConfig, *sources: Records) -> list[str]:
     """A line on the labels that are the answer of no record of any source, if there are such."""
-    seen = {choice for source in sources for choice in source["choice"][:]}
+    seen = {choice for source in sources for choice in source["choice"]}
     unseen = [label for i, label in enumerate(data.labels) if i not in seen]
     if not unseen:
         return []
-    answers = [answer for source in sources for answer in _answers(source)]
-    return [f"data.labels: no record has the answer {', '.join(unseen)} ({_quoted(answers)})"]
+    answers = _quoted(chain.from_iterable(sources))
+    return [f"data.labels: no record has the answer {', '.join(unseen)} ({answers})"]
 
 
-def require_scored(data: DataConfig, held_out: "datasets.Dataset") -> None:
+def require_scored(data: DataConfig, held_out: Records) -> None:
     """Refuse labels by which not one held-out record can be scored.
 
     Raises:
         DataError: names the labels and some of the answers.
     """
-    if data.labels and all(choice < 0 for choice in held_out["choice"][:]):
+    if data.labels and all(choice < 0 for choice in held_out["choice"]):
         raise DataError(
             f"data.labels={shown(data.labels)}: no held-out record has one of them as its answer "
-            f"({_quoted(_answers(held_out))}); give the answers there are, or data.labels=[] for "
+            f"({_quoted(held_out)}); give the answers there are, or data.labels=[] for "
             "records without classes"
         )
 
 
-def _answers(source: "datasets.Dataset") -> list[str]:
-    return [turns[-1]["content"].strip() for turns in source["messages"][:]]
-
-
-def _quoted(answers: list[str]) -> str:
-    """The first different answers, each cut to one short line."""
-    first = list(dict.fromkeys(shown(answer[:30]) for answer in answers))
+def _quoted(records: Iterable[Any]) -> str:
+    """The first different answers of conversations, each cut to one short line."""
+    first: dict[str, None] = {}
+    for record in records:
+        first[shown(record.messages[-1]["content"].strip()[:30])] = None
+        if len(first) > _QUOTED:
+            break
     more = ", ..." if len(first) > _QUOTED else ""
-    return f"answers are: {', '.join(first[:_QUOTED])}{more}"
+    return f"answers are: {', '.join(list(first)[:_QUOTED])}{more}"

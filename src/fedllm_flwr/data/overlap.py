@@ -2,14 +2,13 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from fedllm_flwr.data.kinds import answer_columns
-
-if TYPE_CHECKING:
-    import datasets
+from fedllm_flwr.data.remembered import cache_dir, remembered
+from fedllm_flwr.data.sources import Records, texts_of
 
 _WORDS = re.compile(r"\w+")
 _SHINGLE = 4  # words that follow one another
@@ -19,6 +18,7 @@ _LEAST_OWN = 4  # shingles that a record must have for itself to be compared
 _MOST_COMPARED = 50_000  # training records that are compared shingle by shingle
 _LONGEST = 20_000  # characters of a record that are compared
 _MOST_ASKED = 1_000  # held-out records that are
+_BEGINNING = 5  # words by which most texts are told apart
 
 Shingle = tuple[str, ...]
 
@@ -37,49 +37,66 @@ class Overlap:
         return (self.equal + self.near) / max(1, self.num_held_out)
 
 
-def overlap(train: "datasets.Dataset", held_out: "datasets.Dataset") -> Overlap:
+def overlap(train: Records, held_out: Records, folder: Path | None = None) -> Overlap:
     """Compare all turns of held-out and training records, without case and punctuation.
 
     Equal: the same words in the same order. Near: a training record holds at least 80 % of the
     record's runs of four words, not counting runs that many held-out records share. All records
     are compared for equality, the first 50,000 training and 1,000 held-out ones for nearness.
+
+    Args:
+        folder: where the result is kept between processes; None: the user's cache.
     """
-    asked = [_words(text) for text in _texts(held_out)]
-    texts = {" ".join(words) for words in (_words(text) for text in _texts(train))}
-    equal = {number for number, words in enumerate(asked) if " ".join(words) in texts}
-    near = _near(_texts(train), asked[:_MOST_ASKED]) - equal
-    return Overlap(len(asked), len(equal), len(near))
+
+    identities = train.identity, held_out.identity
+    if not all(identities):
+        return _compare(train, held_out)
+    _, counts = remembered(
+        ("overlap", *identities),
+        lambda: ({}, asdict(_compare(train, held_out))),
+        folder or cache_dir() / "records",
+    )
+    return Overlap(**counts)
 
 
-def _near(train: Iterable[str], asked: Sequence[list[str]]) -> set[int]:
-    """Numbers of the held-out records that one training record nearly holds."""
-    shingles = [set(_shingles(words)) for words in asked]
-    often = Counter(shingle for own in shingles for shingle in own)
-    most = max(1.0, _COMMON * len(asked))
-    own = {
-        number: {shingle for shingle in some if often[shingle] <= most}
-        for number, some in enumerate(shingles)
-    }
-    own = {number: some for number, some in own.items() if len(some) >= _LEAST_OWN}
+def _compare(train: Records, held_out: Records) -> Overlap:
+    asked = [_words(_text(record)) for record in held_out]
+    by_words: defaultdict[str, list[int]] = defaultdict(list)
+    for number, words in enumerate(asked):
+        by_words[" ".join(words)].append(number)
+    beginnings = {tuple(words[:_BEGINNING]) for words in asked}
+    shingles = [set(_shingles(words)) for words in asked[:_MOST_ASKED]]
+    often = Counter(shingle for some in shingles for shingle in some)
+    most = max(1.0, _COMMON * len(shingles))
+    own = [{shingle for shingle in some if often[shingle] <= most} for some in shingles]
     owners: defaultdict[Shingle, list[int]] = defaultdict(list)
-    for number, some in own.items():
-        for shingle in some:
+    for number, some in enumerate(own):
+        for shingle in some if len(some) >= _LEAST_OWN else ():
             owners[shingle].append(number)
+    equal: set[int] = set()
     near: set[int] = set()
-    for _, text in zip(range(_MOST_COMPARED), train, strict=False):
-        held: Counter[int] = Counter()
-        for shingle in set(_shingles(_words(text))) & owners.keys():
-            held.update(owners[shingle])
-        near |= {number for number, count in held.items() if count >= _SHARED * len(own[number])}
-    return near
+    for count, record in enumerate(train):
+        text = _text(record)
+        if _beginning(text) in beginnings:
+            equal.update(by_words.get(" ".join(_words(text)), ()))
+        if count < _MOST_COMPARED:
+            held: Counter[int] = Counter()
+            for shingle in set(_shingles(_words(text))) & owners.keys():
+                held.update(owners[shingle])
+            near |= {number for number, n in held.items() if n >= _SHARED * len(own[number])}
+    return Overlap(len(asked), len(equal), len(near - equal))
 
 
-def _texts(records: "datasets.Dataset") -> Iterator[str]:
-    """All that a record says: its turns, and the answers beside them."""
-    answers = [records[name][:] for name in answer_columns(records)]
-    for number, turns in enumerate(records["messages"][:]):
-        parts = [turn["content"] for turn in turns] + [column[number] for column in answers]
-        yield " ".join(parts)[:_LONGEST]
+def _text(record: Any) -> str:
+    return " ".join(texts_of(record))[:_LONGEST]
+
+
+def _beginning(text: str) -> tuple[str, ...]:
+    """The first words of a text, which is not divided into words as a whole for that."""
+    words = _words(text[: 50 * _BEGINNING])
+    if len(words) <= _BEGINNING:  # the last one may be cut
+        words = _words(text)
+    return tuple(words[:_BEGINNING])
 
 
 def _words(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, PartitionConfig
-from fedllm_flwr.data.kinds import answer_columns
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.params import derive_seed
 
@@ -26,18 +26,13 @@ DIRICHLET_SEEDS = 20  # each allows flwr-datasets' eleven draws to reach min_siz
 class Partition:
     """Clients in a fixed order; every training record belongs to one of them at most."""
 
-    train: "datasets.Dataset"
     names: list[str]
-    indices: list[NDArray[np.int64]]  # rows of ``train`` per client
+    indices: list[NDArray[np.int64]]  # of the training records, per client
 
     @property
     def num_clients(self) -> int:
         """Number of clients."""
         return len(self.names)
-
-    def client(self, i: int) -> "datasets.Dataset":
-        """The records of client ``i``."""
-        return self.train.select(self.indices[i])
 
 
 @dataclass(frozen=True)
@@ -53,15 +48,17 @@ class ClientStats:
 
 
 def partition(
-    train: "datasets.Dataset", config: PartitionConfig, num_clients: int | None, seed: int
+    keys: list[str], config: PartitionConfig, num_clients: int | None, seed: int
 ) -> Partition:
     """Divide records among clients; the same seed gives the same clients.
 
-    ``train`` has the columns of ``load_federated_data``; its column client holds the values of
-    partition.column. ``num_clients`` None means 10, and for a natural partition one client per
-    value. Raises ConfigError with key, value and remedy for what cannot be divided so.
+    Args:
+        keys: value of partition.column of each training record, "" without a column.
+        num_clients: None: 10, and for a natural partition one client per value.
+
+    Raises:
+        ConfigError: with key, value and remedy, for what cannot be divided so.
     """
-    keys: list[str] = train["client"][:]
     if config.name in _BY_COLUMN:
         _check_column(config, keys)
     if config.name == "natural":
@@ -73,13 +70,13 @@ def partition(
         names = [f"client-{i}" for i in range(count)]
     order = _record_order(keys, config, seed)
     indices = _PARTITIONERS[config.name](order, config, len(names), seed)
-    return Partition(train, names, indices)
+    return Partition(names, indices)
 
 
-def describe(partition: Partition) -> list[ClientStats]:
+def describe(partition: Partition, train: Records) -> list[ClientStats]:
     """Sizes, labels and lengths of every client, in client order."""
-    labels = np.array(partition.train["label"][:], dtype=object)
-    lengths = _text_lengths(partition.train)
+    labels = np.array(train["label"], dtype=object)
+    lengths = train.characters
     return [
         ClientStats(
             name=name,
@@ -91,16 +88,6 @@ def describe(partition: Partition) -> list[ClientStats]:
         )
         for name, rows in zip(partition.names, partition.indices, strict=True)
     ]
-
-
-def _text_lengths(records: "datasets.Dataset") -> NDArray[np.int64]:
-    """Characters of every record: its turns, and the answers beside them."""
-    lengths = np.array(
-        [sum(len(turn["content"]) for turn in turns) for turns in records["messages"][:]]
-    )
-    for answers in answer_columns(records):
-        lengths += np.array([len(answer) for answer in records[answers][:]])
-    return lengths
 
 
 def _check_column(config: PartitionConfig, keys: list[str]) -> None:

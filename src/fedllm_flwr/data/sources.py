@@ -1,20 +1,41 @@
 """Where records come from: local files, hub data sets and the data embedded in the package."""
 
-from dataclasses import dataclass, replace
+import json
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm_flwr import __version__
 from fedllm_flwr.config.schema import EMBEDDED_DATA, DataConfig
-from fedllm_flwr.data.columns import AttributeColumn, Mapping, unused_columns, used_columns
+from fedllm_flwr.data import columns as roles
+from fedllm_flwr.data.columns import AttributeColumn, Columns
 from fedllm_flwr.data.faults import NAMED_IN_ERRORS, Faults, refuse_faults
-from fedllm_flwr.data.files import FileRecords, Record, read_parts
+from fedllm_flwr.data.files import BadLine, Record, RecordFile, open_records, read_dataset, refuse
 from fedllm_flwr.data.kinds import RecordKind
-from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.data.remembered import (
+    Arrays,
+    Stamps,
+    cache_dir,
+    code_digest,
+    path_digest,
+    remembered,
+    stamps,
+)
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.plugins import PREPROCESSING
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 _EMBEDDED_FILES = dict(zip(EMBEDDED_DATA, ("{}.jsonl", "preferences_{}.jsonl"), strict=True))
+_BATCH = 1000  # records
 
 
 @dataclass(frozen=True)
@@ -34,117 +55,365 @@ class SourceReport:
     used_columns: tuple[str, ...] = ()  # role=column
 
 
+class Records:
+    """Records of one kind, in order; iterating over them reads their texts from the source.
+
+    Attributes:
+        column_names: fields of a record.
+        identity: of the content: equal identities mean equal records. "": unknown.
+        characters: of the texts of each record, shape (num_records,).
+    """
+
+    def __init__(
+        self,
+        column_names: tuple[str, ...],
+        identity: str,
+        characters: NDArray[np.int64],
+        attributes: Mapping[str, list[Any]],
+        read: Callable[[], Iterator[Any]],
+    ) -> None:
+        self.column_names = column_names
+        self.identity = identity
+        self.characters = characters
+        self._attributes = attributes
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._read()
+
+    def __getitem__(self, field: str) -> list[Any]:
+        """The values of a field; labels, clients and numbers are known without reading."""
+        if field in self._attributes:
+            return self._attributes[field]
+        return [getattr(record, field) for record in self]
+
+    @classmethod
+    def of(cls, rows: Sequence[Any], identity: str = "") -> "Records":
+        """Records that are in memory, at least one."""
+        characters = np.array([sum(map(len, texts_of(row))) for row in rows], np.int64)
+        return cls(rows[0]._fields if rows else (), identity, characters, {}, lambda: iter(rows))
+
+    def held(self, make: Callable[..., Any], folder: Path) -> "Records":
+        """The same records in memory, read once and then kept in `folder`.
+
+        Args:
+            make: the type of a record.
+        """
+        _, rows = remembered(("records", self.identity), lambda: ({}, list(self)), folder)
+        records = [make(*row) for row in rows]
+        return Records(
+            self.column_names, self.identity, self.characters, self._attributes, records.__iter__
+        )
+
+
+def texts_of(record: Any) -> Iterator[str]:
+    """All that a record says: its turns, and the answers beside them."""
+    for field, value in zip(record._fields, record, strict=True):
+        if field == "messages":
+            yield from (turn["content"] for turn in value)
+        elif isinstance(value, str) and field not in ("label", "client"):
+            yield value
+
+
+def records_digest(records: Records, folder: Path | None = None) -> str:
+    """SHA-256 of the records in their order, in hexadecimal; a file's layout does not enter it.
+
+    Args:
+        folder: where the digest is kept between processes; None: the user's cache.
+    """
+
+    def make() -> tuple[Arrays, str]:
+        digest = sha256()
+        for batch in _batches(records):
+            columns = dict(
+                zip(records.column_names, map(list, zip(*batch, strict=True)), strict=True)
+            )
+            digest.update(json.dumps(columns, sort_keys=True).encode())
+        return {}, digest.hexdigest()
+
+    what = ("digest", records.identity)
+    return str(remembered(what, make, folder or cache_dir() / "records")[1])
+
+
+def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    ahead = iter(rows)
+    while batch := list(islice(ahead, _BATCH)):
+        yield batch
+
+
 @dataclass(frozen=True)
-class Loaded:
-    """Records of one source, in its order: of the type that their kind makes."""
+class Scan:
+    """What is known of a source when it has been read once: all but the texts."""
 
-    records: list[Any]
     report: SourceReport
+    numbers: NDArray[np.int64]  # of the usable records, among all that are read
+    characters: NDArray[np.int64]  # of the texts of each usable record
+    attributes: dict[str, NDArray[np.int32]]  # of each usable record; of a text its index in names
+    names: dict[str, list[str]]  # the different values of the attributes that are texts
+
+    def pack(self) -> tuple[Arrays, dict[str, Any]]:
+        """As arrays and a JSON value."""
+        arrays: Arrays = {"numbers": self.numbers, "characters": self.characters}
+        arrays |= self.attributes
+        return arrays, {"report": asdict(self.report), "names": self.names}
+
+    @classmethod
+    def unpack(cls, arrays: Arrays, facts: dict[str, Any]) -> "Scan":
+        """Of what `pack` has returned."""
+        lists = {"unused_columns", "left_out", "used_columns"}
+        report: dict[str, Any] = facts["report"]
+        report |= {name: tuple(report[name]) for name in lists}
+        numbers, characters = arrays.pop("numbers"), arrays.pop("characters")
+        return cls(SourceReport(**report), numbers, characters, arrays, facts["names"])
+
+    def values(self, attribute: str, positions: NDArray[np.int64]) -> list[Any]:
+        """An attribute of some of the usable records."""
+        values: NDArray[Any] = self.attributes[attribute][positions]
+        if attribute in self.names:
+            values = np.array(self.names[attribute], object)[values]
+        return list(values.tolist())
 
 
-def load_records(
+@dataclass(frozen=True)
+class Source:
+    """A file, a directory or a hub set, and how its records are read."""
+
+    files: list[RecordFile]
+    path: Path | None  # None: a hub set
+    stamps: Stamps  # of the files when they were opened
+    key: str  # that names the path
+    fingerprint: str  # of a hub set
+    settings: DataConfig
+    mapping: roles.Mapping
+    kind: RecordKind
+
+    def identity(self, folder: Path | None = None) -> str:
+        """Digest of the content and of all that decides which records are made of it.
+
+        Args:
+            folder: where digests of files are kept between processes; None: nowhere.
+        """
+        content = path_digest(self.path, folder) if self.path else self.fingerprint
+        settings, mapping = self.settings, replace(self.mapping, source="")
+        made_by = PREPROCESSING.find(settings.preprocessing), self.kind.make
+        parts = [__version__, *map(code_digest, made_by), content, mapping]
+        parts += [[file.name for file in self.files], settings.preprocessing]
+        parts.append(settings.on_bad_record)
+        return sha256(repr(parts).encode()).hexdigest()
+
+    def records(
+        self, scan: Scan, positions: NDArray[np.int64], folder: Path | None = None
+    ) -> Records:
+        """Some of the usable records, by their ascending positions among these.
+
+        Args:
+            folder: as for `identity`.
+        """
+        return Records(
+            self.kind.record._fields,
+            sha256(self.identity(folder).encode() + positions.tobytes()).hexdigest(),
+            scan.characters[positions],
+            {name: scan.values(name, positions) for name in scan.attributes},
+            partial(self.read, scan.numbers[positions]),
+        )
+
+    def scan(self) -> Scan:
+        """Read all records once.
+
+        Raises:
+            DataError: the files cannot be read, hold no usable record, or one that
+                ``data.on_bad_record`` does not let pass.
+        """
+        kind, refuse_bad = self.kind, self.settings.on_bad_record == "error"
+        broken: list[str] = []
+        numbers, characters = array("q"), array("q")
+        attributes: dict[str, array[int]] = {}
+        names: dict[str, dict[str, int]] = {"label": {}, "client": {}}
+        present, faults, read, duplicates = Columns(), Faults(), 0, 0
+        for mapping, columns, batches in self._parts(refuse if refuse_bad else broken.append):
+            before, of_part = read, Faults()
+            for batch in batches:
+                made, found = self._make(batch, mapping, columns)
+                unusable = {number for number, _ in (*found.empty, *found.bad, *found.equal)}
+                for number, row in enumerate(batch, start=1):
+                    present.include(row)
+                    if row is not None and number not in unusable:
+                        numbers.append(read + number - 1)
+                for record in made:
+                    characters.append(sum(map(len, texts_of(record))))
+                    for field, value in zip(record._fields, record, strict=True):
+                        known = names.get(field)
+                        number = value if known is None else known.setdefault(value, len(known))
+                        if isinstance(number, int):
+                            attributes.setdefault(field, array("i")).append(number)
+                of_part.extend(found, read - before)
+                duplicates += batch.count(None)
+                read += len(batch)
+            if refuse_bad:
+                refuse_faults(mapping.source, read - before, of_part, kind.refused)
+            faults.extend(of_part, before)
+        self._require_unchanged()
+        if not read and self.path:
+            raise DataError(
+                f"{self.key}: {self.path}: holds no records; give a file with at least one",
+                "its data file is empty",
+            )
+        if not characters:
+            raise self._none_usable(read, faults)
+        left_out = [f"record {number}" for number, _ in sorted(faults.empty + faults.bad)]
+        places = [message.partition(":")[0] for message in broken]
+        has_choice = bool(self.mapping.labels) and "choice" in attributes
+        report = SourceReport(
+            source=self.mapping.source,
+            read=read + len(broken),
+            usable=len(characters),
+            empty=len(faults.empty),
+            equal=len(faults.equal),
+            bad=len(faults.bad) + len(broken),
+            duplicates=duplicates,
+            unscored=sum(choice < 0 for choice in attributes["choice"]) if has_choice else 0,
+            unused_columns=tuple(roles.unused_columns(present, self.mapping, kind.roles)),
+            used_columns=tuple(roles.used_columns(present, self.mapping, kind.roles)),
+            left_out=tuple([*places, *left_out][:NAMED_IN_ERRORS]),
+        )
+        return Scan(
+            report,
+            np.array(numbers, np.int64),
+            np.array(characters, np.int64),
+            {name: np.array(values, np.int32) for name, values in attributes.items()},
+            {name: list(values) for name, values in names.items()},
+        )
+
+    def read(self, numbers: NDArray[np.int64]) -> Iterator[Any]:
+        """Read the records with the ascending `numbers`, which a scan has found usable."""
+        start = done = 0
+        for mapping, columns, batches in self._parts(lambda _: None):
+            for batch in batches:
+                end = int(np.searchsorted(numbers, start + len(batch)))
+                chosen = [batch[number - start] for number in numbers[done:end].tolist()]
+                yield from self._make(chosen, mapping, columns)[0]
+                start, done = start + len(batch), end
+                if done == len(numbers):
+                    self._require_unchanged()
+                    return
+
+    def _parts(
+        self, on_bad_line: BadLine
+    ) -> Iterator[tuple[roles.Mapping, Columns, Iterator[list[Record | None]]]]:
+        """Per file what to look for, which columns it has, and its preprocessed records."""
+        preprocessing = PREPROCESSING.find(self.settings.preprocessing)
+        prepare = partial(preprocessing, columns=self.mapping.columns)
+        mapped = roles.mapped_columns(self.mapping, self.kind.roles)
+        # The default name may be absent: most sets without extra input have no such column.
+        wanted = {name for role, name in mapped.items() if (role, name) != ("input", "input")}
+        origins: deque[RecordFile] = deque()  # of the records that are being preprocessed
+
+        def read() -> Iterator[Record]:
+            for file in self.files:
+                for row in self._rows(file, on_bad_line):
+                    origins.append(file)
+                    yield row
+
+        for file, rows in groupby(prepare(read()), key=lambda _: origins.popleft()):
+            present = Columns()
+            for row in prepare(self._rows(file, lambda _: None)):
+                present.include(row)
+                if wanted <= present:
+                    break
+            name = f"{self.mapping.source}/{file.name}" if file.name else self.mapping.source
+            yield replace(self.mapping, source=name), present, _batches(rows)
+
+    def _rows(self, file: RecordFile, on_bad_line: BadLine) -> Iterator[Record]:
+        try:
+            yield from file.read(on_bad_line)
+        except DataError as error:
+            raise DataError(f"{self.key}: {error}", error.shareable) from None
+
+    def _make(
+        self, rows: list[Record | None], mapping: roles.Mapping, columns: Columns
+    ) -> tuple[list[Any], Faults]:
+        if not any(row is not None for row in rows):
+            return [], Faults()
+        return self.kind.make(rows, mapping, columns)
+
+    def _require_unchanged(self) -> None:
+        if self.path and stamps(self.path) != self.stamps:
+            raise DataError(
+                f"{self.key}: {self.path}: has changed while it was read; start again when it is "
+                "complete",
+                "its data file has changed while it was read",
+            )
+
+    def _none_usable(self, num_records: int, faults: Faults) -> DataError:
+        source, key = self.mapping.source, self.mapping.columns_key
+        if len(faults.equal) == num_records:
+            return DataError(
+                f"{source}: chosen equals rejected in all {num_records} records; check "
+                f"{key}.chosen and {key}.rejected"
+            )
+        found = sorted(faults.empty + faults.equal + faults.bad)
+        first = f" (record {found[0][0]}: {found[0][1]})" if found else ""
+        return DataError(
+            f"{source}: none of its {num_records} records is usable{first}; check {key}",
+            "none of its records is usable",
+        )
+
+
+def open_source(
     data: DataConfig,
     kind: RecordKind,
     evaluation: bool = False,
     label: AttributeColumn | None = None,
     client: AttributeColumn | None = None,
-) -> Loaded:
-    """Read, preprocess and normalise the training (or evaluation) records of a data set.
+) -> Source:
+    """The source of the training, or of the evaluation, records that a configuration names.
 
-    Raises DataError for what the files hold and ConfigError for options that cannot work.
+    Raises:
+        DataError: there is no such source.
+        ConfigError: the configuration names none.
     """
-    parts, source, broken_lines = _read(data, evaluation)
-    own_columns = evaluation and data.eval_columns is not None
-    columns = data.eval_columns if own_columns and data.eval_columns else data.columns
-    key = "data.eval_columns" if own_columns else "data.columns"
-    rows = [row for part in parts for row in part.records]
-    preprocessed = PREPROCESSING.find(data.preprocessing)(rows, columns)
-    mapping = Mapping(source, columns, key, label, client, data.labels)
-    records, faults = _make(preprocessed, parts, mapping, kind, data.on_bad_record == "error")
-    if not records:
-        raise _none_usable(mapping, len(rows), faults)
-    left_out = [f"record {number}" for number, _ in sorted(faults.empty + faults.bad)]
-    report = SourceReport(
-        source=source,
-        read=len(rows) + len(broken_lines),
-        usable=len(records),
-        empty=len(faults.empty),
-        equal=len(faults.equal),
-        bad=len(faults.bad) + len(broken_lines),
-        duplicates=sum(row is None for row in preprocessed),
-        unscored=kind.count_unscored(records) if data.labels else 0,
-        unused_columns=tuple(unused_columns(preprocessed, mapping, kind.roles)),
-        used_columns=tuple(used_columns(preprocessed, mapping, kind.roles)),
-        left_out=tuple([*broken_lines, *left_out][:NAMED_IN_ERRORS]),
-    )
-    return Loaded(records, report)
-
-
-def _make(
-    rows: Preprocessed,
-    parts: list[FileRecords],
-    mapping: Mapping,
-    kind: RecordKind,
-    refuse_bad: bool,
-) -> tuple[list[Any], Faults]:
-    """Usable records and faults of all files; each file must have the columns by itself.
-
-    `rows` are those of the `parts`, one after the other. Faults number them through.
-    """
-    records: list[Any] = []
-    faults, start = Faults(), 0
-    for part in parts:
-        mine = rows[start : start + len(part.records)]
-        where = f"{mapping.source}/{part.name}" if part.name else mapping.source
-        if any(row is not None for row in mine):
-            made, found = kind.make(mine, replace(mapping, source=where))
-            if refuse_bad:
-                refuse_faults(where, len(mine), found, kind.refused)
-            records += made
-            faults.extend(found, start)
-        start += len(mine)
-    return records, faults
-
-
-def _none_usable(mapping: Mapping, num_records: int, faults: Faults) -> DataError:
-    key = mapping.columns_key
-    if len(faults.equal) == num_records:
-        return DataError(
-            f"{mapping.source}: chosen equals rejected in all {num_records} records; check "
-            f"{key}.chosen and {key}.rejected"
-        )
-    found = sorted(faults.empty + faults.equal + faults.bad)
-    first = f" (record {found[0][0]}: {found[0][1]})" if found else ""
-    return DataError(
-        f"{mapping.source}: none of its {num_records} records is usable{first}; check {key}",
-        "none of its records is usable",
-    )
-
-
-def _read(data: DataConfig, evaluation: bool) -> tuple[list[FileRecords], str, list[str]]:
-    """Raw records by file, the source's name for messages, and where broken lines were left out."""
     path, split = (data.eval_path, data.eval_split) if evaluation else (data.path, data.split)
     if path is None and evaluation:
         path = data.path  # the embedded data, or a directory with several splits
+    own_columns = data.eval_columns if evaluation else None
+    mapping = roles.Mapping(
+        source="",
+        columns=own_columns or data.columns,
+        columns_key="data.eval_columns" if own_columns else "data.columns",
+        label=label,
+        client=client,
+        labels=data.labels,
+    )
     if path is None:
-        return _load_hub(data, split or data.split)
+        name, rows = _load_hub(data, split or data.split)
+        files = [RecordFile("", partial(read_dataset, rows))]
+        mapping = replace(mapping, source=name)
+        return Source(files, None, [], "", rows._fingerprint, data, mapping, kind)
     key = "data.eval_path" if evaluation and data.eval_path is not None else "data.path"
     if path in EMBEDDED_DATA:
-        file = DEMO / _EMBEDDED_FILES[path].format("test" if evaluation else "train")
+        place = DEMO / _EMBEDDED_FILES[path].format("test" if evaluation else "train")
     else:
-        file = Path(path).expanduser()
-    broken: list[str] = []
+        place = Path(path).expanduser()
     try:
-        if data.on_bad_record == "skip":
-            parts = read_parts(file, split, on_bad_line=broken.append)
-        else:
-            parts = read_parts(file, split)
+        files = open_records(place, split)
     except DataError as error:
         raise DataError(f"{key}: {error}", error.shareable) from None
-    return parts, f"{key}={path}", [message.partition(":")[0] for message in broken]
+    mapping = replace(mapping, source=f"{key}={path}")
+    return Source(files, place, stamps(place), key, "", data, mapping, kind)
 
 
-def _load_hub(data: DataConfig, split: str) -> tuple[list[FileRecords], str, list[str]]:
+def scanned(source: Source, folder: Path) -> Scan:
+    """A source's scan, from `folder` where its content was read in the same way before."""
+    what = ("scan", source.identity(folder))
+    scan = Scan.unpack(*remembered(what, lambda: source.scan().pack(), folder))
+    return replace(scan, report=replace(scan.report, source=source.mapping.source))
+
+
+def _load_hub(data: DataConfig, split: str) -> tuple[str, Any]:
+    """A set of the hub, or of its cache on this machine: its name in messages, and its rows."""
     if data.hub_id is None:
         raise ConfigError(
             "data.path is not set, and neither is data.hub_id; give data.path=/path/to/file"
@@ -153,7 +422,7 @@ def _load_hub(data: DataConfig, split: str) -> tuple[list[FileRecords], str, lis
 
     source = f"data.hub_id={data.hub_id} (split {split})"
     try:
-        loaded = datasets.load_dataset(
+        return source, datasets.load_dataset(
             data.hub_id, data.hub_config, split=split, revision=data.hub_revision
         )
     except ConnectionError:
@@ -165,5 +434,3 @@ def _load_hub(data: DataConfig, split: str) -> tuple[list[FileRecords], str, lis
     except Exception as error:  # datasets raises many kinds; all mean that the set is unusable
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise DataError(f"{source}: cannot be loaded ({reason})") from None
-    rows: list[Record] = loaded.to_list()
-    return [FileRecords("", rows)], source, []

@@ -1,31 +1,37 @@
-"""Encoded examples on disk, so that a site tokenises its data once."""
+"""Encoded examples on disk: tokenised once, and mapped into memory by all that train on them."""
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fedllm_flwr.data.encode import Encoded, EncodeReport
+from fedllm_flwr.data.remembered import code_digest
 from fedllm_flwr.data.templates import Tokenizer
-
-if TYPE_CHECKING:
-    import datasets
+from fedllm_flwr.plugins import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
 Examples = TypeVar("Examples")
-Records = Sequence[tuple[Any, ...]]  # values of a codec's columns
+Rows = Sequence[tuple[Any, ...]]  # values of a codec's columns
 
-FORMAT_VERSION = 3  # raise it whenever the same inputs give other tokens or other arrays
+FORMAT_VERSION = 4  # raise it whenever the same inputs give other tokens or other arrays
+_RECORDS = 2000  # that are encoded at once
+_HEADER_BYTES = 4096  # of a cache file; the tokens lie behind
+_ABANDONED_S = 86400.0  # after which a file that was never finished is removed
 
 
 @dataclass(frozen=True)
@@ -33,126 +39,175 @@ class Codec(Generic[Examples]):
     """How records of one kind become examples, and examples a file."""
 
     name: str
-    columns: tuple[str, ...]  # of the data set: all that the tokens depend on
-    encode: Callable[[Records, Tokenizer, str, int, str], Examples]
-    # The rows that a file holds, and what else there is to know of them, as JSON.
+    columns: tuple[str, ...]  # of a record: all that the tokens depend on
+    encode: Callable[[Rows, Tokenizer, str, int, str], Examples]
+    # The rows that a file holds, and counts of what became of the records, by name.
     pack: Callable[[Examples], tuple[Encoded, dict[str, int]]]
     unpack: Callable[[Encoded, dict[str, int]], Examples]
 
 
 def encode_cached(
     codec: Codec[Examples],
-    dataset: "datasets.Dataset",
+    identity: str,
+    records: Callable[[], Iterable[Any]],
     tokenizer: Tokenizer,
     template: str,
     max_length: int,
     truncation: str = "right",
-    cache_dir: Path | None = None,
+    folder: Path | None = None,
     most_files: int | None = None,
 ) -> Examples:
-    """``codec.encode`` of a data set, from ``cache_dir`` where the same was encoded before.
+    """``codec.encode`` of records, from `folder` where the same were encoded before.
 
-    A broken cache file is made anew and a directory that cannot be written is done without;
-    both are logged.
+    A broken cache file is made anew and a folder that cannot be written is done without; both
+    are logged.
 
     Args:
-        most_files: how many files ``cache_dir`` keeps, the newest ones; None: all.
+        identity: of the records: equal identities mean equal records.
+        records: opens them; called only where they are not in the cache.
+        folder: None: no cache.
+        most_files: how many files `folder` keeps, the newest ones; None: all.
     """
-    records = list(zip(*(dataset[column][:] for column in codec.columns), strict=True))
-    if cache_dir is None:
-        return codec.encode(records, tokenizer, template, max_length, truncation)
-    options: dict[str, str | int] = {
-        "kind": codec.name,
-        "template": template,
-        "max_length": max_length,
-        "truncation": truncation,
-    }
-    path = cache_dir / f"{_key(records, tokenizer, options)}.safetensors"
-    cached = _load_or_none(codec, path)
-    if cached is not None:
-        return cached
-    encoded = codec.encode(records, tokenizer, template, max_length, truncation)
+
+    def chunks() -> Iterator[tuple[Encoded, dict[str, int]]]:
+        ahead, start = iter(records()), 0
+        while (chosen := list(islice(ahead, _RECORDS))) or not start:
+            rows = [tuple(getattr(record, name) for name in codec.columns) for record in chosen]
+            examples = codec.encode(rows, tokenizer, template, max_length, truncation)
+            encoded, counts = codec.pack(examples)
+            yield replace(encoded, source=encoded.source + start), counts
+            if len(chosen) < _RECORDS:
+                return
+            start += _RECORDS
+
+    if folder is None:
+        return codec.unpack(*_joined(list(chunks())))
+    made_by = [FORMAT_VERSION, codec.name, code_digest(codec.encode), _fingerprint(tokenizer)]
+    made_by += [template, repr(TEMPLATES.find(template))]
+    key = json.dumps([identity, *made_by, max_length, truncation])
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     try:
-        save_encoded(codec, encoded, path)
+        return load_encoded(codec, path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("encoded examples are made anew: %s", error)
+    try:
+        save_chunks(chunks(), path)
         if most_files is not None:
-            _keep_newest(cache_dir, most_files)
+            files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+            for file in files[:-most_files]:
+                file.unlink(missing_ok=True)
+        return load_encoded(codec, path)
     except OSError as error:
         logger.warning("encoded examples are not cached: %s", error)
-    return encoded
+        return codec.unpack(*_joined(list(chunks())))
 
 
-def _keep_newest(folder: Path, count: int) -> None:
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-    for file in files[:-count]:
-        file.unlink(missing_ok=True)
+def save_chunks(chunks: Iterable[tuple[Encoded, dict[str, int]]], path: Path) -> None:
+    """Write the examples of consecutive records as one safetensors file, whole or not at all.
 
+    Only one chunk's tokens are in memory at a time. The header is padded to a fixed size, so that
+    the tokens can be written before their number is known.
 
-def save_encoded(codec: Codec[Examples], encoded: Examples, path: Path) -> None:
-    """Write one safetensors file, whole or not at all. Raises OSError."""
+    Raises:
+        OSError: the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows, more = codec.pack(encoded)
-    arrays = {name: np.ascontiguousarray(getattr(rows, name)) for name in _ARRAYS}
-    reports = {"report": json.dumps(asdict(rows.report)), "more": json.dumps(more)}
-    metadata = {"format": str(FORMAT_VERSION), **reports}
+    for old in path.parent.glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _ABANDONED_S:
+                old.unlink()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    os.close(handle)
     try:
-        save_file(arrays, temporary, metadata)
+        with os.fdopen(handle, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as marks:
+            file.write(bytes(_HEADER_BYTES))
+            seen: list[tuple[Encoded, dict[str, int]]] = []
+            counts = np.zeros(0, np.int64)
+            for rows, more in chunks:
+                file.write(rows.tokens.tobytes())
+                marks.write(rows.supervised.tobytes())
+                counts, before = rows.token_counts.copy(), counts
+                counts.resize(max(len(counts), len(before)))
+                counts[: len(before)] += before
+                nothing = rows.tokens[:0], rows.supervised[:0]
+                seen.append((Encoded(*nothing, rows.offsets, rows.source, rows.report), more))
+            joined, more = _joined(seen)
+            marks.seek(0)
+            shutil.copyfileobj(marks, file, 2**24)
+            small = {"offsets": joined.offsets, "source": joined.source, "counts": counts}
+            for array in small.values():
+                file.write(array.tobytes())
+            num_tokens = joined.report.num_tokens
+            sizes = {"tokens": ("I32", num_tokens, 4), "supervised": ("BOOL", num_tokens, 1)}
+            sizes |= {name: ("I64", len(array), 8) for name, array in small.items()}
+            header: dict[str, Any] = {
+                "__metadata__": {
+                    "format": str(FORMAT_VERSION),
+                    "report": json.dumps(asdict(joined.report)),
+                    "more": json.dumps(more),
+                }
+            }
+            end = 0
+            for name, (dtype, length, width) in sizes.items():
+                start, end = end, end + length * width
+                header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [start, end]}
+            text = json.dumps(header).encode().ljust(_HEADER_BYTES - 8)
+            file.seek(0)
+            file.write(len(text).to_bytes(8, "little") + text)
         Path(temporary).replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def load_encoded(codec: Codec[Examples], path: Path) -> Examples:
-    """Read what ``save_encoded`` wrote. Raises ValueError or OSError for anything else."""
+    """Map what `save_chunks` wrote into memory, read-only.
+
+    Raises:
+        OSError: the file cannot be read; FileNotFoundError: there is none.
+        ValueError: it is another file, or not whole.
+    """
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            if metadata.get("format") != str(FORMAT_VERSION):
+                raise ValueError(f"{path}: format {metadata.get('format')}, not {FORMAT_VERSION}")
+            small = {name: file.get_tensor(name) for name in ("offsets", "source", "counts")}
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from None
-    if metadata.get("format") != str(FORMAT_VERSION):
-        raise ValueError(f"{path}: format {metadata.get('format')}, not {FORMAT_VERSION}")
     report = EncodeReport(**json.loads(metadata["report"]))
-    rows = Encoded(**arrays, report=report)
-    _check_shapes(rows, path)
+    lengths = len(small["offsets"]) - 1, len(small["source"]), int(small["offsets"][-1])
+    if lengths != (report.num_examples, report.num_examples, report.num_tokens):
+        raise ValueError(f"{path}: holds {lengths} examples and tokens, not those of its report")
+    tokens = _mapped(path, np.int32, _HEADER_BYTES, report.num_tokens)
+    marks_start = _HEADER_BYTES + tokens.nbytes
+    supervised = _mapped(path, np.bool_, marks_start, report.num_tokens)
+    rows = Encoded(tokens, supervised, small["offsets"], small["source"], report)
+    vars(rows)["token_counts"] = small["counts"]  # a cached property
     return codec.unpack(rows, json.loads(metadata["more"]))
 
 
-_ARRAYS = {"tokens": np.int32, "supervised": np.bool_, "offsets": np.int64, "source": np.int64}
+def _mapped(path: Path, dtype: type, start: int, length: int) -> NDArray[Any]:
+    if not length:  # cannot be mapped
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", start, (length,)))
 
 
-def _check_shapes(encoded: Encoded, path: Path) -> None:
-    report = encoded.report
-    shapes = {
-        "tokens": report.num_tokens,
-        "supervised": report.num_tokens,
-        "offsets": report.num_examples + 1,
-        "source": report.num_examples,
-    }
-    for name, size in shapes.items():
-        array = getattr(encoded, name)
-        if array.shape != (size,) or array.dtype != _ARRAYS[name]:
-            raise ValueError(f"{path}: {name} is {array.dtype}{array.shape}, not ({size},)")
-
-
-def _load_or_none(codec: Codec[Examples], path: Path) -> Examples | None:
-    if not path.exists():
-        return None
-    try:
-        return load_encoded(codec, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("encoded examples are made anew: %s", error)
-        return None
-
-
-def _key(records: Records, tokenizer: Tokenizer, options: dict[str, str | int]) -> str:
-    """sha256 over everything that the tokens depend on."""
-    settings = {"format": FORMAT_VERSION, "tokenizer": _fingerprint(tokenizer), **options}
-    everything = json.dumps([settings, records], sort_keys=True)
-    return hashlib.sha256(everything.encode()).hexdigest()
+def _joined(chunks: Sequence[tuple[Encoded, dict[str, int]]]) -> tuple[Encoded, dict[str, int]]:
+    """The examples of consecutive chunks of records as those of one."""
+    reports = [asdict(rows.report) for rows, _ in chunks]
+    names = EncodeReport.__dataclass_fields__
+    report = EncodeReport(**{name: sum(one[name] for one in reports) for name in names})
+    more: dict[str, int] = {}
+    offsets, source = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)]
+    for rows, counts in chunks:
+        offsets.append(offsets[-1][-1] + rows.offsets[1:])
+        source.append(rows.source)
+        more = {name: more.get(name, 0) + count for name, count in counts.items()}
+    tokens = [np.zeros(0, np.int32), *(rows.tokens for rows, _ in chunks)]
+    supervised = [np.zeros(0, np.bool_), *(rows.supervised for rows, _ in chunks)]
+    flat = np.concatenate(tokens), np.concatenate(supervised)
+    return Encoded(*flat, np.concatenate(offsets), np.concatenate(source), report), more
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:

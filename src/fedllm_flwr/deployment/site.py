@@ -11,7 +11,7 @@ from pathlib import Path
 from fedllm_flwr import tasks
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.sources import SourceReport, load_records
+from fedllm_flwr.data.sources import SourceReport, open_source
 from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
 from fedllm_flwr.deployment.certificates import fingerprint, read_ca
 from fedllm_flwr.deployment.datasets import (
@@ -211,7 +211,7 @@ def usable_records(dataset: SiteDataset) -> dict[str, SourceReport]:
     errors: dict[str, DataError] = {}
     for task in tasks.names():
         try:
-            reports[task] = load_records(config, tasks.find(task).records).report
+            reports[task] = open_source(config, tasks.find(task).records).scan().report
         except DataError as error:
             errors[task] = error
     if not reports:

@@ -66,7 +66,7 @@ def check_site(
 def _data_lines(
     dataset: SiteDataset, policy: Policy, tokenizer: Any, template: str, max_length: int
 ) -> list[str]:
-    from fedllm_flwr.data.sources import load_records
+    from fedllm_flwr.data.sources import open_source
 
     config = dataset.config(template=template)
     name = config.columns.label
@@ -77,11 +77,12 @@ def _data_lines(
     for task in policy.tasks or tasks.names():
         kind = tasks.find(task).records
         try:
-            loaded = load_records(config, kind, label=label)
+            source = open_source(config, kind, label=label)
+            scan = source.scan()
         except DataError as error:
             errors.append(f"  {task:<10}{error}")
             continue
-        report = loaded.report
+        report, records = scan.report, list(source.read(scan.numbers))
         lost = {
             "empty": report.empty,
             "equal": report.equal,
@@ -97,8 +98,8 @@ def _data_lines(
         lines.append(f"  columns   used: {', '.join(report.used_columns)}")
         if report.unused_columns:
             lines.append(f"            NOT used: {', '.join(report.unused_columns)}")
-        lines += _label_lines(loaded.records)
-        rows = [tuple(getattr(r, name) for name in kind.codec.columns) for r in loaded.records]
+        lines += _label_lines(records)
+        rows = [tuple(getattr(r, name) for name in kind.codec.columns) for r in records]
         encoded = kind.codec.encode(rows, tokenizer, template, _NO_LIMIT, "right")
         lengths = np.asarray(encoded.lengths)
         longer = int((lengths > max_length).sum())
@@ -106,7 +107,7 @@ def _data_lines(
             f"  length    {int(np.median(lengths))} tokens in the median, {int(lengths.max())} at "
             f"most; {longer:,} of {len(lengths):,} are longer than {max_length} and would be cut"
         )
-        lines += _rendered(loaded.records, task, template, tokenizer)
+        lines += _rendered(records, task, template, tokenizer)
     if len(lines) == 1:
         raise DataError("; ".join(line.strip() for line in errors))
     return lines

@@ -40,6 +40,11 @@ class SiteState:
         return self.root / "tokens"
 
     @property
+    def digests(self) -> Path:
+        """Digests of the data files, by their size and time of change."""
+        return self.root / "digests"
+
+    @property
     def ledger(self) -> Path:
         """What each run has asked."""
         return self.root / "ledger"

@@ -10,7 +10,7 @@ What is odd and not wrong becomes a warning in the plan: `fit_warnings`.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from fedllm_flwr.data.client_data import (
 )
 from fedllm_flwr.data.kinds import Examples
 from fedllm_flwr.data.labels import require_scored
+from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.evaluation.suites.requested import requested_tasks
 from fedllm_flwr.federation.rule import find_rule
@@ -36,9 +37,6 @@ from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.reporting.trackers import check_trackers
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.tasks.base import value_of
-
-if TYPE_CHECKING:
-    import datasets
 
 _FEW_SCORED = 100  # held-out records below which a score says little without an interval
 _UNKNOWN_SHARE = 0.01  # of the tokens
@@ -152,7 +150,7 @@ def check_token_ids(config: Config, examples: Examples, vocabulary: int) -> None
     Raises:
         ModelError: names the model, the largest id and the size of the vocabulary.
     """
-    largest = int(examples.tokens.max()) if len(examples) else 0
+    largest = len(examples.token_counts) - 1
     if largest >= vocabulary:
         raise _foreign_token(config, largest, vocabulary)
 
@@ -194,9 +192,7 @@ def _check_adapters(config: Config) -> None:
                 )
 
 
-def fit_warnings(
-    config: Config, data: SimulatedData | None, held_out: "datasets.Dataset | None"
-) -> list[str]:
+def fit_warnings(config: Config, data: SimulatedData | None, held_out: Records | None) -> list[str]:
     """What is odd about a run and may be meant, a line each for the plan.
 
     Args:
@@ -233,9 +229,10 @@ def _of_rank(config: Config) -> list[str]:
 
 def _of_tokens(config: Config, encoded: Examples) -> list[str]:
     unknown = load_tokenizer(config.model).unk_token_id
-    if unknown is None or not len(encoded.tokens):
+    counts = encoded.token_counts
+    if unknown is None or unknown >= len(counts):
         return []
-    share = float(np.mean(encoded.tokens == unknown))
+    share = counts[unknown] / counts.sum()
     if share < _UNKNOWN_SHARE:
         return []
     return [
@@ -259,7 +256,7 @@ def _of_batch(config: Config, data: SimulatedData) -> list[str]:
     ]
 
 
-def _of_overlap(train: "datasets.Dataset", held_out: "datasets.Dataset") -> list[str]:
+def _of_overlap(train: Records, held_out: Records) -> list[str]:
     from fedllm_flwr.data.overlap import overlap
 
     found = overlap(train, held_out)

@@ -12,8 +12,8 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.client_data import divided_data
-from fedllm_flwr.data.digest import records_digest
 from fedllm_flwr.data.federated import load_evaluation_data
+from fedllm_flwr.data.sources import records_digest
 from fedllm_flwr.errors import DataError, DivergedError, FedLLMError, RunInterrupted
 from fedllm_flwr.federation.state import newest_round
 from fedllm_flwr.files import write_atomically

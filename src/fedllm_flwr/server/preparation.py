@@ -60,7 +60,7 @@ def prepare(config: Config) -> Prepared:
     else:
         data = simulated_data(config, kind, load_tokenizer(config.model))
         require_clients_examples(config, data)
-        records, clients = data.source.eval, describe(data.partition)
+        records, clients = data.source.eval, describe(data.partition, data.source.train)
         warnings = _lost(config, data) + fit_warnings(config, data, records)
     model = load_model(config)
     initial = _adapter(config.init_adapter, model) or model.initial

@@ -71,6 +71,11 @@ class EncodedPairs:
         return self.rows.tokens
 
     @property
+    def token_counts(self) -> NDArray[np.int64]:
+        """How often each token occurs in all rows, by its id."""
+        return self.rows.token_counts
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of the longer row of each pair, shape (num_pairs,)."""
         return np.maximum(self.rows.lengths[::2], self.rows.lengths[1::2])
@@ -182,10 +187,8 @@ def _rows_of(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 PREFERENCES = RecordKind(
     roles=("prompt", "chosen", "rejected"),
+    record=Pair,
     make=make_pairs,
-    columns=dict(
-        zip(Pair._fields, ("messages", "string", "string", "string", "string"), strict=True)
-    ),
     refused=("bad",),  # pairs without a difference teach nothing and are left out in any case
     codec=Codec(
         name="pairs",

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.columns import (
     CHAT_COLUMNS,
+    Columns,
     Mapping,
-    columns_present,
     missing_column,
     resolve_attributes,
     wrong_kind,
@@ -43,20 +43,24 @@ class _Answer(NamedTuple):
     text: str
 
 
-def make_pairs(rows: Preprocessed, mapping: Mapping) -> tuple[list[Pair], Faults]:
+def make_pairs(rows: Preprocessed, mapping: Mapping, present: Columns) -> tuple[list[Pair], Faults]:
     """The usable records as pairs, in order, and the faults of the others.
 
     chosen and rejected are texts that answer the column prompt, or lists of turns that end with
-    the answer, after the prompt or in its place. Raises DataError when a mapped column is in no
-    record at all.
+    the answer, after the prompt or in its place.
+
+    Args:
+        present: columns of the file that the records are from.
+
+    Raises:
+        DataError: a mapped column is in no record of the file.
     """
-    present = columns_present(rows)
-    _require_columns(rows, mapping, present)
+    _require_columns(mapping, present)
     mapping = resolve_attributes(mapping, present)
     return make_usable(rows, partial(_make_pair, mapping=mapping))
 
 
-def _require_columns(rows: Preprocessed, mapping: Mapping, present: set[str]) -> None:
+def _require_columns(mapping: Mapping, present: Columns) -> None:
     columns, key = mapping.columns, mapping.columns_key
     for role, name in (("chosen", columns.chosen), ("rejected", columns.rejected)):
         if name is None:
@@ -66,11 +70,11 @@ def _require_columns(rows: Preprocessed, mapping: Mapping, present: set[str]) ->
     prompt = columns.prompt
     if prompt is None or prompt in present:
         return
-    answers = [answer for row in rows if row and (answer := row.get(columns.chosen or ""))]
+    answers = present.values.get(columns.chosen or "", {})
     # The default name may be absent where the answers come with the turns before them.
-    if prompt != ColumnsConfig.prompt or all(isinstance(answer, str) for answer in answers):
+    if prompt != ColumnsConfig.prompt or answers.keys() <= {str}:
         error = missing_column(mapping.source, f"{key}.prompt", prompt, present)
-        if answers and is_transcript(answers[0]):
+        if is_transcript(answers.get(str)):
             raise DataError(
                 f"{error}; for dialogues as in HH-RLHF: data.preprocessing=hh_rlhf",
                 error.shareable,

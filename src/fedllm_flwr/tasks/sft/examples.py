@@ -15,8 +15,8 @@ CONVERSATIONS: Codec[Encoded] = Codec(
 
 INSTRUCTIONS = RecordKind(
     roles=("instruction", "input", "output", "messages"),
+    record=Example,
     make=make_examples,
-    columns=dict(zip(Example._fields, ("messages", "string", "string", "int32"), strict=True)),
     refused=("empty", "bad"),
     codec=CONVERSATIONS,
 )

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.columns import (
     CHAT_COLUMNS,
+    Columns,
     Mapping,
-    columns_present,
     missing_column,
     resolve_attributes,
     wrong_kind,
@@ -36,12 +36,17 @@ class Example(NamedTuple):
     choice: int  # index of the answer in data.labels, -1 when it is none of them
 
 
-def make_examples(rows: Preprocessed, mapping: Mapping) -> tuple[list[Example], Faults]:
+def make_examples(
+    rows: Preprocessed, mapping: Mapping, present: Columns
+) -> tuple[list[Example], Faults]:
     """The usable records as examples, in order, and the faults of the others.
 
-    Raises DataError when a mapped column is in no record at all.
+    Args:
+        present: columns of the file that the records are from.
+
+    Raises:
+        DataError: a mapped column is in no record of the file.
     """
-    present = columns_present(rows)
     _require_columns(mapping, present)
     mapping = resolve_attributes(mapping, present)
     choices = {_normalise_answer(label): i for i, label in enumerate(mapping.labels)}
