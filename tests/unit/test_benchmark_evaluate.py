@@ -13,7 +13,7 @@ from fedllm_flwr.commands.evaluate.candidates import collect
 from fedllm_flwr.commands.main import _parsed, main
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
-from fedllm_flwr.evaluation.suites.catalogue import chosen_tasks
+from fedllm_flwr.evaluation.suites.catalogue import all_suites, chosen_tasks
 from fedllm_flwr.evaluation.suites.harness import HarnessTasks
 from fedllm_flwr.evaluation.suites.results import RunOptions
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
@@ -69,6 +69,10 @@ def test_base_and_adapters_side_by_side_and_cached(
     for name in ("headline", "ner", "finred"):
         assert f"{name}_test.jsonl" in shown
     assert "finance, difference to base" in shown
+    page = (output / "results.html").read_text()
+    assert page.count("<img ") == 1
+    assert "finance, difference to base" in page
+    assert "<script" not in page
 
     numbers = {
         (row["model"], row["task"], row["metric"]): row
@@ -210,17 +214,27 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(error.strip().splitlines()) == 1
 
 
-def test_list_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_fits_a_screen_and_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--list"]) == 0
     shown = capsys.readouterr().out
+    for suite in all_suites().values():
+        assert all(task.name in shown for task in suite.tasks)
+    assert len(shown.splitlines()) <= 24
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_list_of_a_suite_names_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ""
+    for suite in all_suites():
+        assert main(["evaluate", "--list", suite]) == 0
+        shown += " ".join(capsys.readouterr().out.split())
     for text in (
-        "fpb_generation",
-        "unparsable",
-        "high school physics",
-        "licence: MIT",
-        "triple F1",
+        *("fpb_generation", "unparsable", "high school physics", "licence: MIT", "triple F1"),
+        *("5 shots", "fpb_test.jsonl", "average of 3"),
     ):
         assert text in shown
+    assert main(["evaluate", "--list", "finanz"]) == 2
+    assert "Did you mean 'finance'?" in capsys.readouterr().err
 
 
 def test_solved_examples_make_room_for_the_answer(make_config: object, tmp_path: Path) -> None:

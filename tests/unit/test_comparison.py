@@ -83,7 +83,9 @@ def test_difference_to_local_is_paired_by_seed(outcomes: list[Outcome]) -> None:
     assert row.against_local is not None
     assert row.against_local.mean == pytest.approx(0.31)
     assert row.against_local.half_width == pytest.approx(T_2 * deviation / math.sqrt(3), rel=1e-5)
-    assert row.against_local.clear
+    ratio = 0.31 / (deviation / math.sqrt(3))  # t with two degrees of freedom has a closed form
+    assert row.against_local.p_value == pytest.approx(1 - ratio / math.sqrt(2 + ratio**2))
+    assert "+0.310 ± 0.025 *" in as_text([row], "accuracy")
 
 
 def test_one_seed_gives_no_interval_and_no_star(outcomes: list[Outcome]) -> None:
@@ -91,7 +93,6 @@ def test_one_seed_gives_no_interval_and_no_star(outcomes: list[Outcome]) -> None
     row = make_rows(alone, ["local", "fedavg"])[-1]
     assert row.against_local is not None
     assert row.against_local.half_width is None
-    assert not row.against_local.clear
     assert "+0.300" in as_text([row], "accuracy")
 
 
@@ -103,7 +104,8 @@ def test_a_difference_within_the_noise_is_not_clear() -> None:
     row = make_rows(runs, ["local", "fedprox"])[-1]
     assert row.against_local is not None
     assert row.against_local.mean == pytest.approx(0.05 / 3)
-    assert not row.against_local.clear
+    assert row.against_local.p_value > 0.5
+    assert " *" not in as_text([row], "accuracy").splitlines()[-1]
 
 
 def test_without_classes_the_loss_decides(outcomes: list[Outcome]) -> None:

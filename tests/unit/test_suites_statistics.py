@@ -11,6 +11,8 @@ from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimate
 from fedllm_flwr.evaluation.suites.statistics import (
     RESAMPLES,
     Estimate,
+    Score,
+    clear_together,
     estimate,
     mean_of,
     over_seeds,
@@ -175,6 +177,13 @@ def simulated_comparisons(
     return [found[i : i + num_seeds] for i in range(0, len(found), num_seeds)]
 
 
+def is_clear(score: Score) -> bool:
+    """Whether the interval leaves out zero, which is what its p-value says as well."""
+    low, high = score.interval
+    assert (low > 0 or high < 0) == (score.p_value < 0.05)
+    return clear_together([score.p_value]) == [True]
+
+
 @pytest.mark.parametrize(
     ("num_seeds", "spread", "per_example"),
     [(3, 0.04, 0.0), (3, 0.04, 0.3), (3, 0.0, 0.3), (2, 0.04, 0.3), (5, 0.04, 0.0)],
@@ -184,7 +193,7 @@ def test_one_comparison_in_twenty_is_clear_where_nothing_differs(
 ) -> None:
     comparisons = simulated_comparisons(num_seeds, spread, per_example)
 
-    clear = np.mean([over_seeds(by_seed).clear for by_seed in comparisons])
+    clear = np.mean([is_clear(over_seeds(by_seed)) for by_seed in comparisons])
     # 1000 comparisons: the standard error of a share of 5 % is 0.7 %.
     assert clear <= 0.05 + 2 * 0.007
     low, high = np.array([mean_of(by_seed).interval for by_seed in comparisons]).T
@@ -194,7 +203,7 @@ def test_one_comparison_in_twenty_is_clear_where_nothing_differs(
 
 def test_a_difference_far_above_the_spread_is_clear() -> None:
     comparisons = simulated_comparisons(3, 0.04, 0.0, difference=0.3, count=200)
-    assert np.mean([over_seeds(by_seed).clear for by_seed in comparisons]) > 0.9
+    assert np.mean([is_clear(over_seeds(by_seed)) for by_seed in comparisons]) > 0.9
     intervals = np.array([over_seeds(by_seed).interval for by_seed in comparisons])
     covered = (intervals[:, 0] < 0.3) & (intervals[:, 1] > 0.3)
     assert np.mean(covered) == pytest.approx(0.95, abs=0.035)
@@ -216,6 +225,32 @@ def test_seeds_without_noise_of_examples_give_student_s_interval() -> None:
     score = over_seeds([Estimate(value, np.full(1000, value), 50) for value in values])
     half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # t of two degrees of freedom
     assert score.interval == pytest.approx((0.32 - half, 0.32 + half), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "clear"),
+    [
+        ([0.04], [True]),
+        ([0.04, 0.02], [True, True]),  # 0.02 <= 0.05 / 2, then 0.04 <= 0.05 / 1
+        ([0.04, 0.03], [False, False]),
+        ([0.01, 0.9, 0.02, 0.03], [True, False, False, False]),
+        ([], []),
+    ],
+)
+def test_several_comparisons_are_corrected_by_holm(
+    p_values: list[float], clear: list[bool]
+) -> None:
+    assert clear_together(p_values) == clear
+
+
+def test_a_table_of_comparisons_rarely_has_a_false_star() -> None:
+    """Tables of eight comparisons where nothing differs: one in twenty has a star, at most."""
+    p_values = [over_seeds(by_seed).p_value for by_seed in simulated_comparisons(3, 0.04, 0.3)]
+    tables = [p_values[i : i + 8] for i in range(0, len(p_values), 8)]
+    false = np.mean([any(clear_together(table)) for table in tables])
+    assert false <= 0.06 + 2 * 0.02  # 125 tables: the standard error of 5 % is 2 %
+    alone = np.mean([any(p < 0.05 for p in table) for table in tables])
+    assert alone > 0.15
 
 
 def make_task(*metrics: Metric) -> SuiteTask:

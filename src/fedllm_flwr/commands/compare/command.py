@@ -185,8 +185,8 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     note = (
         f"Mean ± standard deviation over {_seeds(seeds)}. vs local: "
         f"paired difference of the final {metric} by seed, ± half of its 95 % t interval over "
-        "seeds, on these records; * the interval leaves out zero. steps: optimizer steps of all "
-        "clients together."
+        "seeds, on these records; * not zero, at 5 % for all rows together (Holm). steps: "
+        "optimizer steps of all clients together."
     )
     local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
     if local:

@@ -27,15 +27,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference to the local baseline, and half its 95 % t interval over seeds."""
+    """Mean paired difference to the local baseline, half its 95 % t interval over seeds, and the
+    p-value of the paired t test.
+    """
 
     mean: float
     half_width: float | None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
+    p_value: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,9 @@ def _against(runs: Sequence[Outcome], local: Sequence[Outcome]) -> Difference | 
 
     count = len(differences)
     quantile = float(t.ppf(0.975, count - 1))
-    return Difference(fmean(differences), quantile * stdev(differences) / math.sqrt(count))
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(count)
+    p_value = float(2 * t.sf(abs(mean) / error, count - 1)) if error else float(not mean)
+    return Difference(mean, quantile * error, p_value)
 
 
 def curves(

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 
 from fedllm_flwr.commands.compare.results import METRICS, Difference, Row, Spread
+from fedllm_flwr.evaluation.suites.statistics import clear_together
 
 Cells = list[str]
 
@@ -17,16 +18,19 @@ def lines_of(rows: Sequence[Row], metric: str) -> list[Cells]:
     scores = [name for name in METRICS[1:] if any(name in row.final for row in rows)]
     titles = [_TITLES.get(name, name) for name in scores]
     header = ["", "loss", "best loss", *titles, f"{metric} vs local", "steps", "MB", "seconds"]
-    return [header, *(_cells(row, scores) for row in rows)]
+    tested = [row for row in rows if row.against_local and row.against_local.half_width is not None]
+    together = clear_together([row.against_local.p_value for row in tested if row.against_local])
+    clear = {row.name for row, found in zip(tested, together, strict=True) if found}
+    return [header, *(_cells(row, scores, row.name in clear) for row in rows)]
 
 
-def _cells(row: Row, scores: Sequence[str]) -> Cells:
+def _cells(row: Row, scores: Sequence[str], clear: bool) -> Cells:
     return [
         row.name,
         _spread(row.final.get("loss"), 3),
         _spread(row.best_loss, 3),
         *(_spread(row.final.get(name), _DECIMALS.get(name, 3)) for name in scores),
-        _difference(row.against_local),
+        _difference(row.against_local, clear),
         "-" if row.steps is None else f"{row.steps:.0f}",
         "-" if row.megabytes is None else f"{row.megabytes:.1f}",
         "-" if row.seconds is None else f"{row.seconds:.0f}",
@@ -78,10 +82,10 @@ def _spread(spread: Spread | None, decimals: int) -> str:
     return mean if spread.deviation is None else f"{mean} ± {spread.deviation:.{decimals}f}"
 
 
-def _difference(difference: Difference | None) -> str:
+def _difference(difference: Difference | None, clear: bool) -> str:
     if difference is None:
         return "-"
     if difference.half_width is None:
         return f"{difference.mean:+.3f}"
-    star = " *" if difference.clear else "  "
+    star = " *" if clear else "  "
     return f"{difference.mean:+.3f} ± {difference.half_width:.3f}{star}"

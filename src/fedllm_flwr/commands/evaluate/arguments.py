@@ -36,7 +36,13 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--no-cache", action="store_true", help="score everything anew")
     add_judging(parser)
     _add_code(parser)
-    parser.add_argument("--list", action="store_true", help="list suites, tasks and metrics")
+    parser.add_argument(
+        "--list",
+        nargs="?",
+        const="",
+        metavar="SUITE",
+        help="list suites and tasks, or the metrics, sources and files of a suite",
+    )
 
 
 def _add_code(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +66,10 @@ def _code_extra(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate_arguments(arguments: argparse.Namespace) -> int:
     """Carry out the command; returns its exit status."""
-    if arguments.list:
-        from fedllm_flwr.commands.evaluate.listing import list_suites
+    if arguments.list is not None:
+        from fedllm_flwr.commands.evaluate.listing import list_suite, list_suites
 
-        print(list_suites())
+        print(list_suite(arguments.list) if arguments.list else list_suites())
         return 0
     from fedllm_flwr.commands.evaluate.command import Request, evaluate
     from fedllm_flwr.evaluation.suites.results import RunOptions

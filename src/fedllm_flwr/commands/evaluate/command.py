@@ -13,7 +13,7 @@ from fedllm_flwr.commands.evaluate.candidates import Candidate, collect
 from fedllm_flwr.commands.evaluate.results import LOCAL, Comparison, compare_scores
 from fedllm_flwr.commands.evaluate.runners import check_runners, closing_lines, why_not
 from fedllm_flwr.commands.evaluate.scoring import Scored, Scorer
-from fedllm_flwr.commands.evaluate.tables import as_csv, as_markdown, as_records, as_text
+from fedllm_flwr.commands.evaluate.tables import as_csv, as_html, as_markdown, as_records, as_text
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.suites.catalogue import (
@@ -35,9 +35,9 @@ from fedllm_flwr.runs.fit import check_evaluation_fit
 NOTES = (
     "value ± half of its 95 % interval: for a mean over seeds over seeds and examples (Student's "
     "t), for one model over examples only (bootstrap)",
-    "differences are paired (same seeds, same examples, same resamples); the interval leaves out "
-    "zero: * over seeds and examples, † over examples only, which holds for these adapters and not "
-    "for what another seed would have given",
+    "differences are paired (same seeds, same examples, same resamples); those of a suite that are "
+    "not zero, at 5 % for all of them together (Holm): * over seeds and examples, † over examples "
+    "only, which holds for these adapters and not for what another seed would have given",
 )
 
 _SHORTENED = {
@@ -97,8 +97,8 @@ def evaluate(request: Request) -> int:
     print("\n".join(["", as_text(comparison), "", *notes]))
     took = format_seconds(time.monotonic() - started)
     print(
-        f"Finished in {took}.  {output}: results.md, results.csv, results.json, a figure of each "
-        "suite, predictions/"
+        f"Finished in {took}.  {output}: results.html (all on one page), results.md, results.csv, "
+        "results.json, a figure of each suite, predictions/"
     )
     return 0
 
@@ -148,8 +148,9 @@ def _tasks(request: Request) -> tuple[list[SuiteTask], list[str]]:
     return found, skipped
 
 
-def _draw(output: Path, comparison: Comparison) -> None:
+def _draw(output: Path, comparison: Comparison) -> dict[str, bytes]:
     """A figure for each suite: its tasks' first metrics, and its averages."""
+    figures = {}
     from fedllm_flwr.reporting.plots import plot_bars
 
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
@@ -163,7 +164,10 @@ def _draw(output: Path, comparison: Comparison) -> None:
         }
         names = [column.task for column in columns]
         chances = [column.chance for column in columns]
-        plot_bars(names, bars, chances, output / f"{suite}.png", all_suites()[suite].title)
+        path = output / f"{suite}.png"
+        plot_bars(names, bars, chances, path, all_suites()[suite].title)
+        figures[suite] = path.read_bytes()
+    return figures
 
 
 def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
@@ -217,7 +221,8 @@ def _write(
     """Tables, numbers, figures, and every example with its answer."""
     write_atomically(output / "results.md", as_markdown(comparison, notes).encode())
     write_atomically(output / "results.csv", as_csv(comparison).encode())
-    _draw(output, comparison)
+    page = as_html(comparison, notes, _draw(output, comparison))
+    write_atomically(output / "results.html", page.encode())
     prompts: dict[str, Any] = {}
     for model, by_task in scored.items():
         for name, samples in by_task.items():

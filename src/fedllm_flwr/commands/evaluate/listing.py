@@ -1,26 +1,51 @@
 """The list of what can be evaluated; reads the suites' files and nothing else."""
 
-from fedllm_flwr.evaluation.suites.catalogue import all_suites
+import textwrap
+
+from fedllm_flwr.evaluation.suites.catalogue import all_suites, chosen_suites
+
+_WIDTH = 100
 
 
 def list_suites() -> str:
-    """Every metric with its suite, source, split, shots and licence."""
-    lines, count = [], 0
+    """The suites with their tasks, on one screen."""
+    parts, count = [], 0
     for suite in all_suites().values():
-        lines.append(f"{suite.name}: {suite.title}")
-        for task in suite.tasks:
-            metrics = ", ".join(metric.name for metric in task.metrics)
-            count += len(task.metrics)
-            lines.append(f"  {task.name:<22} {metrics}")
-            about = f"{task.title}; {task.source}; {task.split}; {task.shots} shots"
-            lines.append(f"  {'':<22} {about}; licence: {task.licence}")
-            files = ", ".join(task.files)
-            lines.append(f"  {'':<22} protocol: {task.protocol}; --data-root files: {files}")
-        for average in suite.averages:
-            count += 1
+        names = ", ".join(task.name for task in suite.tasks)
+        count += sum(len(task.metrics) for task in suite.tasks) + len(suite.averages)
+        parts.append(f"{suite.name:<12}{suite.title}")
+        parts.append(textwrap.fill(names, _WIDTH, initial_indent="    ", subsequent_indent="    "))
+    parts.append(f"\n{count} metrics in {len(all_suites())} suites; fedllm evaluate --list SUITE")
+    return "\n".join(parts)
+
+
+def list_suite(name: str) -> str:
+    """One suite: every metric with its source, split, shots, licence, protocol and files.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    [suite] = chosen_suites([name], "--list ")
+    lines = [f"{suite.name}: {suite.title}"]
+    for task in suite.tasks:
+        shots = f"{task.shots} shots; " if task.shots else ""
+        files = f"; --data-root files: {', '.join(task.files)}" if task.files else ""
+        about = [
+            f"{task.title}; metrics: {', '.join(metric.name for metric in task.metrics)}",
+            f"{task.source}; {task.split}; {shots}licence: {task.licence}",
+            f"protocol: {task.protocol}{files}",
+        ]
+        indent = " " * 26
+        for i, text in enumerate(about):
+            start = f"  {task.name:<24}" if i == 0 else indent
             lines.append(
-                f"  {average.name:<22} mean {average.metric} of {', '.join(average.tasks)}"
+                textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=indent)
             )
-        lines.append("")
-    lines.append(f"{count} metrics in {len(all_suites())} suites")
+    for average in suite.averages:
+        text = f"mean {average.metric} of {', '.join(average.tasks)}"
+        lines.append(
+            textwrap.fill(
+                text, _WIDTH, initial_indent=f"  {average.name:<24}", subsequent_indent=" " * 26
+            )
+        )
     return "\n".join(lines)

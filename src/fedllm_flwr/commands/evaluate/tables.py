@@ -1,16 +1,25 @@
-"""The comparison as text for a terminal, Markdown, CSV and JSON."""
+"""The comparison as text for a terminal, Markdown, HTML, CSV and JSON."""
 
+import base64
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import BASE
 from fedllm_flwr.commands.evaluate.results import LOCAL, Column, Comparison, Row
-from fedllm_flwr.evaluation.suites.statistics import Score
+from fedllm_flwr.evaluation.suites.statistics import Score, clear_together
 
 Cells = list[str]
 _WIDEST = 6  # columns side by side
+_EVERY = "Every metric, with its 95 % interval"
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;margin:.5em 0;display:block;overflow-x:auto}"
+    "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
 
 
 def as_text(comparison: Comparison) -> str:
@@ -29,15 +38,26 @@ def as_text(comparison: Comparison) -> str:
 def as_markdown(comparison: Comparison, notes: Sequence[str]) -> str:
     """Headline scores, then every metric."""
     parts = ["# Evaluation"]
-    for title, (names, *body) in _tables(comparison):
-        parts.append(f"## {title}\n\n{_markdown([names, *body])}")
+    parts += [f"## {title}\n\n{_markdown(table)}" for title, table in _tables(comparison)]
     parts.append("\n".join(f"- {note}" for note in notes))
-    rows = [["task", "metric", *(row.name.strip() for row in comparison.rows)]]
-    for column in comparison.columns:
-        values = [_interval(row.scores.get(column)) for row in comparison.rows]
-        rows.append([column.task, column.metric, *values])
-    parts.append(f"## Every metric, with its 95 % interval\n\n{_markdown(rows)}")
+    parts.append(f"## {_EVERY}\n\n{_markdown(_every_metric(comparison))}")
     return "\n\n".join(parts) + "\n"
+
+
+def as_html(comparison: Comparison, notes: Sequence[str], figures: Mapping[str, bytes]) -> str:
+    """One page that needs nothing else: tables, and a figure (PNG) of each suite."""
+    parts = []
+    for title, table in _tables(comparison):
+        parts.append(f"<h2>{escape(title)}</h2>{_html(table)}")
+        if title in figures:
+            data = base64.b64encode(figures[title]).decode()
+            parts.append(f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">')
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    parts.append(f"<ul>{listed}</ul><h2>{_EVERY}</h2>{_html(_every_metric(comparison))}")
+    head = f'<meta charset="utf-8"><title>Evaluation</title><style>{_STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body><h1>Evaluation</h1>" + (
+        "\n".join(parts) + "</body></html>\n"
+    )
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -46,7 +66,7 @@ def as_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = ["suite", "task", "metric", "model", "models", "examples", "chance"]
     numbers = ["value", "low", "high", "interval_over", "std_over_seeds"]
-    parts = ("vs", "vs_low", "vs_high", "vs_interval_over")
+    parts = ("vs", "vs_low", "vs_high", "vs_interval_over", "vs_p_value")
     pairs = [f"{part}_{to}" for to in (BASE, LOCAL) for part in parts]
     writer.writerow([*names, *numbers, *pairs])
     for record in as_records(comparison):
@@ -77,6 +97,7 @@ def _record(comparison: Comparison, column: Column, row: Row) -> dict[str, Any]:
             difference.value,
             *difference.interval,
             difference.over,
+            difference.p_value,
         )
     return {
         "suite": column.suite,
@@ -100,14 +121,27 @@ def _tables(comparison: Comparison) -> list[tuple[str, list[Cells]]]:
     found = []
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
         columns = [c for c in comparison.columns if c.suite == suite and c.headline]
+        marked = {to: _differences(comparison, columns, to) for to in (BASE, LOCAL)}
         for start in range(0, len(columns), _WIDEST):
             part = columns[start : start + _WIDEST]
             found.append((suite, _scores(comparison, part)))
-            for to in (BASE, LOCAL):
-                table = _differences(comparison, part, to)
+            for to, cells in marked.items():
+                table = [["", *(column.task for column in part)]]
+                for row in comparison.rows:
+                    texts = [cells.get((row.name, column)) for column in part]
+                    if any(texts):
+                        table.append([row.name, *(text or "-" for text in texts)])
                 if len(table) > 1:
                     found.append((f"{suite}, difference to {to}", table))
     return found
+
+
+def _every_metric(comparison: Comparison) -> list[Cells]:
+    rows = [["task", "metric", *(row.name.strip() for row in comparison.rows)]]
+    for column in comparison.columns:
+        values = [_interval(row.scores.get(column)) for row in comparison.rows]
+        rows.append([column.task, column.metric, *values])
+    return rows
 
 
 def _scores(comparison: Comparison, columns: Sequence[Column]) -> list[Cells]:
@@ -120,13 +154,23 @@ def _scores(comparison: Comparison, columns: Sequence[Column]) -> list[Cells]:
     return table
 
 
-def _differences(comparison: Comparison, columns: Sequence[Column], to: str) -> list[Cells]:
-    table = [["", *(column.task for column in columns)]]
-    for row in comparison.rows:
-        found = [comparison.difference(row, column, to) for column in columns]
-        if any(item is not None for item in found):
-            table.append([row.name, *(_difference(item) for item in found)])
-    return table
+def _differences(
+    comparison: Comparison, columns: Sequence[Column], to: str
+) -> dict[tuple[str, Column], str]:
+    """Differences of a suite by row and column; * and † mark those that are clear together."""
+    found = {
+        (row.name, column): difference
+        for row in comparison.rows
+        for column in columns
+        if (difference := comparison.difference(row, column, to)) is not None
+    }
+    cells = {}
+    together = clear_together([score.p_value for score in found.values()])
+    for (key, score), clear in zip(found.items(), together, strict=True):
+        low, high = score.interval
+        mark = ("*" if score.num_seeds > 1 else "†") if clear else " "
+        cells[key] = f"{score.value:+.3f} ± {(high - low) / 2:.3f} {mark}"
+    return cells
 
 
 def _cell(row: Row, column: Column) -> str:
@@ -135,14 +179,6 @@ def _cell(row: Row, column: Column) -> str:
     score = row.scores[column]
     low, high = score.interval
     return f"{score.value:.3f} ± {(high - low) / 2:.3f}"
-
-
-def _difference(difference: Score | None) -> str:
-    if difference is None:
-        return "-"
-    low, high = difference.interval
-    mark = "*" if difference.num_seeds > 1 else "†"
-    return f"{difference.value:+.3f} ± {(high - low) / 2:.3f} {mark if difference.clear else ' '}"
 
 
 def _interval(score: Score | None) -> str:
@@ -156,3 +192,11 @@ def _markdown(table: list[Cells]) -> str:
     names, *body = table
     lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _html(table: list[Cells]) -> str:
+    lines = [
+        "".join(f"<{kind}>{escape(text)}</{kind}>" for text in line)
+        for kind, line in zip(["th", *["td"] * (len(table) - 1)], table, strict=True)
+    ]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
