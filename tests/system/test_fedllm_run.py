@@ -79,17 +79,17 @@ def test_ctrl_c_while_starting(delay_s: float, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
 def test_killed_run_ends_as_the_uninterrupted_one(algorithm: str, tmp_path: Path) -> None:
-    chosen = (f"algorithm={algorithm}", "federation.num_rounds=4", "training.max_steps=20")
+    chosen = (f"algorithm={algorithm}", "federation.num_rounds=8", "training.max_steps=20")
     with started(["fedllm", "run", *tiny("output_dir=run", *chosen)], tmp_path) as process:
         checkpoints = tmp_path / "run/checkpoints"
-        assert wait_for(lambda: newest_round(checkpoints) == 2, PATIENCE_S)
-        time.sleep(0.3)  # into round 3
+        assert wait_for(lambda: (newest_round(checkpoints) or 0) >= 2, PATIENCE_S)
+        time.sleep(0.3)  # into the next round
         process.kill()
         process.communicate()
         left = nothing_left(tmp_path, within_s=20)  # Ray notices that its driver is gone
         assert left == []
     last = newest_round(checkpoints)
-    assert last in (2, 3)
+    assert 2 <= (last or 0) < 8
     with started(["fedllm", "run", "resume=run"], tmp_path) as process:
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, errors) == (0, "")

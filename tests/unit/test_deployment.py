@@ -26,11 +26,15 @@ from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.deployment import directory as directories
 from fedllm_flwr.deployment.certificates import issue_ca
 from fedllm_flwr.deployment.flower import flwr_environment
-from fedllm_flwr.deployment.keys import check_public_key, make_key_pair
 from fedllm_flwr.deployment.node import site_columns, to_toml
-from fedllm_flwr.deployment.registration import register_site, registered_sites
 from fedllm_flwr.deployment.server import init_server
 from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.site_keys import (
+    check_public_key,
+    make_key_pair,
+    register_site,
+    registered_sites,
+)
 from fedllm_flwr.deployment.starting import supernode_command
 from fedllm_flwr.errors import ConfigError, DataError, FederationError
 

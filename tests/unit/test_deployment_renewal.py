@@ -10,10 +10,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedllm_flwr.commands import main as cli
-from fedllm_flwr.deployment.certificates import hosts_of, issue_ca
-from fedllm_flwr.deployment.registration import unregister_site
-from fedllm_flwr.deployment.renewal import renew_certificate
+from fedllm_flwr.deployment.certificates import hosts_of, issue_ca, renew_certificate
 from fedllm_flwr.deployment.server import init_server
+from fedllm_flwr.deployment.site_keys import unregister_site
 from fedllm_flwr.errors import ConfigError, FederationError
 
 HOSTS = ["fl.example.org", "10.0.0.5", "localhost", "127.0.0.1"]

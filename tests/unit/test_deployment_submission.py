@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.overrides import split_overrides
-from fedllm_flwr.deployment import submission
 from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.submission import joined, run_on_server
+from fedllm_flwr.deployment.submission import SubmittedRun, joined, on_the_sites, run_on_server
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.state import ServerState, save_state
 from fedllm_flwr.runs.directory import RunDirectory
@@ -71,15 +70,9 @@ def test_mistake_is_refused_before_anything_is_submitted(
     ],
 )
 def test_all_sites_take_part_unless_the_run_says_otherwise(
-    server: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], fraction: list[str]
+    overrides: list[str], fraction: list[str]
 ) -> None:
-    submitted: list[str] = []
-    monkeypatch.setattr(submission, "_check", lambda folder, asked: None)
-    monkeypatch.setattr(
-        submission, "_submit", lambda folder, asked, dry_run: submitted.extend(asked) or "1"
-    )
-    monkeypatch.setattr(submission, "_follow", lambda folder, run_id, output_dir: 0)
-    assert run_on_server(server, overrides) == 0
+    submitted = on_the_sites(overrides)
     assert [text for text in submitted if "sample_fraction" in text] == fraction
     assert "federation.engine=deployment" in submitted
 
@@ -94,11 +87,11 @@ def test_killed_app_is_noticed_by_its_lock(server: Path, place: str) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        submission._refuse_killed(server, "77", named)
+        SubmittedRun(server, "77", named).check_not_killed()
         process.send_signal(signal.SIGKILL)
-    submission._refuse_killed(server, "78", named)
+    SubmittedRun(server, "78", named).check_not_killed()
     with pytest.raises(FederationError) as error:
-        submission._refuse_killed(server, "77", named)
+        SubmittedRun(server, "77", named).check_not_killed()
     assert str(error.value) == (
         f"run 77: the server's app (process {process.pid}) was killed or has crashed without a "
         "word, out of memory perhaps; round 3 is saved; go on with: fedllm server run "
@@ -111,7 +104,7 @@ def test_app_that_ended_by_an_error_was_not_killed(server: Path) -> None:
     directory.path.mkdir(parents=True)
     with pytest.raises(FederationError), held(directory, "fedllm server run x", "77"):
         raise FederationError("round 2: no replies")
-    submission._refuse_killed(server, "77", None)
+    SubmittedRun(server, "77", None).check_not_killed()
 
 
 def test_directory_of_no_server_is_refused(

@@ -18,9 +18,9 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.deployment.approval import Requests
 from fedllm_flwr.deployment.audit import AuditLog, Entry
+from fedllm_flwr.deployment.node import node_config, site_folder
 from fedllm_flwr.deployment.policy import read_policy
 from fedllm_flwr.deployment.site import SiteOptions, init_site
-from fedllm_flwr.deployment.site_views import node_config, site_folder
 from fedllm_flwr.errors import ApprovalPending, ConfigError
 from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure, Update
 from fedllm_flwr.federation.wire import (

@@ -20,7 +20,6 @@ from fedllm_flwr.config.schema import Device
 from fedllm_flwr.data.encode import KEEP
 from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
 from fedllm_flwr.deployment.datasets import asked_dataset
-from fedllm_flwr.deployment.fingerprint import model_fingerprint
 from fedllm_flwr.deployment.ledger import Ledger
 from fedllm_flwr.deployment.node import site_threads
 from fedllm_flwr.deployment.policy import Policy, site_policy
@@ -36,6 +35,7 @@ from fedllm_flwr.federation.wire import (
     unpack_query,
 )
 from fedllm_flwr.files import write_atomically
+from fedllm_flwr.models.fingerprint import model_fingerprint
 from fedllm_flwr.tasks import task_of
 
 if TYPE_CHECKING:

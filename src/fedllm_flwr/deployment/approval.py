@@ -1,4 +1,4 @@
-"""Whether a run may begin at a site: requests that wait for its operator, and the decisions."""
+"""Approval of runs at a site: requests that wait for its operator, and the decisions."""
 
 import contextlib
 import fcntl
@@ -14,6 +14,7 @@ from typing import Any
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.deployment.audit import settings_digest
+from fedllm_flwr.deployment.node import flat
 from fedllm_flwr.errors import ApprovalDeclined, ApprovalPending, ConfigError, FederationError
 from fedllm_flwr.files import write_atomically
 
@@ -23,12 +24,12 @@ _ID_DIGITS = 12  # hexadecimal: too many for a server to look for a second reque
 _SHORTEST_ID = 4
 _MOST_WAITING = 100  # requests; a server cannot fill the disk with more
 SILENT_S = 60.0  # without a question, after which a server no longer waits
-_SERVERS_OWN = ("start_timeout_s",)  # of the section federation: no business of a site's
+_SERVERS_OWN = ("start_timeout_s",)  # keys of the section federation that need no approval
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a server has asked for, and what the site's operator says to it.
+    """A server's request to run with certain settings, and the decision of the site's operator.
 
     ``id`` follows from the run and its settings, so that a decision is about these settings alone.
     """
@@ -77,12 +78,17 @@ class Requests:
         if rule == AUTOMATIC:
             return
         settings = asdict(config)
-        digest = settings_digest(_of_concern(settings))
+        federation = {k: v for k, v in settings["federation"].items() if k not in _SERVERS_OWN}
+        digest = settings_digest({**settings, "federation": federation})
         with self._locked():
             known = self.all()
             mine = next((r for r in known if (r.run, r.digest) == (run, digest)), None)
             if mine is None:
-                known = self._without_forgotten(known)
+                # Nobody decided before the server stopped asking, as after a dry run.
+                silent = [r for r in known if r.is_undecided and not r.is_waiting]
+                for request in silent:
+                    (self.folder / f"{request.id}.json").unlink(missing_ok=True)
+                known = [request for request in known if request not in silent]
                 same = [r for r in known if r.digest == digest and r.decision]
                 if rule == NEW_SETTINGS and same and same[-1].decision == APPROVED:
                     return
@@ -125,9 +131,12 @@ class Requests:
         Raises:
             ConfigError: no request of this name, or several.
         """
+        try:
+            user = getpass.getuser()
+        except (OSError, KeyError):  # a container's user id without a name
+            user = "unknown"
         with self._locked():
-            chosen = self.find(name)
-            made = replace(chosen, decision=decision, decided=_now(), by=_user())
+            made = replace(self.find(name), decision=decision, decided=_now(), by=user)
             self._write(made)
         return made
 
@@ -152,13 +161,6 @@ class Requests:
         waiting = ", ".join(request.id for request in known if request.is_waiting)
         raise ConfigError(f"{shown(name)}: no request of this id; waiting: {waiting or 'none'}")
 
-    def _without_forgotten(self, known: list[Request]) -> list[Request]:
-        """Remove requests that nobody decided before the server stopped asking, as of dry runs."""
-        for request in known:
-            if request.is_undecided and not request.is_waiting:
-                (self.folder / f"{request.id}.json").unlink(missing_ok=True)
-        return [request for request in known if not request.is_undecided or request.is_waiting]
-
     def _write(self, request: Request) -> None:
         content = json.dumps(asdict(request), indent=1)
         write_atomically(self.folder / f"{request.id}.json", content.encode())
@@ -174,12 +176,6 @@ class Requests:
             raise FederationError(
                 f"cannot write the requests in {self.folder}: {error.strerror or error}."
             ) from error
-
-
-def _of_concern(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a decision is about: the settings without those that concern the server alone."""
-    federation = {k: v for k, v in settings["federation"].items() if k not in _SERVERS_OWN}
-    return {**settings, "federation": federation}
 
 
 def in_words(settings: Mapping[str, Any]) -> list[str]:
@@ -212,7 +208,7 @@ def in_words(settings: Mapping[str, Any]) -> list[str]:
 
 def differences(settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
     """``section.key: before -> now`` for every setting that is another than in `earlier`."""
-    now, before = _flat(settings), _flat(earlier)
+    now, before = flat(settings), flat(earlier)
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted({*now, *before})
@@ -220,22 +216,5 @@ def differences(settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> list
     ]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user id without a name
-        return "unknown"

@@ -1,4 +1,4 @@
-"""A site's audit log: JSON lines that are only ever appended, each bound to the one before.
+"""A site's audit log: JSON lines that are only appended, each chained to the one before by a hash.
 
 Every line carries the SHA-256 of itself and of the line before it, over file boundaries too, so
 that a line that was changed, removed or put in later is found. ``head.json`` beside the files
@@ -6,12 +6,11 @@ remembers the last line, so that lines missing at the end are found as well. Who
 files can make a whole new chain: note the last hash elsewhere to exclude that.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,38 +59,45 @@ class AuditLog:
         Raises:
             FederationError: the log cannot be written.
         """
+        noted = dict(entry)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._locked():
-                self._append(dict(entry), settings)
+            with (self.folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                files = self.files()
+                file = files[-1] if files else None
+                earlier = [] if file is None else _whole_lines(file)
+                before = earlier or (_whole_lines(files[-2]) if len(files) > 1 else [])
+                last = before[-1] if before else self._head()
+                of_run = [known for known in earlier if known.get("run") == noted.get("run")]
+                if noted.get("verdict") == WAITING and of_run:
+                    keys = ("verdict", "settings_digest")
+                    if all(of_run[-1].get(key) == noted.get(key) for key in keys):
+                        return
+                number = last["sequence"] + 1 if last else 1
+                if file is None or file.stat().st_size > self._largest_file:
+                    file, earlier = self.folder / f"audit-{number:09d}.jsonl", []
+                digest = noted.get("settings_digest")
+                if settings is not None and not any(
+                    known.get("settings_digest") == digest and "settings" in known
+                    for known in earlier
+                ):
+                    noted["settings"] = dict(settings)
+                now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+                noted = {"sequence": number, "time": now, **noted}
+                noted["previous"] = last["hash"] if last else _START
+                noted["hash"] = _hash(noted)
+                descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                with os.fdopen(descriptor, "ab") as stream:
+                    stream.write(json.dumps(noted, ensure_ascii=False).encode() + b"\n")
+                    stream.flush()
+                    os.fsync(descriptor)
+                head = {"sequence": number, "hash": noted["hash"]}
+                write_atomically(self.folder / _HEAD, json.dumps(head).encode())
         except OSError as error:
             raise FederationError(
                 f"cannot write the audit log in {self.folder}: {error.strerror or error}."
             ) from error
-
-    def _append(self, entry: Entry, settings: Mapping[str, Any] | None) -> None:
-        files = self.files()
-        file = files[-1] if files else None
-        earlier = [] if file is None else _whole_lines(file)
-        before = earlier or (_whole_lines(files[-2]) if len(files) > 1 else [])
-        last = before[-1] if before else self._head()
-        if entry.get("verdict") == WAITING and _is_waiting(entry, earlier):
-            return
-        number = last["sequence"] + 1 if last else 1
-        if file is None or file.stat().st_size > self._largest_file:
-            file, earlier = self.folder / f"audit-{number:09d}.jsonl", []
-        digest = entry.get("settings_digest")
-        if settings is not None and not any(
-            known.get("settings_digest") == digest and "settings" in known for known in earlier
-        ):
-            entry["settings"] = dict(settings)
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        entry = {"sequence": number, "time": now, **entry}
-        entry["previous"] = last["hash"] if last else _START
-        entry["hash"] = _hash(entry)
-        _append_line(file, json.dumps(entry, ensure_ascii=False))
-        head = {"sequence": number, "hash": entry["hash"]}
-        write_atomically(self.folder / _HEAD, json.dumps(head).encode())
 
     def read(self) -> AuditReport:
         """All entries, and whether each follows from the one before.
@@ -101,33 +107,41 @@ class AuditLog:
         """
         entries: list[Entry] = []
         problems: list[str] = []
-        previous: Entry | None = None
-        removed = 0
+        number, link, removed = 0, _START, 0  # of the entry before
         try:
             for file in self.files():
-                lines = file.read_bytes().split(b"\n")
-                for number, line in enumerate(lines, 1):
+                for at, line in enumerate(file.read_bytes().split(b"\n"), 1):
                     if not line:
                         continue
-                    where = f"{file.name}, line {number}"
-                    entry = _parsed(line)
+                    where, entry = f"{file.name}, line {at}", _parsed(line)
                     if entry is None:
                         problems.append(f"{where}: not an entry of this log")
                         continue
-                    if previous is None and not entries and entry["sequence"] > 1:
+                    if not entries and entry["sequence"] > 1:
                         removed = entry["sequence"] - 1
-                    elif problem := _break(previous, entry):
-                        problems.append(f"{where}: {problem}")
+                    elif entry["sequence"] != number + 1:
+                        problems.append(
+                            f"{where}: entry {entry['sequence']} follows entry {number}; some were "
+                            "removed or put in"
+                        )
+                    elif entry["previous"] != link:
+                        problems.append(
+                            f"{where}: the line before it was changed, or another stood there"
+                        )
                     if entry["hash"] != _hash(entry):
                         problems.append(f"{where}: it was changed after it was written")
                     entries.append(entry)
-                    previous = entry
-            problems += self._missing_at_the_end(previous)
+                    number, link = entry["sequence"], entry["hash"]
+            head = self._head()
         except OSError as error:
             raise FederationError(
                 f"{self.folder}: the audit log cannot be read ({error.strerror or error}); run "
                 "this as the user that the site runs as"
             ) from error
+        if head is None and entries:
+            problems.append(f"{_HEAD} is missing or changed")
+        elif head is not None and head["sequence"] > number:
+            problems.append(f"entries {number + 1} to {head['sequence']} are missing at the end")
         return AuditReport(entries, problems, removed)
 
     def files(self) -> list[Path]:
@@ -144,20 +158,6 @@ class AuditLog:
         is_head = isinstance(head, dict) and all(type(head.get(k)) is v for k, v in keys.items())
         return head if is_head else None
 
-    def _missing_at_the_end(self, last: Entry | None) -> list[str]:
-        head, there = self._head(), last["sequence"] if last else 0
-        if head is None:
-            return [f"{_HEAD} is missing or changed"] if last else []
-        if head["sequence"] <= there:
-            return []
-        return [f"entries {there + 1} to {head['sequence']} are missing at the end"]
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """SHA-256 of a run's resolved settings, as hexadecimal digits."""
@@ -168,22 +168,6 @@ def _hash(entry: Entry) -> str:
     """Of everything in an entry but the hash itself; the hash of the line before is a part."""
     content = {key: value for key, value in entry.items() if key != "hash"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _break(previous: Entry | None, entry: Entry) -> str | None:
-    """Why `entry` does not follow from the one before it."""
-    number, link = (previous["sequence"], previous["hash"]) if previous else (0, _START)
-    if entry["sequence"] != number + 1:
-        return f"entry {entry['sequence']} follows entry {number}; some were removed or put in"
-    if entry["previous"] != link:
-        return "the line before it was changed, or another stood there"
-    return None
-
-
-def _is_waiting(entry: Entry, earlier: list[Entry]) -> bool:
-    about = [known for known in earlier if known.get("run") == entry.get("run")]
-    keys = ("verdict", "settings_digest")
-    return bool(about) and all(about[-1].get(key) == entry.get(key) for key in keys)
 
 
 def _whole_lines(file: Path) -> list[Entry]:
@@ -215,11 +199,3 @@ def _parsed(line: bytes) -> Entry | None:
         return None
     is_entry = all(type(entry.get(key)) is kind for key, kind in keys.items())
     return entry if is_entry else None
-
-
-def _append_line(file: Path, line: str) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "ab") as stream:
-        stream.write(line.encode() + b"\n")
-        stream.flush()
-        os.fsync(descriptor)

@@ -1,18 +1,27 @@
-"""A certificate authority of the federation's own, and the server certificate that it signs."""
+"""The certificate authority of a federation, and the server certificates that it signs."""
 
 import ipaddress
+import os
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm_flwr.config.names import shown
+from fedllm_flwr.deployment.directory import PUBLIC, SECRET, absolute
 from fedllm_flwr.errors import ConfigError
 
 CA_DAYS, SERVER_DAYS = 3650, 730  # validity
@@ -48,22 +57,20 @@ def subject_alternative_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
     Raises:
         ConfigError: one of `hosts` is neither a host name nor an IP address.
     """
-    return [_general_name(host) for host in dict.fromkeys([*hosts, *LOOPBACK])]
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    labels = host.split(".")
-    # The last label of a name is no number: 10.0.0.300 is a mistyped address.
-    if len(host) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
-        raise ConfigError(
-            f"--host {shown(host)}: neither a host name nor an IP address; give what the sites "
-            "will dial, without scheme and port, as fl.example.org or 10.0.0.5"
-        )
-    return x509.DNSName(host)
+    names: list[x509.GeneralName] = []
+    for host in dict.fromkeys([*hosts, *LOOPBACK]):
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            labels = host.split(".")
+            # The last label of a name is no number: 10.0.0.300 is a mistyped address.
+            if len(host) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
+                raise ConfigError(
+                    f"--host {shown(host)}: neither a host name nor an IP address; give what the "
+                    "sites will dial, without scheme and port, as fl.example.org or 10.0.0.5"
+                ) from None
+            names.append(x509.DNSName(host))
+    return names
 
 
 def issue_ca() -> Issued:
@@ -130,15 +137,8 @@ def _name(common_name: str) -> x509.Name:
 
 def _key_usage(**allowed: bool) -> x509.KeyUsage:
     usages = (
-        "digital_signature",
-        "content_commitment",
-        "key_encipherment",
-        "data_encipherment",
-        "key_agreement",
-        "key_cert_sign",
-        "crl_sign",
-        "encipher_only",
-        "decipher_only",
+        *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
+        *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
     )
     return x509.KeyUsage(**{usage: allowed.get(usage, False) for usage in usages})
 
@@ -170,3 +170,83 @@ def read_ca(pem: bytes, source: str) -> x509.Certificate:
             "server's operator for a new ca.crt"
         )
     return certificate
+
+
+def renew_certificate(directory: str | Path, more_hosts: list[str]) -> list[str]:
+    """Replace ``server.crt`` and ``server.key`` by new ones of the same certificate authority.
+
+    The old ones stay beside them as ``*.old``; sites keep the ca.crt that they have.
+
+    Args:
+        more_hosts: names and addresses to add to those of the old certificate.
+
+    Returns:
+        Lines for the operator.
+
+    Raises:
+        ConfigError: no server's directory with TLS, files that do not fit each other, an expired
+            authority, or a host that is neither a name nor an address.
+    """
+    folder = absolute(directory)
+    subject_alternative_names(more_hosts)  # checks them
+    authority = _certificate(folder / "ca.crt")
+    if authority.not_valid_after_utc < datetime.now(UTC):
+        raise ConfigError(
+            f"{folder / 'ca.crt'} {_expiry(authority)}: a new authority is needed, which every "
+            "site has to be given; README.md there shows how"
+        )
+    file = folder / "ca.key"
+    try:
+        key = load_pem_private_key(file.read_bytes(), None)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; put the authority's key back") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"{file}: no private key in the PEM format without a password") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != (
+        authority.public_key()
+    ):
+        raise ConfigError(f"{file} is not the key of {folder / 'ca.crt'}; put that back")
+    old = _certificate(folder / "server.crt")
+    hosts = [*dict.fromkeys([*hosts_of(old), *more_hosts])]
+    issued = issue_server(Issued(authority, key), hosts)
+    _replace(folder / "server.crt", issued.certificate_pem, PUBLIC)
+    _replace(folder / "server.key", issued.key_pem, SECRET)
+    return [
+        f"Made a new certificate for {', '.join(hosts)}, valid {SERVER_DAYS} days; the old one "
+        f"{_expiry(old)} and is kept in {folder / 'server.crt.old'}.",
+        "  restart    the SuperLink reads it when it starts; a run goes on meanwhile",
+        "  sites      nothing to do: the authority is the same",
+    ]
+
+
+def _certificate(file: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: {error.strerror}; give a directory that `fedllm server init` has made"
+        ) from None
+    except ValueError:
+        raise ConfigError(f"{file}: no PEM certificate; put the right file back") from None
+
+
+def _expiry(certificate: x509.Certificate) -> str:
+    end = certificate.not_valid_after_utc
+    return f"{'ended' if end < datetime.now(UTC) else 'would end'} on {end:%Y-%m-%d}"
+
+
+def _replace(file: Path, content: bytes, mode: int) -> None:
+    """Write a new file and rename it, so that `file` is always whole; the old one is kept."""
+    new = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode & SECRET)
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(descriptor, mode)
+            stream.write(content)
+        old = file.with_name(f"{file.name}.old")
+        old.unlink(missing_ok=True)
+        os.link(file, old)
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise ConfigError(f"{file}: cannot be replaced ({error.strerror or error})") from error

@@ -183,7 +183,7 @@ def _server_init(arguments: argparse.Namespace) -> int:
 
 
 def _server_register(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.deployment.registration import register_site
+    from fedllm_flwr.deployment.site_keys import register_site
 
     print("\n".join(register_site(arguments.directory, arguments.key)))
     return 0
@@ -196,7 +196,7 @@ def _server_run(arguments: argparse.Namespace) -> int:
 
 
 def _server_unregister(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.deployment.registration import unregister_site
+    from fedllm_flwr.deployment.site_keys import unregister_site
 
     print("\n".join(unregister_site(arguments.directory, arguments.name)))
     return 0
@@ -210,7 +210,7 @@ def _server_prune(arguments: argparse.Namespace) -> int:
 
 
 def _server_renew(arguments: argparse.Namespace) -> int:
-    from fedllm_flwr.deployment.renewal import renew_certificate
+    from fedllm_flwr.deployment.certificates import renew_certificate
 
     print("\n".join(renew_certificate(arguments.directory, arguments.host)))
     return 0

@@ -1,4 +1,4 @@
-"""New directories of operators: all files or none, and never over what is there."""
+"""New directories for operators: all files or none, and nothing is overwritten."""
 
 import contextlib
 import getpass
@@ -18,8 +18,6 @@ PUBLIC, SECRET, PROGRAM = 0o644, 0o600, 0o755  # permissions of files
 _PRIVATE_DIRECTORY = 0o700
 _TEMPLATES = Path(__file__).parent / "templates"
 FLWR_HOME = "flwr"  # Flower's own files, inside a server's or site's directory
-
-
 _NVIDIA = """\
 DevicePolicy=closed
 DeviceAllow=char-nvidia* rw
@@ -126,7 +124,7 @@ def check_new(directory: Path) -> None:
 
 
 def write_new(directory: Path, files: Mapping[str, NewFile]) -> None:
-    """Make a directory for its owner alone, with `files`; after an error nothing of it is left.
+    """Make a directory that only its owner can enter, with `files`; after an error, nothing.
 
     Raises:
         ConfigError: the directory is not new, or cannot be written.
@@ -143,26 +141,19 @@ def write_new(directory: Path, files: Mapping[str, NewFile]) -> None:
                 if not (directory / folder).exists():
                     (directory / folder).mkdir(_PRIVATE_DIRECTORY)
                     written.append(directory / folder)
-            _write(path, file, written)
+            content = file.content.encode() if isinstance(file.content, str) else file.content
+            # O_EXCL: nothing is overwritten. A key is never readable by others, not even at first.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(path, flags, file.mode & SECRET)
+            written.append(path)
+            with os.fdopen(descriptor, "wb") as stream:
+                os.fchmod(descriptor, file.mode)
+                stream.write(content)
     except OSError as error:
-        _remove([*written] if existed else [directory, *written])
+        # Files, and then the folders around them.
+        for path in reversed(written if existed else [directory, *written]):
+            with contextlib.suppress(OSError):  # was not made, then
+                path.rmdir() if path.is_dir() else path.unlink()
         raise ConfigError(
             f"{directory}: cannot be written ({error.strerror or error}); give another directory"
         ) from error
-
-
-def _write(path: Path, file: NewFile, written: list[Path]) -> None:
-    content = file.content.encode() if isinstance(file.content, str) else file.content
-    # O_EXCL: nothing is overwritten. A key is never readable by others, not even at first.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode & SECRET)
-    written.append(path)
-    with os.fdopen(descriptor, "wb") as stream:
-        os.fchmod(descriptor, file.mode)
-        stream.write(content)
-
-
-def _remove(paths: list[Path]) -> None:
-    """Files, and then the folders around them."""
-    for path in reversed(paths):
-        with contextlib.suppress(OSError):  # was not made, then
-            path.rmdir() if path.is_dir() else path.unlink()

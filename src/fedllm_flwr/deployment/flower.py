@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm_flwr.deployment.directory import FLWR_HOME, absolute
@@ -38,18 +37,27 @@ def flwr_command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / "flwr"), *arguments, CONNECTION]
 
 
-def flwr_environment(folder: Path) -> Mapping[str, str]:
+def flwr_environment(folder: Path) -> dict[str, str]:
     """In which `flwr` finds the connection of the server's directory `folder`."""
     config = tomllib.loads((folder / FLWR_HOME / "config.toml").read_text("utf-8"))
-    host = config["superlink"][CONNECTION]["address"].rpartition(":")[0]
-    unproxied = os.environ.get("no_proxy")
+    return program_environment(
+        folder, config["superlink"][CONNECTION]["address"].rpartition(":")[0]
+    )
+
+
+def program_environment(folder: Path, unproxied: str) -> dict[str, str]:
+    """In which a program of Flower runs that keeps its files in an operator's directory.
+
+    Args:
+        unproxied: hosts that gRPC reaches without a proxy, which it would ask even for loopback.
+    """
     return {
         **os.environ,
         "FLWR_HOME": str(folder / FLWR_HOME),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
-        "no_proxy": ",".join(filter(None, [host, unproxied])),
+        "no_proxy": ",".join(filter(None, [unproxied, os.environ.get("no_proxy")])),
     }
 
 
@@ -75,11 +83,9 @@ def ask_flower(folder: Path, *command: str) -> tuple[dict[str, object], str]:
 
 def last_json(text: str) -> dict[str, object]:
     """The JSON object that a command of Flower prints last, whatever stands before it."""
-    start = text.find("{")
-    if start < 0:
-        return {}
+    brace, rest = text.partition("{")[1:]
     try:
-        answer = json.loads(text[start:])
+        answer: dict[str, object] = json.loads(brace + rest)
     except json.JSONDecodeError:
         return {}
-    return answer if isinstance(answer, dict) else {}
+    return answer

@@ -1,4 +1,4 @@
-"""What a run has asked of a site, and the one answer to its query: counted and kept on disk.
+"""Counts of the messages of each run to a site, and the one answer to its query, kept on disk.
 
 A run's settings are those of its first message. Numbers that depend on the site's data are told
 once: the same query gets the same answer again, a differing one none.
@@ -6,7 +6,6 @@ once: the same query gets the same answer again, a differing one none.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.deployment.audit import settings_digest
 from fedllm_flwr.deployment.policy import Policy
 from fedllm_flwr.errors import FederationError, RefusedError
 from fedllm_flwr.federation.messages import ClientInfo
@@ -32,12 +32,12 @@ class Ledger:
         self._folder = folder
 
     def count(self, run_id: str, config: Config, policy: Policy, run: str = "") -> None:
-        """Note a message of a run.
+        """Count a message of a run.
 
         Args:
             run_id: Flower's.
             config: as the server sent it.
-            run: what the server's tasks call the run, whose state is kept under that name.
+            run: the server's own id of the run, under which the site keeps its state.
 
         Raises:
             RefusedError: other settings than the run's first message had, or too many messages.
@@ -46,9 +46,12 @@ class Ledger:
         today = datetime.now(UTC).date().isoformat()
         with self._locked():
             if policy.state_days is not None:
-                self._expire(time.time() - policy.state_days * _DAY_S)
+                oldest = time.time() - policy.state_days * _DAY_S
+                for file in self._folder.glob("*.json"):
+                    if file.name != "day.json" and file.stat().st_mtime < oldest:
+                        file.unlink(missing_ok=True)
             entry, day = self._read(run_id), self._read("day")
-            digest = settings_digest(config)
+            digest = settings_digest(asdict(config))
             if entry.setdefault("settings", digest) != digest:
                 raise RefusedError(
                     "the site refuses other settings than this run began with; start a new run"
@@ -71,25 +74,20 @@ class Ledger:
             self._write("day", {"date": today, "messages": of_day})
 
     def answer(self, run_id: str) -> ClientInfo | None:
-        """What the run's query was told; None before that."""
+        """The answer to the run's query; None before that."""
         with self._locked():
             told = self._read(run_id).get("told")
         return None if told is None else ClientInfo(**told)
 
     def keep_answer(self, run_id: str, info: ClientInfo) -> None:
-        """Remember what the run's query is told."""
+        """Keep the answer to the run's query."""
         with self._locked():
             self._write(run_id, {**self._read(run_id), "told": asdict(info)})
 
     def runs_of(self, run_id: str) -> list[str]:
-        """What the tasks of a run called it; none if it has sent none."""
+        """The server's own ids of a run; none if no task has come."""
         runs: list[str] = self._read(run_id).get("runs", [])
         return runs
-
-    def _expire(self, oldest: float) -> None:
-        for file in self._folder.glob("*.json"):
-            if file.name != "day.json" and file.stat().st_mtime < oldest:
-                file.unlink(missing_ok=True)
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{quote(name, safe='').replace('.', '%2E')}.json"
@@ -117,8 +115,3 @@ class Ledger:
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-def settings_digest(config: Config) -> str:
-    """What tells the settings of a run from others."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()

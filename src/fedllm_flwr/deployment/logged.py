@@ -33,12 +33,16 @@ def run_logged(file: Path, command: Sequence[str]) -> int:
     kept = logging.handlers.RotatingFileHandler(
         file, maxBytes=_LARGEST_FILE, backupCount=_OLD_FILES, encoding="utf-8"
     )
+
+    def end_with_parent() -> None:  # in the program, before it begins
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         process_group=0,  # a terminal's Ctrl-C reaches it once, through this process
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -58,7 +62,7 @@ def run_logged(file: Path, command: Sequence[str]) -> int:
 
 
 def _copy(source: IO[bytes], target: IO[str], kept: logging.Handler) -> None:
-    """Every line of `source`, with its time, to both."""
+    """Write each line of `source`, with its time, to both."""
     formatter = logging.Formatter("%(asctime)s %(message)s")
     shown = logging.StreamHandler(target)
     for handler in (shown, kept):
@@ -68,11 +72,6 @@ def _copy(source: IO[bytes], target: IO[str], kept: logging.Handler) -> None:
         record = logging.LogRecord("", logging.INFO, "", 0, text, None, None)
         shown.handle(record)
         kept.handle(record)
-
-
-def _end_with_parent() -> None:
-    """In the program, before it begins: SIGTERM when this process has died."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,56 @@ import difflib
 import json
 import os
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.deployment.directory import absolute
 from fedllm_flwr.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 COLUMNS = "columns."  # columns.<role> = name of the column in the site's file
 _GPUS = re.compile(r"(\d{1,3}|(GPU|MIG)-[0-9A-Fa-f-]+)(,(\d{1,3}|(GPU|MIG)-[0-9A-Fa-f-]+))*")
 ROLES = tuple(field.name for field in fields(ColumnsConfig))
+
+
+def site_folder(directory: str | Path) -> Path:
+    """The path of a site's directory.
+
+    Raises:
+        ConfigError: no directory that `fedllm site init` has made.
+    """
+    folder = absolute(directory)
+    if not (folder / "node.toml").is_file():
+        raise ConfigError(f"{folder}: no directory that `fedllm site init` has made")
+    return folder
+
+
+def node_config(folder: Path) -> dict[str, Any]:
+    """A site's node config, flat as Flower hands it on: ``columns.output`` and the like.
+
+    Raises:
+        ConfigError: no TOML.
+    """
+    file = folder / "node.toml"
+    try:
+        return flat(tomllib.loads(file.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); mend it") from None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return found
 
 
 def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
@@ -92,7 +130,7 @@ def check_gpus(gpus: str | None) -> None:
 
 
 def choose_gpus(node_config: Mapping[str, object]) -> None:
-    """Let this process, and those that it starts, see the GPUs of a node config alone.
+    """Let this process, and those that it starts, see only the GPUs of a node config.
 
     Raises:
         ConfigError: `gpus` names no devices.
@@ -110,12 +148,10 @@ def every_role(columns: Mapping[str, str]) -> dict[str, str]:
 
 def to_toml(values: Mapping[str, str | int | Path]) -> str:
     """A node config file: one ``key = "value"`` per line, numbers without quotes."""
+    # A basic string of TOML is one of JSON with DEL escaped too.
     return "".join(
-        f"{key} = {value if isinstance(value, int) else _toml_string(str(value))}\n"
+        f"{key} = "
+        + (str(value) if isinstance(value, int) else json.dumps(str(value), ensure_ascii=False))
+        + "\n"
         for key, value in values.items()
-    )
-
-
-def _toml_string(text: str) -> str:
-    """A basic string of TOML, which is one of JSON with DEL escaped too."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    ).replace("\x7f", "\\u007f")

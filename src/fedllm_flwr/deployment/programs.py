@@ -1,4 +1,4 @@
-"""Flower's programs as a site and a server run them: no code of a bundle, no token in sight.
+"""Flower's programs as a site and a server run them, each changed in one place.
 
 ``flwr-clientapp``: Flower's own unpacks the bundle that a server has sent and imports the app that
 it names, which may be code of the bundle. Here nothing is unpacked, and the app is the one that the
@@ -60,9 +60,9 @@ def confine(runtime: ModuleType) -> None:
 
     Exits with a message if this version of Flower does it by other means.
     """
-    replaced = {"install_from_fab": _leave_packed, "get_load_client_app_fn": _installed}
-    for name, function in replaced.items():
-        _replace(runtime, name, function, "code of a server cannot be kept away")
+    otherwise = "code of a server cannot be kept away"
+    _replace(runtime, "install_from_fab", lambda *_, **__: None, otherwise)
+    _replace(runtime, "get_load_client_app_fn", _installed, otherwise)
 
 
 def is_confined() -> bool:
@@ -113,10 +113,6 @@ def _replace(module: ModuleType, name: str, value: object, otherwise: str) -> No
             "install the version that fedllm-flwr asks for"
         )
     setattr(module, name, value)
-
-
-def _leave_packed(*_: Any, **__: Any) -> None:
-    """In the place of unpacking a bundle."""
 
 
 def _installed(*_: Any, **__: Any) -> Callable[..., ClientApp]:

@@ -1,4 +1,4 @@
-"""Forget old runs in a SuperLink's database, which Flower keeps for ever (flwr 1.31)."""
+"""Removal of old runs from a SuperLink's database, where Flower keeps them for ever (flwr 1.31)."""
 
 import sqlite3
 from contextlib import closing
@@ -43,8 +43,7 @@ def prune_runs(directory: str | Path, days: int) -> list[str]:
     try:
         with closing(sqlite3.connect(file, _LOCK_TIMEOUT_S)) as database:
             with database:  # one transaction
-                old = _ended_before(database, datetime.now(UTC) - timedelta(days=days))
-                _remove(database, old)
+                old = _remove_ended_before(database, datetime.now(UTC) - timedelta(days=days))
             if old:
                 database.execute("VACUUM")
     except sqlite3.Error as error:
@@ -52,27 +51,19 @@ def prune_runs(directory: str | Path, days: int) -> list[str]:
             f"{file}: old runs cannot be removed ({error}); try again when no run goes on"
         ) from error
     saved = format_bytes(max(0, before - file.stat().st_size))
-    return [f"Removed {len(old)} runs that ended more than {days} days ago ({saved})."]
+    return [f"Removed {old} runs that ended more than {days} days ago ({saved})."]
 
 
-def _ended_before(database: sqlite3.Connection, moment: datetime) -> list[int]:
-    """Ids of runs all of whose tasks have ended before a moment."""
-    ends: dict[int, list[datetime | None]] = {}
+def _remove_ended_before(database: sqlite3.Connection, moment: datetime) -> int:
+    """Remove the runs all of whose tasks have ended before a moment; their number."""
+    newest: dict[int, datetime] = {}  # when the last task of a run has ended
     for run, finished in database.execute("SELECT run_id, finished_at FROM task"):
-        ends.setdefault(run, []).append(_time(finished))
-    return [run for run, times in ends.items() if all(end and end < moment for end in times)]
-
-
-def _time(text: str | None) -> datetime | None:
-    if not text:
-        return None
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _remove(database: sqlite3.Connection, runs: list[int]) -> None:
+        ended = datetime.fromisoformat(finished) if finished else datetime.max.replace(tzinfo=UTC)
+        ended = ended if ended.tzinfo else ended.replace(tzinfo=UTC)
+        newest[run] = max(ended, newest.get(run, ended))
+    old = [(run,) for run, ended in newest.items() if ended < moment]
     database.execute("CREATE TEMP TABLE old_runs (run_id INTEGER PRIMARY KEY)")
-    database.executemany("INSERT INTO old_runs VALUES (?)", [(run,) for run in runs])
+    database.executemany("INSERT INTO old_runs VALUES (?)", old)
     among = "run_id IN (SELECT run_id FROM old_runs)"
     database.execute(
         f"CREATE TEMP TABLE old_objects AS SELECT object_id FROM run_objects WHERE {among}"
@@ -84,3 +75,4 @@ def _remove(database: sqlite3.Connection, runs: list[int]) -> None:
         database.execute(f"DELETE FROM {table} WHERE {among}")
     for statement in _ORPHANS:
         database.execute(statement)
+    return len(old)

@@ -32,9 +32,9 @@ from fedllm_flwr.deployment.directory import (
 )
 from fedllm_flwr.deployment.flower import CONNECTION
 from fedllm_flwr.deployment.node import to_toml
+from fedllm_flwr.deployment.site_keys import SITE_KEYS
 from fedllm_flwr.errors import ConfigError
 
-SITE_KEYS = "site-keys"
 _MAX_PORT_BASE = 65_531
 _TLS_OPTIONS = """\
 --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key \\
@@ -90,81 +90,70 @@ def init_server(
     check_new(folder)
     names = [*hosts, private_host]
     subject_alternative_names(names)  # checks them
-    files = _certificates(names) if not insecure else {}
-    files |= {
-        # Without it any user of this machine could take the run's app over.
-        "superexec.secret": NewFile(secrets.token_hex(32), SECRET),
-        f"{SITE_KEYS}/README": NewFile(filled("site-keys.txt")),
-        f"{FLWR_HOME}/config.toml": NewFile(
-            _connection(folder, dial_address(private_host, ports.control), insecure)
-        ),
-        "app/pyproject.toml": NewFile(filled("app.toml", version=__version__)),
-    }
-    files |= _scripts(folder, hosts, private_host, ports, insecure)
-    write_new(folder, files)
-    return _report(folder, names, ports, insecure)
-
-
-def _certificates(hosts: Sequence[str]) -> dict[str, NewFile]:
-    ca = issue_ca()
-    server = issue_server(ca, hosts)
-    return {
-        "ca.crt": NewFile(ca.certificate_pem),
-        "ca.key": NewFile(ca.key_pem, SECRET),
-        "server.crt": NewFile(server.certificate_pem),
-        "server.key": NewFile(server.key_pem, SECRET),
-    }
-
-
-def _connection(folder: Path, control: str, insecure: bool) -> str:
-    """Flower's config.toml; it takes root-certificates only from the root."""
-    address = to_toml({"address": control})
+    control = dial_address(private_host, ports.control)
+    # Flower's config.toml takes root-certificates only from the root.
     trust = "insecure = true\n" if insecure else to_toml({"root-certificates": folder / "ca.crt"})
-    return f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{address}{trust}'
-
-
-def _scripts(
-    folder: Path, hosts: Sequence[str], private_host: str, ports: Ports, insecure: bool
-) -> dict[str, NewFile]:
+    connection = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+    # IPv6 too if a host is given by such an address.
+    interfaces = "[::]" if any(":" in host for host in hosts) else "0.0.0.0"
     values = {
         "bin": program_folder(),
         "python": python_program(),
         "appio": dial_address(private_host, ports.appio),
-        "fleet": f"{_bind_address(hosts)}:{ports.fleet}",
-        "control": dial_address(private_host, ports.control),
+        "fleet": f"{interfaces}:{ports.fleet}",
+        "control": control,
         "unproxied": ",".join(dict.fromkeys([private_host, *LOOPBACK])),
         "superlink_health": f"127.0.0.1:{ports.superlink_health}",
         "superexec_health": f"127.0.0.1:{ports.superexec_health}",
         "security": "--insecure" if insecure else _TLS_OPTIONS,
     }
     files = {
-        name: NewFile(filled(name, **values), PROGRAM)
-        for name in ("start.sh", "start-superlink.sh", "start-superexec.sh")
+        # Without it any user of this machine could take the run's app over.
+        "superexec.secret": NewFile(secrets.token_hex(32), SECRET),
+        f"{SITE_KEYS}/README": NewFile(filled("site-keys.txt")),
+        f"{FLWR_HOME}/config.toml": NewFile(connection + to_toml({"address": control}) + trust),
+        "app/pyproject.toml": NewFile(filled("app.toml", version=__version__)),
+        "README.md": NewFile(_readme(folder, hosts, private_host, ports, insecure)),
+        **{
+            name: NewFile(filled(name, **values), PROGRAM)
+            for name in ("start.sh", "start-superlink.sh", "start-superexec.sh")
+        },
     }
-    for part, needs in (("superlink", ""), ("superexec", "fedllm-superlink.service")):
+    for part, needs in (("superlink", ""), ("superexec", " fedllm-superlink.service")):
         files[f"systemd/fedllm-{part}.service"] = NewFile(
             systemd_unit(
                 folder,
                 f"start-{part}.sh",
                 f"Federated fine-tuning: {part}",
-                f"network-online.target {needs}".strip(),
+                f"network-online.target{needs}",
                 restart_s=5,
                 gpu=part == "superexec",
             )
         )
-    files["README.md"] = NewFile(_readme(folder, hosts, private_host, ports, insecure))
-    return files
-
-
-def _bind_address(hosts: Sequence[str]) -> str:
-    """All interfaces; IPv6 too if a host is given by such an address."""
-    return "[::]" if any(":" in host for host in hosts) else "0.0.0.0"
+    if not insecure:
+        ca = issue_ca()
+        server = issue_server(ca, names)
+        files |= {
+            "ca.crt": NewFile(ca.certificate_pem),
+            "ca.key": NewFile(ca.key_pem, SECRET),
+            "server.crt": NewFile(server.certificate_pem),
+            "server.key": NewFile(server.key_pem, SECRET),
+        }
+    write_new(folder, files)
+    return _report(folder, names, ports, insecure)
 
 
 def _readme(
     folder: Path, hosts: Sequence[str], private_host: str, ports: Ports, insecure: bool
 ) -> str:
-    names = [*dict.fromkeys([*hosts, private_host, *LOOPBACK])]
+    """README.md of the directory; with the openssl commands for a new authority."""
+    alternative_names = []
+    for name in dict.fromkeys([*hosts, private_host, *LOOPBACK]):
+        try:
+            ipaddress.ip_address(name)
+            alternative_names.append(f"IP:{name}")
+        except ValueError:
+            alternative_names.append(f"DNS:{name}")
     return filled(
         "server-insecure.md" if insecure else "server.md",
         folder=shlex.quote(str(folder)),
@@ -180,17 +169,8 @@ def _readme(
         ca_days=str(CA_DAYS),
         server_days=str(SERVER_DAYS),
         common_name=hosts[0],
-        alternative_names=",".join(f"{_kind(name)}:{name}" for name in names),
+        alternative_names=",".join(alternative_names),
     )
-
-
-def _kind(name: str) -> str:
-    """How openssl names the kind of a subject alternative name."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return "DNS"
-    return "IP"
 
 
 def dial_address(host: str, port: int) -> str:

@@ -1,4 +1,4 @@
-"""``fedllm site check``: what is learned from a site's data, shown to its operator alone."""
+"""``fedllm site check``: what is learned from a site's data, shown only to its operator."""
 
 import sys
 from collections import Counter
@@ -13,8 +13,9 @@ from fedllm_flwr import tasks
 from fedllm_flwr.config.schema import ModelConfig, TrainingConfig
 from fedllm_flwr.data.columns import AttributeColumn
 from fedllm_flwr.deployment.datasets import SiteDataset, site_datasets
+from fedllm_flwr.deployment.node import node_config, site_folder
 from fedllm_flwr.deployment.policy import Policy, site_policy
-from fedllm_flwr.deployment.site_views import node_config, printable, site_folder
+from fedllm_flwr.deployment.site_views import printable
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.reporting.text import shorten
 
@@ -55,7 +56,7 @@ def check_site(
     lines: list[str] = []
     for name, found in site_datasets(node).items():
         if dataset in (None, name):
-            lines += _data_lines(found, policy, tokenizer, template, max_length)
+            lines += dataset_lines(found, policy, tokenizer, template, max_length)
     pinned = policy.allowed_models is None or any("@" in m for m in policy.allowed_models)
     unlike = path == "embedded" and pinned
     note = ", which counts other tokens than the model you will train" if unlike else ""
@@ -63,9 +64,14 @@ def check_site(
     return [*lines, *policy_lines(policy)]
 
 
-def _data_lines(
+def dataset_lines(
     dataset: SiteDataset, policy: Policy, tokenizer: Any, template: str, max_length: int
 ) -> list[str]:
+    """What the tasks that a policy allows make of a data set.
+
+    Raises:
+        DataError: none of them can use it.
+    """
     from fedllm_flwr.data.sources import open_source
 
     config = dataset.config(template=template)
@@ -98,7 +104,7 @@ def _data_lines(
         lines.append(f"  columns   used: {', '.join(report.used_columns)}")
         if report.unused_columns:
             lines.append(f"            NOT used: {', '.join(report.unused_columns)}")
-        lines += _label_lines(records)
+        lines += label_lines(records)
         rows = [tuple(getattr(r, name) for name in kind.codec.columns) for r in records]
         encoded = kind.codec.encode(rows, tokenizer, template, _NO_LIMIT, "right")
         lengths = np.asarray(encoded.lengths)
@@ -107,13 +113,13 @@ def _data_lines(
             f"  length    {int(np.median(lengths))} tokens in the median, {int(lengths.max())} at "
             f"most; {longer:,} of {len(lengths):,} are longer than {max_length} and would be cut"
         )
-        lines += _rendered(records, task, template, tokenizer)
+        lines += rendered_lines(records, task, template, tokenizer)
     if len(lines) == 1:
         raise DataError("; ".join(line.strip() for line in errors))
     return lines
 
 
-def _label_lines(records: Sequence[Any]) -> list[str]:
+def label_lines(records: Sequence[Any]) -> list[str]:
     """How often each label occurs, or each answer where few different ones do."""
     labels = Counter(record.label for record in records if record.label)
     what = "labels"
@@ -129,7 +135,7 @@ def _label_lines(records: Sequence[Any]) -> list[str]:
     ]
 
 
-def _rendered(records: Sequence[Any], task: str, template: str, tokenizer: Any) -> list[str]:
+def rendered_lines(records: Sequence[Any], task: str, template: str, tokenizer: Any) -> list[str]:
     """Evenly spread examples as the model will see them, what is learned in bold or in [[ ]]."""
     from fedllm_flwr.data.templates import render, render_answers
 

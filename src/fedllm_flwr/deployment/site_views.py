@@ -1,65 +1,24 @@
 """What a site's operator sees and decides: requests of servers, and the audit log."""
 
 import json
-import tomllib
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from fedllm_flwr.deployment.approval import (
     APPROVED,
     DECLINED,
-    Request,
     Requests,
     differences,
     in_words,
 )
 from fedllm_flwr.deployment.audit import AuditLog, Entry
-from fedllm_flwr.deployment.directory import absolute
-from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.deployment.node import site_folder
+from fedllm_flwr.errors import FederationError
 from fedllm_flwr.reporting.text import format_bytes, shorten
 
 _SHOWN_DIFFERENCES = 12
 _LONGEST_LINE = 500  # characters
-
-
-def site_folder(directory: str | Path) -> Path:
-    """The path of a site's directory.
-
-    Raises:
-        ConfigError: no directory that `fedllm site init` has made.
-    """
-    folder = absolute(directory)
-    if not (folder / "node.toml").is_file():
-        raise ConfigError(f"{folder}: no directory that `fedllm site init` has made")
-    return folder
-
-
-def node_config(folder: Path) -> dict[str, Any]:
-    """A site's node config, flat as Flower hands it on: ``columns.output`` and the like.
-
-    Raises:
-        ConfigError: no TOML.
-    """
-    file = folder / "node.toml"
-    try:
-        values = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); mend it") from None
-    return _flat(values)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def site_requests(folder: Path) -> Requests:
@@ -80,7 +39,27 @@ def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool
         return [json.dumps([asdict(request) for request in chosen])]
     lines: list[str] = []
     for request in chosen:
-        lines += map(printable, _request_lines(request, known, full))
+        if request.is_waiting:
+            state = f"waiting since {local_time(request.asked)}"
+        elif request.is_undecided:
+            state = f"no longer asked since {local_time(request.last_asked)}: ended, or a dry run"
+        else:
+            state = f"{request.decision} {local_time(request.decided)} by {request.by}"
+        server = request.server or "the server"
+        said = [f"{request.id}  run {request.run} from {server}   {state}"]
+        said += [f"  {line}" for line in in_words(request.settings)]
+        approved = [r for r in known if r.decision == APPROVED and r.id != request.id]
+        if approved:  # in what the request differs from the last one
+            last = approved[-1]
+            about = f"{last.id}, approved {local_time(last.decided)}"
+            changed = differences(request.settings, last.settings)
+            said.append(f"  other than {about}:" if changed else f"  the same settings as {about}")
+            said += [f"    {line}" for line in changed[:_SHOWN_DIFFERENCES]]
+            if (more := len(changed) - _SHOWN_DIFFERENCES) > 0:
+                said.append(f"    and {more} more (--full)")
+        if full:
+            said += [f"    {line}" for line in json.dumps(request.settings, indent=1).splitlines()]
+        lines += map(printable, said)
         if request.is_waiting:
             lines.append(f"  approve: fedllm site approve {folder} {request.id}")
             lines.append(f"  decline: fedllm site decline {folder} {request.id}")
@@ -90,37 +69,6 @@ def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool
     elif waiting and waiting < len(known):
         lines.append(f"{waiting} of {len(known)} requests wait.")
     return lines
-
-
-def _request_lines(request: Request, known: Sequence[Request], full: bool) -> list[str]:
-    if request.is_waiting:
-        state = f"waiting since {local_time(request.asked)}"
-    elif request.is_undecided:
-        state = f"no longer asked since {local_time(request.last_asked)}: ended, or a dry run"
-    else:
-        state = f"{request.decision} {local_time(request.decided)} by {request.by}"
-    lines = [f"{request.id}  run {request.run} from {request.server or 'the server'}   {state}"]
-    lines += [f"  {line}" for line in in_words(request.settings)]
-    approved = [r for r in known if r.decision == APPROVED and r.id != request.id]
-    if approved:
-        lines += _compared(request, approved[-1])
-    if full:
-        lines += [f"    {line}" for line in json.dumps(request.settings, indent=1).splitlines()]
-    return lines
-
-
-def _compared(request: Request, last: Request) -> list[str]:
-    """In what a request differs from the one that was approved last."""
-    changed = differences(request.settings, last.settings)
-    about = f"{last.id}, approved {local_time(last.decided)}"
-    if not changed:
-        return [f"  the same settings as {about}"]
-    more = len(changed) - _SHOWN_DIFFERENCES
-    return [
-        f"  other than {about}:",
-        *[f"    {line}" for line in changed[:_SHOWN_DIFFERENCES]],
-        *([f"    and {more} more (--full)"] if more > 0 else []),
-    ]
 
 
 def decide(directory: str | Path, name: str, approve: bool) -> list[str]:
@@ -150,45 +98,31 @@ def decide(directory: str | Path, name: str, approve: bool) -> list[str]:
     return [printable(f"{word} run {request.run}: {in_words(request.settings)[0]}.")]
 
 
-def log_lines(
-    directory: str | Path, run: str | None = None, as_json: bool = False
-) -> tuple[list[str], str | None]:
-    """The audit log in lines, and what is wrong with its chain, if anything.
+def print_log(directory: str | Path, run: str | None, as_json: bool) -> None:
+    """Print the audit log, and check its chain.
 
     Args:
-        run: Flower's id of the run to show alone, or its first digits.
-    """
-    report = AuditLog(site_folder(directory) / "audit").read()
-    chosen = [e for e in report.entries if run is None or str(e.get("run", "")).startswith(run)]
-    if as_json:
-        lines = [json.dumps(entry) for entry in chosen]
-    else:
-        lines = [_entry_line(entry, with_run=run is None) for entry in chosen]
-        if report.removed:
-            lines.append(f"Entries 1 to {report.removed} have been moved away.")
-        if not report.problems:
-            last = f", last hash {report.head}" if report.entries else ""
-            lines.append(f"{len(report.entries)} entries, chain unbroken{last}")
-    if not report.problems:
-        return lines, None
-    more = len(report.problems) - 1
-    also = f" (and {more} more)" if more else ""
-    return lines, f"the audit log is broken: {report.problems[0]}{also}"
-
-
-def print_log(directory: str | Path, run: str | None, as_json: bool) -> None:
-    """Print the audit log.
+        run: Flower's id of the only run to show, or its first digits.
 
     Raises:
-        FederationError: its chain is broken; names the line.
+        FederationError: the chain is broken; names the line.
     """
-    lines, problem = log_lines(directory, run, as_json)
-    print("\n".join(lines))
-    if problem:
-        raise FederationError(problem)
+    report = AuditLog(site_folder(directory) / "audit").read()
+    for entry in report.entries:
+        if run is None or str(entry.get("run", "")).startswith(run):
+            print(json.dumps(entry) if as_json else entry_line(entry, with_run=run is None))
+    if report.removed and not as_json:
+        print(f"Entries 1 to {report.removed} have been moved away.")
+    if report.problems:
+        more = len(report.problems) - 1
+        also = f" (and {more} more)" if more else ""
+        raise FederationError(f"the audit log is broken: {report.problems[0]}{also}")
+    if not as_json:
+        last = f", last hash {report.head}" if report.entries else ""
+        print(f"{len(report.entries)} entries, chain unbroken{last}")
 
 
-def _entry_line(entry: Entry, with_run: bool) -> str:
+def entry_line(entry: Entry, with_run: bool) -> str:
     """Such as ``09:41:07  round 1  160 records   left: 41,472 values (83 kB), norm 0.81``."""
     what = f"round {entry['round']}" if entry.get("round") else str(entry.get("event", ""))
     if entry.get("event") == "evaluate":

@@ -1,4 +1,4 @@
-"""Start of a site's SuperNode: Flower's program, guarded, as `site init` has written it down."""
+"""Start of a site's SuperNode with the options that `fedllm site init` has written down."""
 
 import os
 import sys
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedllm_flwr.deployment.directory import FLWR_HOME, absolute
+from fedllm_flwr.deployment.directory import absolute
+from fedllm_flwr.deployment.flower import program_environment
 from fedllm_flwr.deployment.programs import PROGRAMS
 from fedllm_flwr.errors import ConfigError
 
@@ -45,30 +46,6 @@ def supernode_command(
     Raises:
         ConfigError: `fedllm site init` has not made this directory, or part of it is gone.
     """
-    options = _options(folder)
-    _check_guard(folder)
-    programs = Path(sys.executable).parent
-    unproxied = os.environ.get("no_proxy")
-    environment = {
-        **os.environ,
-        # The guard's programs come first, whatever is on the operator's own path.
-        "PATH": os.pathsep.join([str(folder / "bin"), str(programs), os.environ.get("PATH", "")]),
-        "FLWR_HOME": str(folder / FLWR_HOME),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONUNBUFFERED": "1",
-        # gRPC would ask a proxy even for this machine's own address.
-        "no_proxy": ",".join(filter(None, ["127.0.0.1,localhost", unproxied])),
-    }
-    arguments = ["--node-config", "node.toml", "--clientappio-api-address", "127.0.0.1:0"]
-    arguments += ["--max-retries", os.environ.get("MAX_RETRIES", "30")]
-    for name, value in options.items():
-        arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    program = [sys.executable, "-P", "-m", "fedllm_flwr.deployment.programs", "flower-supernode"]
-    return [*program, *arguments, *further], environment
-
-
-def _options(folder: Path) -> dict[str, str | bool]:
     file = folder / SUPERNODE
     try:
         options = tomllib.loads(file.read_text("utf-8"))
@@ -80,12 +57,7 @@ def _options(folder: Path) -> dict[str, str | bool]:
         raise ConfigError(f"{file}: unknown {unknown[0]}; it holds {', '.join(_OPTIONS)}")
     if "superlink" not in options:
         raise ConfigError(f"{file}: superlink is missing; give the server's host:port")
-    return options
-
-
-def _check_guard(folder: Path) -> None:
-    """Without its programs Flower's own would be found, and run code that a server sends."""
-    for name in PROGRAMS:
+    for name in PROGRAMS:  # without them Flower's own would run code that a server sends
         program = folder / "bin" / name
         executable = os.access(program, os.X_OK)
         if not (executable and "fedllm_flwr.deployment.programs" in program.read_text("utf-8")):
@@ -93,3 +65,13 @@ def _check_guard(folder: Path) -> None:
                 f"{program}: not the program that keeps a server's code away; make this site's "
                 "directory anew with `fedllm site init`, or copy bin/ from one made so"
             )
+    environment = program_environment(folder, "127.0.0.1,localhost")
+    # The programs of bin/ come first, whatever is on the operator's own path.
+    path = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    environment["PATH"] = os.pathsep.join(path)
+    command = [sys.executable, "-P", "-m", "fedllm_flwr.deployment.programs", "flower-supernode"]
+    command += ["--node-config", "node.toml", "--clientappio-api-address", "127.0.0.1:0"]
+    command += ["--max-retries", os.environ.get("MAX_RETRIES", "30")]
+    for name, value in options.items():
+        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return [*command, *further], environment

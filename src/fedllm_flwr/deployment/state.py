@@ -1,4 +1,4 @@
-"""What a site keeps on its disk: state of runs, tokenised records, and how all of it goes again."""
+"""A site's state on disk: that of its runs and its tokenised records, and how it is removed."""
 
 import contextlib
 import secrets
@@ -87,7 +87,9 @@ class SiteState:
             oldest = time.time() - days * _DAY_S
             current = _quoted(run) or "run"
             for folder in [*_children(self.runs), *_children(self.tokens)]:
-                if folder.name != current and _newest(folder) < oldest:
+                written = (file.stat().st_mtime for file in _files(folder))
+                newest = max(written, default=folder.stat().st_mtime)
+                if folder.name != current and newest < oldest:
                     _remove(folder)
         used = sum(file.stat().st_size for top in (self.runs, self.tokens) for file in _files(top))
         if limit_gb is not None and used > limit_gb * _GB:
@@ -101,31 +103,26 @@ class SiteState:
         """Remove the state of runs; None: of all, with all tokenised records.
 
         Returns:
-            What was removed, for the site's operator.
+            Lines for the site's operator.
 
         Raises:
-            ConfigError: there is no state of such a run.
             FederationError: the file system refuses.
         """
-        if runs is None:
-            doomed = [*_children(self.runs), *_children(self.tokens)]
-            log = self.root / "trainer.log"
-        else:
-            doomed = [self.runs / _quoted(run) for run in runs if _quoted(run)]
-            doomed = [folder for folder in doomed if folder.is_dir()]
-            log = None
+        doomed = _children(self.runs)
+        if runs is not None:
+            names = {_quoted(run) for run in runs}
+            doomed = [folder for folder in doomed if folder.name in names]
         lines = []
-        for path in doomed:
+        for path in [*doomed, *(_children(self.tokens) if runs is None else [])]:
             size = sum(file.stat().st_size for file in _files(path))
-            kind = (
-                "tokenised records" if path.parent == self.tokens else f"state of run {path.name}"
-            )
+            kind = f"state of run {path.name}" if path in doomed else "tokenised records"
             try:
                 _remove(path)
             except OSError as error:
                 raise FederationError(f"cannot remove {path}: {error.strerror}.") from error
             lines.append(f"Removed {kind} ({size / 1e6:.1f} MB).")
-        if log is not None and log.is_file():
+        log = self.root / "trainer.log"
+        if runs is None and log.is_file():
             log.write_bytes(b"")  # a trainer that runs goes on writing to it
             lines.append(f"Emptied {log}.")
         return lines
@@ -197,11 +194,6 @@ def _files(top: Path) -> Iterator[Path]:
         yield top
     elif top.is_dir():
         yield from (file for file in top.rglob("*") if file.is_file())
-
-
-def _newest(top: Path) -> float:
-    """When anything in it was last written, in seconds since 1970."""
-    return max((file.stat().st_mtime for file in _files(top)), default=top.stat().st_mtime)
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hand a run to a federation's server, show its log, and end with its outcome."""
+"""Submission of a run to a federation's server; its log is shown, and its outcome returned."""
 
 import queue
 import shlex
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +22,7 @@ from fedllm_flwr.deployment.flower import (
 from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.runs.directory import RunDirectory, how_to_go_on
-from fedllm_flwr.runs.lock import holder
+from fedllm_flwr.runs.lock import Holder, holder
 
 _ENGINE = "federation.engine=deployment"
 _ALL_SITES = "federation.sample_fraction=1"  # unless the run says something of it
@@ -51,178 +52,161 @@ def run_on_server(directory: str | Path, overrides: Sequence[str], dry_run: bool
             app has ended without a word.
     """
     folder = server_folder(directory)
-    keys = {text.partition("=")[0] for text in overrides}
-    asked = [*overrides, *([] if _ENGINE in overrides else [_ENGINE])]
-    if not keys & _DECIDE_ON_SITES:
-        asked.append(_ALL_SITES)
-    output_dir = _check(folder, asked)
-    run_id = _submit(folder, asked, dry_run)
-    print(f"Submitted as run {run_id}.", flush=True)
-    return _follow(folder, run_id, output_dir)
-
-
-def _check(folder: Path, overrides: Sequence[str]) -> str | None:
-    """Compose the configuration where the server's app will: paths are relative to `folder`.
-
-    Returns:
-        The run's directory, if the configuration names it.
-    """
+    asked = on_the_sites(overrides)
     from fedllm_flwr.config.compose import compose
 
-    with chdir(folder):
-        config = compose(overrides)
-    return config.resume or config.output_dir
-
-
-def _submit(folder: Path, overrides: Sequence[str], dry_run: bool) -> str:
-    """Id of the new run."""
+    with chdir(folder):  # as the server's app will: paths are relative to it
+        config = compose(asked)
     with tempfile.TemporaryDirectory() as temporary:
         run_config = Path(temporary) / "run.toml"
-        asked = {"overrides": joined(overrides), DRY_RUN: "yes" if dry_run else ""}
-        run_config.write_text(to_toml(asked), "utf-8")
+        values = {"overrides": joined(asked), DRY_RUN: "yes" if dry_run else ""}
+        run_config.write_text(to_toml(values), "utf-8")
         command = flwr_command("run", str(folder / "app"))
-        options = ["--run-config", str(run_config), "--format", "json"]
-        done = _flwr(folder, [*command, *options])
-    run_id = last_json(done.stdout).get("run-id")
-    if run_id is None:
-        said = str(last_json(done.stdout).get("error-message") or done.stderr or done.stdout)
+        done = _flwr(folder, [*command, "--run-config", str(run_config), "--format", "json"])
+    answer = last_json(done.stdout)
+    if "run-id" not in answer:
+        said = str(answer.get("error-message") or done.stderr or done.stdout)
         if "unavailable" in said.lower() or not said:
             raise FederationError(
                 f"the SuperLink of {folder} does not answer; start {folder}/start.sh first"
             )
         raise FederationError(f"flwr run: {' '.join(said.split())}")
-    return str(run_id)
+    print(f"Submitted as run {answer['run-id']}.", flush=True)
+    return SubmittedRun(folder, str(answer["run-id"]), config.resume or config.output_dir).follow()
+
+
+def on_the_sites(overrides: Sequence[str]) -> list[str]:
+    """Overrides of a run on the sites: all of them take part, unless the run says otherwise."""
+    keys = {text.partition("=")[0] for text in overrides}
+    engine = [] if _ENGINE in overrides else [_ENGINE]
+    return [*overrides, *engine, *([] if keys & _DECIDE_ON_SITES else [_ALL_SITES])]
 
 
 def joined(overrides: Sequence[str]) -> str:
-    """Overrides in one string, as `config.overrides.split_overrides` parts them."""
-    return " ".join(map(_quoted, overrides))
+    """Overrides in one string, as `config.overrides.split_overrides` parts them.
 
-
-def _quoted(text: str) -> str:
-    """In single quotes, which have no escape: one inside stands between double quotes."""
-    return '"\'"'.join(f"'{part}'" for part in text.split("'"))
-
-
-def _follow(folder: Path, run_id: str, output_dir: str | None) -> int:
-    """Print the run's log to its end, over restarts of the SuperLink; its exit status.
-
-    Raises:
-        FederationError: the server's app has ended without a word, or the SuperLink is gone.
+    Each is in single quotes, which have no escape: one inside stands between double quotes.
     """
-    shown, heard, said_why = 0, time.monotonic(), False
-    while True:
-        number = 0
-        for line in _log(folder, run_id):
-            if line is None:
-                _refuse_killed(folder, run_id, output_dir)
-                continue
-            heard = time.monotonic()
-            number += 1
-            if number > shown:  # each look starts at the beginning
-                print(line, end="", flush=True)
-                said_why = said_why or "error: " in line
-                shown = number
-        status = _status(folder, run_id)
-        if status == "finished:completed":
-            return 0
-        if status.startswith("finished"):
-            if not said_why:
-                raise FederationError(_without_a_word(folder, run_id, output_dir, status))
-            return 1
-        _refuse_killed(folder, run_id, output_dir)
-        if status:
-            heard = time.monotonic()
-        elif time.monotonic() - heard > _PATIENCE_S:
-            raise FederationError(
-                f"the SuperLink has not answered for {_PATIENCE_S:g} s; when it is back, "
-                f"`flwr log {run_id}` shows what became of the run"
-            )
-        time.sleep(_PAUSE_S)
+    return " ".join("'" + text.replace("'", "'\"'\"'") + "'" for text in overrides)
 
 
-def _run_directory(folder: Path, run_id: str, output_dir: str | None) -> RunDirectory | None:
-    """The directory whose lock names this run; None without one, as before the app has begun."""
-    named = [folder / Path(output_dir).expanduser()] if output_dir is not None else []
-    for path in named or (folder / "outputs").glob("*"):
-        directory = RunDirectory(path.resolve())
-        who = holder(directory)
-        if who is not None and who.flower_run == run_id:
-            return directory
-    return None
+@dataclass(frozen=True)
+class SubmittedRun:
+    """A run at the server of a directory, whose log is followed."""
 
+    folder: Path
+    run_id: str
+    output_dir: str | None  # the run's directory, if the configuration names it
 
-def _refuse_killed(folder: Path, run_id: str, output_dir: str | None) -> None:
-    """Say at once that the server's app was killed; Flower notices it after a minute.
+    def follow(self) -> int:
+        """Print the run's log to its end, over restarts of the SuperLink; its exit status.
 
-    Raises:
-        FederationError: it was; names the command that goes on with the run.
-    """
-    directory = _run_directory(folder, run_id, output_dir)
-    who = None if directory is None else holder(directory)
-    if directory is not None and who is not None and who.was_killed:
-        raise FederationError(
-            f"run {run_id}: the server's app (process {who.pid}) was killed or has crashed without "
-            f"a word, out of memory perhaps; {_how_to_go_on(folder, directory)}"
-        )
-
-
-def _without_a_word(folder: Path, run_id: str, output_dir: str | None, status: str) -> str:
-    directory = _run_directory(folder, run_id, output_dir)
-    if directory is not None:
-        kept = _how_to_go_on(folder, directory)
-    else:
-        kept = f"what start-superexec.sh has printed says more; runs are in {folder / 'outputs'}"
-    return f"run {run_id} ended as {status}, and the server's app has not said why; {kept}"
-
-
-def _how_to_go_on(folder: Path, directory: RunDirectory) -> str:
-    command = f"fedllm server run {shlex.quote(str(folder))}"
-    return how_to_go_on(directory, command) or "nothing was saved yet, start it anew"
-
-
-def _log(folder: Path, run_id: str) -> Iterator[str | None]:
-    """Lines of the run's log from its beginning, as they come, until it or the connection ends.
-
-    None after each second without one.
-    """
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read(stream: IO[str]) -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put(None)
-
-    with subprocess.Popen(
-        flwr_command("log", run_id),
-        env=flwr_environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
-        reader.start()
-        try:
-            while True:
-                try:
-                    line = lines.get(timeout=1.0)
-                except queue.Empty:
-                    yield None
-                    continue
+        Raises:
+            FederationError: the server's app has ended without a word, or the SuperLink is gone.
+        """
+        shown, heard, said_why = 0, time.monotonic(), False
+        while True:
+            number = 0
+            for line in self._log():
                 if line is None:
-                    return
-                yield line
-        finally:
-            process.terminate()
-            reader.join(5.0)
+                    self.check_not_killed()
+                    continue
+                heard = time.monotonic()
+                number += 1
+                if number > shown:  # each look starts at the beginning
+                    print(line, end="", flush=True)
+                    said_why = said_why or "error: " in line
+                    shown = number
+            command = [*flwr_command("list"), "--run-id", self.run_id, "--format", "json"]
+            runs = last_json(_flwr(self.folder, command).stdout).get("runs")
+            status = str(runs[0]["status"]) if isinstance(runs, list) and runs else ""
+            if status == "finished:completed":
+                return 0
+            if status.startswith("finished") and said_why:
+                return 1
+            if status.startswith("finished"):
+                kept = self._how_to_go_on() or (
+                    "what start-superexec.sh has printed says more; runs are in "
+                    f"{self.folder / 'outputs'}"
+                )
+                raise FederationError(
+                    f"run {self.run_id} ended as {status}, and the server's app has not said why; "
+                    f"{kept}"
+                )
+            self.check_not_killed()
+            if status:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _PATIENCE_S:
+                raise FederationError(
+                    f"the SuperLink has not answered for {_PATIENCE_S:g} s; when it is back, "
+                    f"`flwr log {self.run_id}` shows what became of the run"
+                )
+            time.sleep(_PAUSE_S)
 
+    def _locked_by_run(self) -> tuple[RunDirectory, Holder] | None:
+        """The directory whose lock names this run; None without one, as before the app began."""
+        named = [] if self.output_dir is None else [Path(self.output_dir).expanduser()]
+        for path in named or (self.folder / "outputs").glob("*"):
+            directory = RunDirectory((self.folder / path).resolve())
+            who = holder(directory)
+            if who is not None and who.flower_run == self.run_id:
+                return directory, who
+        return None
 
-def _status(folder: Path, run_id: str) -> str:
-    """Flower's status of the run, such as ``finished:completed``; "" without an answer."""
-    done = _flwr(folder, [*flwr_command("list"), "--run-id", run_id, "--format", "json"])
-    runs = last_json(done.stdout).get("runs")
-    return str(runs[0]["status"]) if isinstance(runs, list) and runs else ""
+    def _how_to_go_on(self) -> str | None:
+        if (found := self._locked_by_run()) is None:
+            return None
+        command = f"fedllm server run {shlex.quote(str(self.folder))}"
+        return how_to_go_on(found[0], command) or "nothing was saved yet, start it anew"
+
+    def check_not_killed(self) -> None:
+        """Say at once that the server's app was killed; Flower notices it after a minute.
+
+        Raises:
+            FederationError: it was; names the command that goes on with the run.
+        """
+        found = self._locked_by_run()
+        if found is not None and found[1].was_killed:
+            raise FederationError(
+                f"run {self.run_id}: the server's app (process {found[1].pid}) was killed or has "
+                f"crashed without a word, out of memory perhaps; {self._how_to_go_on()}"
+            )
+
+    def _log(self) -> Iterator[str | None]:
+        """Lines of the run's log from its beginning, until it or the connection ends.
+
+        None after each second without one.
+        """
+        lines: queue.Queue[str | None] = queue.Queue()
+
+        def read(stream: IO[str]) -> None:
+            for line in stream:
+                lines.put(line)
+            lines.put(None)
+
+        with subprocess.Popen(
+            flwr_command("log", self.run_id),
+            env=flwr_environment(self.folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
+            reader.start()
+            try:
+                while True:
+                    try:
+                        line = lines.get(timeout=1.0)
+                    except queue.Empty:
+                        yield None
+                        continue
+                    if line is None:
+                        return
+                    yield line
+            finally:
+                process.terminate()
+                reader.join(5.0)
 
 
 def _flwr(folder: Path, command: Sequence[str]) -> "subprocess.CompletedProcess[str]":

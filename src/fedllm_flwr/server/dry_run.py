@@ -7,7 +7,7 @@ from flwr.serverapp import Grid
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
-from fedllm_flwr.deployment.registration import registered_sites
+from fedllm_flwr.deployment.site_keys import registered_sites
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census
 from fedllm_flwr.federation.messages import ClientInfo

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.deployment.registration import registered_sites
+from fedllm_flwr.deployment.site_keys import registered_sites
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.federation.census import discover
 from fedllm_flwr.federation.roster import Roster, check_roster, unlike_models

@@ -7,8 +7,7 @@ from typing import Any, cast
 from fedllm_flwr.commands.status.health import Health, addresses, check_health
 from fedllm_flwr.commands.status.run import RunStatus, run_status
 from fedllm_flwr.deployment.flower import ask_flower, is_server
-from fedllm_flwr.deployment.registration import registered_sites
-from fedllm_flwr.deployment.server import SITE_KEYS
+from fedllm_flwr.deployment.site_keys import SITE_KEYS, registered_sites
 from fedllm_flwr.deployment.site_views import site_requests
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.reporting.text import format_seconds, one_line

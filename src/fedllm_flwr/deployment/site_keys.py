@@ -1,21 +1,68 @@
-"""Admit a site to the running SuperLink by its public key, and let it go again."""
+"""Keys by which SuperNodes prove which sites they are: made, checked, registered and withdrawn."""
 
+import base64
 import contextlib
+import hashlib
 import shlex
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_public_key,
+)
+
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.deployment.directory import absolute, check_name
-from fedllm_flwr.deployment.flower import (
-    CONNECTION,
-    ask_flower,
-    server_folder,
-)
-from fedllm_flwr.deployment.keys import check_public_key, key_fingerprint
-from fedllm_flwr.deployment.server import SITE_KEYS
+from fedllm_flwr.deployment.flower import CONNECTION, ask_flower, server_folder
 from fedllm_flwr.errors import ConfigError, FederationError
 
-_NOT_THERE = "the SuperLink of {folder} does not answer; start {folder}/start.sh first"
+SITE_KEYS = "site-keys"  # folder of the registered keys in a server's directory
+_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+
+
+def make_key_pair(name: str) -> tuple[bytes, bytes]:
+    """Private and public key on P-384, as ``ssh-keygen -t ecdsa -b 384`` writes them.
+
+    flower-supernode reads private keys in the OpenSSH format only: PKCS#8 and SEC1 are refused
+    (flwr 1.31). `name` becomes the public key's comment.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return private, public + f" {name}\n".encode()
+
+
+def key_fingerprint(public: bytes) -> str:
+    """Of a public key in the OpenSSH format, as ``ssh-keygen -l`` prints it: SHA256:..."""
+    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def check_public_key(content: bytes, source: str) -> None:
+    """Check that a site's key file can be registered.
+
+    Raises:
+        ConfigError: a private key, or no public key of the right kind.
+    """
+    if b"PRIVATE KEY" in content:
+        raise ConfigError(
+            f"{source}: a private key, which stays at its site; register the file *.pub beside "
+            "it, and let the site make a new pair if this one has travelled"
+        )
+    try:
+        key = load_ssh_public_key(content)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, _CURVES):
+        raise ConfigError(
+            f"{source}: no ECDSA public key in the OpenSSH format; give the *.pub that "
+            "`fedllm site init` or `ssh-keygen -t ecdsa -b 384` has made"
+        )
 
 
 def registered_sites(folder: Path) -> dict[int, str]:
@@ -60,7 +107,17 @@ def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
                 f"{key.stem}: differs from the registered {name} in capital letters only, and "
                 "people would take one for the other; let the site choose another name"
             )
-    node_id = _register(folder, key)
+    answer, said = ask_flower(folder, "supernode", "register", str(key))
+    if not answer.get("success"):
+        said = str(answer.get("error-message") or said).strip()
+        if "already in use" in said:
+            raise FederationError(
+                f"{key}: the SuperLink knows this key already; see `flwr supernode list "
+                f"{CONNECTION} --verbose`. The key of a site that was unregistered cannot come "
+                "back: let it make a new one"
+            )
+        raise _failed("register", folder, said)
+    node_id = str(answer["node-id"])
     if not kept.exists():
         kept.write_bytes(content)
     _node_file(kept).write_text(f"{node_id}\n")
@@ -98,9 +155,7 @@ def unregister_site(directory: str | Path, name: str) -> list[str]:
     answer, said = ask_flower(folder, "supernode", "unregister", node_id)
     if not answer.get("success"):
         said = str(answer.get("error-message") or said).strip()
-        if "unavailable" in said.lower():
-            raise FederationError(_NOT_THERE.format(folder=folder))
-        raise FederationError(f"flwr supernode unregister: {said or 'no answer'}")
+        raise _failed("unregister", folder, said)
     kept.unlink()
     node.unlink()
     return [
@@ -115,22 +170,10 @@ def _node_file(key: Path) -> Path:
     return key.with_suffix(".node")
 
 
-def _register(folder: Path, key: Path) -> str:
-    """Id of the new node."""
-    answer, said = ask_flower(folder, "supernode", "register", str(key))
-    if answer.get("success"):
-        return str(answer["node-id"])
-    raise FederationError(_reason(folder, key, answer, said))
-
-
-def _reason(folder: Path, key: Path, answer: dict[str, object], stderr: str) -> str:
-    said = str(answer.get("error-message") or stderr).strip()
+def _failed(command: str, folder: Path, said: str) -> FederationError:
+    """What Flower's command has said, as an error."""
     if "unavailable" in said.lower():
-        return _NOT_THERE.format(folder=folder)
-    if "already in use" in said:
-        return (
-            f"{key}: the SuperLink knows this key already; see `flwr supernode list {CONNECTION} "
-            "--verbose`. The key of a site that was unregistered cannot come back: let it make "
-            "a new one"
+        return FederationError(
+            f"the SuperLink of {folder} does not answer; start {folder}/start.sh first"
         )
-    return f"flwr supernode register: {said or 'no answer'}"
+    return FederationError(f"flwr supernode {command}: {said or 'no answer'}")
