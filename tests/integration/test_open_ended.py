@@ -14,7 +14,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError
 from fedllm_flwr.evaluation.judging.open_ended import JudgeOptions, check, run_open_ended_task
 from fedllm_flwr.evaluation.suites.catalogue import all_suites
-from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
 from fedllm_flwr.evaluation.suites.scores import task_estimates
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import load_model

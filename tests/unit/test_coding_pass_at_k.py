@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm_flwr.evaluation.coding.pass_at_k import pass_at_k
+from fedllm_flwr.evaluation.coding.code_suite import pass_at_k
 
 
 @settings(deadline=None)

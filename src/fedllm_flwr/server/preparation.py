@@ -18,7 +18,7 @@ from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.labels import require_scored, unseen_labels
 from fedllm_flwr.data.partition import ClientStats, describe
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.evaluation.suites.central import CentralSuites, central_suites
+from fedllm_flwr.evaluation.suites.during_training import CentralSuites, central_suites
 from fedllm_flwr.federation.updates.cast import round_trip
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import cpu_count, torch_threads

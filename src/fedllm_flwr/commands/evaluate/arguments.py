@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.evaluation.judging.arguments import add_judging, judging_extra
+from fedllm_flwr.errors import ConfigError
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--output", metavar="DIR", help="default: outputs/<time>-evaluate")
     how.add_argument("--cache", metavar="DIR", help="of scored examples; default: ~/.cache")
     how.add_argument("--no-cache", action="store_true", help="score everything anew")
-    add_judging(parser)
+    _add_judging(parser)
     _add_code(parser)
     parser.add_argument(
         "--list",
@@ -43,6 +43,59 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         metavar="SUITE",
         help="list suites and tasks, or the metrics, sources and files of a suite",
     )
+
+
+def _add_judging(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("open-ended answers and their judge")
+    add = group.add_argument
+    add(
+        "--judge-model",
+        metavar="NAME",
+        help="model at OPENAI_BASE_URL (key: OPENAI_API_KEY)",
+    )
+    add("--judge-concurrency", type=int, default=4, metavar="N", help="requests at once; default 4")
+    add("--judge-timeout", type=float, default=120, metavar="S", help="of a try; default 120 s")
+    add("--judge-attempts", type=int, default=3, metavar="N", help="per verdict; default 3")
+    add("--judge-stream", action="store_true", help="take replies token by token")
+    add("--judge-price", metavar="IN,OUT", help="per million prompt and completion tokens")
+    add("--reference", metavar="FILE", help="answers to be better than (instruction, output)")
+    add("--writer-url", metavar="URL", help="endpoint that writes answers; default: this process")
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer; default 1024")
+    add("--answer-batch", type=int, default=16, metavar="N", help="answers at once; default 16")
+
+
+def _judging_extra(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options, as `RunOptions.extra` takes them.
+
+    Raises:
+        ConfigError, DataError: an option cannot be read.
+    """
+    from fedllm_flwr.evaluation.judging.open_ended import JudgeOptions
+
+    return JudgeOptions(
+        model=arguments.judge_model,
+        concurrency=arguments.judge_concurrency,
+        timeout_s=arguments.judge_timeout,
+        attempts=arguments.judge_attempts,
+        stream=arguments.judge_stream,
+        price=_price(arguments.judge_price),
+        reference=arguments.reference,
+        writer_url=arguments.writer_url,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.answer_batch,
+    ).as_extra()
+
+
+def _price(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        prompt, completion = (float(part) for part in text.split(","))
+    except ValueError:
+        prompt = completion = -1.0
+    if min(prompt, completion) < 0:
+        raise ConfigError(f"--judge-price {text}: give two prices per million tokens, as 2.5,10.")
+    return prompt, completion
 
 
 def _add_code(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +125,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
         print(list_suite(arguments.list) if arguments.list else list_suites())
         return 0
     from fedllm_flwr.commands.evaluate.command import Request, evaluate
-    from fedllm_flwr.evaluation.suites.results import RunOptions
+    from fedllm_flwr.evaluation.suites.samples import RunOptions
 
     root = arguments.data_root
     options = RunOptions(
@@ -80,7 +133,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
         shots=arguments.shots,
         data_root=None if root is None else Path(root).expanduser(),
         batch_tokens=arguments.batch_tokens,
-        extra={**judging_extra(arguments), "code": _code_extra(arguments)},
+        extra={**_judging_extra(arguments), "code": _code_extra(arguments)},
     )
     return evaluate(
         Request(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import Candidate, collect
-from fedllm_flwr.commands.evaluate.results import LOCAL, Comparison, compare_scores
+from fedllm_flwr.commands.evaluate.comparison import LOCAL, Comparison, compare_scores
 from fedllm_flwr.commands.evaluate.runners import check_runners, closing_lines, why_not
-from fedllm_flwr.commands.evaluate.scoring import Scored, Scorer
+from fedllm_flwr.commands.evaluate.scorer import Scored, Scorer
 from fedllm_flwr.commands.evaluate.tables import as_csv, as_html, as_markdown, as_records, as_text
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ from fedllm_flwr.evaluation.suites.catalogue import (
 )
 from fedllm_flwr.evaluation.suites.local_data import missing_files
 from fedllm_flwr.evaluation.suites.requested import harness_version
-from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.samples import RunOptions
 from fedllm_flwr.evaluation.suites.score_cache import SamplesCache, default_cache
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.plugins import TEMPLATES

@@ -5,7 +5,7 @@ from functools import cache
 
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
-from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 
 Runner = Callable[[SuiteTask, TextModel, RunOptions], Samples]
@@ -25,7 +25,7 @@ def _open_ended() -> Runner:
 
 
 def _code() -> Runner:
-    from fedllm_flwr.evaluation.coding.runner import run_code_task
+    from fedllm_flwr.evaluation.coding.code_suite import run_code_task
 
     return run_code_task
 
@@ -66,7 +66,7 @@ def check_runners(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
 
         check(open_ended, options)
     if any(task.runner == "code" for task in tasks):
-        from fedllm_flwr.evaluation.coding.runner import check_options
+        from fedllm_flwr.evaluation.coding.code_suite import check_options
 
         check_options(options)
 

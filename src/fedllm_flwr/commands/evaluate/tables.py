@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import BASE
-from fedllm_flwr.commands.evaluate.results import LOCAL, Column, Comparison, Row
+from fedllm_flwr.commands.evaluate.comparison import LOCAL, Column, Comparison, Row
 from fedllm_flwr.evaluation.suites.statistics import Score, clear_together
 
 Cells = list[str]

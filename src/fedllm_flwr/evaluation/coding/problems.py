@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm_flwr.evaluation.coding.answers import code_of, complete_source
+from fedllm_flwr.evaluation.coding.source_code import code_of, complete_source
 from fedllm_flwr.evaluation.sandbox.bubblewrap import Program
 
 Row = dict[str, Any]

@@ -26,7 +26,7 @@ from fedllm_flwr.evaluation.judging.written_answers import (
     render,
 )
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask, suites_dir
-from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
 
 if TYPE_CHECKING:
     from fedllm_flwr.evaluation.suites.suite_model import TextModel

@@ -12,7 +12,7 @@ tasks, where their data come from and which metrics are computed. To add one:
    ``(SuiteTask, TextModel, RunOptions) -> Samples``: it lets the model answer through
    `model.TextModel.generate` (or ``log_likelihoods``) and returns one plain, JSON-ready dict for
    each example. A sample has at least ``id`` (str, the same for every model) and the fields that
-   the metrics of ``suite.yaml`` name in ``column``; ``first_prompt`` goes into `results.Samples`.
+   the metrics of ``suite.yaml`` name in ``column``; ``first_prompt`` goes into `samples.Samples`.
    Options of its own reach it as ``RunOptions.extra`` (dict), which the command fills.
 
 Intervals, differences, tables, figures and the cache then come by themselves.

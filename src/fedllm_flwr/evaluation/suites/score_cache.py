@@ -15,7 +15,7 @@ from typing import Any
 
 from fedllm_flwr import __version__
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask, suites_dir
-from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
 from fedllm_flwr.files import write_atomically
 
 _HASHED_WHOLE = 64 * 2**20  # bytes; of larger files both ends and the size are hashed

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedllm_flwr.evaluation.suites.catalogue import Average, Metric, SuiteTask
-from fedllm_flwr.evaluation.suites.results import Sample
+from fedllm_flwr.evaluation.suites.samples import Sample
 from fedllm_flwr.evaluation.suites.statistics import Estimate, estimate, mean_of
 
 Estimates = dict[str, Estimate]  # by metric

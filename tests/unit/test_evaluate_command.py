@@ -15,7 +15,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
 from fedllm_flwr.evaluation.suites.catalogue import all_suites, chosen_tasks
 from fedllm_flwr.evaluation.suites.harness import HarnessTasks
-from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.samples import RunOptions
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import load_model
 
@@ -252,7 +252,7 @@ def test_solved_examples_make_room_for_the_answer(make_config: object, tmp_path:
 
 
 def test_central_evaluation_scores_suites(make_config: object, data_root: Path) -> None:
-    from fedllm_flwr.evaluation.suites.central import central_suites
+    from fedllm_flwr.evaluation.suites.during_training import central_suites
 
     config: Config = make_config(  # type: ignore[operator]
         evaluation={"suites": ["finance"], "suite_limit": 4, "data_root": str(data_root)}

@@ -6,7 +6,7 @@ from statistics import stdev
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import Candidate
-from fedllm_flwr.commands.evaluate.scoring import Scored
+from fedllm_flwr.commands.evaluate.scorer import Scored
 from fedllm_flwr.evaluation.suites.catalogue import Suite, SuiteTask
 from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimates
 from fedllm_flwr.evaluation.suites.statistics import Estimate, Score, mean_of, over_seeds

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.evaluation.coding.pass_at_k import pass_at_k
 from fedllm_flwr.evaluation.coding.problems import KINDS, Problem, Row
 from fedllm_flwr.evaluation.sandbox.bubblewrap import (
     Limits,
@@ -18,7 +17,7 @@ from fedllm_flwr.evaluation.sandbox.bubblewrap import (
 )
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
 from fedllm_flwr.evaluation.suites.local_data import read_rows
-from fedllm_flwr.evaluation.suites.results import RunOptions, Sample, Samples
+from fedllm_flwr.evaluation.suites.samples import RunOptions, Sample, Samples
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.generation import Decoding
 
@@ -232,3 +231,21 @@ def _runnable(rows: Sequence[Row]) -> tuple[list[Row], str]:
     kept = [row for row in rows if row.get("metadata", {}).get("library") not in absent]
     missing = len(rows) - len(kept)
     return kept, f"{missing} problems left out, without {', '.join(absent)}" if missing else ""
+
+
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """The chance that one of k answers passes its tests, without bias.
+
+    From n >= k samples of which c passed it is 1 - C(n-c, k) / C(n, k), computed as the product of
+    1 - k/i over n-c < i <= n, in which nothing overflows (Chen et al. 2021, arXiv 2107.03374,
+    equation 1).
+
+    Raises:
+        ValueError: k or c do not fit n.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_passed <= num_samples:
+        raise ValueError(f"pass@{k} of {num_passed} passed among {num_samples} is not defined")
+    none_passes = 1.0
+    for i in range(num_samples - num_passed + 1, num_samples + 1):
+        none_passes *= max(0.0, 1.0 - k / i)
+    return 1.0 - none_passes

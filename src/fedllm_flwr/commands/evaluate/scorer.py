@@ -10,7 +10,7 @@ from fedllm_flwr.commands.evaluate.candidates import Candidate
 from fedllm_flwr.commands.evaluate.runners import runner_of
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
 from fedllm_flwr.evaluation.suites.requested import harness_version
-from fedllm_flwr.evaluation.suites.results import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
 from fedllm_flwr.evaluation.suites.score_cache import (
     SamplesCache,
     files_identity,

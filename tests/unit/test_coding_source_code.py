@@ -2,7 +2,6 @@
 
 import pytest
 
-from fedllm_flwr.evaluation.coding.answers import code_of, complete_source
 from fedllm_flwr.evaluation.coding.problems import (
     ds_1000,
     human_eval,
@@ -10,6 +9,7 @@ from fedllm_flwr.evaluation.coding.problems import (
     human_eval_synthesize,
     mbpp,
 )
+from fedllm_flwr.evaluation.coding.source_code import code_of, complete_source
 from fedllm_flwr.evaluation.sandbox.bubblewrap import run_programs, why_refused
 
 START = 'import math\n\n\ndef area(r):\n    """Area of a circle."""\n'

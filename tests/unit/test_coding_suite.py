@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.evaluation.coding.code_suite import CodeOptions, read_problems, score, unscored
 from fedllm_flwr.evaluation.coding.problems import human_eval
-from fedllm_flwr.evaluation.coding.runner import CodeOptions, read_problems, score, unscored
 from fedllm_flwr.evaluation.sandbox.bubblewrap import Limits, why_refused
 from fedllm_flwr.evaluation.suites.catalogue import all_suites
-from fedllm_flwr.evaluation.suites.results import RunOptions
+from fedllm_flwr.evaluation.suites.samples import RunOptions
 from fedllm_flwr.evaluation.suites.scores import task_estimates
 
 TASKS = {task.name: task for task in all_suites()["code"].tasks}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.commands.evaluate.candidates import BASE, Candidate
-from fedllm_flwr.commands.evaluate.results import Column, Comparison, Row, compare_scores
+from fedllm_flwr.commands.evaluate.comparison import Column, Comparison, Row, compare_scores
 from fedllm_flwr.commands.evaluate.tables import as_csv, as_text
 from fedllm_flwr.config import Config
 from fedllm_flwr.evaluation.suites.catalogue import Metric, Suite, SuiteTask
-from fedllm_flwr.evaluation.suites.results import Samples
+from fedllm_flwr.evaluation.suites.samples import Samples
 
 TASK = SuiteTask("t", "s", "", "", "", "", "", (Metric("acc", column="acc"),))
 SUITE = Suite("s", "", (TASK,), ())
