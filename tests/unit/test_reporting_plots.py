@@ -18,6 +18,7 @@ from fedllm_flwr.data.partition import ClientStats
 from fedllm_flwr.reporting import clients as client_figures
 from fedllm_flwr.reporting import plots
 from fedllm_flwr.reporting.clients import OTHER, clients_table, label_counts
+from fedllm_flwr.tasks import find
 
 RECORDS: list[dict[str, Any]] = [
     {"round": 0, "eval": {"loss": 2.5, "accuracy": 0.3, "macro_f1": 0.2}},
@@ -55,9 +56,9 @@ def test_losses_are_drawn_where_they_belong() -> None:
 
 
 def test_accuracy_gets_a_panel_only_where_it_is_known(tmp_path: Path) -> None:
-    plots.plot_curves(RECORDS, tmp_path / "with.png", "fedavg on demo")
+    plots.plot_curves(RECORDS, tmp_path / "with.png", "fedavg on demo", find("sft"))
     without = [{key: value for key, value in item.items() if key != "eval"} for item in RECORDS]
-    plots.plot_curves(without, tmp_path / "without.png", "fedavg on demo")
+    plots.plot_curves(without, tmp_path / "without.png", "fedavg on demo", find("sft"))
 
     wide, narrow = pixels(tmp_path / "with.png"), pixels(tmp_path / "without.png")
     assert wide.shape[1] > 1.5 * narrow.shape[1]
@@ -68,7 +69,9 @@ def test_accuracy_gets_a_panel_only_where_it_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 200])
 def test_any_number_of_rounds_makes_a_figure(tmp_path: Path, count: int) -> None:
     records = [{"round": i, "loss": 1.0, "clients": {"a": {"loss": 1.0}}} for i in range(count)]
-    plots.plot_curves(records, tmp_path / "curves.png", "$x_ \\frac a long title " * 20)
+    plots.plot_curves(
+        records, tmp_path / "curves.png", "$x_ \\frac a long title " * 20, find("sft")
+    )
 
     assert pixels(tmp_path / "curves.png").std() > 0.01
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]

@@ -245,7 +245,7 @@ def _own(
     policy.check_dataset(dataset.name)
     _require_approval(policy.approval, config, site)
     Ledger(_state(site).ledger).count(str(site.run_id), config, policy, run)
-    cuts_left = config.data.truncation == "left" and config.task.name == "sft"
+    cuts_left = config.data.truncation == "left" and task_of(config).can_cut_left
     return replace(
         config,
         data=dataset.config(

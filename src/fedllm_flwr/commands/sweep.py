@@ -20,10 +20,10 @@ from fedllm_flwr.runs.directory import PlannedRun
 from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.server.opening import with_absolute_paths
 from fedllm_flwr.server.run import run_simulation
+from fedllm_flwr.tasks import table_metrics
 
 SWEEP = "sweep.json"  # in the directory of all runs: overrides, and the runs' names
 _TABLE = "results.csv"
-_SCORES = ("loss", "accuracy", "macro_f1", "margin", "answer_tokens")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _rows(runs: Sequence[SweptRun], errors: Mapping[str, str]) -> list[dict[str,
         row = {"run": run.name, **run.values}
         if run.done:
             final = summarise(read_metrics(run.directory.metrics), {})["final"] or {}
-            row |= {name: f"{final[name]:.4f}" for name in _SCORES if name in final}
+            row |= {name: f"{final[name]:.4f}" for name in table_metrics() if name in final}
         elif run.name in errors:
             row["error"] = errors[run.name]
         else:
@@ -142,7 +142,7 @@ def _rows(runs: Sequence[SweptRun], errors: Mapping[str, str]) -> list[dict[str,
 def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """``run``, the swept keys, the scores of any run, and ``error`` if a run failed."""
     found = list(dict.fromkeys(name for row in rows for name in row))
-    last = [name for name in (*_SCORES, "error") if name in found]
+    last = [name for name in (*table_metrics(), "error") if name in found]
     return ["run", *(name for name in found if name not in ("run", *last)), *last]
 
 

@@ -4,8 +4,15 @@ import difflib
 from pathlib import Path
 
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.config.schema import EMBEDDED_DATA, Config
+from fedllm_flwr.config.schema import EMBEDDED_DATA, Config, value_of
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.plugins import TASKS
+
+
+def adapter_keys() -> list[str]:
+    """Keys that name an adapter's directory on the server: the start's, and those of the tasks."""
+    tasks = [TASKS.find(name) for name in TASKS.names()]
+    return ["init_adapter", *(key for task in tasks for key in task.adapters.values())]
 
 
 def validate_paths(config: Config) -> None:
@@ -29,11 +36,8 @@ def validate_paths(config: Config) -> None:
         _check_exists("evaluation.data_root", config.evaluation.data_root)
     if config.resume:
         _check_exists("resume", config.resume)
-    adapters = {
-        "init_adapter": config.init_adapter,
-        "dpo.reference_adapter": config.dpo.reference_adapter,
-    }
-    for key, adapter in adapters.items():
+    for key in adapter_keys():
+        adapter = value_of(config, key)
         if adapter and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
             raise ConfigError(
                 f"{key}={shown(adapter)}: no adapter_config.json there; give the adapter/ "

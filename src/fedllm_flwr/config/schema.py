@@ -213,9 +213,12 @@ class DataConfig:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class TaskConfig:
-    """What is trained: sft (instruction tuning) or dpo (preference alignment)."""
+    """What is trained, from which kind of records."""
 
     name: Annotated[str, Registered(TASKS)] = "sft"
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further settings, of an installed package's task"
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
@@ -404,10 +407,10 @@ class EvaluationConfig:
     answers: Whole = Field(
         default=8,
         ge=0,
-        description="dpo: held-out prompts answered, for their length and side by side",
+        description="preferences: held-out prompts answered, for their length and side by side",
     )
     max_new_tokens: Whole = Field(
-        default=64, gt=0, description="dpo: tokens of such an answer at most"
+        default=64, gt=0, description="preferences: tokens of such an answer at most"
     )
     suites: list[Text] = Field(
         default_factory=list, description="benchmark suites scored at the same times"
@@ -478,6 +481,24 @@ class Config:
     )
     resume: Text | None = Field(
         default=None, description="directory of a stopped run to go on with"
+    )
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name)
+    return value
+
+
+def with_value(section: Any, key: str, value: Any) -> Any:
+    """A configuration, or a section of one, with another value of a dotted key."""
+    name, _, rest = key.partition(".")
+    if isinstance(section, dict):
+        return {**section, name: with_value(section.get(name), rest, value) if rest else value}
+    return replace(
+        section, **{name: with_value(getattr(section, name), rest, value) if rest else value}
     )
 
 

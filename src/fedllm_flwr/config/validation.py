@@ -1,12 +1,13 @@
 """Checks of combinations of values, before anything expensive starts."""
 
 import difflib
+import itertools
 
 from fedllm_flwr.config.names import shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.plugins import ALGORITHMS, TRANSFORMS
+from fedllm_flwr.plugins import ALGORITHMS, TASKS, TRANSFORMS
 
 
 def validate(config: Config) -> None:
@@ -19,11 +20,10 @@ def validate(config: Config) -> None:
     _check_early_stopping(config)
     _check_clients(config)
     _check_partition(config)
-    _check_columns(config)
+    _check_task(config)
     _check_lora(config)
     _check_model(config)
     _check_device(config)
-    _check_preferences(config)
     _check_comparison(config)
     for name in config.communication.transforms:
         TRANSFORMS.check(name)
@@ -128,24 +128,28 @@ def _check_partition(config: Config) -> None:
         raise ConfigError(f"data.labels={shown(labels)} names a label twice; list each once.")
 
 
-_OPPOSITES = {"sft": ("instruction", "output"), "dpo": ("chosen", "rejected")}
-
-
-def _check_columns(config: Config) -> None:
-    """Refuse one column as both what is asked and what is learnt."""
+def _check_task(config: Config) -> None:
+    """What the task refuses, and one column for two of its roles."""
+    task = TASKS.find(config.task.name)()
     for key, columns in (
         ("data.columns", config.data.columns),
         ("data.eval_columns", config.data.eval_columns),
     ):
-        one, other = _OPPOSITES[config.task.name]
-        if columns is None or (config.task.name == "sft" and columns.messages is not None):
-            continue
-        name = getattr(columns, one)
-        if name is not None and name == getattr(columns, other):
-            raise ConfigError(
-                f"{key}.{one}={shown(name)} and {key}.{other}={shown(name)} are the same column; "
-                "give each its own."
-            )
+        roles = () if columns is None else task.distinct_roles(columns)
+        for one, other in itertools.combinations(roles, 2):
+            name = getattr(columns, one)
+            if name is not None and name == getattr(columns, other):
+                raise ConfigError(
+                    f"{key}.{one}={shown(name)} and {key}.{other}={shown(name)} are the same "
+                    "column; give each its own."
+                )
+    if (reason := task.refusal(config)) is not None:
+        raise ConfigError(reason)
+    if config.training.packing and not task.can_pack:
+        able = [name for name in TASKS.names() if TASKS.find(name).can_pack]
+        raise ConfigError(
+            f"training.packing=true works with task={' or '.join(able)} only; drop it."
+        )
 
 
 def _check_comparison(config: Config) -> None:
@@ -215,20 +219,3 @@ def _check_device(config: Config) -> None:
                 f"model.attention=flash_attention_2 does not run with {key}={value}; use "
                 f"{key}={remedy} or model.attention=sdpa."
             )
-
-
-def _check_preferences(config: Config) -> None:
-    dpo, smoothed = config.dpo, ("robust", "exo_pair", "aot", "aot_unpaired")
-    if config.task.name != "dpo":
-        return
-    if dpo.label_smoothing and dpo.loss_type not in smoothed:
-        raise ConfigError(
-            f"dpo.label_smoothing={dpo.label_smoothing} has no effect on dpo.loss_type="
-            f"{dpo.loss_type}; use one of {', '.join(smoothed)}, or drop it."
-        )
-    if dpo.loss_type == "exo_pair" and not dpo.label_smoothing:
-        raise ConfigError(
-            "dpo.loss_type=exo_pair needs dpo.label_smoothing > 0 (its paper recommends 0.001)."
-        )
-    if config.training.packing:
-        raise ConfigError("training.packing=true works with task=sft only; drop it.")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedllm_flwr.data.columns import Columns, Mapping
 from fedllm_flwr.data.faults import Faults
 from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.data.templates import Segment, Tokenizer
 from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.data.tokens import TokenArray
 
@@ -64,3 +65,5 @@ class RecordKind:
     make: Callable[[Preprocessed, Mapping, Columns], tuple[list[Any], Faults]]
     refused: tuple[str, ...]  # kinds of faults that data.on_bad_record=error refuses
     codec: Codec[Any]
+    # A record as the model will see it: a name and the segments of each of its rows.
+    rendered: Callable[[Any, str, Tokenizer], list[tuple[str, list[Segment]]]]

@@ -7,17 +7,17 @@ import difflib
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fedllm_flwr import tasks
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.config.schema import ModelConfig
+from fedllm_flwr.config.schema import ModelConfig, value_of
 from fedllm_flwr.deployment.approval import AUTOMATIC, EVERY_RUN, RULES
 from fedllm_flwr.errors import ConfigError, RefusedError
 
-TASKS = ("sft", "dpo")
 OPTIMIZERS = ("adamw", "sgd")
 ANY = "any"
 EMBEDDED = "embedded"  # in allowed_models: the small model of the package
@@ -42,7 +42,7 @@ class Policy:
     """
 
     allowed_models: tuple[str, ...] | None = (EMBEDDED, OWN)  # or id@commit
-    tasks: tuple[str, ...] | None = TASKS  # values of task.name
+    tasks: tuple[str, ...] | None = field(default_factory=tasks.names)  # values of task.name
     optimizers: tuple[str, ...] | None = ("adamw",)  # with SGD an update is a gradient
     target_modules: tuple[str, ...] | None = LINEAR_LAYERS  # values of lora.target_modules
     min_records_per_step: int | None = 8  # records behind one optimizer step
@@ -84,6 +84,13 @@ class Policy:
         """
         self._check_model(config.model, has_own_model)
         self._check_choice("tasks", "task", config.task.name)
+        for bound in tasks.task_of(config).bounds:
+            value = value_of(config, bound.key)
+            if not bound.low <= value <= bound.high:
+                relation = "it is outside of what is accepted"
+                raise _refused(
+                    f"{bound.key}={shown(value)}", relation, f"{bound.low:g} to {bound.high:g}"
+                )
         self._check_choice("optimizers", "training.optimizer", config.training.optimizer)
         targets = config.lora.target_modules
         for target in targets if isinstance(targets, list) else [targets]:
@@ -419,7 +426,7 @@ def _whole_number(value: Any) -> int:
 _READERS: dict[str, Callable[[Any], Any]] = {
     "approval": _rule,
     "allowed_models": _models,
-    "tasks": _choices(*TASKS),
+    "tasks": lambda value: _choices(*tasks.names())(value),
     "optimizers": _choices(*OPTIMIZERS),
     "target_modules": _names,
     "datasets": _names,

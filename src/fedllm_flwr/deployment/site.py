@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fedllm_flwr import tasks
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.sources import SourceReport, open_source
 from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
 from fedllm_flwr.deployment.certificates import fingerprint, read_ca
@@ -341,11 +340,8 @@ def usable_records(dataset: SiteDataset) -> dict[str, SourceReport]:
         except DataError as error:
             errors[task] = error
     if not reports:
-        named = ColumnsConfig()
-        pairs = {config.columns.chosen, config.columns.rejected} - {named.chosen, named.rejected}
-        # A file of transcripts of preference pairs: that error names the preprocessing it needs.
-        wants_pairs = pairs or "hh_rlhf" in str(errors["dpo"])
-        text = str(errors["dpo" if wants_pairs else "sft"])
+        meant = [name for name in errors if tasks.find(name).claims(config.columns, errors[name])]
+        text = str(errors[(*meant, *errors)[0]])
         text = re.sub(r"data\.columns\.(\w+)=", r"--column \1=", text)
         text = re.sub(r"data\.columns\.(\w+)", r"--column \1=...", text)
         text = re.sub(r"data\.path[:=] ?", "--data ", text)

@@ -12,6 +12,7 @@ import numpy as np
 from fedllm_flwr import tasks
 from fedllm_flwr.config.schema import ModelConfig, TrainingConfig
 from fedllm_flwr.data.columns import AttributeColumn
+from fedllm_flwr.data.kinds import RecordKind
 from fedllm_flwr.deployment.datasets import SiteDataset, site_datasets
 from fedllm_flwr.deployment.node import node_config, site_folder
 from fedllm_flwr.deployment.policy import Policy, site_policy
@@ -113,7 +114,7 @@ def dataset_lines(
             f"  length    {int(np.median(lengths))} tokens in the median, {int(lengths.max())} at "
             f"most; {longer:,} of {len(lengths):,} are longer than {max_length} and would be cut"
         )
-        lines += rendered_lines(records, task, template, tokenizer)
+        lines += rendered_lines(records, kind, template, tokenizer)
     if len(lines) == 1:
         raise DataError("; ".join(line.strip() for line in errors))
     return lines
@@ -135,22 +136,16 @@ def label_lines(records: Sequence[Any]) -> list[str]:
     ]
 
 
-def rendered_lines(records: Sequence[Any], task: str, template: str, tokenizer: Any) -> list[str]:
+def rendered_lines(
+    records: Sequence[Any], kind: RecordKind, template: str, tokenizer: Any
+) -> list[str]:
     """Evenly spread examples as the model will see them, what is learned in bold or in [[ ]]."""
-    from fedllm_flwr.data.templates import render, render_answers
-
     begin, end = (_BOLD, _PLAIN) if sys.stdout.isatty() else ("[[", "]]")
     count = min(_EXAMPLES, len(records))
     lines = [f"  rendered  {count} examples; what is learned is {begin}marked{end}"]
     for number in np.linspace(0, len(records) - 1, count).astype(int):
         record = records[number]
-        if task == "dpo":
-            answers = [record.chosen, record.rejected]
-            both = render_answers(record.messages, answers, template, tokenizer)
-            texts = list(zip(("chosen", "rejected"), both, strict=True))
-        else:
-            texts = [("", render(record.messages, template, tokenizer))]
-        for label, segments in texts:
+        for label, segments in kind.rendered(record, template, tokenizer):
             lines.append(f"  --- record {number + 1} {label}".rstrip())
             left = _SHOWN_CHARACTERS
             text = ""

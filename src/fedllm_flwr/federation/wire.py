@@ -21,6 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.parsing import from_dict
+from fedllm_flwr.config.paths import adapter_keys
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.federation.messages import (
     Acknowledged,
@@ -35,8 +36,8 @@ from fedllm_flwr.params import Params
 
 # Keys that name something on the server's disk or network; a client never learns them.
 _SERVER_ONLY = (
-    *("output_dir", "resume", "init_adapter", "dpo.reference_adapter", "tracking", "compare"),
-    *("federation.ray_address", "evaluation.suites", "evaluation.data_root"),
+    *("output_dir", "resume", "tracking", "compare", "federation.ray_address"),
+    *("evaluation.suites", "evaluation.data_root"),
 )
 _KINDS: dict[type, str] = {int: "whole number", float: "number", bool: "truth value", str: "text"}
 _LONGEST_SHOWN = 100  # characters of a peer's wording
@@ -266,9 +267,9 @@ def pack_scores(scores: Mapping[str, float], num_examples: int) -> RecordDict:
 def _config_text(config: Config) -> str:
     """What clients learn of the configuration, as JSON."""
     sections = asdict(config)
-    for key in _SERVER_ONLY:
+    for key in (*_SERVER_ONLY, *adapter_keys()):
         *path, leaf = key.split(".")
-        del functools.reduce(lambda inner, name: inner[name], path, sections)[leaf]
+        functools.reduce(lambda inner, name: inner[name], path, sections).pop(leaf, None)
     return json.dumps(sections)
 
 

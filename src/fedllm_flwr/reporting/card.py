@@ -12,6 +12,8 @@ from fedllm_flwr.config.schema import EMBEDDED_DATA
 from fedllm_flwr.data.templates import text_layout
 from fedllm_flwr.reporting.metrics import name_of_start
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
+from fedllm_flwr.tasks import task_of
+from fedllm_flwr.tasks.base import TrainingTask
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -32,7 +34,7 @@ def model_card(
     sections = [
         _introduction(config, base_model, is_hub_id),
         _usage(config, base_model, is_hub_id, dtype),
-        _results(summary, name_of_start(config.init_adapter)),
+        _results(task_of(config), summary, name_of_start(config.init_adapter)),
         _training(config, summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -121,27 +123,20 @@ def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str) -> str:
     return f"## How to use it\n\n{code}\n\n{note}"
 
 
-def _results(summary: Mapping[str, Any], start: str) -> str:
+def _results(task: TrainingTask, summary: Mapping[str, Any], start: str) -> str:
     """Table of what training started from and of the adapter, on the held-out records."""
     base, final = summary.get("base"), summary.get("final")
     if not base or not final:
         return ""
-    columns = [
-        ("loss" if "margin" in final else "loss (nats/token)", "loss", 3),
-        ("perplexity", "perplexity", 2),
-        ("token accuracy", "token_accuracy", 3),
-        ("accuracy", "accuracy", 3),
-        ("macro F1", "macro_f1", 3),
-        ("reward margin", "margin", 3),
-        ("chosen log p", "chosen_log_prob", 1),
-        ("rejected log p", "rejected_log_prob", 1),
-        ("tokens per answer", "answer_tokens", 1),
-    ]
-    shown = [column for column in columns if column[1] in final]
-    header = ["model", *(title for title, _, _ in shown)]
+    shown = [metric for metric in task.metrics if metric.name in final]
+    titles = [metric.card_title for metric in shown]
+    if task.loss_unit:
+        titles = [f"loss ({task.loss_unit})" if title == "loss" else title for title in titles]
+    header = ["model", *titles]
     lines = [_row(header), _row(["---"] + ["---:"] * len(shown))]
     for name, metrics in ((start, base), ("with this adapter", final)):
-        lines.append(_row([name, *(fixed(metrics.get(key), digits) for _, key, digits in shown)]))
+        values = [fixed(metrics.get(metric.name), metric.card_decimals) for metric in shown]
+        lines.append(_row([name, *values]))
     return "## Results on held-out records\n\n" + "\n".join(lines)
 
 

@@ -5,7 +5,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.metrics import Record
 from fedllm_flwr.reporting.text import one_line, shorten
+from fedllm_flwr.tasks.base import Panel, TrainingTask
 
 # Okabe and Ito (2008): distinguishable with any kind of colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
@@ -22,20 +22,6 @@ Curve = Sequence[tuple[int, float, float, float]]  # (round, mean, low, high)
 Bar = tuple[float, float, float]  # value, low, high
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """Scores on held-out records that share an axis; drawn where the first of them is known."""
-
-    title: str
-    unit: str
-    keys: tuple[str, ...]
-    limits: tuple[float, float] | None = None
-
-
-_SCORE_PANELS = (
-    _Panel("Answers on held-out records", "share (0 to 1)", ("accuracy", "macro_f1"), (0, 1)),
-    _Panel("Rewards of held-out answers", "nats", ("margin", "chosen_reward", "rejected_reward")),
-)
 _STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -57,17 +43,17 @@ _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), 
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
-def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
-    """Loss per round, in training and on held-out records; shares and rewards where known.
+def plot_curves(records: Sequence[Record], path: Path, title: str, task: TrainingTask) -> None:
+    """Loss per round, in training and on held-out records, and the task's panels where known.
 
     Raises:
         FederationError: the file cannot be written.
     """
-    panels = [panel for panel in _SCORE_PANELS if _series(records, "eval", panel.keys[0])]
+    panels = [panel for panel in task.panels if _series(records, "eval", panel.keys[0])]
     with figure_file(path, (6.5 + 4.0 * len(panels), 4.0)) as figure:
         figure.suptitle(shorten(one_line(title), 100), fontsize=12)
         axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
-        _plot_losses(axes[0], records)
+        _plot_losses(axes[0], records, task.loss_unit)
         for axis, panel in zip(axes[1:], panels, strict=True):
             _plot_scores(axis, panel, records)
         for axis in axes:
@@ -234,7 +220,7 @@ def _series(records: Sequence[Record], section: str, key: str) -> list[tuple[int
     return [(number, float(value)) for number, value in found if value is not None]
 
 
-def _plot_losses(axis: Any, records: Sequence[Record]) -> None:
+def _plot_losses(axis: Any, records: Sequence[Record], unit: str) -> None:
     trained = [item for item in records if item.get("loss") is not None]
     rounds = [item["round"] for item in trained]
     spreads = []  # lowest and highest training loss among the clients of each round
@@ -266,12 +252,12 @@ def _plot_losses(axis: Any, records: Sequence[Record]) -> None:
                 *zip(*series, strict=True), style, color=color, label=name, **_marks(len(series))
             )
     axis.set_title("Loss", loc="left")
-    axis.set_ylabel("loss" if _series(records, "eval", "margin") else "loss (nats/token)")
+    axis.set_ylabel(f"loss ({unit})" if unit else "loss")
     if axis.has_data():
         axis.legend(fontsize=9)
 
 
-def _plot_scores(axis: Any, panel: _Panel, records: Sequence[Record]) -> None:
+def _plot_scores(axis: Any, panel: Panel, records: Sequence[Record]) -> None:
     for key, color, style in zip(panel.keys, PALETTE[1:], ("-", "--", ":"), strict=False):
         if series := _series(records, "eval", key):
             name, marks = key.replace("_", " ").replace("f1", "F1"), _marks(len(series))

@@ -3,28 +3,18 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.reporting.metrics import Record
 from fedllm_flwr.reporting.plan import SEPARATOR
 from fedllm_flwr.reporting.text import fixed, format_seconds, one_line, shorten_middle, whole_parts
+from fedllm_flwr.tasks import all_metrics
 
 Metrics = Mapping[str, Any]
 
 NOT_EVALUATED = "."  # this round; a dash says that there is no such number
-CLOSING_COLUMNS = (
-    ("loss", "loss", 3),
-    ("accuracy", "accuracy", 2),
-    ("macro F1", "macro_f1", 2),
-    ("margin", "margin", 2),
-    ("answer tokens", "answer_tokens", 1),
-)
-_ROUND_COLUMNS = {
-    "loss": ("eval loss", 12, 3),
-    "accuracy": ("accuracy", 10, 2),
-    "margin": ("margin", 9, 2),
-}
 _MAX_CLIENTS_WIDTH = 40
 _MIN_NAME_WIDTH = 8
 _INDENT = 8
@@ -59,7 +49,15 @@ class RoundTable:
         longest = max((len(one_line(name)) for name in client_names), default=0)
         self._clients_width = min(max(18, longest + len("10/10 (: refused)")), _MAX_CLIENTS_WIDTH)
         chosen = [Column("loss", 8, lambda item, _: fixed(item.get("loss"), 3))]
-        chosen += [_score_column(name) for name in _ROUND_COLUMNS if name in metrics]
+        chosen += [
+            Column(
+                score.round_title,
+                score.round_width,
+                partial(_score, key=name, decimals=score.decimals),
+            )
+            for name, score in all_metrics().items()
+            if score.round_width and name in metrics
+        ]
         if client_eval:
             chosen.append(
                 Column("client eval", 13, lambda item, _: _metric(item, "client_eval", "loss", 3))
@@ -114,7 +112,9 @@ class RoundTable:
 def closing_table(rows: Sequence[tuple[str, Metrics]]) -> list[str]:
     """Loss and what else any row has; header first."""
     shown = [
-        column for column in CLOSING_COLUMNS if any(column[1] in metrics for _, metrics in rows)
+        (score.title, name, score.decimals)
+        for name, score in all_metrics().items()
+        if score.title and any(name in metrics for _, metrics in rows)
     ]
     label = max(len(name) for name, _ in rows)
     widths = [max(11, len(title) + 3) for title, _, _ in shown]
@@ -193,9 +193,9 @@ def _packed(cells: Sequence[tuple[str, str]], gap: str, width: int) -> list[str]
     return lines
 
 
-def _score_column(name: str) -> Column:
-    title, width, decimals = _ROUND_COLUMNS[name]
-    return Column(title, width, lambda item, _: _metric(item, "eval", name, decimals))
+def _score(record: Record, _: float | None, key: str, decimals: int) -> str:
+    """A score on the held-out records, in a cell of the table of rounds."""
+    return _metric(record, "eval", key, decimals)
 
 
 def _metric(record: Record, section: str, key: str, decimals: int) -> str:

@@ -18,6 +18,7 @@ from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.federation.state import newest_readable, newest_round
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.metrics import has_converged, read_metrics
+from fedllm_flwr.tasks import task_of
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
 # Options that may change when a stopped run goes on. The rule: none of them decides who trains on
@@ -39,7 +40,7 @@ _FREE_TO_CHANGE = {
     "checkpoint.keep",
     "evaluation.central",
     "evaluation.every",
-    "evaluation.batch_tokens",  # task=sft: with dpo the reference's values depend on it
+    "evaluation.batch_tokens",  # but for tasks with a reference model, see TrainingTask.fixed_keys
     "evaluation.answers",
     "evaluation.max_new_tokens",
     "evaluation.suites",
@@ -235,8 +236,7 @@ def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
     directory = RunDirectory(Path(str(config.resume)).expanduser())
     saved = load_run(directory.path, f"resume={shown(config.resume)}")
     for key, (old, new) in _differences(asdict(saved), asdict(config)).items():
-        rounds_off = key == "evaluation.batch_tokens" and config.task.name == "dpo"
-        if key not in _FREE_TO_CHANGE or rounds_off:
+        if key not in _FREE_TO_CHANGE or key in task_of(config).fixed_keys:
             raise ConfigError(
                 f"{key}={shown(new)}: the run in {directory.path} was made with "
                 f"{key}={shown(old)}, and going on with another value would mix two experiments; "

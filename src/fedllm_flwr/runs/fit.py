@@ -16,6 +16,7 @@ import numpy as np
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.schema import value_of
 from fedllm_flwr.config.validation import check_client_counts
 from fedllm_flwr.data.client_data import (
     SimulatedData,
@@ -36,7 +37,6 @@ from fedllm_flwr.models.base_facts import BaseFacts, ModelKey, base_facts
 from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.reporting.trackers import check_trackers
 from fedllm_flwr.tasks import task_of
-from fedllm_flwr.tasks.base import value_of
 
 _FEW_SCORED = 100  # held-out records below which a score says little without an interval
 _UNKNOWN_SHARE = 0.01  # of the tokens

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.config.schema import EMBEDDED_DATA
+from fedllm_flwr.config.paths import adapter_keys
+from fedllm_flwr.config.schema import EMBEDDED_DATA, value_of, with_value
 from fedllm_flwr.data.client_data import divided_data
 from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.sources import records_digest
@@ -155,6 +156,7 @@ def with_absolute_paths(config: Config) -> Config:
         config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path)
     )
     model = replace(config.model, path=str(absolute(config.model.path)))
-    dpo = replace(config.dpo, reference_adapter=absolute(config.dpo.reference_adapter))
-    init_adapter = absolute(config.init_adapter)
-    return replace(config, data=data, model=model, dpo=dpo, init_adapter=init_adapter)
+    config = replace(config, data=data, model=model)
+    for key in adapter_keys():
+        config = with_value(config, key, absolute(value_of(config, key)))
+    return config

@@ -28,6 +28,7 @@ from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.server.planning import make_plan
 from fedllm_flwr.server.preparation import Prepared, prepare
 from fedllm_flwr.server.recorder import RunRecorder
+from fedllm_flwr.tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def draw_figures(
     from fedllm_flwr.reporting.plots import plot_curves
 
     drawings: dict[str, Callable[[], None]] = {
-        "curves": lambda: plot_curves(records, directory.curves, _title(config))
+        "curves": lambda: plot_curves(records, directory.curves, _title(config), task_of(config))
     }
     if clients := prepared.clients:
         file = directory.path / "clients.png"

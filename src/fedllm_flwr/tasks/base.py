@@ -1,12 +1,13 @@
 """What every training task declares and does. Importing this does not import torch."""
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import ColumnsConfig, value_of
+from fedllm_flwr.errors import DataError
 from fedllm_flwr.params import Kept, Params
 
 if TYPE_CHECKING:
@@ -22,9 +23,48 @@ if TYPE_CHECKING:
 Scores = dict[str, float]
 
 
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    return functools.reduce(getattr, key.split("."), config)
+@dataclass(frozen=True)
+class Metric:
+    """A score on held-out records, and how tables show it.
+
+    Attributes:
+        name: in the scores, and in ``metrics.jsonl``.
+        title, decimals: in the closing table and in those of comparisons; title "": not shown.
+        card_title, card_decimals: in the model card.
+        round_title, round_width: in the table of rounds; width 0: not shown.
+    """
+
+    name: str
+    card_title: str
+    card_decimals: int
+    title: str = ""
+    decimals: int = 2
+    round_title: str = ""
+    round_width: int = 0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Scores that share an axis in a run's figure; drawn where the first of them is known."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    limits: tuple[float, float] | None = None
+
+
+ANSWERS_PANEL = Panel(
+    "Answers on held-out records", "share (0 to 1)", ("accuracy", "macro_f1"), (0, 1)
+)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Values of a key of the task that a site accepts from a server."""
+
+    key: str
+    low: float
+    high: float
 
 
 class HeldOut(Protocol):
@@ -89,6 +129,34 @@ class TrainingTask(ABC):
     adapter's directory on the server; null there means that none is sent."""
     prompts: ClassVar[Mapping[str, str]] = {}
     """Name of an embedded data set -> a prompt for ``fedllm generate`` that suits it."""
+    comparison: ClassVar[str | None] = None
+    """Experiment of ``fedllm compare`` where the user chooses no other, no data and no model."""
+    metrics: ClassVar[tuple[Metric, ...]]
+    """Scores on held-out records, in the order of tables."""
+    panels: ClassVar[tuple[Panel, ...]] = (ANSWERS_PANEL,)
+    """Of the figure of a run, beside the loss."""
+    loss_unit: ClassVar[str] = ""
+    can_cut_left: ClassVar[bool] = False
+    """Whether data.truncation=left differs from right."""
+    fixed_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that a run cannot go on with another value of, because the adapter depends on them."""
+    bounds: ClassVar[tuple[Bound, ...]] = ()
+    """What a site accepts, whatever its policy says of the task."""
+
+    def refusal(self, config: Config) -> str | None:
+        """Why values do not go together, where no file and no model is needed to see it.
+
+        A sentence with the key, its value and what to use instead; None: they do.
+        """
+        return None
+
+    def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
+        """Roles of `columns` that must not share a column: what is asked and what is learnt."""
+        return ()
+
+    def claims(self, columns: ColumnsConfig, error: DataError) -> bool:
+        """Whether a source that no task can use was meant for this one, whose `error` helps."""
+        return False
 
     def adapter_paths(self, config: Config) -> dict[str, str]:
         """The directories that `adapters` names in a configuration, by group of tensors."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from fedllm_flwr import tasks
 from fedllm_flwr.commands.compare.jobs import Job, carry_out, make_jobs
 from fedllm_flwr.commands.compare.results import curves, deciding_metric, make_rows, read_outcomes
 from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
+from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose, expand_sweep
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.errors import ConfigError, RunInterrupted
@@ -24,7 +26,6 @@ from fedllm_flwr.simulation.resources import check_machine
 # Baselines first, so that the table reads from the bottom line to the upper one.
 FEDERATED = [name for name in ALGORITHMS.builtin if name not in ("local", "centralized")]
 ORDER = ("local", *FEDERATED, "centralized")
-_DEMO, _DPO_DEMO = "compare_demo", "compare_demo_dpo"  # experiments, where nothing is chosen
 _SAVED = "compare.json"  # in its directory: what was asked for
 
 
@@ -102,7 +103,10 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         else:
             overrides.append(text)
     if not any(text.split("=")[0] in ("experiment", "data", "model") for text in overrides):
-        overrides.append(f"experiment={_DPO_DEMO if 'task=dpo' in overrides else _DEMO}")
+        chosen = dict(text.split("=", 1) for text in overrides if text.startswith("task="))
+        name = chosen.get("task", Config().task.name)
+        if name in tasks.names() and (experiment := tasks.find(name).comparison):
+            overrides.append(f"experiment={experiment}")
     return options, overrides
 
 
@@ -168,7 +172,9 @@ def _outcome(job: Job, error: str | None) -> str:
         return "failed"
     final = json.loads(job.directory.summary.read_text(encoding="utf-8"))["final"] or {}
     shown = [
-        f"{name} {final[name]:.3f}" for name in ("loss", "accuracy", "margin") if name in final
+        f"{name} {final[name]:.3f}"
+        for name, metric in tasks.all_metrics().items()
+        if metric.round_width and name in final
     ]
     return "   ".join(shown)
 

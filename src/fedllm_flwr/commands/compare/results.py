@@ -8,8 +8,7 @@ from typing import Any
 
 from fedllm_flwr.commands.compare.jobs import Job
 from fedllm_flwr.reporting.metrics import Record, name_of_start, read_metrics, summarise
-
-METRICS = ("loss", "accuracy", "macro_f1", "margin", "answer_tokens")
+from fedllm_flwr.tasks import table_metrics
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _steps(run: Outcome) -> float:
 def _spreads(scores: Sequence[dict[str, float]]) -> dict[str, Spread]:
     return {
         metric: Spread.of([score[metric] for score in scores])
-        for metric in METRICS
+        for metric in table_metrics()
         if all(metric in score for score in scores)
     }
 

@@ -4,19 +4,17 @@ import csv
 import io
 from collections.abc import Sequence
 
-from fedllm_flwr.commands.compare.results import METRICS, Difference, Row, Spread
+from fedllm_flwr.commands.compare.results import Difference, Row, Spread
 from fedllm_flwr.evaluation.suites.statistics import clear_together
+from fedllm_flwr.tasks import all_metrics, table_metrics
 
 Cells = list[str]
-
-_DECIMALS = {"answer_tokens": 1}  # three for the rest
-_TITLES = {"macro_f1": "macro F1", "answer_tokens": "answer tokens"}
 
 
 def lines_of(rows: Sequence[Row], metric: str) -> list[Cells]:
     """The table as text, header first: what any row knows, ``-`` where there is nothing to say."""
-    scores = [name for name in METRICS[1:] if any(name in row.final for row in rows)]
-    titles = [_TITLES.get(name, name) for name in scores]
+    scores = [name for name in table_metrics()[1:] if any(name in row.final for row in rows)]
+    titles = [all_metrics()[name].title for name in scores]
     header = ["", "loss", "best loss", *titles, f"{metric} vs local", "steps", "MB", "seconds"]
     tested = [row for row in rows if row.against_local and row.against_local.half_width is not None]
     together = clear_together([row.against_local.p_value for row in tested if row.against_local])
@@ -29,7 +27,7 @@ def _cells(row: Row, scores: Sequence[str], clear: bool) -> Cells:
         row.name,
         _spread(row.final.get("loss"), 3),
         _spread(row.best_loss, 3),
-        *(_spread(row.final.get(name), _DECIMALS.get(name, 3)) for name in scores),
+        *(_spread(row.final.get(name), all_metrics()[name].card_decimals) for name in scores),
         _difference(row.against_local, clear),
         "-" if row.steps is None else f"{row.steps:.0f}",
         "-" if row.megabytes is None else f"{row.megabytes:.1f}",
@@ -61,12 +59,12 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Numbers in full, a column for each mean and each standard deviation."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [f"{metric}_{part}" for metric in METRICS for part in ("mean", "std")]
+    names = [f"{metric}_{part}" for metric in table_metrics() for part in ("mean", "std")]
     best = ["best_loss_mean", "best_loss_std"]
     others = ["vs_local", "vs_local_half_width", "steps", "megabytes", "seconds"]
     writer.writerow(["name", *names, *best, *others])
     for row in rows:
-        spreads = [*(row.final.get(metric) for metric in METRICS), row.best_loss]
+        spreads = [*(row.final.get(metric) for metric in table_metrics()), row.best_loss]
         numbers = [n for s in spreads for n in ((s.mean, s.deviation) if s else (None, None))]
         difference = row.against_local
         pair = (difference.mean, difference.half_width) if difference else (None, None)

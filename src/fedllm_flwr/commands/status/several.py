@@ -9,6 +9,7 @@ from typing import Any
 from fedllm_flwr.commands.status.run import RunStatus, run_status
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.reporting.text import fixed
+from fedllm_flwr.tasks import all_metrics
 
 # By marker file: the kind of directory, where its runs are, and the command that resumes it.
 _KINDS = {
@@ -86,7 +87,7 @@ def _line(run: RunStatus | None) -> str:
     if run is None:
         return "waiting"
     scores = (run.last or {}).get("eval") or {}
-    names = [name for name in ("loss", "accuracy", "margin") if name in scores]
+    names = [name for name, shown in all_metrics().items() if shown.round_width and name in scores]
     shown = [f"{name} {fixed(scores[name], 3)}" for name in names]
     if run.state != "finished":
         shown.insert(0, f"round {run.round} of {run.num_rounds}")

@@ -4,8 +4,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.errors import DataError
 from fedllm_flwr.params import Kept, Params
-from fedllm_flwr.tasks.base import HeldOut, LocalWork, Scores, TrainingTask
+from fedllm_flwr.tasks.base import (
+    ANSWERS_PANEL,
+    HeldOut,
+    LocalWork,
+    Metric,
+    Panel,
+    Scores,
+    TrainingTask,
+)
+from fedllm_flwr.tasks.preferences import ACCURACY, ANSWER_TOKENS, LOSS, MARGIN
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -21,8 +32,47 @@ class Dpo(TrainingTask):
     name = "dpo"
     command = "fedllm run task=dpo"
     rows_per_example = 2
+    comparison = "compare_demo_dpo"
+    metrics = (
+        LOSS,
+        ACCURACY,
+        MARGIN,
+        Metric("chosen_log_prob", "chosen log p", 1),
+        Metric("rejected_log_prob", "rejected log p", 1),
+        ANSWER_TOKENS,
+    )
+    panels = (
+        ANSWERS_PANEL,
+        Panel(
+            "Rewards of held-out answers", "nats", ("margin", "chosen_reward", "rejected_reward")
+        ),
+    )
+    fixed_keys = ("evaluation.batch_tokens",)  # the reference's values depend on it
     adapters: ClassVar[Mapping[str, str]] = {"reference": "dpo.reference_adapter"}
     prompts: ClassVar[Mapping[str, str]] = {"demo_preferences": "When can I expect the refund?"}
+
+    def refusal(self, config: Config) -> str | None:
+        """Options that one loss has and another has not."""
+        dpo, smoothed = config.dpo, ("robust", "exo_pair", "aot", "aot_unpaired")
+        if dpo.label_smoothing and dpo.loss_type not in smoothed:
+            return (
+                f"dpo.label_smoothing={dpo.label_smoothing} has no effect on dpo.loss_type="
+                f"{dpo.loss_type}; use one of {', '.join(smoothed)}, or drop it."
+            )
+        if dpo.loss_type == "exo_pair" and not dpo.label_smoothing:
+            return (
+                "dpo.loss_type=exo_pair needs dpo.label_smoothing > 0 (its paper recommends 0.001)."
+            )
+        return None
+
+    def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
+        """The two answers."""
+        return ("chosen", "rejected")
+
+    def claims(self, columns: ColumnsConfig, error: DataError) -> bool:
+        """Columns named for pairs, or transcripts of pairs: the error says what to do."""
+        named = {columns.chosen, columns.rejected} - {ColumnsConfig.chosen, ColumnsConfig.rejected}
+        return bool(named) or "hh_rlhf" in str(error)
 
     @property
     def records(self) -> "RecordKind":

@@ -200,4 +200,11 @@ PREFERENCES = RecordKind(
         pack=lambda pairs: (pairs.rows, asdict(pairs.report)),
         unpack=lambda rows, report: EncodedPairs(rows, PairReport(**report)),
     ),
+    rendered=lambda pair, *options: [
+        *zip(
+            ("chosen", "rejected"),
+            render_answers(pair.messages, [pair.chosen, pair.rejected], *options),
+            strict=True,
+        )
+    ],
 )

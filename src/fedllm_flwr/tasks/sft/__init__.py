@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.params import Kept, Params
-from fedllm_flwr.tasks.base import HeldOut, LocalWork, Scores, TrainingTask
+from fedllm_flwr.tasks.base import HeldOut, LocalWork, Metric, Scores, TrainingTask
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -21,9 +22,23 @@ class Sft(TrainingTask):
     name = "sft"
     command = "fedllm run"
     can_pack = True
+    can_cut_left = True
+    comparison = "compare_demo"
+    loss_unit = "nats/token"
+    metrics = (
+        Metric("loss", "loss", 3, "loss", 3, "eval loss", 12),
+        Metric("perplexity", "perplexity", 2),
+        Metric("token_accuracy", "token accuracy", 3),
+        Metric("accuracy", "accuracy", 3, "accuracy", 2, "accuracy", 10),
+        Metric("macro_f1", "macro F1", 3, "macro F1", 2),
+    )
     prompts: ClassVar[Mapping[str, str]] = {
         "demo": "What is the sentiment of this news? Quarterly profit at the bank falls"
     }
+
+    def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
+        """A chat is one column, and none of these."""
+        return () if columns.messages is not None else ("instruction", "output")
 
     @property
     def records(self) -> "RecordKind":

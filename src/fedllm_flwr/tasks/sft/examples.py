@@ -2,6 +2,7 @@
 
 from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.data.kinds import RecordKind
+from fedllm_flwr.data.templates import render
 from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.tasks.sft.records import Example, make_examples
 
@@ -19,4 +20,5 @@ INSTRUCTIONS = RecordKind(
     make=make_examples,
     refused=("empty", "bad"),
     codec=CONVERSATIONS,
+    rendered=lambda record, *options: [("", render(record.messages, *options))],
 )
