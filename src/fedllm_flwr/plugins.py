@@ -124,7 +124,11 @@ TRANSFORMS: Registry[Any] = Registry("communication.transforms", "fedllm_flwr.tr
 TASKS: Registry[Any] = Registry(
     "task",
     "fedllm_flwr.tasks",
-    {"sft": "fedllm_flwr.tasks.sft:Sft", "dpo": "fedllm_flwr.tasks.dpo:Dpo"},
+    {
+        "sft": "fedllm_flwr.tasks.sft:Sft",
+        "dpo": "fedllm_flwr.tasks.dpo:Dpo",
+        "kto": "fedllm_flwr.tasks.kto:Kto",
+    },
 )
 """Subclasses of `tasks.base.TrainingTask`."""
 

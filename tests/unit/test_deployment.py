@@ -365,7 +365,7 @@ def test_usable_records_are_counted_and_decide_the_tasks(tmp_path: Path, options
     lines = init_site(tmp_path / "pairs", options(data=str(pairs), columns=[]))
     assert f"2 of 3 records of {pairs} are usable for task=dpo" in lines[0]
     assert "tasks: [sft]" in (tmp_path / "site" / "policy.yaml").read_text()
-    assert "tasks: [dpo]" in (tmp_path / "pairs" / "policy.yaml").read_text()
+    assert "tasks: [dpo, kto]" in (tmp_path / "pairs" / "policy.yaml").read_text()
 
 
 REFUSED = {

@@ -43,7 +43,7 @@ def share_of(color: str, path: Path) -> float:
 
 def test_losses_are_drawn_where_they_belong() -> None:
     axis = Figure().subplots()
-    plots._plot_losses(axis, RECORDS)
+    plots._plot_losses(axis, RECORDS, "nats/token")
 
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert lines == {

@@ -83,12 +83,13 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
         tensors=received,
         remembered=memory.kept,
     )
-    kept = dict(task.prepare(work))
+    prepared = task.prepare(work)
+    kept = {kind: prepared[kind] for kind in task.remembers}
     terms = rule.local_terms(received, memory.tensors)
     model.load(terms.start)
     with _trained_only(model.trainable(), terms.trains) as parameters:
         drift = DriftCorrection(parameters, terms, assignment.learning_rate)
-        trained = task.optimise(work, kept, [drift], drift.penalty)
+        trained = task.optimise(work, prepared, [drift], drift.penalty)
     params = model.params()
     result = LocalResult(
         params=params,

@@ -153,6 +153,10 @@ class ColumnsConfig:
     rejected: Text | None = Field(
         default="rejected", description="preference pairs: the worse answer"
     )
+    answer: Text | None = Field(default="answer", description="judged answers: the answer")
+    desirable: Text | None = Field(
+        default="label", description="judged answers: true if the answer is desirable, else false"
+    )
     label: Text | None = Field(
         default=None, description="class of a record, for partitioning and reports"
     )
@@ -241,6 +245,24 @@ class DpoConfig:
     )
     disable_dropout: Flag = Field(
         default=True, description="train without lora.dropout, as the reference is without it"
+    )
+    reference_adapter: Text | None = Field(
+        default=None, description="adapter of the reference model; null: the base model"
+    )
+
+
+@dataclass(frozen=True, config=KNOWN_KEYS)
+class KtoConfig:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024)."""
+
+    beta: Real = Field(
+        default=0.1, gt=0, description="strength of the pull towards the reference model"
+    )
+    desirable_weight: Real = Field(
+        default=1.0, gt=0, description="lambda_D, of the loss of desirable answers"
+    )
+    undesirable_weight: Real = Field(
+        default=1.0, gt=0, description="lambda_U, of the loss of undesirable answers"
     )
     reference_adapter: Text | None = Field(
         default=None, description="adapter of the reference model; null: the base model"
@@ -463,6 +485,7 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     dpo: DpoConfig = Field(default_factory=DpoConfig)
+    kto: KtoConfig = Field(default_factory=KtoConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)

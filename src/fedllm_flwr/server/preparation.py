@@ -95,7 +95,7 @@ def _lost(config: Config, data: SimulatedData) -> list[str]:
     lines = data.source.report.lines() if any_left_out else []
     if "choice" in data.source.train.column_names:
         lines += unseen_labels(config.data, data.source.train, data.source.eval)
-    return [*lines, *losses(config, data.encoded)]
+    return [*lines, *losses(config, data.encoded), *task_of(config).remarks(config, data.encoded)]
 
 
 def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ColumnsConfig, value_of
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.params import Kept, Params
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from fedllm_flwr.data.kinds import RecordKind
     from fedllm_flwr.models.adapted_model import AdaptedModel
+    from fedllm_flwr.params import Kept, Params
     from fedllm_flwr.training.batches import RoundBatches
     from fedllm_flwr.training.trainer import Penalty, Trained
 
@@ -84,7 +84,7 @@ class HeldOut(Protocol):
     def score(self, model: "AdaptedModel", batch_tokens: int) -> Scores:
         """Scores of the model as it is."""
 
-    def side_by_side(self, model: "AdaptedModel", params: Params, label: str) -> str:
+    def side_by_side(self, model: "AdaptedModel", params: "Params", label: str) -> str:
         """Markdown with the prompts and their answers: the base model's and those of `params`.
 
         Args:
@@ -110,8 +110,8 @@ class LocalWork:
     batches: "RoundBatches"
     learning_rate: float
     seed: int
-    tensors: Mapping[str, Params] = field(default_factory=dict)
-    remembered: Mapping[str, Kept] = field(default_factory=dict)
+    tensors: "Mapping[str, Params]" = field(default_factory=dict)
+    remembered: "Mapping[str, Kept]" = field(default_factory=dict)
 
 
 class TrainingTask(ABC):
@@ -127,6 +127,8 @@ class TrainingTask(ABC):
     adapters: ClassVar[Mapping[str, str]] = {}
     """Group of tensors that clients get beside the global adapter -> the key that names the
     adapter's directory on the server; null there means that none is sent."""
+    remembers: ClassVar[tuple[str, ...]] = ()
+    """Groups of `prepare` that a client keeps from round to round; it can do without any."""
     prompts: ClassVar[Mapping[str, str]] = {}
     """Name of an embedded data set -> a prompt for ``fedllm generate`` that suits it."""
     comparison: ClassVar[str | None] = None
@@ -168,8 +170,8 @@ class TrainingTask(ABC):
     def records(self) -> "RecordKind":
         """Columns, records, and how they become tokens."""
 
-    def prepare(self, work: LocalWork) -> Mapping[str, Kept]:
-        """What has to be known before training, and is kept at the client for later rounds.
+    def prepare(self, work: LocalWork) -> "Mapping[str, Kept]":
+        """Groups of tensors that training needs, and what the client keeps of them.
 
         Called before the global adapter is loaded; may leave any adapter in the model.
         """
@@ -179,16 +181,20 @@ class TrainingTask(ABC):
     def optimise(
         self,
         work: LocalWork,
-        kept: Mapping[str, Kept],
+        prepared: "Mapping[str, Kept]",
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
         """Train the adapter that is in the model, in place.
 
         Args:
-            kept: what `prepare` has returned.
+            prepared: what `prepare` has returned.
             penalty: a term of the loss that depends on the adapter alone.
         """
+
+    def remarks(self, config: Config, examples: Any) -> list[str]:
+        """What the user should know of a simulation's training examples, in lines."""
+        return []
 
     @abstractmethod
     def held_out(
@@ -197,7 +203,7 @@ class TrainingTask(ABC):
         model: "AdaptedModel",
         records: Any,
         encoded: Any,
-        tensors: Mapping[str, Params],
+        tensors: "Mapping[str, Params]",
     ) -> HeldOut:
         """The server's held-out records, ready to score adapters with.
 
@@ -209,6 +215,6 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def score_client(
-        self, config: Config, model: "AdaptedModel", examples: Any, tensors: Mapping[str, Params]
+        self, config: Config, model: "AdaptedModel", examples: Any, tensors: "Mapping[str, Params]"
     ) -> Scores:
         """Scores of the adapter ``tensors["params"]`` on a client's own held-out examples."""

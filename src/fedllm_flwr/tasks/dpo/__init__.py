@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.errors import DataError
-from fedllm_flwr.params import Kept, Params
 from fedllm_flwr.tasks.base import (
     ANSWERS_PANEL,
     HeldOut,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from fedllm_flwr.data.kinds import RecordKind
     from fedllm_flwr.models.adapted_model import AdaptedModel
+    from fedllm_flwr.params import Kept, Params
     from fedllm_flwr.training.trainer import Penalty, Trained
 
 
@@ -48,6 +48,7 @@ class Dpo(TrainingTask):
         ),
     )
     fixed_keys = ("evaluation.batch_tokens",)  # the reference's values depend on it
+    remembers = ("reference",)
     adapters: ClassVar[Mapping[str, str]] = {"reference": "dpo.reference_adapter"}
     prompts: ClassVar[Mapping[str, str]] = {"demo_preferences": "When can I expect the refund?"}
 
@@ -81,7 +82,7 @@ class Dpo(TrainingTask):
 
         return PREFERENCES
 
-    def prepare(self, work: LocalWork) -> dict[str, Kept]:
+    def prepare(self, work: LocalWork) -> "Mapping[str, Kept]":
         """Log-probabilities of the drawn pairs' answers under the reference model."""
         from fedllm_flwr.tasks.preferences.reference import ReferenceCache
 
@@ -94,7 +95,7 @@ class Dpo(TrainingTask):
     def optimise(
         self,
         work: LocalWork,
-        kept: Mapping[str, Kept],
+        prepared: "Mapping[str, Kept]",
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
@@ -104,7 +105,7 @@ class Dpo(TrainingTask):
         return train_dpo(
             work.model,
             work.examples,
-            kept["reference"].tensors["values"],
+            prepared["reference"].tensors["values"],
             work.batches,
             work.config.dpo,
             work.config.training,
@@ -120,7 +121,7 @@ class Dpo(TrainingTask):
         model: "AdaptedModel",
         records: Any,
         encoded: Any,
-        tensors: Mapping[str, Params],
+        tensors: "Mapping[str, Params]",
     ) -> HeldOut:
         """Rewards of held-out pairs, and the model's own answers to their prompts."""
         from fedllm_flwr.tasks.dpo.held_out import make_preference_set
@@ -128,7 +129,7 @@ class Dpo(TrainingTask):
         return make_preference_set(config, model, records, encoded, tensors.get("reference"))
 
     def score_client(
-        self, config: Config, model: "AdaptedModel", examples: Any, tensors: Mapping[str, Params]
+        self, config: Config, model: "AdaptedModel", examples: Any, tensors: "Mapping[str, Params]"
     ) -> Scores:
         """Scores of `preference_scores`."""
         from fedllm_flwr.tasks.dpo.held_out import score_pairs

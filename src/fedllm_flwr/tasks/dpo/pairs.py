@@ -7,14 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.data.encode import KEEP, Encoded, cut_start, flatten, require_truncation
+from fedllm_flwr.data.encode import KEEP, Encoded, flatten, require_truncation
 from fedllm_flwr.data.kinds import RecordKind
 from fedllm_flwr.data.templates import Tokenizer, render_answers
 from fedllm_flwr.data.token_cache import Codec
-from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
+from fedllm_flwr.data.tokens import TokenArray, require_eos, tokenise
+from fedllm_flwr.tasks.preferences.encoding import Row, cut_prompt, joined, split
 from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
-
-Row = tuple[TokenArray, Mask]  # tokens and supervised, each (length,)
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def encode_pairs(
         if is_equal or (any(lost) and truncation == "drop"):
             continue
         losses.add(*lost)
-        kept += [_row(fitted.prompt, fitted.chosen), _row(fitted.prompt, fitted.rejected)]
+        kept += [joined(fitted.prompt, fitted.chosen), joined(fitted.prompt, fitted.rejected)]
         source += [i, i]
     report = losses.report(len(pairs), len(kept) // 2)
     return EncodedPairs(flatten(kept, source, 2 * len(pairs), losses.rows), report)
@@ -162,22 +161,15 @@ class _Losses:
 def _by_pair(rows: Iterator[Row]) -> Iterator[_Tokens]:
     """The parts of every two rows; the prompt's tokens do not depend on the answer."""
     for (tokens, supervised), (other, other_supervised) in zip(rows, rows, strict=True):
-        start = int(np.argmax(supervised))
-        yield _Tokens(tokens[:start], tokens[start:], other[int(np.argmax(other_supervised)) :])
+        yield _Tokens(*split(tokens, supervised), split(other, other_supervised)[1])
 
 
 def _fit(whole: _Tokens, max_length: int, bos: int | None) -> _Tokens:
     """The end of the prompt and the starts of the answers that ``max_length`` tokens hold."""
     longest = max(len(whole.chosen), len(whole.rejected))
-    prompt_room = max(max_length - longest, max_length // 2, 1)
-    prompt = cut_start(whole.prompt, prompt_room, bos)
+    prompt = cut_prompt(whole.prompt, longest, max_length, bos)
     room = max(max_length - len(prompt), 0)
     return _Tokens(prompt, whole.chosen[:room], whole.rejected[:room])
-
-
-def _row(prompt: TokenArray, answer: TokenArray) -> Row:
-    supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
-    return np.concatenate([prompt, answer]), supervised
 
 
 def _rows_of(pairs: NDArray[np.int64]) -> NDArray[np.int64]:

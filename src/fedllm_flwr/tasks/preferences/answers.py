@@ -24,6 +24,11 @@ class Prompts:
     decoding: Decoding
 
     @classmethod
+    def none(cls) -> "Prompts":
+        """No prompts."""
+        return cls([], [], [], Decoding(0))
+
+    @classmethod
     def of(
         cls, config: Config, model: AdaptedModel, records: Any, rows: NDArray[np.int64], column: str
     ) -> "Prompts":
@@ -36,11 +41,13 @@ class Prompts:
         """
         room = config.evaluation.max_new_tokens
         wanted = rows[: config.evaluation.answers].tolist()
-        messages = [records["messages"][i] for i in wanted]
+        every = records["messages"]
+        messages = [every[i] for i in wanted]
         longest = max(1, config.training.max_length - room)
         tokens = encode_prompts(messages, model.tokenizer, config.data.template, longest)
+        better = records[column]
         texts = [turns[-1]["content"] for turns in messages]
-        return cls(texts, tokens, [records[column][i] for i in wanted], Decoding(room))
+        return cls(texts, tokens, [better[i] for i in wanted], Decoding(room))
 
     def mean_tokens(self, model: AdaptedModel) -> float:
         """Mean length of the greedy answers of the model as it is."""

@@ -36,8 +36,8 @@ class Pair(NamedTuple):
     client: str  # value of the partition's (or the set's own client) column, "" without one
 
 
-class _Answer(NamedTuple):
-    """One side of a pair: its answer, and the turns that its column holds before it."""
+class Answer(NamedTuple):
+    """The answer in a column, and the turns that the column holds before it."""
 
     context: Messages
     text: str
@@ -92,25 +92,26 @@ def _missing_answers(mapping: Mapping, key: str, name: str, present: set[str]) -
 
 def _make_pair(row: Record, mapping: Mapping) -> Pair:
     columns = mapping.columns
-    chosen = _answer(row, columns.chosen or "")
-    rejected = _answer(row, columns.rejected or "")
-    context = _shared_context(row, columns, chosen, rejected)
+    chosen = answer_in(row, columns.chosen or "")
+    rejected = answer_in(row, columns.rejected or "")
+    context = context_of(row, columns, chosen, rejected)
     if chosen.text.strip() == rejected.text.strip():
         raise UnusableRecord("the chosen answer equals the rejected one", "equal")
     label = attribute_of(row, mapping.label)
     return Pair(context, chosen.text, rejected.text, label, client_of(row, mapping))
 
 
-def _answer(row: Record, column: str) -> _Answer:
+def answer_in(row: Record, column: str) -> Answer:
+    """The answer in a column: a text, or the last of a list of turns."""
     value = row.get(column)
     if isinstance(value, list) and value:
         *context, last = _join_turns(value)
         if last["role"] != "assistant":
             raise UnusableRecord(f"column {column!r} does not end with a turn of the assistant")
-        answer = _Answer(context, last["content"])
+        answer = Answer(context, last["content"])
     elif isinstance(value, str):
         require_unicode(value)
-        answer = _Answer([], value)
+        answer = Answer([], value)
     elif value is None or value == []:
         raise UnusableRecord(f"column {column!r} is missing", "empty")
     else:
@@ -134,12 +135,11 @@ def _join_turns(turns: list[object]) -> Messages:
     return messages
 
 
-def _shared_context(
-    row: Record, columns: ColumnsConfig, chosen: _Answer, rejected: _Answer
-) -> Messages:
-    """The turns before the answers, which the columns must agree on."""
-    context = chosen.context or rejected.context
-    if chosen.context and rejected.context and not _same(chosen.context, rejected.context):
+def context_of(row: Record, columns: ColumnsConfig, *answers: Answer) -> Messages:
+    """The turns before the answers, which their columns and that of the prompt must agree on."""
+    contexts = [answer.context for answer in answers if answer.context]
+    context = contexts[0] if contexts else []
+    if not all(_same(context, other) for other in contexts):
         raise UnusableRecord("chosen and rejected do not answer the same dialogue")
     prompt = row.get(columns.prompt) if columns.prompt else None
     if isinstance(prompt, list) and prompt:

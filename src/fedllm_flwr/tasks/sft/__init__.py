@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.params import Kept, Params
 from fedllm_flwr.tasks.base import HeldOut, LocalWork, Metric, Scores, TrainingTask
 
 if TYPE_CHECKING:
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
 
     from fedllm_flwr.data.kinds import RecordKind
     from fedllm_flwr.models.adapted_model import AdaptedModel
+    from fedllm_flwr.params import Kept, Params
     from fedllm_flwr.training.trainer import Penalty, Trained
 
 
@@ -50,7 +50,7 @@ class Sft(TrainingTask):
     def optimise(
         self,
         work: LocalWork,
-        kept: Mapping[str, Kept],
+        prepared: "Mapping[str, Kept]",
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
@@ -74,7 +74,7 @@ class Sft(TrainingTask):
         model: "AdaptedModel",
         records: Any,
         encoded: Any,
-        tensors: Mapping[str, Params],
+        tensors: "Mapping[str, Params]",
     ) -> HeldOut:
         """Loss of the answers, and with ``data.labels`` the most likely label."""
         from fedllm_flwr.tasks.sft.held_out import make_evaluation_set
@@ -82,7 +82,7 @@ class Sft(TrainingTask):
         return make_evaluation_set(config, model.tokenizer, records, encoded)
 
     def score_client(
-        self, config: Config, model: "AdaptedModel", examples: Any, tensors: Mapping[str, Params]
+        self, config: Config, model: "AdaptedModel", examples: Any, tensors: "Mapping[str, Params]"
     ) -> Scores:
         """Loss (nats per answer token) and token accuracy."""
         from fedllm_flwr.models.scoring import score_examples

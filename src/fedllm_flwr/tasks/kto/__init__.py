@@ -1,0 +1,159 @@
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on answers that were liked or not."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import ColumnsConfig
+from fedllm_flwr.errors import DataError
+from fedllm_flwr.tasks.base import (
+    ANSWERS_PANEL,
+    Bound,
+    HeldOut,
+    LocalWork,
+    Metric,
+    Panel,
+    Scores,
+    TrainingTask,
+)
+from fedllm_flwr.tasks.preferences import ACCURACY, ANSWER_TOKENS, LOSS, MARGIN
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from fedllm_flwr.data.kinds import RecordKind
+    from fedllm_flwr.models.adapted_model import AdaptedModel
+    from fedllm_flwr.params import Kept, Params
+    from fedllm_flwr.training.trainer import Penalty, Trained
+
+_IDEAL = (1.0, 4 / 3)  # of lambda_D n_D / (lambda_U n_U): the paper's equation 8
+
+
+class Kto(TrainingTask):
+    """Preference alignment without pairs, against a reference model as in DPO."""
+
+    name = "kto"
+    command = "fedllm run task=kto"
+    remembers = ("reference",)
+    adapters: ClassVar[Mapping[str, str]] = {"reference": "kto.reference_adapter"}
+    prompts: ClassVar[Mapping[str, str]] = {"demo_preferences": "When can I expect the refund?"}
+    metrics = (
+        LOSS,
+        ACCURACY,
+        MARGIN,
+        Metric("desirable_reward", "desirable reward", 3),
+        Metric("undesirable_reward", "undesirable reward", 3),
+        Metric("kl", "KL estimate", 2),
+        ANSWER_TOKENS,
+    )
+    panels = (
+        ANSWERS_PANEL,
+        Panel(
+            "Rewards of held-out answers",
+            "nats",
+            ("margin", "desirable_reward", "undesirable_reward"),
+        ),
+    )
+    fixed_keys = ("evaluation.batch_tokens",)  # the reference's values depend on it
+    # A weight near 0 would train on one kind of answers alone: on fewer than a site counts.
+    bounds = (Bound("kto.desirable_weight", 0.1, 10), Bound("kto.undesirable_weight", 0.1, 10))
+
+    def refusal(self, config: Config) -> str | None:
+        """The reference point needs the answer of another example."""
+        training = config.training
+        if training.batch_size * training.gradient_accumulation_steps < 2:
+            return (
+                "training.batch_size=1 with task=kto: an optimizer step needs two answers or more, "
+                "to estimate the KL divergence on mismatched ones; raise it."
+            )
+        return None
+
+    def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
+        """Prompt, answer and verdict."""
+        return ("prompt", "answer", "desirable")
+
+    def claims(self, columns: ColumnsConfig, error: DataError) -> bool:
+        """Columns named for judged answers."""
+        return (columns.answer, columns.desirable) != (
+            ColumnsConfig.answer,
+            ColumnsConfig.desirable,
+        )
+
+    @property
+    def records(self) -> "RecordKind":
+        """A context, and an answer that was liked, or one that was not."""
+        from fedllm_flwr.tasks.kto.examples import JUDGED
+
+        return JUDGED
+
+    def remarks(self, config: Config, examples: Any) -> list[str]:
+        """Weights that do not make up for unequal numbers of both kinds of answers."""
+        desirable = int(examples.desirable.sum())
+        undesirable = len(examples) - desirable
+        if not desirable or not undesirable:
+            kind = "undesirable" if not desirable else "desirable"
+            return [
+                f"task=kto: all {len(examples)} answers are {kind}; nothing holds the other kind "
+                "against them"
+            ]
+        kto, (low, high) = config.kto, _IDEAL
+        ratio = kto.desirable_weight * desirable / (kto.undesirable_weight * undesirable)
+        if low - 0.01 <= ratio <= high + 0.01:
+            return []
+        right = kto.undesirable_weight * ratio
+        return [
+            f"task=kto: {desirable} desirable and {undesirable} undesirable answers; for "
+            f"kto.desirable_weight={kto.desirable_weight:g} the paper recommends "
+            f"kto.undesirable_weight from {right / high:.2f} to {right / low:.2f}"
+        ]
+
+    def prepare(self, work: LocalWork) -> "Mapping[str, Kept]":
+        """Log-probabilities under the reference: of the drawn answers, and of mismatched ones."""
+        from fedllm_flwr.params import Kept
+        from fedllm_flwr.tasks.kto.training import mismatched_reference
+        from fedllm_flwr.tasks.preferences.reference import ReferenceCache
+
+        reference = work.tensors.get("reference")
+        batch_tokens = work.config.evaluation.batch_tokens
+        cache = ReferenceCache(batch_tokens, work.remembered.get("reference"))
+        return {
+            "reference": cache.of(work.model, reference, work.examples, work.drawn),
+            "mismatched": Kept({"values": mismatched_reference(work, reference)}),
+        }
+
+    def optimise(
+        self,
+        work: LocalWork,
+        prepared: "Mapping[str, Kept]",
+        callbacks: "list[TrainerCallback]",
+        penalty: "Penalty",
+    ) -> "Trained":
+        """Raise the implied rewards of desirable answers, lower those of undesirable ones."""
+        from fedllm_flwr.tasks.kto.training import train_kto
+
+        reference, mismatched = prepared["reference"].tensors, prepared["mismatched"].tensors
+        return train_kto(work, reference["values"], mismatched["values"], callbacks, penalty)
+
+    def held_out(
+        self,
+        config: Config,
+        model: "AdaptedModel",
+        records: Any,
+        encoded: Any,
+        tensors: "Mapping[str, Params]",
+    ) -> HeldOut:
+        """Rewards of held-out answers, and the model's own answers to their prompts."""
+        from fedllm_flwr.tasks.kto.held_out import make_judged_set
+
+        return make_judged_set(config, model, records, encoded, tensors.get("reference"))
+
+    def score_client(
+        self, config: Config, model: "AdaptedModel", examples: Any, tensors: "Mapping[str, Params]"
+    ) -> Scores:
+        """Scores of `JudgedSet`, without answers of the model's own."""
+        from fedllm_flwr.tasks.kto.held_out import JudgedSet
+        from fedllm_flwr.tasks.preferences.answers import Prompts
+
+        data = JudgedSet.of(config, model, examples, tensors.get("reference"), Prompts.none())
+        model.load(tensors["params"])
+        return data.score(model, config.evaluation.batch_tokens)

@@ -1,0 +1,101 @@
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306) on one client's answers.
+
+With the implied reward r = log pi(y|x) / pi_ref(y|x) and the reference point z0, an estimate of
+KL(pi || pi_ref), an answer's loss is (equation 7)
+
+    lambda_D (1 - sigma(beta (r - z0)))   where it is desirable,
+    lambda_U (1 - sigma(beta (z0 - r)))   where it is not.
+
+z0 is the mean of the implied rewards of mismatched answers, each prompt of the step with the answer
+of the example before it, and at least 0. It is estimated on all examples of an optimizer step, with
+the adapter as it is before the step, and has no gradient.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import TrainerCallback
+
+from fedllm_flwr.models.scoring import score_examples
+from fedllm_flwr.params import Params
+from fedllm_flwr.tasks.base import LocalWork
+from fedllm_flwr.tasks.kto.held_out import answer_scores
+from fedllm_flwr.tasks.kto.losses import kto_loss, reference_point
+from fedllm_flwr.tasks.preferences.reference import LogProbs, reference_log_probs
+from fedllm_flwr.tasks.preferences.training import AnswerRows, Answers, train_on_answers
+from fedllm_flwr.training.batches import MicroBatch
+from fedllm_flwr.training.trainer import Penalty, Trained
+
+
+def mismatched_reference(work: LocalWork, reference: Params | None) -> LogProbs:
+    """log p_ref of the mismatched answers of the round's steps, (steps, examples per step)."""
+    found = [
+        reference_log_probs(
+            work.model,
+            reference,
+            work.examples.mismatched(step, work.config.training.max_length),
+            work.config.evaluation.batch_tokens,
+        )
+        for step in _steps(work)
+    ]
+    return np.stack(found)
+
+
+def train_kto(
+    work: LocalWork,
+    reference: LogProbs,
+    mismatched: LogProbs,
+    callbacks: list[TrainerCallback],
+    penalty: Penalty,
+) -> Trained:
+    """Train the adapter in place, see `train_on_answers`; dropout is off, as in the reference.
+
+    Args:
+        reference: log p_ref of the drawn answers, in an array for all, (answers, 1).
+        mismatched: of `mismatched_reference`.
+
+    Returns:
+        Loss, and over the round's answers, as they were when trained on, the ``accuracy`` and
+        ``margin`` of `answer_scores`, and ``kl``, the mean of the reference points.
+    """
+    config, model, desirable = work.config, work.model, work.examples.desirable
+    steps, per_step = _steps(work), work.batches.per_step
+    points: list[float] = []
+    trained_on: list[MicroBatch] = []
+    ratios: list[Tensor] = []
+
+    def loss(answers: Answers, batch: MicroBatch) -> Tensor:
+        if len(trained_on) % per_step == 0:
+            number = len(trained_on) // per_step
+            rows = work.examples.mismatched(steps[number], config.training.max_length)
+            scores = score_examples(model, rows, config.evaluation.batch_tokens)
+            model.peft.train()
+            points.append(reference_point(scores.log_probs, mismatched[number]))
+        ratio = answers.log_probs - answers.reference
+        trained_on.append(batch)
+        ratios.append(ratio.detach())
+        wanted = torch.from_numpy(desirable[batch]).to(ratio.device)
+        return kto_loss(ratio, wanted, points[-1], config.kto).mean()
+
+    trained = train_on_answers(
+        model,
+        AnswerRows(work.examples.rows, 1, reference),
+        work.batches,
+        loss,
+        config.training,
+        work.learning_rate,
+        work.seed,
+        callbacks,
+        penalty,
+        disable_dropout=True,
+    )
+    rewards = config.kto.beta * torch.cat(ratios).double().cpu().numpy()
+    metrics = answer_scores(rewards, desirable[np.concatenate(trained_on)])
+    shown = {name: metrics[name] for name in ("accuracy", "margin") if name in metrics}
+    return Trained(trained.loss, trained.steps, {**shown, "kl": float(np.mean(points))})
+
+
+def _steps(work: LocalWork) -> NDArray[np.int64]:
+    """The examples of each optimizer step in drawing order, (steps, examples per step)."""
+    return work.drawn.reshape(work.batches.num_steps, -1)
