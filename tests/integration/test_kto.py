@@ -24,8 +24,11 @@ KTO = (
     "evaluation.answers=2",
     "evaluation.max_new_tokens=8",
     "checkpoint.keep=3",
-    "training.max_steps=4",
+    "training.max_steps=6",
+    "training.batch_size=8",
     "training.learning_rate=0.005",
+    "data.max_samples=200",
+    "data.eval_max_samples=30",
 )
 OPTIONS = {
     "fedprox": ("algorithm.mu=1",),
@@ -61,7 +64,7 @@ def test_every_algorithm_aligns(algorithm: str, whole_run: WholeRun) -> None:
         assert not record["failures"]
         for client in record["clients"].values():
             assert {"loss", "accuracy", "margin", "kl"} <= client.keys()
-            assert client["num_examples"] == 16
+            assert client["num_examples"] == 48
     assert (path / "answers.md").read_text().count("## Prompt") == 2
 
 

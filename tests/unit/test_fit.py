@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.config.schema import ModelConfig
+from fedllm_flwr.config.schema import ModelConfig, TrackingConfig
 from fedllm_flwr.data.client_data import simulated_data
 from fedllm_flwr.data.encode import encode
 from fedllm_flwr.data.overlap import _beginning, _words, overlap
@@ -108,9 +108,10 @@ def test_mlflow_that_does_not_answer_is_found_in_seconds(monkeypatch: pytest.Mon
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if it were installed
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"http://127.0.0.1:\d+ does not answer"):
-        trackers._check_mlflow_answers()
+        trackers.check_trackers(TrackingConfig(mlflow=True))
     assert time.monotonic() - started < 2 * trackers._CONNECT_S
 
 

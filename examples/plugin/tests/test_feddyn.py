@@ -18,14 +18,13 @@ def test_the_fixed_point_is_the_optimum_of_the_sum() -> None:
     for _ in range(60):
         deltas = []
         for i in range(3):
-            received = {"params": state.params}
-            terms = rule.local_terms(received, memory[i])
+            terms = rule.local_terms({"params": state.params}, memory[i])
             offset = 0.0 if terms.offset is None else terms.offset["w"]
             pull = CURVATURE[i] * TARGET[i] + terms.mu * state.params["w"] - offset
             w_i = {"w": pull / (CURVATURE[i] + terms.mu)}
             delta = {"w": w_i["w"] - state.params["w"]}
             result = LocalResult(w_i, delta, {}, 1, 0.1, "sgd")
-            memory[i] = rule.finish(result, received, memory[i], dict).memory
+            memory[i] = rule.finish(result, {}, memory[i], dict).memory
             deltas.append(delta["w"])
         mean = {"delta": {"w": np.mean(deltas, axis=0)}}
         state = rule.step(state, mean, Counts(replied=3, clients=3, weight=3.0))
