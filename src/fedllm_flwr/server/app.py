@@ -57,8 +57,8 @@ def main(grid: Grid, context: Context) -> None:
 def wait_for_ray(limit_s: float = 120.0) -> None:
     """Load nothing before Flower's engine has started Ray in another thread of this process.
 
-    Ray gives each of its processes 30 s to start, which cannot be changed. On a busy machine that
-    is too little for them beside a server that imports torch and reads a model.
+    Ray gives its own processes 15 and 30 s to start, which cannot be changed. On a busy machine
+    that is too little for them beside a server that imports torch and reads a model.
     """
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
