@@ -118,7 +118,7 @@ def test_a_runs_token_is_on_no_command_line(federation: Federation, tmp_path: Pa
 def test_another_process_claims_no_message_of_a_site(federation: Federation, call: str) -> None:
     """A SuperNode listens on loopback, where every user of its machine can ask."""
     found = relatives(federation.folder.parent)
-    [supernode] = [one for one in found if "guard flower-supernode" in command_line(one)]
+    [supernode] = [one for one in found if "programs flower-supernode" in command_line(one)]
     listening = [one.laddr.port for one in supernode.net_connections("inet") if not one.raddr]
     refused = []
     for port in listening:
