@@ -69,8 +69,8 @@ def read_as_a_run(data: Path, output: Path) -> None:
     from fedllm_flwr.models.tokenizer import load_tokenizer
     from fedllm_flwr.runs.directory import create
     from fedllm_flwr.runs.fit import check_fit
-    from fedllm_flwr.server.preparation import prepare
     from fedllm_flwr.server.opening import check_data
+    from fedllm_flwr.server.preparation import prepare
     from fedllm_flwr.tasks import task_of
 
     config = compose([*OVERRIDES, f"data.path={data}", f"output_dir={output}"])
