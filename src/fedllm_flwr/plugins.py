@@ -111,10 +111,19 @@ ALGORITHMS: Registry[Any] = Registry(
 )
 """Subclasses of `federation.rule.Rule`."""
 
+_ROBUST = "fedllm_flwr.federation.robust"
 COMBINERS: Registry[Any] = Registry(
     "algorithm.combiner",
     "fedllm_flwr.combiners",
-    {"mean": "fedllm_flwr.federation.combine:WeightedMean"},
+    {
+        "mean": "fedllm_flwr.federation.combine:WeightedMean",
+        "median": f"{_ROBUST}:Median",
+        "trimmed_mean": f"{_ROBUST}:TrimmedMean",
+        "krum": f"{_ROBUST}:Krum",
+        "geometric_median": f"{_ROBUST}:GeometricMedian",
+        "norm_bound": f"{_ROBUST}:NormBound",
+        "centred_clip": f"{_ROBUST}:CentredClip",
+    },
 )
 """Subclasses of `federation.combine.Combiner`."""
 

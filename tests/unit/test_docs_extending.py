@@ -20,7 +20,7 @@ from tiny_runs import run_tiny
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 NAMES = {  # group of entry points -> name in a configuration -> name in the page
     "fedllm_flwr.algorithms": {"sign_avg": "SignAvg"},
-    "fedllm_flwr.combiners": {"trimmed_mean": "TrimmedMean"},
+    "fedllm_flwr.combiners": {"middle_mean": "MiddleMean"},
     "fedllm_flwr.transforms": {"larger_half": "LargerHalf"},
     "fedllm_flwr.preprocessing": {"tickets": "from_tickets"},
     "fedllm_flwr.templates": {"plain": "PLAIN"},
@@ -74,7 +74,7 @@ def test_algorithm_combiner_transform_and_template_run(tmp_path: Path) -> None:
     plain = run_tiny(tmp_path / "plain", *all_three)
     for number, override in enumerate(
         (
-            "algorithm.combiner=trimmed_mean",
+            "algorithm.combiner=middle_mean",
             "communication.transforms=[larger_half]",
             "data.template=plain",
         )
@@ -94,7 +94,7 @@ def test_the_combiner_does_not_depend_on_the_order() -> None:
     updates = {"a": [1.0, 5.0], "b": [2.0, -9.0], "c": [100.0, 0.5]}
     results = []
     for order in ("abc", "cab"):
-        combiner: Combiner = SNIPPETS["TrimmedMean"]()
+        combiner: Combiner = SNIPPETS["MiddleMean"]()
         for client in order:
             combiner.add(client, {"w": np.array(updates[client], np.float32)}, 1.0)
         results.append(combiner.combined()["w"].tolist())

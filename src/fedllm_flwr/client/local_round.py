@@ -25,6 +25,7 @@ from fedllm_flwr.tasks.base import LocalWork, TrainingTask
 from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.drift import DriftCorrection
 from fedllm_flwr.training.local_terms import LocalResult
+from fedllm_flwr.training.momentum import MOMENTUM, with_momentum, worker_momentum
 from fedllm_flwr.training.schedule import draw_examples, steps_per_round
 
 Drawn = NDArray[np.int64]
@@ -102,9 +103,13 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     chain = Chain.of(config)
     after = rule.finish(result, received, memory.tensors, chain.as_received)
     kept |= {kind: Kept(tensors) for kind, tensors in after.memory.items()}
+    delta = result.delta
+    if decay := worker_momentum(config):
+        delta = with_momentum(delta, memory.tensors.get(MOMENTUM), decay)
+        kept[MOMENTUM] = Kept(delta)
     ClientMemory.keep(assignment, state_dir, kept)
     passage = Passage(data.name, assignment.round, config.seed)
-    groups = dict(chain.client_end({"delta": result.delta, **after.contributions}, passage))
+    groups = dict(chain.client_end({"delta": delta, **after.contributions}, passage))
     return Update(
         delta=groups.pop("delta"),
         num_examples=len(np.unique(drawn)),

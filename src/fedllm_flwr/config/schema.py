@@ -336,10 +336,45 @@ class AlgorithmConfig:
     beta2: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's second moment")
     tau: Real = Field(default=1e-3, gt=0, description="adaptivity of the server optimizer")
     combiner: Annotated[str, Registered(COMBINERS, "auto")] = Field(
-        default="auto", description="how updates become one; auto: as the algorithm says"
+        default="auto",
+        description="how updates become one: mean, or a robust one; auto: as the algorithm says",
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="further settings, of an installed package's algorithm"
+    )
+
+
+@dataclass(frozen=True, config=KNOWN_KEYS)
+class RobustConfig:
+    """Combiners for rounds in which clients may lie (``algorithm.combiner``)."""
+
+    liars: Real = Field(
+        default=0.3,
+        ge=0,
+        lt=0.5,
+        description="share of a round's clients that may lie: f of n; trimmed_mean, krum",
+    )
+    average: Whole | None = Field(
+        default=None,
+        gt=0,
+        description="krum: updates that are averaged; 1: Krum; null: multi-Krum with n - f",
+    )
+    radius: Real | None = Field(
+        default=None,
+        gt=0,
+        description="norm_bound, centred_clip: L2 norm that is left; null: median of the round",
+    )
+    steps: Whole = Field(
+        default=5, gt=0, description="geometric_median, centred_clip: iterations in a round"
+    )
+    smoothing: Real = Field(
+        default=1e-6, gt=0, description="geometric_median: distance below which none is closer"
+    )
+    momentum: Real | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="decay of clients' momentum; null: 0.9 with centred_clip, else 0",
     )
 
 
@@ -488,6 +523,7 @@ class Config:
     kto: KtoConfig = Field(default_factory=KtoConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    robust: RobustConfig = Field(default_factory=RobustConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     communication: CommunicationConfig = Field(default_factory=CommunicationConfig)

@@ -2,12 +2,13 @@
 
 import difflib
 import itertools
+import math
 
 from fedllm_flwr.config.names import shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.plugins import ALGORITHMS, TASKS, TRANSFORMS
+from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, TASKS, TRANSFORMS
 
 
 def validate(config: Config) -> None:
@@ -25,6 +26,7 @@ def validate(config: Config) -> None:
     _check_model(config)
     _check_device(config)
     _check_comparison(config)
+    _check_robust(config)
     for name in config.communication.transforms:
         TRANSFORMS.check(name)
 
@@ -170,6 +172,34 @@ def _check_comparison(config: Config) -> None:
                 f"compare.settings.{name}={shown(own)} must be a section of keys: write "
                 f"'compare.settings={{{name}: {{eta: 0.1}}}}'."
             )
+
+
+def _check_robust(config: Config) -> None:
+    """Refuse a robust combiner where it would not be what decides on the adapter."""
+    name = config.algorithm.combiner
+    if name == "auto" or not COMBINERS.find(name).robust:
+        return
+    algorithm, federation = config.algorithm.name, config.federation
+    if (rule := ALGORITHMS.find(algorithm)).contributes:
+        kinds = " and ".join(rule.contributes.values())
+        raise ConfigError(
+            f"algorithm.combiner={name} does not bound what algorithm={algorithm} adds up beside "
+            f"the updates ({kinds}), so one liar could move it at will; use another algorithm, or "
+            "algorithm.combiner=mean."
+        )
+    if not rule.aggregates or algorithm == "centralized":
+        raise ConfigError(
+            f"algorithm.combiner={name} has nothing to combine with algorithm={algorithm}; drop it."
+        )
+    clients = federation.num_clients or DEFAULT_NUM_CLIENTS
+    count = num_sampled(config, clients)
+    liars = math.floor(round(config.robust.liars * count, 9))
+    if name == "krum" and count < 2 * liars + 3:
+        raise ConfigError(
+            f"algorithm.combiner=krum needs 2 f + 3 = {2 * liars + 3} clients in a round where f = "
+            f"{liars} may lie, and a round has {count}; lower robust.liars={config.robust.liars:g} "
+            "or sample more clients."
+        )
 
 
 def _check_lora(config: Config) -> None:

@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import numpy as np
 
-from fedllm_flwr.params import LARGEST_WEIGHT, Array, Params
+from fedllm_flwr.config import Config
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.params import LARGEST_WEIGHT, Array, Groups, Params
 
 _COARSE, _FINE = 2.0**-16, 2.0**-63  # units of `RunningMean`
 
@@ -21,6 +24,24 @@ class Combiner(ABC):
     them in memory, or in files and read back a block of coordinates of each; they come with their
     clients' names, so that it can put them in order.
     """
+
+    robust: ClassVar[bool] = False
+    """Whether it is for rounds in which clients may lie, and uses the settings ``robust``."""
+
+    @classmethod
+    def of(cls, config: Config, state: ServerState) -> Self:
+        """A combiner for one round, from the configuration and the state before the round."""
+        return cls()
+
+    @property
+    def cut(self) -> Mapping[str, float]:
+        """By client, the share of its update that the result leaves out, from 0 to 1."""
+        return {}
+
+    @property
+    def history(self) -> Groups:
+        """Groups of tensors for ``state.tensors``, which the next round's combiner starts from."""
+        return {}
 
     @abstractmethod
     def add(self, client: str, update: Params, weight: float) -> None:

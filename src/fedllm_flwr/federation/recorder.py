@@ -15,7 +15,8 @@ class RoundReport:
     ``metrics``, ``num_examples`` and ``failures`` are those of training; ``scores`` and
     ``score_failures`` those of the clients' evaluation of the new adapter, if there was one.
     ``ignored`` are replies and nodes that count for no client, such as a second one; ``lost`` names
-    clients that have started anew, each with the round of which its memory is lost.
+    clients that have started anew, each with the round of which its memory is lost; ``cut`` is
+    the share of each client's update that a robust combiner has left out.
     """
 
     round: int
@@ -24,8 +25,10 @@ class RoundReport:
     num_examples: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # those of the failures that the server refused
     diverged: set[str] = field(default_factory=set)  # those of the failures with NaN or Inf
     lost: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     num_scored: dict[str, int] = field(default_factory=dict)
     score_failures: dict[str, str] = field(default_factory=dict)

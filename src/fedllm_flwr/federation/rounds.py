@@ -153,11 +153,11 @@ class Rounds:
         weights = {"examples": num_examples, "used": update.num_examples, "uniform": 1}
         return float(weights[weighting])
 
-    def combiner(self) -> Combiner:
-        """A fresh combiner for a round's updates."""
+    def combiner(self, state: ServerState) -> Combiner:
+        """A fresh combiner for the updates of the round after `state`."""
         chosen = self.config.algorithm.combiner
         kind: Any = COMBINERS.find(self.rule.combiner if chosen == "auto" else chosen)
-        made: Combiner = kind()
+        made: Combiner = kind.of(self.config, state)
         return made
 
     def oldest_checkpoint(self, state: ServerState) -> int:
@@ -199,7 +199,7 @@ class OpenRound:
     report: RoundReport
 
     def __post_init__(self) -> None:
-        self._combiner = self.rounds.combiner()
+        self._combiner = self.rounds.combiner(self.state)
         self._sums = {group: RunningMean() for group in self.rounds.rule.contributes}
         self._weight = 0.0
 
@@ -213,6 +213,8 @@ class OpenRound:
             update = self._combine(name, answer)
         except FederationError as error:
             report.failures[name] = str(error)
+            if isinstance(answer, Update):
+                report.refused.add(name)
             if isinstance(error, NotFiniteError):
                 report.diverged.add(name)
             if not isinstance(error, NoReplyError):
@@ -240,6 +242,8 @@ class OpenRound:
         combined |= {group: total.sum_over(num_clients) for group, total in self._sums.items()}
         counts = Counts(len(report.metrics), num_clients, self._weight)
         new = rounds.rule.step(state, combined, counts)
+        new = replace(new, tensors={**new.tensors, **self._combiner.history})
+        report.cut = dict(self._combiner.cut)
         params = {name: value.astype(np.float32) for name, value in new.params.items()}
         try:
             check_like(params, state.params)

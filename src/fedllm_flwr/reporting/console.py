@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
-from fedllm_flwr.reporting.metrics import Record
+from fedllm_flwr.reporting.metrics import Record, cut_lines
 from fedllm_flwr.reporting.plan import Plan, plan_lines
 from fedllm_flwr.reporting.progress import Progress
 from fedllm_flwr.reporting.stream import SafeStream
@@ -184,6 +184,8 @@ class Console:
         if failures := summary.get("failures"):
             noun = "reply was" if failures == 1 else "replies were"
             self._print(f"  {failures} client {noun} missing or refused.", "yellow")
+        for line in cut_lines(summary.get("cut", {})):
+            self._print(f"  {one_line(line)}.", "yellow")
         for line in [*path_lines(paths, self.width), *next_lines(next_commands, self.width)]:
             self._print(line)
 

@@ -7,7 +7,9 @@ A record is plain data: ``round`` and ``seconds``, and where they apply
 - ``eval``, ``client_eval``: scores on the central and on the clients' own held-out records
 - ``refused``: clients that cannot take part in this run; ``evaluation_failures``: clients that did
   not score the adapter; ``lost``: clients whose memory of a round is gone, with that round;
-  ``ignored``: replies that belong to no client
+  ``ignored``: replies that belong to no client; ``cut``: by client, the share of its update that a
+  robust combiner has left out; ``refused_updates``: those of the failures that came and could not
+  be used
 - ``failed``: the run stopped in this round
 - ``phases``: seconds by phase since the previous record, its checkpoint included
 
@@ -31,6 +33,8 @@ from fedllm_flwr.files import write_atomically
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
+
+_CUT_ROUNDS = 3
 
 
 class MetricsLog:
@@ -167,7 +171,40 @@ def summarise(
         "bytes_up": sum(int(item.get("bytes_up", 0)) for item in records),
         "bytes_down": sum(int(item.get("bytes_down", 0)) for item in records),
         "failures": sum(len(item.get("failures", {})) for item in records),
+        "cut": cut_clients(records),
     }
+
+
+def cut_clients(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+    """Clients of which a robust combiner, or the check of replies, leaves little round after round.
+
+    An update counts as cut if more than half of it is left out or the server has refused it. A
+    client is named if that is so in more than half of its rounds, and in `_CUT_ROUNDS` at least.
+
+    Returns:
+        Numbers of rounds by client: ``cut`` and ``of``, those in which it has replied.
+    """
+    counts: dict[str, list[bool]] = defaultdict(list)
+    for record in records:
+        shares: Mapping[str, float] = record.get("cut") or {}
+        for name in record.get("clients") or {}:
+            counts[name].append(shares.get(name, 0.0) > 0.5)
+        for name in record.get("refused_updates") or ():
+            counts[name].append(True)
+    return {
+        name: {"cut": sum(found), "of": len(found)}
+        for name, found in sorted(counts.items())
+        if sum(found) >= _CUT_ROUNDS and sum(found) > len(found) / 2
+    }
+
+
+def cut_lines(cut: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A line for each client of `cut_clients`."""
+    return [
+        f"{name}: its updates were cut or refused in {rounds['cut']} of {rounds['of']} rounds; "
+        "look at its data and its machine"
+        for name, rounds in cut.items()
+    ]
 
 
 def name_of_start(init_adapter: str | None) -> str:

@@ -261,6 +261,10 @@ def _record(report: RoundReport, config: Config) -> Record:
         record["ignored"] = report.ignored
     if report.lost:
         record["lost"] = dict(sorted(report.lost.items()))
+    if report.cut:
+        record["cut"] = report.cut
+    if report.refused:
+        record["refused_updates"] = sorted(report.refused)
     if report.score_failures:
         record["evaluation_failures"] = dict(sorted(report.score_failures.items()))
     if report.score is not None:

@@ -2,13 +2,20 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.federation.state import newest_readable
-from fedllm_flwr.reporting.metrics import Record, best_record, read_metrics, validation_losses
+from fedllm_flwr.reporting.metrics import (
+    Record,
+    best_record,
+    cut_clients,
+    cut_lines,
+    read_metrics,
+    validation_losses,
+)
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_line
 from fedllm_flwr.runs.directory import RunDirectory, how_to_go_on, is_finished
 from fedllm_flwr.runs.lock import CurrentRound, Holder, current_round, holder
@@ -40,6 +47,7 @@ class RunStatus:
     best_loss: float | None
     current: CurrentRound | None  # the round in progress, or in which the run stopped
     last: Record | None  # of the last finished round, as in metrics.jsonl
+    cut: dict[str, dict[str, int]] = field(default_factory=dict)  # see `cut_clients`
     command: str = "fedllm run"  # resumes the run, given resume=
 
     @property
@@ -70,6 +78,7 @@ class RunStatus:
                 f"  all rounds  {mean} each, {format_bytes(self.bytes)}, "
                 f"{self.failures} {'reply' if self.failures == 1 else 'replies'} missing or refused"
             )
+        lines += [f"  {one_line(line)}" for line in cut_lines(self.cut)]
         if self.best_round is not None:
             lines.append(
                 f"  best        round {self.best_round}, eval loss {fixed(self.best_loss, 3)}"
@@ -118,6 +127,7 @@ def run_status(path: Path) -> RunStatus:
         best_loss=None if best is None else losses[best["round"]],
         current=current_round(directory),
         last=finished[-1] if finished else None,
+        cut=cut_clients(records),
         command=who.command if who else Holder.command,
     )
 
