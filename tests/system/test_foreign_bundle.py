@@ -167,4 +167,4 @@ def test_an_unguarded_site_answers_only_with_trust(federation: Federation, tmp_p
             assert "trust-server-code=true: this SuperNode runs whatever code" in said
         else:
             assert answer["reason"] == "its operator has to start it with `fedllm site start`"
-            assert "this SuperNode was started without the guard" in said
+            assert "this SuperNode was started by Flower's own program" in said

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 import fedllm_flwr
-from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.requests import answer
 from fedllm_flwr.client.resident.caller import answer_by_resident
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.federation.messages import Assignment
 from fedllm_flwr.federation.wire import (

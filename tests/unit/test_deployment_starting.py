@@ -37,7 +37,7 @@ def test_the_guards_programs_come_first(site: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("program", ["flwr-clientapp", "flower-superexec"])
 @pytest.mark.parametrize("change", ["gone", "not executable", "another"])
-def test_without_its_guard_a_site_does_not_start(site: Path, program: str, change: str) -> None:
+def test_without_its_programs_a_site_does_not_start(site: Path, program: str, change: str) -> None:
     """Flower's own program of the name would be found on the path, and run what a server sends."""
     file = site / "bin" / program
     if change == "gone":

@@ -12,7 +12,8 @@ from flwr.app import RecordDict
 
 from deployments import SMALL
 from fedllm_flwr.client.disclosure import audited
-from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.requests import answer
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig

@@ -18,7 +18,8 @@ from flwr.app import RecordDict
 from safetensors.torch import load_file
 
 from fedllm_flwr.client import local_round as local
-from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.requests import answer
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, FederationConfig

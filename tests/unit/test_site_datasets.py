@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.requests import answer
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import DataConfig, FederationConfig

@@ -10,7 +10,8 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from fedllm_flwr import __version__
-from fedllm_flwr.client.requests import Site, answer, failed
+from fedllm_flwr.client.requests import answer, failed
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.data.client_data import data_identity

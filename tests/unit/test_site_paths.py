@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from flwr.app import RecordDict
 
-from fedllm_flwr.client.requests import Site, answer, state_folder
+from fedllm_flwr.client.requests import answer
 from fedllm_flwr.client.simulated import add_state_dir
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.federation.wire import pack_query, unpack_failure
@@ -20,7 +21,7 @@ CONFIG = Config(federation=FederationConfig(engine="deployment", num_clients=1))
 )
 def test_state_of_any_run_lies_below_the_state_folder(run: str, tmp_path: Path) -> None:
     site = Site({"client-name": "ward", "state-dir": str(tmp_path / "state")}, 1, 7)
-    folder = state_folder(site, "ward", run, RecordDict())
+    folder = site.memory_folder("ward", run, RecordDict())
 
     assert folder.resolve() == folder
     assert folder.parent.parent == tmp_path / "state" / "runs"
@@ -29,7 +30,7 @@ def test_state_of_any_run_lies_below_the_state_folder(run: str, tmp_path: Path) 
 def test_states_of_two_runs_lie_apart(tmp_path: Path) -> None:
     site = Site({"client-name": "ward", "state-dir": str(tmp_path)}, 1, 7)
     names = ["run", ".", "..", "a", "A", "a.b", "a%2Eb"]
-    assert len({state_folder(site, "ward", run, RecordDict()) for run in names}) == len(names)
+    assert len({site.memory_folder("ward", run, RecordDict()) for run in names}) == len(names)
 
 
 def test_only_a_simulated_client_takes_its_state_folder_from_a_message(tmp_path: Path) -> None:
@@ -40,9 +41,9 @@ def test_only_a_simulated_client_takes_its_state_folder_from_a_message(tmp_path:
     noted.mkdir()
     node = {"client-name": "ward", "state-dir": str(own)}
 
-    assert state_folder(Site(node, 1, 7), "ward", "run", content) == own / "runs" / "run" / "ward"
+    assert Site(node, 1, 7).memory_folder("ward", "run", content) == own / "runs" / "run" / "ward"
     simulated = Site({**node, "partition-id": 0}, 1, 7)
-    assert state_folder(simulated, "client-0", "run", content) == noted / "clients" / "client-0"
+    assert simulated.memory_folder("client-0", "run", content) == noted / "clients" / "client-0"
 
 
 def test_simulated_client_of_another_machine_keeps_its_state_there(
@@ -54,7 +55,7 @@ def test_simulated_client_of_another_machine_keeps_its_state_there(
     add_state_dir(content, tmp_path / "elsewhere" / "clients")
     site = Site({"partition-id": 0}, 1, 7)
 
-    folder = state_folder(site, "client-0", "run", content)
+    folder = site.memory_folder("client-0", "run", content)
     assert folder == tmp_path / "state" / "runs" / "run" / "client-0"
 
 

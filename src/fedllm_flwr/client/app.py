@@ -7,8 +7,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedllm_flwr.client.disclosure import audited
-from fedllm_flwr.client.requests import Site, answer, failed
+from fedllm_flwr.client.requests import answer, failed
 from fedllm_flwr.client.resident.caller import answer_by_resident
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.deployment.node import choose_gpus
 from fedllm_flwr.deployment.programs import is_confined
 from fedllm_flwr.environment import prepare_environment
@@ -45,7 +46,7 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
         return Message(answer(kind, message.content, site), reply_to=message)
     started = time.monotonic()
     try:
-        _check_guarded(site)
+        require_confined(site)
         choose_gpus(site.node_config)
         content = answer_by_resident(kind, message.content, site, message.metadata.ttl)
     except Exception as error:  # Flower would send its text to the server
@@ -54,11 +55,10 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
     return Message(audited(kind, message.content, content, site, started), reply_to=message)
 
 
-def _check_guarded(site: Site) -> None:
-    """Answer only where no code of a bundle can run, unless the site's operator wants it so.
+def require_confined(site: Site) -> None:
+    """Answer only where no code of a server's bundle can run, unless the site's operator allows it.
 
-    This covers the app of this package alone: started without the guard, Flower loads whatever app
-    a bundle names.
+    Flower's own program loads whatever app a bundle names; this check is part of only this app.
 
     Raises:
         RefusedError: Flower's own program has loaded this app.
@@ -67,9 +67,9 @@ def _check_guarded(site: Site) -> None:
         return
     if site.node_config.get("trust-server-code") is not True:
         logger.error(
-            "this SuperNode was started without the guard, so that code of a server can run here; "
-            "start it with `fedllm site start` (trust-server-code=true in its node config lets it "
-            "answer all the same)"
+            "this SuperNode was started by Flower's own program, which runs code that a server "
+            "sends; start it with `fedllm site start` (trust-server-code=true in its node config "
+            "lets it answer all the same)"
         )
         raise RefusedError("its operator has to start it with `fedllm site start`")
     logger.warning(

@@ -1,4 +1,4 @@
-"""What the audit log of a site says of a message: who asked for what, and what left the site."""
+"""Entries of a site's audit log: who asked for what, and which numbers left the site."""
 
 import time
 from dataclasses import asdict
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from flwr.app import RecordDict
 
-from fedllm_flwr.client.requests import Site, failed
-from fedllm_flwr.config import Config
+from fedllm_flwr.client.requests import failed
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.deployment.audit import WAITING, AuditLog, settings_digest
 from fedllm_flwr.errors import FederationError, FedLLMError
 from fedllm_flwr.federation.wire import unpack_config, unpack_failure, unpack_params
@@ -20,7 +20,7 @@ _VERDICTS = {"ApprovalPending": WAITING, "ApprovalDeclined": "declined"}
 def audited(
     kind: str, asked: RecordDict, reply: RecordDict, site: Site, started: float
 ) -> RecordDict:
-    """`reply`, once the site's audit log has noted it; without a log, nothing leaves.
+    """`reply`, once it is in the site's audit log; a failure where the log cannot be written.
 
     A site keeps a log if its node config has ``site-dir``, as `fedllm site init` writes it.
 
@@ -29,11 +29,34 @@ def audited(
     """
     if "site-dir" not in site.node_config:
         return reply
-    seconds = round(time.monotonic() - started, 3)
+    entry: dict[str, Any] = {
+        "event": kind,
+        "run": str(site.run_id),
+        "server": str(site.node_config.get("server-address", "")),
+    }
+    settings = None
     try:
-        entry, config = _entry(kind, asked, reply, site)
-        log = AuditLog(audit_folder(Path(str(site.node_config["site-dir"]))))
-        log.append({**entry, "seconds": seconds}, None if config is None else asdict(config))
+        server_round, config = unpack_config(asked)
+    except FederationError as error:
+        entry["unreadable"] = str(error)
+    else:
+        settings = asdict(config)
+        entry |= {
+            "round": server_round,
+            "algorithm": config.algorithm.name,
+            "task": config.task.name,
+            "model": config.model.path,
+            "commit": config.model.revision,
+            "settings_digest": settings_digest(settings),
+        }
+    try:
+        if (failure := unpack_failure(reply)) is not None:
+            verdict = _VERDICTS.get(failure.kind, "refused")
+            entry |= {"verdict": verdict, "reason": failure.reason}
+        else:
+            entry |= {"verdict": "answered", **disclosed(reply)}
+        entry["seconds"] = round(time.monotonic() - started, 3)
+        AuditLog(audit_folder(Path(str(site.node_config["site-dir"])))).append(entry, settings)
     except FedLLMError as error:
         return failed(error, site)
     return reply
@@ -44,36 +67,7 @@ def audit_folder(site_dir: Path) -> Path:
     return site_dir.expanduser() / "audit"
 
 
-def _entry(
-    kind: str, asked: RecordDict, reply: RecordDict, site: Site
-) -> tuple[dict[str, Any], Config | None]:
-    """The entry, and the settings that were asked for, if they can be read."""
-    entry: dict[str, Any] = {
-        "event": kind,
-        "run": str(site.run_id),
-        "server": str(site.node_config.get("server-address", "")),
-    }
-    config = None
-    try:
-        server_round, config = unpack_config(asked)
-    except FederationError as error:
-        entry["unreadable"] = str(error)
-    else:
-        entry |= {
-            "round": server_round,
-            "algorithm": config.algorithm.name,
-            "task": config.task.name,
-            "model": config.model.path,
-            "commit": config.model.revision,
-            "settings_digest": settings_digest(asdict(config)),
-        }
-    if (failure := unpack_failure(reply)) is not None:
-        verdict = _VERDICTS.get(failure.kind, "refused")
-        return {**entry, "verdict": verdict, "reason": failure.reason}, config
-    return {**entry, "verdict": "answered", **_left(reply)}, config
-
-
-def _left(reply: RecordDict) -> dict[str, Any]:
+def disclosed(reply: RecordDict) -> dict[str, Any]:
     """Records used, and the values, bytes and L2 norms of the tensors in a reply."""
     said: dict[str, Any] = {}
     for record in reply.config_records.values():

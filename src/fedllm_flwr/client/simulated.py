@@ -2,7 +2,7 @@
 
 The directory lies in that of the run, and a note with its path goes with every message to a
 simulated client: its worker process may be older than the run, or run on another machine. A site
-reads no such note, see `client.requests.state_folder`.
+reads no such note, see `Site.memory_folder`.
 """
 
 from pathlib import Path

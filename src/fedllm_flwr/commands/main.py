@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from fedllm_flwr import __version__
 from fedllm_flwr.commands.evaluate.arguments import add_evaluation, evaluate_arguments
+from fedllm_flwr.commands.server import add_server
+from fedllm_flwr.commands.site import add_site
 from fedllm_flwr.commands.usage import CommandParser, refuse_unknown
-from fedllm_flwr.deployment.commands import add_server, add_site
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError, ModelError
 

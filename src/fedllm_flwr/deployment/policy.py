@@ -101,7 +101,7 @@ class Policy:
                 self._check_limit(name, key, value)
 
     def check_records(self, config: Config, num_train: int, num_held_out: int) -> None:
-        """Refuse what would rest on too few of the site's records.
+        """Refuse training or scores on too few of the site's records.
 
         Args:
             num_train: records to train on.
@@ -208,16 +208,6 @@ def _batch(config: Config) -> int:
     return config.training.batch_size * config.training.gradient_accumulation_steps
 
 
-def _counts_steps(config: Config) -> bool:
-    return config.training.max_steps > 0
-
-
-def _rounds_kept(config: Config, _: int) -> int:
-    """Rounds of state that a client keeps so that the server may go back to its checkpoints."""
-    back = config.checkpoint.every * (config.checkpoint.keep + 1)
-    return min(back, config.federation.num_rounds)
-
-
 _STEP = "training.batch_size x gradient_accumulation_steps"
 # Limit -> the key that a refusal names, and what a request asks of it; None: nothing.
 _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
@@ -225,18 +215,18 @@ _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
     "min_records_per_round": (
         f"training.max_steps x {_STEP.removeprefix('training.')}",
         lambda config, _: (
-            config.training.max_steps * _batch(config) if _counts_steps(config) else None
+            config.training.max_steps * _batch(config) if config.training.max_steps > 0 else None
         ),
     ),
     "min_length": ("training.max_length", lambda config, _: config.training.max_length),
     "max_length": ("training.max_length", lambda config, _: config.training.max_length),
     "max_steps": (
         "training.max_steps",
-        lambda config, _: config.training.max_steps if _counts_steps(config) else None,
+        lambda config, _: config.training.max_steps if config.training.max_steps > 0 else None,
     ),
     "max_epochs": (
         "training.num_epochs",
-        lambda config, _: None if _counts_steps(config) else config.training.num_epochs,
+        lambda config, _: config.training.num_epochs if config.training.max_steps < 1 else None,
     ),
     "max_batch_size": (
         "training.batch_size x gradient_accumulation_steps, or micro_batch_size",
@@ -251,7 +241,12 @@ _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
         lambda config, round: max(config.federation.num_rounds, round),
     ),
     "max_lora_rank": ("lora.r", lambda config, _: config.lora.r),
-    "max_rounds_kept": ("checkpoint.every x (checkpoint.keep + 1)", _rounds_kept),
+    "max_rounds_kept": (  # of state, so that the server may go back to its checkpoints
+        "checkpoint.every x (checkpoint.keep + 1)",
+        lambda config, _: min(
+            config.checkpoint.every * (config.checkpoint.keep + 1), config.federation.num_rounds
+        ),
+    ),
 }
 
 
@@ -286,7 +281,7 @@ def read_policy(path: str | Path) -> Policy:
     file = Path(path).expanduser()
     try:
         text = file.read_text("utf-8")
-        _refuse_repeated(file, text)
+        node = yaml.compose(text, yaml.SafeLoader)
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
@@ -295,6 +290,10 @@ def read_policy(path: str | Path) -> Policy:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise _wrong(file, f"not valid YAML{line} ({getattr(error, 'problem', error)})") from None
+    if isinstance(node, yaml.MappingNode):  # YAML would let the last of two win unseen
+        keys = [str(key.value) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise _wrong(file, f"{shown(repeated[0])} stands twice; keep one")
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
@@ -335,17 +334,6 @@ def _as_yaml(value: object) -> str:
     if isinstance(value, str | bool):
         return str(value).lower()
     return f"{value:.12g}"
-
-
-def _refuse_repeated(file: Path, text: str) -> None:
-    """A key may stand only once: YAML would let the last one win unseen."""
-    import yaml
-
-    node = yaml.compose(text, yaml.SafeLoader)
-    if isinstance(node, yaml.MappingNode):
-        keys = [str(key.value) for key, _ in node.value]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise _wrong(file, f"{shown(repeated[0])} stands twice; keep one")
 
 
 def _known(file: Path, key: Any) -> str:

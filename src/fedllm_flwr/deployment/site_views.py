@@ -71,7 +71,7 @@ def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool
     return lines
 
 
-def decide(directory: str | Path, name: str, approve: bool) -> list[str]:
+def decide_request(directory: str | Path, name: str, approve: bool) -> list[str]:
     """Approve or decline a request; the decision goes into the audit log.
 
     Raises:

@@ -139,7 +139,7 @@ def site_state(node_config: Mapping[str, object], default: Path) -> SiteState:
     return SiteState(default / (_quoted(str(node_config.get("client-name", ""))) or "site"))
 
 
-def forget(directory: str, run: str | None, everything: bool) -> list[str]:
+def forget_runs(directory: str, run: str | None, everything: bool) -> list[str]:
     """``fedllm site forget``: remove a run's state at a site, or the state of all.
 
     Args:

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from flwr.app import RecordDict
 
-from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.requests import answer
 from fedllm_flwr.client.resident.protocol import receive_frame, send_frame
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Failure
 from fedllm_flwr.federation.wire import pack_failure, unpack_failure
@@ -48,7 +48,7 @@ def answer_by_resident(
         path = _socket_path(site)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return _logged(_ask(path, kind, content, site, timeout_s), kind, site)
+                return _logged(ask(path, kind, content, site, timeout_s), kind, site)
             except EOFError:
                 logger.warning("the resident trainer died over a message (attempt %d)", attempt)
     except TimeoutError:
@@ -69,10 +69,22 @@ def _logged(content: RecordDict, kind: str, site: Site) -> RecordDict:
     return content
 
 
-def _ask(
+def ask(
     path: Path, kind: str, content: RecordDict, site: Site, timeout_s: float | None
 ) -> RecordDict:
-    with _connected(path, site) as connection:
+    """The answer of the trainer on a socket, which is started if nobody answers there.
+
+    Raises:
+        EOFError: the trainer died over the message.
+        TimeoutError: it did not answer in time, and was ended.
+        FederationError: it cannot be started.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        # One ClientApp at a time looks for the trainer and starts it.
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _connect(connection, path):
+                start(connection, path, site)
         fields = {
             "kind": kind,
             "node_config": dict(site.node_config),
@@ -86,29 +98,13 @@ def _ask(
         except (ConnectionResetError, BrokenPipeError) as error:
             raise EOFError(str(error)) from error
         except TimeoutError:
-            _end_peer(connection)
+            # The kernel says which process is at the other end, where it can.
+            if (option := getattr(socket, "SO_PEERCRED", None)) is not None:
+                size = struct.calcsize("3i")
+                peer = connection.getsockopt(socket.SOL_SOCKET, option, size)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(struct.unpack("3i", peer)[0], signal.SIGKILL)
             raise
-
-
-def _end_peer(connection: socket.socket) -> None:
-    """Kill the trainer at the other end; the kernel says who it is, where it can."""
-    option = getattr(socket, "SO_PEERCRED", None)
-    if option is None:
-        return
-    credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
-    pid, _, _ = struct.unpack("3i", credentials)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _connected(path: Path, site: Site) -> Iterator[socket.socket]:
-    """A connection to the trainer, which is started if nobody answers on the socket."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        with _only_one(path):
-            if not _connect(connection, path):
-                _wait(connection, path, _start(path, site), _log_path(site))
-        yield connection
 
 
 def _connect(connection: socket.socket, path: Path) -> bool:
@@ -119,19 +115,35 @@ def _connect(connection: socket.socket, path: Path) -> bool:
     return True
 
 
-def _start(path: Path, site: Site) -> "subprocess.Popen[bytes]":
-    """Start the trainer in a session of its own, with the SuperNode as the parent to watch."""
+def start(connection: socket.socket, path: Path, site: Site) -> None:
+    """Start the trainer in a session of its own, and connect to it.
+
+    Its parent to watch is the SuperNode.
+
+    Raises:
+        FederationError: it has ended, or does not listen in time.
+    """
     path.unlink(missing_ok=True)
     idle = float(site.node_config.get("idle-timeout-s", DEFAULT_IDLE_TIMEOUT_S))
-    arguments = [str(path), str(os.getppid()), str(idle)]
-    with _log_path(site).open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fedllm_flwr.client.resident", *arguments],
+    log = _log_path(site)
+    with log.open("ab") as output:
+        trainer = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "fedllm_flwr.client.resident"),
+                *(str(path), str(os.getppid()), str(idle)),
+            ],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not _connect(connection, path):
+        if trainer.poll() is not None:
+            raise FederationError(f"it ended with status {trainer.returncode}, see {log}")
+        if time.monotonic() > deadline:
+            raise FederationError(f"it did not start within {_START_TIMEOUT_S:g} s, see {log}")
+        time.sleep(0.05)
 
 
 def _log_path(site: Site) -> Path:
@@ -143,28 +155,8 @@ def _log_path(site: Site) -> Path:
     return _socket_path(site).with_suffix(".log")
 
 
-def _wait(
-    connection: socket.socket, path: Path, trainer: "subprocess.Popen[bytes]", log: Path
-) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while not _connect(connection, path):
-        if trainer.poll() is not None:
-            raise FederationError(f"it ended with status {trainer.returncode}, see {log}")
-        if time.monotonic() > deadline:
-            raise FederationError(f"it did not start within {_START_TIMEOUT_S:g} s, see {log}")
-        time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Let one ClientApp at a time look for the trainer and start it."""
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _socket_path(site: Site) -> Path:
-    """The site's socket, in a directory that its user alone can enter.
+    """The site's socket, in a directory that only its user can enter.
 
     Raises:
         FederationError: the directory belongs to someone else.

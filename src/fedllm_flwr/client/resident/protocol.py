@@ -1,4 +1,4 @@
-"""What a ClientApp and the resident trainer say to each other over a socket: JSON and raw tensors.
+"""Messages between a ClientApp and the resident trainer over a socket: JSON and raw tensors.
 
 A frame is a length (8 bytes, big-endian), a header in JSON, and the tensors' bytes in the header's
 order. Nothing on it is executed: no pickle, no code.

@@ -11,12 +11,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from fedllm_flwr.client.requests import Site, answer
+from fedllm_flwr.client.requests import answer
 from fedllm_flwr.client.resident.protocol import receive_frame, send_frame
+from fedllm_flwr.client.site import Site
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import FederationError
 
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _MESSAGE_S = 300.0  # for a message to come, once a peer has connected
+_FIELDS = {"kind": str, "node_config": dict, "run_id": int, "node_id": int}
 
 
 def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
@@ -32,68 +32,47 @@ def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
     One message at a time; those who come meanwhile wait in the socket's queue.
     """
     prepare_environment()
-    with socket.socket(socket.AF_UNIX) as listener, _removed_at_the_end(path):
-        listener.bind(str(path))
-        listener.listen()
-        listener.settimeout(_POLL_S)
-        threading.Thread(target=_end_with, args=(parent, path), daemon=True).start()
-        last = time.monotonic()
-        while time.monotonic() - last < idle_timeout_s:
-            with contextlib.suppress(TimeoutError):
-                connection, _ = listener.accept()
-                with connection:
-                    _answer(connection)
-                last = time.monotonic()
+
+    def end_with_parent() -> None:  # soon after it has ended, whatever this process does
+        while True:
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+                os._exit(0)
+            except PermissionError:
+                pass  # it is there, and another user's
+            time.sleep(_POLL_S)
+
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            listener.settimeout(_POLL_S)
+            threading.Thread(target=end_with_parent, daemon=True).start()
+            last = time.monotonic()
+            while time.monotonic() - last < idle_timeout_s:
+                with contextlib.suppress(TimeoutError):
+                    connection, _ = listener.accept()
+                    with connection:
+                        handle(connection)
+                    last = time.monotonic()
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def _answer(connection: socket.socket) -> None:
-    """One message and its answer; a peer that is gone, or sends no message, is left alone."""
+def handle(connection: socket.socket) -> None:
+    """Answer one message; one that breaks off, or is none of this package, is dropped."""
     try:
         connection.settimeout(_MESSAGE_S)
         fields, content = receive_frame(connection)
-        kind, site = _asked(fields)
+        for name, kind in _FIELDS.items():
+            if not isinstance(fields.get(name), kind):
+                raise FederationError(
+                    f"not a message of this package (its {name} is no {kind.__name__})"
+                )
+        site = Site(fields["node_config"], fields["run_id"], fields["node_id"])
         connection.settimeout(None)
-        send_frame(connection, {}, answer(kind, content, site))
+        send_frame(connection, {}, answer(fields["kind"], content, site))
     except (OSError, EOFError, FederationError) as error:
         logger.warning("a message was dropped: %s", error)
-
-
-def _asked(fields: dict[str, Any]) -> tuple[str, Site]:
-    """The kind of a message and the site that it is for.
-
-    Raises:
-        FederationError: a field is missing or of another type.
-    """
-    kinds = {"kind": str, "node_config": dict, "run_id": int, "node_id": int}
-    for name, kind in kinds.items():
-        if not isinstance(fields.get(name), kind):
-            raise FederationError(
-                f"not a message of this package (its {name} is no {kind.__name__})"
-            )
-    return fields["kind"], Site(fields["node_config"], fields["run_id"], fields["node_id"])
-
-
-def _end_with(parent: int, path: Path) -> None:
-    """End this process, whatever it does, soon after `parent` has ended."""
-    while _is_alive(parent):
-        time.sleep(_POLL_S)
-    path.unlink(missing_ok=True)
-    os._exit(0)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _removed_at_the_end(path: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
