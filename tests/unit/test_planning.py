@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedllm_flwr.server.planning import _wire
+from fedllm_flwr.server.planning import bytes_per_client
 from memory_grid import MemoryGrid
 from strategy_runs import START, config_of, nodes_of, roster_of, run
 
@@ -12,7 +12,7 @@ from strategy_runs import START, config_of, nodes_of, roster_of, run
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "local", "fedadam", "fedprox"])
 def test_bytes_are_those_that_travel(name: str) -> None:
     config, prepared = config_of(name), SimpleNamespace(initial=START, sent={})
-    plan = _wire(config, prepared, roster_of())  # type: ignore[arg-type]
+    down, up = bytes_per_client(config, prepared, roster_of())  # type: ignore[arg-type]
     _, (report,) = run(config, MemoryGrid(nodes_of()))
-    assert plan["bytes_down"] * len(report.metrics) == report.bytes_down
-    assert plan["bytes_up"] * len(report.metrics) == report.bytes_up
+    assert down * len(report.metrics) == report.bytes_down
+    assert up * len(report.metrics) == report.bytes_up

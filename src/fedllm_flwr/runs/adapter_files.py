@@ -48,8 +48,7 @@ def save_best(
     """Write the adapter of the best round so far, with that round and its scores beside it.
 
     Args:
-        adapters: tensors; or of clients that train alone, tensors by the name of a folder, of
-            which each gets one below `path`.
+        adapters: tensors; or those of local baselines by client, each for a folder of its own.
         summary: up to that round; its ``best`` is written to ``score.json``.
 
     Raises:
@@ -80,14 +79,6 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise FederationError(f"cannot write {path}: {error}.") from error
 
 
-def _sort_settings(file: Path) -> None:
-    """Lists of names in order: PEFT writes those of its sets as Python's hashes have them."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    named = ("target_modules", "exclude_modules", "modules_to_save")
-    settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
-    file.write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
-
-
 def recover(path: Path) -> None:
     """Put back what a process that was killed between two renames had moved away from `path`."""
     for folder in path.parent.glob(f".{path.name}.*"):
@@ -101,7 +92,12 @@ def _export(
 ) -> None:
     model.load(params)
     model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
-    _sort_settings(fresh / "adapter_config.json")
+    # Lists of names in order: PEFT writes those of its sets as Python's hashes have them.
+    file = fresh / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    named = ("target_modules", "exclude_modules", "modules_to_save")
+    settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
+    file.write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
     dtype = str(model.dtype).removeprefix("torch.")
     card = model_card(config, summary, config.model.path, dtype)
     (fresh / "README.md").write_text(card, encoding="utf-8")
@@ -118,10 +114,21 @@ def load_adapter(path: Path, model: AdaptedModel) -> Params:
     """The tensors of an exported adapter, for the same base model and LoRA settings.
 
     Raises:
-        ModelError: it is missing, broken, or of another shape.
+        ModelError: it is missing, broken, of another shape, or would be scaled otherwise than it
+            was trained; names the key, this run's value and the adapter's.
     """
+    try:
+        saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no readable adapter_config.json ({error}).") from error
+    own = model.peft.peft_config["default"]
+    for key, name in _SETTINGS.items():
+        if name in saved and saved[name] != getattr(own, name):
+            raise ModelError(
+                f"lora.{key}={getattr(own, name)}, but the adapter in {path} was made with "
+                f"lora.{key}={saved[name]}; use that."
+            )
     file = path / _WEIGHTS
-    _check_settings(path, model)
     try:
         params: Params = load_file(file)
         check_like(params, model.initial)
@@ -149,22 +156,3 @@ def load_kept(kept: KeptAdapter, model: AdaptedModel) -> Params:
     except FederationError as error:
         raise ModelError(f"{kept.path} does not fit the base model: {error}.") from error
     return tensors
-
-
-def _check_settings(path: Path, model: AdaptedModel) -> None:
-    """Refuse an adapter that would be scaled otherwise than it was trained.
-
-    Raises:
-        ModelError: names the key, this run's value and the adapter's.
-    """
-    try:
-        saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no readable adapter_config.json ({error}).") from error
-    own = model.peft.peft_config["default"]
-    for key, name in _SETTINGS.items():
-        if name in saved and saved[name] != getattr(own, name):
-            raise ModelError(
-                f"lora.{key}={getattr(own, name)}, but the adapter in {path} was made with "
-                f"lora.{key}={saved[name]}; use that."
-            )

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: one directory with fixed names."""
+"""The directory of a run: fixed names, creation, resumption."""
 
 import contextlib
 import json
@@ -93,17 +93,17 @@ class RunDirectory:
 
     @property
     def known_clients(self) -> Path:
-        """What the server knows of each client: SCAFFOLD's copies of the control variates."""
+        """The server's memory of each client: SCAFFOLD's copies of the control variates."""
         return self.path / "known"
 
     @property
     def alone(self) -> Path:
-        """Adapters of clients that train alone, by client and round."""
+        """The clients' own adapters (algorithm=local), by client and round."""
         return self.path / "alone"
 
     @property
     def adapters(self) -> Path:
-        """The final adapters of clients that train alone, each as PEFT loads it."""
+        """The clients' own final adapters (algorithm=local), each as PEFT loads it."""
         return self.path / "adapters"
 
     @property
@@ -118,7 +118,7 @@ class RunDirectory:
 
     @property
     def adapters_best(self) -> Path:
-        """As `adapter_best`, of clients that train alone: a directory for each."""
+        """As `adapter_best` with algorithm=local: a directory for each client."""
         return self.path / "adapters-best"
 
     @property
@@ -138,12 +138,12 @@ class RunDirectory:
 
     @property
     def lock(self) -> Path:
-        """Held by the process of the run; not there once it has ended well."""
+        """Lock of the run's process; removed when the run ends well."""
         return self.path / "run.lock"
 
     @property
     def current_round(self) -> Path:
-        """Who has answered in the round that is on."""
+        """Live status of the current round."""
         return self.path / "round.json"
 
     @property
@@ -152,7 +152,7 @@ class RunDirectory:
         return self.path / "clients.csv"
 
 
-# What a run may have left that stopped before its first checkpoint.
+# Files of a run that stopped before its first checkpoint.
 _OWN_FILES = (
     *(
         "clients.csv",
@@ -206,7 +206,15 @@ def create(config: Config) -> RunDirectory:
     Raises:
         ConfigError: it holds a run or other files already, or cannot be written.
     """
-    path = _default_path(config) if config.output_dir is None else Path(config.output_dir)
+    if config.output_dir is None:
+        # outputs/<month day-hour minute>-<algorithm>-<data>, numbered if that exists
+        name = f"{datetime.now():%m%d-%H%M}-{config.algorithm.name}-{config.data.name}"
+        path = first = _DEFAULT_PARENT / re.sub(r"[^\w.-]+", "_", name)
+        number = 2
+        while path.exists():
+            path, number = first.with_name(f"{first.name}-{number}"), number + 1
+    else:
+        path = Path(config.output_dir)
     directory = RunDirectory(path.expanduser())
     if directory.config.exists() or directory.checkpoints.exists():
         raise ConfigError(
@@ -311,7 +319,7 @@ def best_round(directory: RunDirectory) -> int | None:
 
 
 def already_finished(directory: RunDirectory, config: Config) -> str:
-    """What to tell whoever wants to go on with a finished run."""
+    """A line for a user who resumes a finished run."""
     command = f"fedllm run {shlex.quote(f'resume={directory.path}')}"
     num_rounds, last = config.federation.num_rounds, newest_round(directory.checkpoints)
     if last != num_rounds:
@@ -327,7 +335,7 @@ def already_finished(directory: RunDirectory, config: Config) -> str:
 
 
 def how_to_go_on(directory: RunDirectory, command: str = "fedllm run") -> str | None:
-    """What a stopped run has kept and the command that continues it; None if it cannot go on."""
+    """The last saved round of a stopped run, and the command that resumes it; None without one."""
     last = newest_readable(directory.checkpoints)
     if last is None:
         return None
@@ -336,7 +344,7 @@ def how_to_go_on(directory: RunDirectory, command: str = "fedllm run") -> str | 
 
 
 def discard(directory: RunDirectory) -> None:
-    """Remove what a run has left that stopped before its first checkpoint; no other run."""
+    """Remove the files of a run that stopped before its first checkpoint; no other run's."""
     if newest_round(directory.checkpoints) is not None:
         return
     leftovers = (
@@ -360,15 +368,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif value != new[name]:
             found[prefix + name] = (value, new[name])
     return found
-
-
-def _default_path(config: Config) -> Path:
-    """outputs/<month day-hour minute>-<algorithm>-<data>, numbered if that exists."""
-    stamp = datetime.now().strftime("%m%d-%H%M")
-    name = re.sub(r"[^\w.-]+", "_", f"{stamp}-{config.algorithm.name}-{config.data.name}")
-    path = _DEFAULT_PARENT / name
-    number = 2
-    while path.exists():
-        path = _DEFAULT_PARENT / f"{name}-{number}"
-        number += 1
-    return path

@@ -1,4 +1,4 @@
-"""The fit check: configuration x model x tokenizer x data x adapter, before anything is started.
+"""The fit check: do configuration, model, tokenizer, data and adapter fit, before anything starts?
 
 Every engine and command calls it before a run directory exists: `check_fit` for a run (also for
 each run of a comparison or a sweep, and on the server of a deployment), `check_site_fit` for a
@@ -50,14 +50,34 @@ def check_fit(config: Config) -> None:
     Raises:
         FedLLMError: names the key, its value and the remedy.
     """
+    from fedllm_flwr.data.templates import render
+
     check_trackers(config.tracking)
     find_rule(config.algorithm)
     Chain.of(config)
     requested_tasks(config)
-    _check_adapters(config)
+    adapters = {key: value_of(config, key) for key in task_of(config).adapters.values()}
+    for key, path in {"init_adapter": config.init_adapter, **adapters}.items():
+        if path is None:
+            continue
+        file = Path(path).expanduser() / "adapter_config.json"
+        try:
+            saved: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{key}={shown(path)}: no readable adapter_config.json ({error})."
+            ) from error
+        for name, theirs in _ADAPTER_SETTINGS.items():
+            own = getattr(config.lora, name)
+            if theirs in saved and saved[theirs] != own:
+                raise ModelError(
+                    f"lora.{name}={shown(own)}, but the adapter in {path} was made with "
+                    f"lora.{name}={shown(saved[theirs])}; use that."
+                )
     facts = _check_model(config)
     tokenizer = load_tokenizer(config.model)
-    _check_template(config, tokenizer)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    render(turns, config.data.template, tokenizer)  # refuses a template that cannot be rendered
     if config.federation.engine == "deployment":
         _check_special_ids(config, tokenizer, facts)
         return
@@ -119,29 +139,17 @@ def _check_model(config: Config) -> BaseFacts:
             f"tokens; set training.max_length={facts.context} or less.",
             f"training.max_length={length}, but the model takes {facts.context} tokens",
         )
-    _check_rank(config, facts)
-    return facts
-
-
-def _check_rank(config: Config, facts: BaseFacts) -> None:
-    """Refuse a rank above the width of every layer that is adapted, and names without a layer."""
     rank, narrowest = config.lora.r, min(facts.layers.values())
     if config.lora.target_modules in ("auto", "all-linear") and rank <= narrowest:
-        return
-    targets = facts.targets(config.lora)
+        return facts
+    targets = facts.targets(config.lora)  # also refuses names without a layer
     if targets and rank > (widest := max(targets.values())):
         raise ConfigError(
             f"lora.r={rank} is above the width of the layers it adapts (at most {widest} in "
             f"model.path={facts.path}): it cannot say more than lora.r={widest}; lower it.",
             f"lora.r={rank} is above the width of all layers that it adapts, {widest}",
         )
-
-
-def _check_template(config: Config, tokenizer: Any) -> None:
-    from fedllm_flwr.data.templates import render
-
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    render(turns, config.data.template, tokenizer)
+    return facts
 
 
 def check_token_ids(config: Config, examples: Examples, vocabulary: int) -> None:
@@ -170,28 +178,6 @@ def _foreign_token(config: Config, token: int, vocabulary: int) -> ModelError:
     )
 
 
-def _check_adapters(config: Config) -> None:
-    """Refuse adapters to start from, or to compare with, that have other settings than this run."""
-    adapters = {key: value_of(config, key) for key in task_of(config).adapters.values()}
-    for key, path in {"init_adapter": config.init_adapter, **adapters}.items():
-        if path is None:
-            continue
-        file = Path(path).expanduser() / "adapter_config.json"
-        try:
-            saved: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{key}={shown(path)}: no readable adapter_config.json ({error})."
-            ) from error
-        for name, theirs in _ADAPTER_SETTINGS.items():
-            own = getattr(config.lora, name)
-            if theirs in saved and saved[theirs] != own:
-                raise ModelError(
-                    f"lora.{name}={shown(own)}, but the adapter in {path} was made with "
-                    f"lora.{name}={shown(saved[theirs])}; use that."
-                )
-
-
 def fit_warnings(config: Config, data: SimulatedData | None, held_out: Records | None) -> list[str]:
     """What is odd about a run and may be meant, a line each for the plan.
 
@@ -199,11 +185,17 @@ def fit_warnings(config: Config, data: SimulatedData | None, held_out: Records |
         data: of a simulation; None for a deployment, whose data lie with its sites.
         held_out: records for central scores, if any.
     """
-    lines = _of_rank(config)
+    lines: list[str] = []
+    rank, layers = config.lora.r, base_facts(ModelKey.of(config.model))
+    if rank > min(layers.layers.values()) and (
+        narrow := [width for width in layers.targets(config.lora).values() if width < rank]
+    ):
+        lines.append(
+            f"lora.r={rank} is above the width of {len(narrow)} adapted layers (down to "
+            f"{min(narrow)}); a higher rank than a layer's width adds nothing"
+        )
     if data is not None:
-        lines += _of_tokens(config, data.encoded) + _of_batch(config, data)
-        if config.evaluation.central and len(data.source.eval):
-            lines += _of_overlap(data.source.train, data.source.eval)
+        lines += data_warnings(config, data)
     if config.evaluation.central and held_out is not None and 0 < len(held_out) < _FEW_SCORED:
         half = 0.98 / np.sqrt(len(held_out))
         lines.append(
@@ -214,59 +206,40 @@ def fit_warnings(config: Config, data: SimulatedData | None, held_out: Records |
     return lines
 
 
-def _of_rank(config: Config) -> list[str]:
-    facts = base_facts(ModelKey.of(config.model))
-    if config.lora.r <= min(facts.layers.values()):
-        return []
-    narrow = [width for width in facts.targets(config.lora).values() if width < config.lora.r]
-    if not narrow:
-        return []
-    return [
-        f"lora.r={config.lora.r} is above the width of {len(narrow)} adapted layers (down to "
-        f"{min(narrow)}); a higher rank than a layer's width adds nothing"
-    ]
+def data_warnings(config: Config, data: SimulatedData) -> list[str]:
+    """Warnings about simulated data: unknown tokens, large steps, held-out records in training."""
+    from fedllm_flwr.data.overlap import overlap
 
-
-def _of_tokens(config: Config, encoded: Examples) -> list[str]:
-    unknown = load_tokenizer(config.model).unk_token_id
-    counts = encoded.token_counts
-    if unknown is None or unknown >= len(counts):
-        return []
-    share = counts[unknown] / counts.sum()
-    if share < _UNKNOWN_SHARE:
-        return []
-    return [
-        f"{100 * share:.1f} % of the training tokens are unknown to the tokenizer of model.path="
-        f"{config.model.path} and are learnt as its unknown token; use a model that knows this text"
-    ]
-
-
-def _of_batch(config: Config, data: SimulatedData) -> list[str]:
+    lines: list[str] = []
+    unknown, counts = load_tokenizer(config.model).unk_token_id, data.encoded.token_counts
+    if unknown is not None and unknown < len(counts):
+        share = counts[unknown] / counts.sum()
+        if share >= _UNKNOWN_SHARE:
+            lines.append(
+                f"{100 * share:.1f} % of the training tokens are unknown to the tokenizer of "
+                f"model.path={config.model.path} and are learnt as its unknown token; use a model "
+                "that knows this text"
+            )
     training = config.training
     per_step = training.batch_size * training.gradient_accumulation_steps
     largest = max(len(rows) for rows in data.partition.indices)
-    if training.max_steps < 1 or per_step <= largest:
-        return []
-    return [
-        f"a step takes {per_step} examples, but the largest client has {largest}: each is used "
-        f"about {per_step / largest:.0f} times in one step; lower training.batch_size"
-        if per_step >= 2 * largest
-        else f"a step takes {per_step} examples, more than the {largest} of the largest client; "
-        "lower training.batch_size"
-    ]
-
-
-def _of_overlap(train: Records, held_out: Records) -> list[str]:
-    from fedllm_flwr.data.overlap import overlap
-
-    found = overlap(train, held_out)
-    if found.share < _OVERLAP_SHARE:
-        return []
-    return [
-        f"{found.equal} of {found.num_held_out} held-out records are training records, and "
-        f"{found.near} nearly so: scores count what was learnt by heart; take them out of "
-        "data.eval_path or of the training records"
-    ]
+    if training.max_steps > 0 and per_step > largest:
+        lines.append(
+            f"a step takes {per_step} examples, but the largest client has {largest}: each is used "
+            f"about {per_step / largest:.0f} times in one step; lower training.batch_size"
+            if per_step >= 2 * largest
+            else f"a step takes {per_step} examples, more than the {largest} of the largest "
+            "client; lower training.batch_size"
+        )
+    if config.evaluation.central and len(data.source.eval):
+        found = overlap(data.source.train, data.source.eval)
+        if found.share >= _OVERLAP_SHARE:
+            lines.append(
+                f"{found.equal} of {found.num_held_out} held-out records are training records, and "
+                f"{found.near} nearly so: scores count what was learnt by heart; take them out of "
+                "data.eval_path or of the training records"
+            )
+    return lines
 
 
 def scored_on_one(config: Config, sizes: Mapping[str, int]) -> list[str]:
@@ -278,19 +251,19 @@ def scored_on_one(config: Config, sizes: Mapping[str, int]) -> list[str]:
     if not config.evaluation.clients:
         return []
     fraction = config.data.validation_fraction
-    alone = sorted(name for name, size in sizes.items() if round((size + 1) * fraction) <= 1)
-    if not alone:
+    single = sorted(name for name, size in sizes.items() if round((size + 1) * fraction) <= 1)
+    if not single:
         return []
-    more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+    more = f" and {len(single) - 3} more" if len(single) > 3 else ""
     return [
-        f"evaluation.clients: {', '.join(alone[:3])}{more} score the adapter on one record each "
+        f"evaluation.clients: {', '.join(single[:3])}{more} score the adapter on one record each "
         f"(data.validation_fraction={fraction:g} of their own); raise it, or rely on the central "
         "scores"
     ]
 
 
 def first_refusal(configs: Sequence[Config]) -> None:
-    """`check_fit` of several runs, of those that differ in their seed or algorithm alone once.
+    """`check_fit` of several runs, once for those that differ only in their seed or algorithm.
 
     Raises:
         FedLLMError: of the first that cannot work.

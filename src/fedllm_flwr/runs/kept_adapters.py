@@ -197,7 +197,7 @@ def _of_run(directory: RunDirectory, config: Config, wanted: _Wanted, typed: str
 def _of_clients(
     directory: RunDirectory, config: Config, wanted: _Wanted, typed: str
 ) -> list[KeptAdapter]:
-    """The adapters of clients that train alone: of all, or of the one that is wanted."""
+    """The clients' own adapters (algorithm=local): of all, or of the one that is wanted."""
     number, note, run = wanted.round, "", directory.path
     if wanted.best:
         if best_round(directory) is None:
@@ -250,28 +250,25 @@ def _of_directory(path: Path, typed: str, base: str | None, template: str | None
         run, source = None, base or saved.get("base_model_name_or_path")
         if not source:
             raise ConfigError(f"{typed}: it names no base model; add --base <model>.")
-        config = Config(model=base_model(source), lora=_lora(saved, typed))
+        if saved.get("peft_type", "LORA") != "LORA" or "r" not in saved:
+            raise ConfigError(
+                f"{typed}: peft_type={saved.get('peft_type')} is no LoRA adapter; give one of "
+                "LoRA's."
+            )
+        targets = saved.get("target_modules")
+        lora = LoraConfig(
+            r=saved["r"],
+            alpha=saved["lora_alpha"],
+            target_modules=sorted(targets) if isinstance(targets, list) else targets,
+            rslora=bool(saved.get("use_rslora")),
+            dora=bool(saved.get("use_dora")),
+        )
+        config = Config(model=base_model(source), lora=lora)
     if template is not None:
         config = changed(config, data={"template": template})
     name = path.resolve().name
     label = "final" if run is not None and name == "adapter" else name
     return KeptAdapter(label, config, path, run=run)
-
-
-def _lora(saved: dict[str, Any], typed: str) -> LoraConfig:
-    """The LoRA settings of an adapter_config.json."""
-    if saved.get("peft_type", "LORA") != "LORA" or "r" not in saved:
-        raise ConfigError(
-            f"{typed}: peft_type={saved.get('peft_type')} is no LoRA adapter; give one of LoRA's."
-        )
-    targets = saved.get("target_modules")
-    return LoraConfig(
-        r=saved["r"],
-        alpha=saved["lora_alpha"],
-        target_modules=sorted(targets) if isinstance(targets, list) else targets,
-        rslora=bool(saved.get("use_rslora")),
-        dora=bool(saved.get("use_dora")),
-    )
 
 
 def base_model(path: str) -> ModelConfig:

@@ -1,7 +1,7 @@
-"""That a run is alive and where in its round it is, for those who look from outside.
+"""Run lock and live round status, readable from other processes.
 
 The process of a run holds a lock on ``run.lock``, which the system releases however it ends;
-``round.json`` has the round that is on. A run that ends well leaves neither.
+``round.json`` has the current round. A run that ends well leaves neither.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ import psutil
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.runs.directory import RunDirectory
 
-_TRIES, _PAUSE_S = 10, 0.05  # someone who looks holds the lock for a moment
+_TRIES, _PAUSE_S = 10, 0.05  # a reader of the status holds the lock for a moment
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What the process of a run has written into ``run.lock``.
+    """The process of a run, as it has written itself into ``run.lock``.
 
-    ``error`` is what it ended with; empty while it runs, and where it was killed. ``command`` goes
-    on with the run, given ``resume=``; ``flower_run`` is Flower's id of it in a deployment.
+    ``error`` is the one it ended with; empty while it runs, and where it was killed. ``command``
+    resumes the run, given ``resume=``; ``flower_run`` is Flower's id of it in a deployment.
     """
 
     pid: int
@@ -53,7 +53,7 @@ class Holder:
 
 @dataclass
 class CurrentRound:
-    """The round that is on: which clients were asked, and who has answered so far."""
+    """The current round: which clients were asked, and which have answered so far."""
 
     round: int
     asked: list[str]
@@ -98,17 +98,27 @@ class RoundBoard:
 def held(
     directory: RunDirectory, command: str = "fedllm run", flower_run: str = ""
 ) -> Iterator[None]:
-    """Hold the run's lock, so that it is seen to be alive and no second process goes on with it.
+    """Hold the run's lock: others see that the run is alive, and no second process resumes it.
 
     Args:
-        command: goes on with the run, given ``resume=``.
+        command: resumes the run, given ``resume=``.
         flower_run: Flower's id of the run in a deployment.
 
     Raises:
-        FederationError: another process is at this run.
+        FederationError: another process holds the lock.
     """
     with directory.lock.open("a+", encoding="utf-8") as file:
-        _lock(file, directory)
+        for _ in range(_TRIES):
+            if _try(file, fcntl.LOCK_EX):
+                break
+            time.sleep(_PAUSE_S)
+        else:
+            other = holder(directory)
+            who = f"process {other.pid} on {other.host}" if other else "another process"
+            raise FederationError(
+                f"{directory.path}: {who} is at this run; wait until it has ended, or stop it "
+                "first."
+            )
         me = Holder(
             os.getpid(), socket.gethostname(), time.time(), command=command, flower_run=flower_run
         )
@@ -116,14 +126,16 @@ def held(
         try:
             yield
         except BaseException as error:
-            _write_holder(file, replace(me, error=_said(error)))
+            interrupted = isinstance(error, KeyboardInterrupt)
+            said = "interrupted" if interrupted else str(error) or repr(error)
+            _write_holder(file, replace(me, error=said))
             raise
         for path in (directory.current_round, directory.lock):
             path.unlink(missing_ok=True)
 
 
 def holder(directory: RunDirectory) -> Holder | None:
-    """Who is, or was, at a run that has not ended well; None for one that has."""
+    """The process of a run that has not ended well; None of one that has."""
     try:
         with directory.lock.open("r", encoding="utf-8") as file:
             is_alive = not _try(file, fcntl.LOCK_SH)
@@ -133,23 +145,11 @@ def holder(directory: RunDirectory) -> Holder | None:
 
 
 def current_round(directory: RunDirectory) -> CurrentRound | None:
-    """The round that is on, or was when the run stopped; None before the first."""
+    """The current round, or that in which the run stopped; None before the first."""
     try:
         return CurrentRound(**json.loads(directory.current_round.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _lock(file: IO[str], directory: RunDirectory) -> None:
-    for _ in range(_TRIES):
-        if _try(file, fcntl.LOCK_EX):
-            return
-        time.sleep(_PAUSE_S)
-    other = holder(directory)
-    who = f"process {other.pid} on {other.host}" if other else "another process"
-    raise FederationError(
-        f"{directory.path}: {who} is at this run; wait until it has ended, or stop it first."
-    )
 
 
 def _try(file: IO[str], kind: int) -> bool:
@@ -170,7 +170,3 @@ def _write_holder(file: IO[str], me: Holder) -> None:
         file.truncate()
         file.write(json.dumps(values))
         file.flush()
-
-
-def _said(error: BaseException) -> str:
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or repr(error)

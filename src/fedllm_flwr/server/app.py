@@ -42,7 +42,11 @@ def main(grid: Grid, context: Context) -> None:
             if is_dry:
                 rehearse(config, grid, console)
             else:
-                run_on_grid(config, grid, console, context.run_id, _command(context))
+                # The command that has started the run, as one types it in a checkout.
+                given = [f'{key}="{value}"' for key, value in context.run_config.items() if value]
+                options = ["--run-config", " ".join(given)] if given else []
+                command = shlex.join(["flwr", "run", ".", "--stream", *options])
+                run_on_grid(config, grid, console, context.run_id, command)
     except FedLLMError as error:
         print_error(str(error))
         _keep_trace_away(error)
@@ -67,13 +71,6 @@ def wait_for_ray(limit_s: float = 120.0) -> None:
         if is_initialized is not None and is_initialized():
             return
         time.sleep(0.1)
-
-
-def _command(context: Context) -> str:
-    """The command that has started the run, as one types it in a checkout."""
-    asked = [f'{key}="{value}"' for key, value in context.run_config.items() if value]
-    options = ["--run-config", " ".join(asked)] if asked else []
-    return shlex.join(["flwr", "run", ".", "--stream", *options])
 
 
 def _keep_trace_away(error: FedLLMError) -> None:

@@ -49,8 +49,16 @@ def rehearse(config: Config, grid: Grid, console: Console) -> None:
         nowhere = RunDirectory(Path("nothing, this is a dry run"))
         warnings = [*prepared.warnings, *unlike_models(roster)]
         console.plan(make_plan(config, prepared, planned, nowhere, 1, warnings))
-    for line in _lines(census):
-        console.note(line)
+    said = {
+        name: f"{client.info.num_examples:,} examples, would take part"
+        for name, client in census.clients.items()
+    }
+    said |= {node.label: node.why for node in census.waiting.values()}
+    said |= {name: f"refuses: {why}" for name, why in census.refused.items()}
+    said |= dict.fromkeys(census.silent, "connected, no answer")
+    said |= dict.fromkeys(census.missing, "registered, not connected")
+    for name, what in sorted(said.items()):
+        console.note(f"  {name}: {what}")
     away = [*census.missing, *census.silent]
     required = min(federation.min_clients or wanted, wanted)
     there = len(roster) + len(census.waiting)
@@ -61,16 +69,3 @@ def rehearse(config: Config, grid: Grid, console: Console) -> None:
         missing = f" (not connected or silent: {', '.join(away)})" if away else ""
         raise FederationError(f"dry run: {there} of {wanted} sites are there{missing}")
     console.note("dry run: the run could start; nothing was trained.")
-
-
-def _lines(census: Census) -> list[str]:
-    """One line per site."""
-    lines = {
-        name: f"{client.info.num_examples:,} examples, would take part"
-        for name, client in census.clients.items()
-    }
-    lines |= {node.label: node.why for node in census.waiting.values()}
-    lines |= {name: f"refuses: {why}" for name, why in census.refused.items()}
-    lines |= dict.fromkeys(census.silent, "connected, no answer")
-    lines |= dict.fromkeys(census.missing, "registered, not connected")
-    return [f"  {name}: {what}" for name, what in sorted(lines.items())]

@@ -1,7 +1,6 @@
 """The plan of a run, from its configuration and what was loaded for it."""
 
 from pathlib import Path
-from typing import Any
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
@@ -28,7 +27,13 @@ def make_plan(
     warnings: list[str],
 ) -> Plan:
     """What will happen; `first_round` is above 1 when a stopped run goes on."""
-    model = prepared.model
+    model, evaluation, training = prepared.model, prepared.evaluation, config.training
+    at_sites = config.federation.engine == "deployment"  # each client has data of its own
+    natural = config.partition.name == "natural" and not at_sites
+    notes = ["embedded"] if config.model.path == "embedded" else []
+    notes += [config.quantization.name] if config.quantization.name != "none" else []
+    embedded_eval = at_sites and config.data.eval_path in EMBEDDED_DATA
+    bytes_down, bytes_up = bytes_per_client(config, prepared, roster)
     return Plan(
         version=__version__,
         algorithm=config.algorithm.name,
@@ -36,67 +41,35 @@ def make_plan(
         task=config.task.name,
         model_name=config.model.name,
         model_parameters=model.num_base_parameters,
-        model_note=_model_note(config),
-        data_name="the sites' own data" if _at_sites(config) else config.data.name,
+        model_note=", ".join(notes) or None,
+        data_name="the sites' own data" if at_sites else config.data.name,
         trainable_parameters=num_values(prepared.initial),
         device=describe_device(model.device),
         threads=config.federation.client_cpus,
-        output_dir=str(directory.path.resolve() if _at_sites(config) else directory.path),
+        output_dir=str(directory.path.resolve() if at_sites else directory.path),
         first_round=first_round,
         warnings=warnings,
-        **_clients(config, roster),
-        **_work(config),
-        **_wire(config, prepared, roster),
-        **_evaluation(config, prepared),
+        num_clients=len(roster),
+        client_names=sorted(roster),
+        divided_by=config.partition.column if natural else None,
+        sampled=num_sampled(config, len(roster)),
+        num_rounds=config.federation.num_rounds,
+        steps_per_round=training.max_steps if training.max_steps > 0 else None,
+        epochs=training.num_epochs,
+        batch_size=training.batch_size * training.gradient_accumulation_steps,
+        wire_dtype=config.communication.dtype,
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
+        eval_records=len(evaluation) if evaluation else 0,
+        eval_name=config.data.eval_path if embedded_eval else None,
+        eval_every=config.evaluation.every,
+        eval_metrics=evaluation.metrics if evaluation else (),
+        client_eval=config.evaluation.clients,
     )
 
 
-def _clients(config: Config, roster: Roster) -> dict[str, Any]:
-    natural = config.partition.name == "natural" and not _at_sites(config)
-    return {
-        "num_clients": len(roster),
-        "client_names": sorted(roster),
-        "divided_by": config.partition.column if natural else None,
-        "sampled": num_sampled(config, len(roster)),
-    }
-
-
-def _work(config: Config) -> dict[str, Any]:
-    training = config.training
-    return {
-        "num_rounds": config.federation.num_rounds,
-        "steps_per_round": training.max_steps if training.max_steps > 0 else None,
-        "epochs": training.num_epochs,
-        "batch_size": training.batch_size * training.gradient_accumulation_steps,
-    }
-
-
-def _wire(config: Config, prepared: Prepared, roster: Roster) -> dict[str, Any]:
-    """What the algorithm's own messages will hold, with its control variate if it has one."""
+def bytes_per_client(config: Config, prepared: Prepared, roster: Roster) -> tuple[int, int]:
+    """Bytes of tensors that a round sends to a client and back, control variates included."""
     start = ServerState(0, prepared.initial, sent=prepared.sent)
     rounds = Rounds(find_rule(config.algorithm), config, Recorder(), Path())
-    down, up = rounds.bytes_per_client(rounds.begin(start, roster))
-    return {"wire_dtype": config.communication.dtype, "bytes_down": down, "bytes_up": up}
-
-
-def _evaluation(config: Config, prepared: Prepared) -> dict[str, Any]:
-    evaluation, embedded = prepared.evaluation, config.data.eval_path in EMBEDDED_DATA
-    return {
-        "eval_records": len(evaluation) if evaluation else 0,
-        "eval_name": config.data.eval_path if _at_sites(config) and embedded else None,
-        "eval_every": config.evaluation.every,
-        "eval_metrics": evaluation.metrics if evaluation else (),
-        "client_eval": config.evaluation.clients,
-    }
-
-
-def _at_sites(config: Config) -> bool:
-    """Whether each client has data of its own, whatever the server's configuration names."""
-    return config.federation.engine == "deployment"
-
-
-def _model_note(config: Config) -> str | None:
-    notes = ["embedded"] if config.model.path == "embedded" else []
-    if config.quantization.name != "none":
-        notes.append(config.quantization.name)
-    return ", ".join(notes) or None
+    return rounds.bytes_per_client(rounds.begin(start, roster))

@@ -1,4 +1,4 @@
-"""What a server needs before the first message: data, model, evaluation set, initial adapter."""
+"""Loading of what a server needs: data, model, held-out records and the initial adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import (
-    SimulatedData,
     divided_data,
     encode_records,
     losses,
@@ -61,9 +60,18 @@ def prepare(config: Config) -> Prepared:
         data = simulated_data(config, kind, load_tokenizer(config.model))
         require_clients_examples(config, data)
         records, clients = data.source.eval, describe(data.partition, data.source.train)
-        warnings = _lost(config, data) + fit_warnings(config, data, records)
+        train = data.source.report.train
+        any_left_out = train.empty or train.equal or train.bad or train.duplicates
+        warnings = data.source.report.lines() if any_left_out else []
+        if "choice" in data.source.train.column_names:
+            warnings += unseen_labels(config.data, data.source.train, data.source.eval)
+        warnings += losses(config, data.encoded)
+        warnings += task_of(config).remarks(config, data.encoded)
+        warnings += fit_warnings(config, data, records)
     model = load_model(config)
-    initial = _adapter(config.init_adapter, model) or model.initial
+    initial = model.initial
+    if config.init_adapter is not None:
+        initial = load_adapter(Path(config.init_adapter).expanduser(), model)
     sent = _sent(config, model)
     evaluation = _held_out(config, records, model, sent)
     num_clients = len(clients) or config.federation.num_clients or 1
@@ -82,20 +90,6 @@ def _sent(config: Config, model: AdaptedModel) -> Groups:
         group: round_trip(load_adapter(Path(path).expanduser(), model), dtype)
         for group, path in task_of(config).adapter_paths(config).items()
     }
-
-
-def _adapter(path: str | None, model: AdaptedModel) -> Params | None:
-    return None if path is None else load_adapter(Path(path).expanduser(), model)
-
-
-def _lost(config: Config, data: SimulatedData) -> list[str]:
-    """What the user should know of records that were left out or cut, and of labels unseen."""
-    train = data.source.report.train
-    any_left_out = train.empty or train.equal or train.bad or train.duplicates
-    lines = data.source.report.lines() if any_left_out else []
-    if "choice" in data.source.train.column_names:
-        lines += unseen_labels(config.data, data.source.train, data.source.eval)
-    return [*lines, *losses(config, data.encoded), *task_of(config).remarks(config, data.encoded)]
 
 
 def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:

@@ -43,7 +43,7 @@ from fedllm_flwr.training.schedule import cosine_learning_rate
 
 
 class RunRecorder(Recorder):
-    """Follows the rounds of one run, and writes down what happens.
+    """Writes the metrics log, checkpoints and best adapter of a run, and shows its progress.
 
     Args:
         first_round: the first round to be run, above 1 when a stopped run goes on.
@@ -65,7 +65,7 @@ class RunRecorder(Recorder):
         self._prepared = prepared
         self._console = console
         self._board = RoundBoard(directory)
-        self._timings = timings
+        self.timings = timings
         resumed = first_round - 1 if first_round > 1 else None
         self._log = MetricsLog(directory.metrics, resumed)
         self.records: list[Record] = read_metrics(directory.metrics)
@@ -100,7 +100,7 @@ class RunRecorder(Recorder):
         if self._prepared.evaluation is not None:
             record["eval"] = self._evaluate(state.params)
         self._add(record)
-        with self._timings.phase("checkpoints"):
+        with self.timings.phase("checkpoints"):
             save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
         if self._is_best(0):
             self._save_best(state)
@@ -114,14 +114,23 @@ class RunRecorder(Recorder):
         last = report.round == config.federation.num_rounds
         every = config.evaluation.every
         record = _record(report, config)
-        self._count_seconds(report)
+        # A round's time: what its clients computed, side by side, and the rest.
+        parallel = (
+            1
+            if config.federation.engine == "inprocess"
+            else max(1, cpu_count() // config.federation.client_cpus)
+        )
+        computed = sum(metrics.get("seconds", 0.0) for metrics in report.metrics.values())
+        training = min(report.seconds, computed / parallel)
+        self.timings.seconds["training"] += training
+        self.timings.seconds["federation"] += report.seconds - training
         if last or (every and report.round % every == 0):
-            record |= self._scores(state, report)
+            record |= self._scores(state)
         self._add(record)
         last = last or self.has_converged()
         is_best = self._is_best(report.round)
         if last or is_best or report.round % config.checkpoint.every == 0:
-            with self._timings.phase("checkpoints"):
+            with self.timings.phase("checkpoints"):
                 save_state(self._directory.checkpoints, state, config.checkpoint.keep)
         if is_best:  # after its state: a run that goes on finds it in the checkpoint
             self._save_best(state)
@@ -148,8 +157,8 @@ class RunRecorder(Recorder):
 
     @property
     def _best_path(self) -> Path:
-        alone = self._config.algorithm.name == "local"
-        return self._directory.adapters_best if alone else self._directory.adapter_best
+        local = self._config.algorithm.name == "local"
+        return self._directory.adapters_best if local else self._directory.adapter_best
 
     def _is_best(self, server_round: int) -> bool:
         best = best_record(self.records)
@@ -166,8 +175,8 @@ class RunRecorder(Recorder):
             if not adapters:  # no client has trained yet
                 return
         records = [record for record in self.records if record["round"] <= state.round]
-        summary = summarise(records, self._timings.seconds)
-        with self._timings.phase("checkpoints"):
+        summary = summarise(records, self.timings.seconds)
+        with self.timings.phase("checkpoints"):
             save_best(self._best_path, self._prepared.model, adapters, self._config, summary)
 
     def on_failed_round(self, report: RoundReport) -> None:
@@ -181,7 +190,7 @@ class RunRecorder(Recorder):
         self._tracker.close(succeeded)
 
     def _add(self, record: Record) -> None:
-        now = dict(self._timings.seconds)
+        now = dict(self.timings.seconds)
         spent = {name: now[name] - self._counted.get(name, 0.0) for name in now}
         record["phases"] = {name: seconds for name, seconds in spent.items() if seconds > 0}
         self._counted = now
@@ -190,10 +199,13 @@ class RunRecorder(Recorder):
         self.records.append(record)
         self._log.append(record)
         self._tracker.log(record)
-        self._console.round(record, self._seconds_left(record["round"]))
+        done = record["round"] - self._first_round + 1
+        per_round = (time.monotonic() - self._started) / max(1, done)
+        left = per_round * (self._config.federation.num_rounds - record["round"])
+        self._console.round(record, left if done > 0 else None)
 
-    def _scores(self, state: ServerState, report: RoundReport) -> Record:
-        """The adapter's scores; where clients train alone, the mean of theirs, and each one's."""
+    def _scores(self, state: ServerState) -> Record:
+        """The adapter's scores; of local baselines their mean, and each client's."""
         if self._prepared.evaluation is None:
             return {}
         if self._config.algorithm.name != "local":
@@ -207,7 +219,7 @@ class RunRecorder(Recorder):
         assert self._prepared.evaluation is not None
         self._console.status("evaluating")
         threads = evaluation_threads(self._config)
-        with self._timings.phase("evaluation"):
+        with self.timings.phase("evaluation"):
             scores = evaluate(
                 self._prepared.model,
                 params,
@@ -219,25 +231,6 @@ class RunRecorder(Recorder):
                 with torch_threads(threads):
                     scores |= self._prepared.suites.score(self._prepared.model)
         return scores
-
-    def _count_seconds(self, report: RoundReport) -> None:
-        """Divide a round's time: what its clients computed, side by side, and the rest."""
-        parallel = (
-            1
-            if self._config.federation.engine == "inprocess"
-            else max(1, cpu_count() // self._config.federation.client_cpus)
-        )
-        computed = sum(metrics.get("seconds", 0.0) for metrics in report.metrics.values())
-        training = min(report.seconds, computed / parallel)
-        self._timings.seconds["training"] += training
-        self._timings.seconds["federation"] += report.seconds - training
-
-    def _seconds_left(self, current: int) -> float | None:
-        done = current - self._first_round + 1
-        if done < 1:
-            return None
-        per_round = (time.monotonic() - self._started) / done
-        return per_round * (self._config.federation.num_rounds - current)
 
 
 def _record(report: RoundReport, config: Config) -> Record:

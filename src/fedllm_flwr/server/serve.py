@@ -12,12 +12,11 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.site_keys import registered_sites
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.federation.census import discover
-from fedllm_flwr.federation.roster import Roster, check_roster, unlike_models
+from fedllm_flwr.federation.roster import check_roster, unlike_models
 from fedllm_flwr.federation.round_store import folder_name
 from fedllm_flwr.federation.state import ServerState, load_state
 from fedllm_flwr.federation.strategies import strategy_of
 from fedllm_flwr.files import write_atomically
-from fedllm_flwr.params import Params
 from fedllm_flwr.reporting.clients import clients_table, plot_clients, sizes_table
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import Record, summarise, why_stopped
@@ -47,8 +46,18 @@ def serve(
     with timings.phase("start-up"):
         console.status("loading data and model")
         prepared = prepare(config)
-        _check_early_stopping(config, prepared)
-        state, warnings = _initial_state(config, directory, prepared)
+        patience = config.training.early_stopping
+        if patience is not None and prepared.evaluation is None and not config.evaluation.clients:
+            raise ConfigError(
+                f"training.early_stopping={patience} needs scores, and there are no held-out "
+                "records; give data.eval_path, or evaluation.clients=true."
+            )
+        warnings: list[str] = []
+        if config.resume is None:
+            run = secrets.token_hex(8)
+            state = ServerState(0, prepared.initial, sent=prepared.sent, run=run)
+        else:
+            state, warnings = load_state(directory.checkpoints)
         is_deployment = config.federation.engine == "deployment"
         console.status("waiting for the sites" if is_deployment else "starting the clients")
         # The app of a deployment runs in the directory that `fedllm server init` has made.
@@ -70,77 +79,50 @@ def serve(
     try:
         for line in recorder.restore_best() if state.round else ():
             console.note(line)
-        final = _run_rounds(grid, config, roster, state, recorder, directory)
+        if state.round == 0:
+            recorder.start(state)
+        strategy = strategy_of(config)(config, roster, state, recorder, directory.known_clients)
+        strategy.start(grid, ArrayRecord({}), config.federation.num_rounds)
+        final = strategy.state
         if final.round < config.federation.num_rounds:
             console.note(why_stopped(recorder.records, final.round))
     except BaseException:
         recorder.close(succeeded=False)
         raise
     recorder.close(succeeded=True)
-    _finish(config, directory, prepared, final, recorder, console, timings)
+    with timings.phase("results"):
+        export(config, directory, prepared, final, recorder)
+        if config.tracking.figures:
+            draw_figures(config, directory, prepared, recorder.records, console)
 
 
-def _check_early_stopping(config: Config, prepared: Prepared) -> None:
-    patience = config.training.early_stopping
-    if patience is not None and prepared.evaluation is None and not config.evaluation.clients:
-        raise ConfigError(
-            f"training.early_stopping={patience} needs scores, and there are no held-out records; "
-            "give data.eval_path, or evaluation.clients=true."
-        )
-
-
-def _initial_state(
-    config: Config, directory: RunDirectory, prepared: Prepared
-) -> tuple[ServerState, list[str]]:
-    if config.resume is None:
-        run = secrets.token_hex(8)
-        return ServerState(0, prepared.initial, sent=prepared.sent, run=run), []
-    return load_state(directory.checkpoints)
-
-
-def _run_rounds(
-    grid: Grid,
-    config: Config,
-    roster: Roster,
-    state: ServerState,
-    recorder: RunRecorder,
-    directory: RunDirectory,
-) -> ServerState:
-    if state.round == 0:
-        recorder.start(state)
-    strategy = strategy_of(config)(config, roster, state, recorder, directory.known_clients)
-    strategy.start(grid, ArrayRecord({}), config.federation.num_rounds)
-    return strategy.state
-
-
-def _finish(
+def export(
     config: Config,
     directory: RunDirectory,
     prepared: Prepared,
     final: ServerState,
     recorder: RunRecorder,
-    console: Console,
-    timings: Timings,
 ) -> None:
-    """Export what was trained, then draw the figures, where wanted."""
-    with timings.phase("results"):
-        summary = summarise(recorder.records, timings.seconds)
-        adapters = {directory.adapter: final.params}
-        if config.algorithm.name == "local":
-            adapters = {
-                directory.adapters / folder_name(name): recorder.local_adapters.load(name, client)
-                for name, client in final.clients.items()
-                if client.round
-            }
-        for path, params in adapters.items():
-            save_adapter(path, prepared.model, params, config, summary)
-        evaluation = prepared.evaluation
-        if evaluation is not None and evaluation.num_prompts:
-            params, label = _answering(final, recorder)
-            shown = evaluation.side_by_side(prepared.model, params, label)
-            write_atomically(directory.answers, shown.encode())
-        if config.tracking.figures:
-            draw_figures(config, directory, prepared, recorder.records, console)
+    """Write the final adapter, or each client's, and answers to held-out prompts."""
+    summary = summarise(recorder.records, recorder.timings.seconds)
+    adapters = {directory.adapter: final.params}
+    answering, label = final.params, "with the adapter"
+    if config.algorithm.name == "local":
+        own = {
+            name: recorder.local_adapters.load(name, client)
+            for name, client in final.clients.items()
+            if client.round
+        }
+        adapters = {directory.adapters / folder_name(name): own[name] for name in own}
+        if each := recorder.records[-1].get("local", {}):
+            best = min(each, key=lambda name: each[name]["loss"])
+            answering, label = own[best], f"with the adapter of {best}, the best client"
+    for path, params in adapters.items():
+        save_adapter(path, prepared.model, params, config, summary)
+    evaluation = prepared.evaluation
+    if evaluation is not None and evaluation.num_prompts:
+        shown = evaluation.side_by_side(prepared.model, answering, label)
+        write_atomically(directory.answers, shown.encode())
 
 
 def draw_figures(
@@ -153,8 +135,9 @@ def draw_figures(
     """Curves of the run and the sizes of its clients; one that cannot be drawn is a warning."""
     from fedllm_flwr.reporting.plots import plot_curves
 
+    title = f"{config.algorithm.name} on {config.data.name}, {config.model.name}"
     drawings: dict[str, Callable[[], None]] = {
-        "curves": lambda: plot_curves(records, directory.curves, _title(config), task_of(config))
+        "curves": lambda: plot_curves(records, directory.curves, title, task_of(config))
     }
     if clients := prepared.clients:
         file = directory.path / "clients.png"
@@ -168,17 +151,3 @@ def draw_figures(
                 f"warning: no figure of the {name} ({type(error).__name__}: {error}); all else of "
                 "the run is written"
             )
-
-
-def _answering(final: ServerState, recorder: RunRecorder) -> tuple[Params, str]:
-    """The adapter that answers held-out prompts, and its label: the best where all train alone."""
-    each = recorder.records[-1].get("local", {})
-    if not each:
-        return final.params, "with the adapter"
-    best = min(each, key=lambda name: each[name]["loss"])
-    adapter = recorder.local_adapters.load(best, final.clients[best])
-    return adapter, f"with the adapter of {best}, the best client"
-
-
-def _title(config: Config) -> str:
-    return f"{config.algorithm.name} on {config.data.name}, {config.model.name}"
