@@ -1,6 +1,6 @@
 """Start-up time and peak memory of a run on one large local file, with a cold and a warm cache.
 
-    python benchmarks/bench_data.py [--megabytes 2000] [--texts FILE ...] [--run] [--most-gb 12]
+    python benchmarks/bench_data.py [--megabytes 2000] [--texts FILE ...] [--max-samples N] [--run]
 
 It writes a JSON lines file of records (instruction, input, output), made of the records of --texts
 (json or jsonl; the embedded demo without it) with a number in each so that no two are equal, and
@@ -128,11 +128,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--megabytes", type=float, default=2000)
     parser.add_argument("--texts", type=Path, nargs="+", default=[DEMO])
+    parser.add_argument("--max-samples", type=int, help="data.max_samples; without it all")
     parser.add_argument("--run", action="store_true", help="measure `fedllm run`, too")
     parser.add_argument("--most-gb", type=float, default=12)
     parser.add_argument("--folder", type=Path, help="where the temporary directory is made")
     parser.add_argument("--read", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.max_samples:
+        OVERRIDES.append(f"data.max_samples={options.max_samples}")
     if options.read:
         read_as_a_run(*options.read)
         return
@@ -141,7 +144,8 @@ def main() -> None:
         count = write_records(data, options.texts, options.megabytes)
         print(f"{count:,} records, {data.stat().st_size / 1e6:,.0f} MB", flush=True)
         outputs = (Path(folder) / f"run-{i}" for i in itertools.count())
-        programs = [[sys.executable, __file__, "--read", str(data)]]
+        limit = ["--max-samples", str(options.max_samples)] if options.max_samples else []
+        programs = [[sys.executable, __file__, *limit, "--read", str(data)]]
         if options.run:
             start = "import sys; from fedllm_flwr.commands.main import main; sys.exit(main())"
             command = [sys.executable, "-c", start, "run"]

@@ -19,8 +19,8 @@ from fedllm_flwr.config import overrides as grammar
 from fedllm_flwr.config.names import conf_dir, group_choices, shown, unknown_choice, unknown_key
 from fedllm_flwr.config.overrides import Assignment, read_overrides, split_overrides
 from fedllm_flwr.config.parsing import from_dict
-from fedllm_flwr.config.paths import validate_paths
 from fedllm_flwr.config.schema import Config
+from fedllm_flwr.config.validation import validate_paths
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.plugins import CONF_GROUP, plugin_folders
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from fedllm_flwr.config.compose import existing_dir, to_yaml
 from fedllm_flwr.config.names import (
-    SchemaField,
     closest_key,
     group_choices,
     schema_fields,
@@ -66,7 +65,12 @@ def _holds(line: tuple[str, str], words: Sequence[str]) -> bool:
 def keys() -> list[Key]:
     """Every key that takes a value, as the schema has it."""
     return [
-        Key(name, _type_name(field.hint), shown(_default(name)), _meaning(field))
+        Key(
+            name,
+            _type_name(field.hint),
+            shown(reduce(getattr, name.split("."), Config())),
+            field.info.description or " | ".join(field.choices),
+        )
         for name, field in schema_fields().items()
         if not (is_dataclass(field.hint) or name.startswith("data.eval_columns."))
     ]
@@ -80,11 +84,3 @@ def _type_name(hint: Any) -> str:
     else:
         name = str(inner) if get_args(inner) else getattr(inner, "__name__", str(inner))
     return f"{name} | None" if is_optional else name
-
-
-def _default(key: str) -> Any:
-    return reduce(getattr, key.split("."), Config())
-
-
-def _meaning(field: SchemaField) -> str:
-    return field.info.description or " | ".join(field.choices)

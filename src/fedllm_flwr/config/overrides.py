@@ -112,34 +112,36 @@ def _swept(text: str, choices: Choices) -> list[str]:
 
 def _parsed(text: str) -> Override:
     """One override; a bare value outside Hydra's grammar (blanks, brackets) is a text."""
-    sign, key, value = _parts(text)
-    attempts = [f"{sign}{key}={value.strip()}" if value or sign != "~" else text.strip()]
-    if not re.match(r"""\s*(['"\[{]|$)""", value):
-        attempts.append(f"{key}={quoted(value)}")
-    for attempt in attempts:
-        try:
-            override = OverridesParser.create().parse_override(attempt)
-        except (HydraException, ValueError):  # ValueError: a number of thousands of digits
-            continue
-        _refuse_surgery(override, sign, text)
-        return override
-    raise ConfigError(
-        f"cannot read {shown(text)!r}: write lists as {key}=[a,b] and text with special characters "
-        f"in quotes, {key}=\"'...'\"."
-    )
+    override = _by_hydra("=".join(map(str.strip, text.split("=", 1))))
+    if override is None or not override.key_or_group:
+        match = re.match(r"\s*([+~]{0,2})([\w./@:$-]+)\s*=", text)
+        if not match:
+            raise ConfigError(
+                f"cannot read {shown(text)!r}: write key=value, without blanks around =."
+            )
+        key, value = match[2], text[match.end() :]
+        if key.startswith("-"):
+            bare = text.strip().lstrip("-")
+            raise ConfigError(f"{shown(text)}: options are written without dashes, {shown(bare)}.")
+        if not re.match(r"""\s*(['"\[{]|$)""", value):
+            override = _by_hydra(f"{match[1]}{key}={quoted(value)}")
+        if override is None:
+            raise ConfigError(
+                f"cannot read {shown(text)!r}: write lists as {key}=[a,b] and text with special "
+                f"characters in quotes, {key}=\"'...'\"."
+            )
+    _refuse_surgery(override, text)
+    return override
 
 
-def _parts(text: str) -> tuple[str, str, str]:
-    match = re.match(r"\s*([+~]{0,2})([\w./@:$-]+)\s*(=|$)", text)
-    if not match or (match[3] != "=" and match[1] != "~"):
-        raise ConfigError(f"cannot read {shown(text)!r}: write key=value, without blanks around =.")
-    if match[2].startswith("-"):
-        bare = text.strip().lstrip("-")
-        raise ConfigError(f"{shown(text)}: options are written without dashes, {shown(bare)}.")
-    return match[1], match[2], text[match.end() :]
+def _by_hydra(text: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError):  # ValueError: a number of thousands of digits
+        return None
 
 
-def _refuse_surgery(override: Override, sign: str, text: str) -> None:
+def _refuse_surgery(override: Override, text: str) -> None:
     """Refuse what changes the set of keys, or Hydra itself, instead of a value."""
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
@@ -149,9 +151,9 @@ def _refuse_surgery(override: Override, sign: str, text: str) -> None:
         )
     if not is_known(key) and key not in ("experiment", "config"):
         raise ConfigError(unknown_key(key))
-    if sign == "~":
+    if override.is_delete():
         raise ConfigError(f"{shown(text)}: keys cannot be removed; write {key}=<value>.")
-    if sign:
+    if override.is_add() or override.is_force_add():
         raise ConfigError(f"{shown(text)}: every key is there already; write {key}=<value>.")
     if override.package is not None:
         raise ConfigError(f"{shown(text)}: a choice has one place; write {key}=<choice>.")

@@ -1,12 +1,13 @@
-"""Checks of combinations of values, before anything expensive starts."""
+"""Checks of combinations of values, and of the files they name, before anything expensive."""
 
 import difflib
 import itertools
 import math
+from pathlib import Path
 
 from fedllm_flwr.config.names import shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
-from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, Config
+from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, EMBEDDED_DATA, Config, value_of
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, TASKS, TRANSFORMS
 
@@ -18,12 +19,14 @@ def validate(config: Config) -> None:
         ConfigError: names the key, its value and what to use instead.
     """
     _check_training(config)
-    _check_early_stopping(config)
     _check_clients(config)
     _check_partition(config)
     _check_task(config)
     _check_lora(config)
-    _check_model(config)
+    if config.model.path == "embedded" and config.model.name != "tiny":
+        raise ConfigError(
+            f"model={shown(config.model.name)} needs model.path=<hub id or directory>."
+        )
     _check_device(config)
     _check_comparison(config)
     _check_robust(config)
@@ -55,19 +58,13 @@ def _check_training(config: Config) -> None:
             "training.max_grad_norm=0 with training.dtype=float16: clipping is what scales the "
             "gradient back before the correction is added; use a norm > 0, or bfloat16."
         )
-
-
-def _check_early_stopping(config: Config) -> None:
-    """Refuse it where no round but the last would be scored."""
-    patience, evaluation = config.training.early_stopping, config.evaluation
-    if patience is None:
-        return
-    if evaluation.central and not evaluation.every:
+    patience, evaluation = training.early_stopping, config.evaluation
+    if patience is not None and evaluation.central and not evaluation.every:
         raise ConfigError(
             f"training.early_stopping={patience} waits for evaluations, and evaluation.every=0 has "
             "none between start and end; set evaluation.every=1."
         )
-    if not evaluation.central and not evaluation.clients:
+    if patience is not None and not evaluation.central and not evaluation.clients:
         raise ConfigError(
             f"training.early_stopping={patience} needs scores: set evaluation.central=true or "
             "evaluation.clients=true."
@@ -219,13 +216,6 @@ def _check_lora(config: Config) -> None:
     )
 
 
-def _check_model(config: Config) -> None:
-    if config.model.path == "embedded" and config.model.name != "tiny":
-        raise ConfigError(
-            f"model={shown(config.model.name)} needs model.path=<hub id or directory>."
-        )
-
-
 def _check_device(config: Config) -> None:
     training, quantization = config.training, config.quantization.name
     if quantization != "none" and training.device == "mps":
@@ -249,3 +239,62 @@ def _check_device(config: Config) -> None:
                 f"model.attention=flash_attention_2 does not run with {key}={value}; use "
                 f"{key}={remedy} or model.attention=sdpa."
             )
+
+
+def adapter_keys() -> list[str]:
+    """Keys that name an adapter's directory on the server: the start's, and those of the tasks."""
+    tasks = [TASKS.find(name) for name in TASKS.names()]
+    return ["init_adapter", *(key for task in tasks for key in task.adapters.values())]
+
+
+def validate_paths(config: Config) -> None:
+    """Check the files that the configuration names on this machine.
+
+    Raises:
+        ConfigError: names the key and the path that is missing.
+    """
+    sites_own = config.federation.engine == "deployment"  # data.path is each site's own
+    if not config.data.path and not config.data.hub_id and not sites_own:
+        raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
+    files = {"data.eval_path": config.data.eval_path}
+    files |= {} if sites_own else {"data.path": config.data.path}
+    for key, path in files.items():
+        if path and path not in EMBEDDED_DATA:
+            _check_exists(key, path)
+    data = config.data
+    own_files = not sites_own and data.path and data.eval_path
+    if own_files and not {data.path, data.eval_path} & set(EMBEDDED_DATA):
+        train, held_out = Path(str(data.path)).expanduser(), Path(str(data.eval_path)).expanduser()
+        if train.samefile(held_out) and data.eval_split in (None, data.split):
+            raise ConfigError(
+                f"data.eval_path={shown(data.eval_path)} is data.path: the scores would be of "
+                "records that were learnt; give other records, or drop data.eval_path, and "
+                f"data.validation_fraction={data.validation_fraction:g} of them is held out."
+            )
+    if config.model.path.startswith(("/", "./", "../", "~")):
+        _check_exists("model.path", config.model.path)
+    if config.evaluation.data_root and config.evaluation.suites:
+        _check_exists("evaluation.data_root", config.evaluation.data_root)
+    if config.resume:
+        _check_exists("resume", config.resume)
+    for key in adapter_keys():
+        adapter = value_of(config, key)
+        if adapter and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{key}={shown(adapter)}: no adapter_config.json there; give the adapter/ "
+                "directory of a run."
+            )
+
+
+def _check_exists(key: str, path: str) -> None:
+    """Refuse a path that is not there, with the closest name that is."""
+    file = Path(path).expanduser()
+    try:
+        if file.exists():
+            return
+        beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"{key}={shown(path)}: {error.strerror}; give another path.") from error
+    close = difflib.get_close_matches(file.name, beside, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else " Give one that is there."
+    raise ConfigError(f"{key}={shown(path)}: no such file or directory.{hint}")

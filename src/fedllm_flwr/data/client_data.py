@@ -1,11 +1,9 @@
 """One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
 
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,11 +99,11 @@ def _site(keyed: _Keyed, folder: Path, digests: Path | None) -> Examples:
     config = keyed.config
     sample = [config.seed, config.data.max_samples] if config.data.max_samples else []
     identity = f"{site_source(config, keyed.kind).identity(digests)} {sample}"
-    encoded = _encode(
-        *(config, keyed.kind, keyed.tokenizer, identity),
-        lambda: load_site_data(config, keyed.kind),
-        folder,
-        _SITE_CACHE_FILES,
+    encoded: Examples = encode_cached(
+        *(keyed.kind.codec, identity, lambda: load_site_data(config, keyed.kind), keyed.tokenizer),
+        *_encoding(config),
+        folder=folder,
+        most_files=_SITE_CACHE_FILES,
     )
     for line in losses(config, encoded):
         logger.warning("%s", line)
@@ -126,31 +124,17 @@ def encode_records(
     config: Config, kind: RecordKind, tokenizer: Tokenizer, records: Records
 ) -> Examples:
     """Encode records as the configuration says; kept in the user's cache."""
-    folder = cache_dir() / "tokens" if records.identity else None
-    return _encode(config, kind, tokenizer, records.identity, lambda: records, folder)
-
-
-def _encode(
-    config: Config,
-    kind: RecordKind,
-    tokenizer: Tokenizer,
-    identity: str,
-    records: Callable[[], Iterable[Any]],
-    folder: Path | None,
-    most_files: int | None = None,
-) -> Examples:
     encoded: Examples = encode_cached(
-        kind.codec,
-        identity,
-        records,
-        tokenizer,
-        config.data.template,
-        config.training.max_length,
-        config.data.truncation,
-        folder,
-        most_files,
+        *(kind.codec, records.identity, lambda: records, tokenizer),
+        *_encoding(config),
+        folder=cache_dir() / "tokens" if records.identity else None,
     )
     return encoded
+
+
+def _encoding(config: Config) -> tuple[str, int, str]:
+    """Template, length and truncation."""
+    return config.data.template, config.training.max_length, config.data.truncation
 
 
 def losses(config: Config, encoded: Examples) -> list[str]:

@@ -59,18 +59,39 @@ def partition(
     Raises:
         ConfigError: with key, value and remedy, for what cannot be divided so.
     """
-    if config.name in _BY_COLUMN:
-        _check_column(config, keys)
+    if config.name in ("dirichlet", "natural", "pathological"):
+        if config.column is None:
+            raise ConfigError(
+                f"partition={config.name} needs a column to divide by, but partition.column is not "
+                "set and the data set names none; set partition.column=<column>, or use "
+                "partition=iid"
+            )
+        if not all(keys):
+            raise ConfigError(
+                f"partition.column={config.column} has no value in {keys.count('')} records; "
+                f"fill it in, or leave them out with data.on_bad_record=skip"
+            )
     if config.name == "natural":
         names = sorted(set(keys))
-        _check_natural_count(config, names, num_clients)
+        if num_clients not in (None, len(names)):
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise ConfigError(
+                f"federation.num_clients={num_clients}, but partition.column={config.column} has "
+                f"{len(names)} values ({shown}), one client each; set federation.num_clients="
+                f"{len(names)} or null, or divide evenly among {num_clients} clients: partition=iid"
+            )
     else:
         count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
-        _check_count(count, len(keys))
+        if count < 1:
+            raise ConfigError(f"federation.num_clients must be at least 1, got {count}")
+        if count > len(keys):
+            raise ConfigError(
+                f"federation.num_clients={count} is more than the {len(keys)} training records; "
+                f"set federation.num_clients={len(keys)} or less, or raise data.max_samples"
+            )
         names = [f"client-{i}" for i in range(count)]
-    order = _record_order(keys, config, seed)
-    indices = _PARTITIONERS[config.name](order, config, len(names), seed)
-    return Partition(names, indices)
+    order = _shuffled(keys, config, seed)
+    return Partition(names, _divided(order, config, len(names), seed))
 
 
 def describe(partition: Partition, train: Records) -> list[ClientStats]:
@@ -90,41 +111,7 @@ def describe(partition: Partition, train: Records) -> list[ClientStats]:
     ]
 
 
-def _check_column(config: PartitionConfig, keys: list[str]) -> None:
-    if config.column is None:
-        raise ConfigError(
-            f"partition={config.name} needs a column to divide by, but partition.column is not "
-            f"set and the data set names none; set partition.column=<column>, or use partition=iid"
-        )
-    if not all(keys):
-        raise ConfigError(
-            f"partition.column={config.column} has no value in {keys.count('')} records; "
-            f"fill it in, or leave them out with data.on_bad_record=skip"
-        )
-
-
-def _check_natural_count(config: PartitionConfig, values: list[str], count: int | None) -> None:
-    if count is None or count == len(values):
-        return
-    shown = ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
-    raise ConfigError(
-        f"federation.num_clients={count}, but partition.column={config.column} has {len(values)} "
-        f"values ({shown}), one client each; set federation.num_clients={len(values)} or null, or "
-        f"divide evenly among {count} clients: partition=iid"
-    )
-
-
-def _check_count(count: int, num_records: int) -> None:
-    if count < 1:
-        raise ConfigError(f"federation.num_clients must be at least 1, got {count}")
-    if count > num_records:
-        raise ConfigError(
-            f"federation.num_clients={count} is more than the {num_records} training records; "
-            f"set federation.num_clients={num_records} or less, or raise data.max_samples"
-        )
-
-
-def _record_order(keys: list[str], config: PartitionConfig, seed: int) -> "datasets.Dataset":
+def _shuffled(keys: list[str], config: PartitionConfig, seed: int) -> "datasets.Dataset":
     """Columns row and key for a partitioner.
 
     Every partitioner but the natural one cuts contiguous pieces, of all records or of each class,
@@ -145,53 +132,47 @@ def _record_order(keys: list[str], config: PartitionConfig, seed: int) -> "datas
     return datasets.Dataset.from_dict({"row": rows, "key": [keys[i] for i in rows]})
 
 
-def _divide(
-    partitioner: Any, order: "datasets.Dataset", num_clients: int
-) -> list[NDArray[np.int64]]:
-    """Rows per client, by one of flwr-datasets' partitioners."""
-    partitioner.dataset = order
-    # Its warnings are checked here or become errors; its progress bar goes to stderr.
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return [
-            np.array(partitioner.load_partition(i)["row"][:], np.int64) for i in range(num_clients)
-        ]
-
-
-def _iid(
+def _divided(
     order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
 ) -> list[NDArray[np.int64]]:
-    from flwr_datasets.partitioner import IidPartitioner
+    """Rows of each client, by one of flwr-datasets' partitioners."""
+    from flwr_datasets import partitioner as partitioners
 
-    return _divide(IidPartitioner(num_clients), order, num_clients)
+    def by(partitioner: Any) -> list[NDArray[np.int64]]:
+        partitioner.dataset = order
+        # Its warnings are checked here or become errors; its progress bar goes to stderr.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            parts = (partitioner.load_partition(i)["row"][:] for i in range(num_clients))
+            return [np.array(rows, np.int64) for rows in parts]
+
+    match config.name:
+        case "iid":
+            return by(partitioners.IidPartitioner(num_clients))
+        case "natural":
+            return by(partitioners.NaturalIdPartitioner("key"))
+        case "size":  # client i holds a share proportional to (i + 1) ** alpha
+            try:
+                return by(
+                    partitioners.IdToSizeFncPartitioner(num_clients, lambda n: n**config.alpha)
+                )
+            except ValueError:
+                raise ConfigError(
+                    f"partition.alpha={config.alpha} leaves some of {num_clients} clients without "
+                    f"any of the {len(order)} records; lower it, or give fewer clients by "
+                    "federation.num_clients"
+                ) from None
+        case "pathological":
+            return _pathological(order, config, num_clients, seed, by)
+        case _:
+            return _dirichlet(order, config, num_clients, seed, by)
 
 
-def _size(
-    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
-) -> list[NDArray[np.int64]]:
-    """Client i holds a share proportional to (i + 1) ** alpha."""
-    from flwr_datasets.partitioner import IdToSizeFncPartitioner
-
-    partitioner = IdToSizeFncPartitioner(num_clients, lambda numbers: numbers**config.alpha)
-    try:
-        return _divide(partitioner, order, num_clients)
-    except ValueError:
-        raise ConfigError(
-            f"partition.alpha={config.alpha} leaves some of {num_clients} clients without any of "
-            f"the {len(order)} records; lower it, or give fewer clients by federation.num_clients"
-        ) from None
-
-
-def _natural(
-    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
-) -> list[NDArray[np.int64]]:
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    return _divide(NaturalIdPartitioner("key"), order, num_clients)
+_By = Callable[[Any], list[NDArray[np.int64]]]
 
 
 def _dirichlet(
-    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int, by: _By
 ) -> list[NDArray[np.int64]]:
     """Shares of each class ~ Dirichlet(alpha), drawn again until all reach min_size."""
     from flwr_datasets.partitioner import DirichletPartitioner
@@ -211,7 +192,7 @@ def _dirichlet(
             seed=derive_seed(seed, "partition", attempt),
         )
         try:
-            return _divide(partitioner, order, num_clients)
+            return by(partitioner)
         except ValueError:
             continue
     raise ConfigError(
@@ -222,7 +203,7 @@ def _dirichlet(
 
 
 def _pathological(
-    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int, by: _By
 ) -> list[NDArray[np.int64]]:
     """Every client holds classes_per_client classes; client i has class i modulo their number."""
     from flwr_datasets.partitioner import PathologicalPartitioner
@@ -242,7 +223,7 @@ def _pathological(
         seed=derive_seed(seed, "partition"),
     )
     try:
-        return _divide(partitioner, order, num_clients)
+        return by(partitioner)
     except ValueError:
         rarest, count = Counter(order["key"][:]).most_common()[-1]
         raise ConfigError(
@@ -250,14 +231,3 @@ def _pathological(
             f"records than clients that need it (the rarest, {rarest!r}, has {count}); give "
             f"fewer clients than federation.num_clients={num_clients}, or use partition=dirichlet"
         ) from None
-
-
-_Partitioner = Callable[["datasets.Dataset", PartitionConfig, int, int], list[NDArray[np.int64]]]
-_PARTITIONERS: dict[str, _Partitioner] = {
-    "iid": _iid,
-    "dirichlet": _dirichlet,
-    "natural": _natural,
-    "pathological": _pathological,
-    "size": _size,
-}
-_BY_COLUMN = ("dirichlet", "natural", "pathological")

@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.parsing import from_dict
-from fedllm_flwr.config.paths import adapter_keys
+from fedllm_flwr.config.validation import adapter_keys
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.federation.messages import (
     Acknowledged,

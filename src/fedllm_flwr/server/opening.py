@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.config.paths import adapter_keys
 from fedllm_flwr.config.schema import EMBEDDED_DATA, value_of, with_value
+from fedllm_flwr.config.validation import adapter_keys
 from fedllm_flwr.data.client_data import divided_data
 from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.sources import records_digest
