@@ -118,7 +118,7 @@ def to_yaml(config: Config) -> str:
 def _load(
     path: Any, assignments: Sequence[Assignment], key: str = "config", typed: str | None = None
 ) -> Config:
-    """The configuration saved at `path`, which the override `key` names, and what is changed."""
+    """Load the configuration at `path`, named by the override `key`, and apply assignments."""
     file = Path(str(path)).expanduser()
     where = typed or f"{key}={shown(str(path))}"
     file = file / "config.yaml" if file.is_dir() or key == "resume" else file
@@ -177,7 +177,7 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def _composed(chosen: Sequence[str], folder: Path | None) -> dict[Any, Any]:
-    """What the groups say, references unresolved."""
+    """Values of the composed groups, references unresolved."""
     try:
         if folder is None:
             return copy.deepcopy(_of_package(*chosen))
@@ -188,7 +188,7 @@ def _composed(chosen: Sequence[str], folder: Path | None) -> dict[Any, Any]:
 
 @cache
 def _of_package(*chosen: str) -> dict[Any, Any]:
-    """The package's groups do not change while it runs, and a sweep composes many times."""
+    """Composition without user groups, cached: the package's groups do not change at run time."""
     return _by_hydra(chosen)
 
 
@@ -221,7 +221,7 @@ def _resolved(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _explained(error: Exception, folder: Path | None) -> str:
-    """Why the YAML groups do not compose; what overrides say was checked before."""
+    """Message for groups that do not compose; the overrides have been checked before."""
     text = str(error)
     if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text):
         group, choice = match.groups()

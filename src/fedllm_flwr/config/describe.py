@@ -1,4 +1,4 @@
-"""What can be configured, and what is: the texts of ``fedllm config``."""
+"""Output of ``fedllm config``: the resolved configuration, and the list of groups and keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
@@ -57,7 +57,7 @@ def list_choices(config_dir: str | None = None, words: Sequence[str] = ()) -> st
 
 
 def _holds(line: tuple[str, str], words: Sequence[str]) -> bool:
-    """Whether a line is wanted: it holds one of the words, or there are none."""
+    """Whether a line contains one of the words; true without words."""
     text = " ".join(line).lower()
     return not words or any(word.lower() in text for word in words)
 
@@ -77,7 +77,7 @@ def keys() -> list[Key]:
 
 
 def _type_name(hint: Any) -> str:
-    """A type as it would be written; a choice is text."""
+    """A type hint as text; a choice is ``str``."""
     inner, is_optional = without_none(hint)
     if get_origin(inner) is Literal:
         name = "str"

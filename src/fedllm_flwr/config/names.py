@@ -1,4 +1,4 @@
-"""Names of keys, groups and choices, and the wording of what is wrong with a name."""
+"""Names of keys, groups and choices, and messages for unknown names."""
 
 import difflib
 import types
@@ -63,7 +63,7 @@ class SchemaField:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values that it may have; empty if any of its type."""
+        """Allowed values; empty where every value of the type is allowed."""
         for mark in self.info.metadata:
             if isinstance(mark, Registered):
                 return mark.names
@@ -82,7 +82,7 @@ class SchemaField:
 
     @property
     def takes_text(self) -> bool:
-        """Whether digits are text here, as in a revision."""
+        """Whether digits are read as text, as in a revision."""
         return bool(self.choices) or without_none(self.hint)[0] is str
 
 
@@ -146,7 +146,7 @@ def unknown_choice(key: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value on one line, as it would be typed."""
+    """A value in one line, as a user would type it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = f"[{','.join(map(shown, value))}]" if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""Overrides as users type them: Hydra's grammar, and every mistake refused in one line."""
+"""Parses overrides by Hydra's grammar; refuses each mistake with a one-line message."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ class Assignment:
 
 
 def split_overrides(text: str) -> list[str]:
-    """The overrides in one string, parted by blanks outside quotes; backslashes stay.
+    """Split a string into overrides at blanks outside quotes; backslashes are kept.
 
     Raises:
         ConfigError: a quote is not closed.
@@ -111,7 +111,7 @@ def _swept(text: str, choices: Choices) -> list[str]:
 
 
 def _parsed(text: str) -> Override:
-    """One override; a bare value outside Hydra's grammar (blanks, brackets) is a text."""
+    """Parse one override; a bare value that Hydra's grammar rejects (blanks, brackets) is text."""
     override = _by_hydra("=".join(map(str.strip, text.split("=", 1))))
     if override is None or not override.key_or_group:
         match = re.match(r"\s*([+~]{0,2})([\w./@:$-]+)\s*=", text)
@@ -142,7 +142,7 @@ def _by_hydra(text: str) -> Override | None:
 
 
 def _refuse_surgery(override: Override, text: str) -> None:
-    """Refuse what changes the set of keys, or Hydra itself, instead of a value."""
+    """Refuse overrides that add or delete keys, or that configure Hydra itself."""
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
         raise ConfigError(
@@ -166,7 +166,7 @@ def quoted(value: str) -> str:
 
 
 def _meant(override: Override, text: str) -> Any:
-    """The value; for a key that takes text, digits are text (revision=1e3) as they were typed."""
+    """The parsed value; a key that takes text gets digits as typed (revision=1e3)."""
     value = override.value()
     field = schema_fields().get(override.key_or_group)
     if field and field.takes_text and isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""Plain data to a `Config`: strict, without references, whoever wrote the data."""
+"""Parses plain data into a `Config`: strict types, no references, for untrusted input, too."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +55,7 @@ def _severity(error: ErrorDetails) -> int:
 
 
 def _sentence(error: ErrorDetails) -> str:
-    """One of pydantic's errors in a line with key, value and remedy."""
+    """Translate a pydantic error into one line with key, value and remedy."""
     kind, value = error["type"], error["input"]
     location = error["loc"]
     if kind in ("unexpected_keyword_argument", "invalid_key"):

@@ -18,7 +18,7 @@ def num_sampled(config: Config, num_clients: int) -> int:
 
 
 def min_replies(config: Config, num_clients: int) -> int:
-    """Usable replies that a round needs: more than half of the clients asked, unless it is said.
+    """Minimum number of usable replies per round; by default more than half of the clients asked.
 
     With fewer, the round would be that of a few clients, and take the step of a full one.
     """
@@ -27,7 +27,7 @@ def min_replies(config: Config, num_clients: int) -> int:
 
 
 def describe_local(config: Config) -> str:
-    """In which rounds the clients of ``algorithm=local`` trained, for below a table."""
+    """Footnote of a table: in which rounds the clients of ``algorithm=local`` trained."""
     chosen = config.algorithm.participation
     rounds = {
         "all": "in every round",

@@ -1,4 +1,4 @@
-"""Checks of combinations of values, and of the files they name, before anything expensive."""
+"""Validates combinations of values, and the files they name, before anything is loaded."""
 
 import difflib
 import itertools
@@ -13,7 +13,7 @@ from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, TASKS, TRANSFORMS
 
 
 def validate(config: Config) -> None:
-    """Check every combination of values that needs no file and no model.
+    """Check combinations of values; reads no file and no model.
 
     Raises:
         ConfigError: names the key, its value and what to use instead.
@@ -128,7 +128,7 @@ def _check_partition(config: Config) -> None:
 
 
 def _check_task(config: Config) -> None:
-    """What the task refuses, and one column for two of its roles."""
+    """Task-specific checks; two roles must not share a column."""
     task = TASKS.find(config.task.name)()
     for key, columns in (
         ("data.columns", config.data.columns),
@@ -152,7 +152,7 @@ def _check_task(config: Config) -> None:
 
 
 def _check_comparison(config: Config) -> None:
-    """The settings of `compare` belong to algorithms that there are."""
+    """Check that ``compare.settings`` is a section of keys per known algorithm."""
     settings = config.compare.settings
     if settings is None:
         return
@@ -287,7 +287,7 @@ def validate_paths(config: Config) -> None:
 
 
 def _check_exists(key: str, path: str) -> None:
-    """Refuse a path that is not there, with the closest name that is."""
+    """Refuse a missing path; suggest the closest existing name."""
     file = Path(path).expanduser()
     try:
         if file.exists():

@@ -1,4 +1,4 @@
-"""Which column of a source plays which role, and the errors for those that are not there."""
+"""Maps the columns of a data source to roles; errors for missing columns."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 
 @dataclass(frozen=True)
 class AttributeColumn:
-    """A column that is kept beside the messages, and the configuration key that names it."""
+    """A label or client column, and the configuration key that names it."""
 
     name: str
     key: str
@@ -34,12 +34,12 @@ class Mapping:
 
 
 class Columns(set[str]):
-    """Columns that at least one of some records has."""
+    """The union of the columns of some records."""
 
     def __init__(self, rows: Iterable[Record | None] = ()) -> None:
         super().__init__()
         self.values: dict[str, dict[type, Any]] = {}
-        """Per column and type of value, the first value that is not empty."""
+        """First non-empty value per column and Python type."""
         for row in rows:
             self.include(row)
 
@@ -52,7 +52,7 @@ class Columns(set[str]):
 
 
 def unused_columns(present: Columns, mapping: Mapping, roles: Iterable[str]) -> list[str]:
-    """Columns of the source that none of the roles is mapped to, sorted."""
+    """Columns of the source without a role, sorted."""
     used = {getattr(mapping.columns, role) for role in roles}
     used |= {column.name for column in (mapping.label, mapping.client) if column}
     return sorted(present - used)
@@ -65,7 +65,7 @@ def used_columns(present: Columns, mapping: Mapping, roles: Iterable[str]) -> li
 
 
 def mapped_columns(mapping: Mapping, roles: Iterable[str]) -> dict[str, str]:
-    """The column of every role that has one; the turns of a chat take the place of other texts."""
+    """Column names by role; a column of chat turns replaces the columns of single texts."""
     columns = mapping.columns
     is_chat = "messages" in roles and columns.messages is not None
     names = {role: getattr(columns, role) for role in (("messages",) if is_chat else roles)}
@@ -75,7 +75,7 @@ def mapped_columns(mapping: Mapping, roles: Iterable[str]) -> dict[str, str]:
 
 
 def resolve_attributes(mapping: Mapping, present: Collection[str]) -> Mapping:
-    """The mapping without attributes that may be absent and are; refuses those that may not."""
+    """Drop optional label and client columns that are absent; refuse absent required ones."""
 
     def resolve(column: AttributeColumn | None) -> AttributeColumn | None:
         if column is None or column.name in present:

@@ -20,7 +20,7 @@ TRUNCATIONS = ("right", "left", "drop", KEEP)
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the records: num_records = num_examples + dropped."""
+    """Counts of encoded, truncated and dropped records: num_records = num_examples + dropped."""
 
     num_records: int
     num_examples: int
@@ -31,7 +31,7 @@ class EncodeReport:
 
     @property
     def losses(self) -> str:
-        """What did not fit, in words; empty if all did."""
+        """Truncation report in words; "" if nothing was cut or dropped."""
         if not (self.truncated or self.dropped):
             return ""
         return f"{self.truncated} of {self.num_records} records cut, {self.dropped} left out"
@@ -59,7 +59,7 @@ class Encoded:
         return self.tokens[span], self.supervised[span]
 
     def take(self, examples: NDArray[np.int64]) -> "Encoded":
-        """The chosen examples, in the order given; the report counts them alone."""
+        """The chosen examples in the order given, with a report of their own."""
         kept = [self[int(i)] for i in examples]
         return flatten(kept, self.source[examples].tolist(), len(kept), truncated=0)
 
@@ -152,7 +152,7 @@ def _truncate(
 def _cut_left(
     tokens: TokenArray, supervised: Mask, max_length: int, bos: int | None
 ) -> tuple[TokenArray, Mask]:
-    """Remove what is too much after the BOS, but nothing of the last answer."""
+    """Remove excess tokens after the BOS, but none of the last answer."""
     num_bos = int(tokens[0] == bos)
     context = np.flatnonzero(~supervised)
     last_answer = int(context[-1]) + 1 if len(context) else 0

@@ -1,4 +1,4 @@
-"""Records that cannot be used, and why."""
+"""Unusable records and the reasons."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 
 
 class UnusableRecord(Exception):  # noqa: N818 - a verdict on one record, always caught here
-    """Why one record cannot be used; ``fault`` is the field of Faults that counts it."""
+    """The reason why a record is unusable; ``fault`` names the field of `Faults` that lists it."""
 
     def __init__(self, reason: str, fault: str = "bad") -> None:
         super().__init__(reason)
@@ -23,21 +23,21 @@ class UnusableRecord(Exception):  # noqa: N818 - a verdict on one record, always
 
 @dataclass
 class Faults:
-    """Records that cannot be used: (1-based record number, reason)."""
+    """Unusable records by kind of fault: (1-based record number, reason)."""
 
     empty: list[tuple[int, str]] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
     equal: list[tuple[int, str]] = field(default_factory=list)  # two answers that are the same
 
     def extend(self, other: "Faults", offset: int) -> None:
-        """Add the faults of records that come after `offset` others."""
+        """Append faults whose record numbers start after `offset`."""
         for name in ("empty", "bad", "equal"):
             found = [(offset + number, reason) for number, reason in getattr(other, name)]
             getattr(self, name).extend(found)
 
 
 def make_usable(rows: Preprocessed, make: Callable[[Record], Made]) -> tuple[list[Made], Faults]:
-    """What ``make`` makes of the records, in order, and the faults of those that it refuses."""
+    """Apply ``make`` to each record; return the results in order, and the faults of the rest."""
     made: list[Made] = []
     faults = Faults()
     for number, row in enumerate(rows, start=1):
@@ -93,7 +93,7 @@ def attribute_of(row: Record, column: AttributeColumn | None) -> str:
 
 
 def client_of(row: Record, mapping: Mapping) -> str:
-    """The client a record belongs to, "" where none is asked for."""
+    """The client that a record belongs to, "" without a client column."""
     client = attribute_of(row, mapping.client)
     if mapping.client and mapping.client.required and not client:
         raise UnusableRecord(f"no value in column {mapping.client.name!r} ({mapping.client.key})")
@@ -101,7 +101,7 @@ def client_of(row: Record, mapping: Mapping) -> str:
 
 
 def require_unicode(text: str) -> None:
-    """JSON may escape half of a surrogate pair, which is no text."""
+    """Refuse lone surrogates, which JSON can escape and UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What a training task tells the data layer: its columns, its records and its examples."""
+"""Interface between a training task and the data layer: columns, records, examples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from fedllm_flwr.data.tokens import TokenArray
 
 
 class Report(Protocol):
-    """What became of records when they were encoded."""
+    """Truncation report of encoded records."""
 
     @property
     def losses(self) -> str:
-        """What did not fit, in words; empty if all did."""
+        """The report in words; "" if nothing was cut or dropped."""
 
 
 class Examples(Protocol):
@@ -28,7 +28,7 @@ class Examples(Protocol):
 
     @property
     def report(self) -> Report:
-        """What became of the records."""
+        """Truncation report."""
 
     @property
     def tokens(self) -> TokenArray:
@@ -58,7 +58,7 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class RecordKind:
-    """Everything in which the records of one task differ from those of another."""
+    """The record type of a task: its columns, its parsing and its encoding."""
 
     roles: tuple[str, ...]  # of data.columns, that its records use
     record: Any  # type of a usable record, a NamedTuple

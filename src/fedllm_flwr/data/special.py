@@ -1,4 +1,4 @@
-"""Special tokens that are written out in a record: text there, and control tokens in a template.
+"""Special tokens written out in a record stay text; in a template they are control tokens.
 
 A fast tokenizer turns the text ``</s>`` or ``<|eot_id|>`` into the control token wherever it finds
 it. In a record it would end an answer, or open another's turn. So rendering puts a mark in the
@@ -24,14 +24,14 @@ _ANY_MARK = re.compile("[\U0010f000-\U0010fffd]")
 
 
 def marked(messages: Iterable[Message], tokenizer: "Tokenizer") -> list[Message]:
-    """The messages with a mark for each special token that is written out in them."""
+    """Replace each special token written out in the messages by a mark."""
     return [
         {**message, "content": marked_text(message["content"], tokenizer)} for message in messages
     ]
 
 
 def marked_text(text: str, tokenizer: "Tokenizer") -> str:
-    """`text` with a mark for each special token that is written out in it.
+    """Replace each special token written out in `text` by a mark.
 
     Unless ``model.special_tokens_as_text=false``: such text then stays a control token.
     """
@@ -39,12 +39,12 @@ def marked_text(text: str, tokenizer: "Tokenizer") -> str:
 
 
 def has_marks(text: str) -> bool:
-    """Whether a special token is written out in `text`."""
+    """Whether `text` holds marks."""
     return _ANY_MARK.search(text) is not None
 
 
 class PlainTokenizer:
-    """Tokenises marked text: marks as the text they stand for, control tokens as such."""
+    """Tokenises marked text: a mark becomes plain text, a control token stays one."""
 
     is_fast = True
 
@@ -53,7 +53,7 @@ class PlainTokenizer:
         self._backend = self._special.exchanged(tokenizer)
 
     def exchange(self, text: str) -> str:
-        """Marks become the text they stand for, and control tokens become marks."""
+        """Swap marks and control tokens: marks become plain text, control tokens become marks."""
         return self._special.exchange(text)
 
     def __call__(self, texts: Sequence[str], **_: Any) -> Any:
@@ -67,7 +67,7 @@ _AS_TEXT, _KEPT = "special_tokens_as_text", "_special_tokens_of_records"
 
 
 class _Special:
-    """The special tokens of a tokenizer by their mark, and the other way round."""
+    """Maps the special tokens of a tokenizer to marks and back."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
@@ -86,7 +86,7 @@ class _Special:
         return both.sub(lambda found: other.get(found[0], found[0]), text)
 
     def exchanged(self, tokenizer: "Tokenizer") -> Any:
-        """The tokenizers library's tokenizer with marks as its special tokens, under their ids."""
+        """A copy of the backend tokenizer in which marks stand for the special tokens' ids."""
         from tokenizers import Tokenizer as Backend
 
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -111,7 +111,7 @@ class _Special:
 
 
 def _special(tokenizer: "Tokenizer") -> _Special:
-    """Kept with the tokenizer, whose vocabulary does not change."""
+    """The mapping of a tokenizer, cached on it: its vocabulary does not change."""
     if not hasattr(tokenizer, _KEPT):
         setattr(tokenizer, _KEPT, _Special(tokenizer))
     special: _Special = getattr(tokenizer, _KEPT)

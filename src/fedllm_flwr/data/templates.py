@@ -1,4 +1,4 @@
-"""Chat messages as text, with the parts that a model is trained to write marked as such."""
+"""Renders chat messages as text, in segments that are supervised or not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,7 +161,7 @@ def _render_text(messages: Sequence[Message], template: TextTemplate, eos: str) 
 
 
 def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Segment]:
-    """Segments by rendering prefixes: an answer is what its turn adds to the prompt before it."""
+    """Segments from rendered prefixes: an answer is what its turn adds to the prompt."""
     segments: list[Segment] = []
     done = ""
     for i, message in enumerate(messages):
@@ -178,7 +178,7 @@ def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Segm
 
 
 def _added_answer(tokenizer: Tokenizer, messages: Sequence[Message], prompt: str) -> str:
-    """What the last of ``messages``, an answer, adds to the prompt before it."""
+    """The text that the last message, an answer, adds to the prompt."""
     through = _apply(tokenizer, messages, add_generation_prompt=False)
     if not through.startswith(prompt):
         raise _not_extended(len(messages))
@@ -210,7 +210,7 @@ def _end_answer(text: str, eos: str, last: bool) -> list[Segment]:
 
 
 def _space_to_answers(segments: list[Segment]) -> list[Segment]:
-    """Join neighbours of a kind, and move spaces at a prompt's end to the answer after it."""
+    """Join adjacent prompt segments, and move trailing spaces of a prompt to its answer."""
     moved: list[Segment] = []
     for segment in segments:
         if moved and not segment.supervised and not moved[-1].supervised:

@@ -1,4 +1,4 @@
-"""Tokens of rendered text, each marked as supervised or not, with exact boundaries."""
+"""Tokenises rendered text and marks which tokens are supervised, with exact boundaries."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -65,14 +65,14 @@ def tokenise(
 
 
 class _Marker:
-    """Marks the tokens of whole texts, with the tokens of prompt ends that it has seen."""
+    """Marks the supervised tokens of a text; caches how prompt ends are tokenised."""
 
     def __init__(self, tokenizer: Tokenizer | PlainTokenizer) -> None:
         self._tokenizer = tokenizer
         self._prompt_ends = _PromptEnds(tokenizer)
 
     def mark(self, encoding: Any, parts: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        """Tokens and marks; where a token runs across the start of an answer, of parts alone."""
+        """Tokens and marks; segments are tokenised separately where a token spans two."""
         return _mark(encoding, parts, self._prompt_ends) or _apart(parts, self._tokenizer)
 
 
@@ -81,7 +81,7 @@ def _joined(parts: Sequence[Segment]) -> str:
 
 
 def _shortened(parts: Sequence[Segment], room: int, tokenizer: Tokenizer) -> Sequence[Segment]:
-    """The segments, those that are far longer than `room` tokens without their middle.
+    """The segments; those much longer than `room` tokens lose their middle.
 
     Twice the characters that so many tokens can span stay at either end, so that what is kept lies
     far from the cut. The same object comes back where nothing is long.
@@ -115,7 +115,7 @@ def require_eos(tokenizer: Tokenizer) -> None:
 
 
 def _default_bos(tokenizer: Tokenizer) -> int | None:
-    """The BOS id if the tokenizer puts one before every text."""
+    """The BOS id if the tokenizer prepends one to every text, else None."""
     first: list[int] = tokenizer("a")["input_ids"][:1]
     bos: int | None = tokenizer.bos_token_id
     return bos if first == [bos] else None
@@ -136,7 +136,7 @@ def _encodings(texts: list[str], tokenizer: Tokenizer | PlainTokenizer) -> Any:
 def _mark(
     encoding: Any, parts: Sequence[Segment], prompt_ends: "_PromptEnds"
 ) -> tuple[list[int], list[bool]] | None:
-    """Tokens and marks of a whole text; None if a token runs across the start of an answer."""
+    """Tokens and marks of a whole text; None if a token spans the start of an answer."""
     tokens: list[int] = encoding.ids
     supervised: list[bool] = []
     length = sum(len(part.text) for part in parts)
@@ -167,7 +167,7 @@ def _token_at(encoding: Any, position: int, length: int, num_tokens: int) -> int
 def _apart(
     parts: Sequence[Segment], tokenizer: Tokenizer | PlainTokenizer
 ) -> tuple[list[int], list[bool]]:
-    """Tokens and marks with every segment tokenised alone."""
+    """Tokens and marks with every segment tokenised separately."""
     tokens: list[int] = []
     supervised: list[bool] = []
     for part, encoding in zip(
@@ -179,7 +179,7 @@ def _apart(
 
 
 class _PromptEnds:
-    """Checks the tokens of white space at the end of prompts.
+    """Checks how white space at the end of a prompt is tokenised.
 
     Byte-level tokenizers split white space by what follows it ("\\n\\n" before a letter becomes
     two tokens, at the end of a text one), so a prompt can change without any token running
@@ -191,7 +191,7 @@ class _PromptEnds:
         self._tokens_of_space: dict[str, list[int]] = {}
 
     def as_alone(self, tokens: list[int], prompt: str) -> bool:
-        """Whether ``tokens`` end as the tokens of ``prompt`` tokenised by itself do."""
+        """Whether ``tokens`` end with the tokens that ``prompt`` alone ends with."""
         text = prompt.rstrip()
         if len(text) == len(prompt):
             return True
