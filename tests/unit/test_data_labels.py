@@ -3,9 +3,9 @@
 import pytest
 
 from fedllm_flwr.config.schema import DataConfig
-from fedllm_flwr.data.labels import require_scored, unseen_labels
 from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.tasks.sft.labels import require_scored, unseen_labels
 from fedllm_flwr.tasks.sft.records import Example
 
 LABELS = DataConfig(labels=["good", "bad", "ugly"])

@@ -13,9 +13,11 @@ from fedllm_flwr import plugins
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.federation.combine import Combiner
+from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.runs.directory import RunDirectory
+from fedllm_flwr.server.run import run_simulation
 from fedllm_flwr.tasks.base import TrainingTask
-from tiny_runs import run_tiny
+from tiny_runs import run_tiny, tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 NAMES = {  # group of entry points -> name in a configuration -> name in the page
@@ -23,6 +25,7 @@ NAMES = {  # group of entry points -> name in a configuration -> name in the pag
     "fedllm_flwr.combiners": {"middle_mean": "MiddleMean"},
     "fedllm_flwr.transforms": {"larger_half": "LargerHalf"},
     "fedllm_flwr.preprocessing": {"tickets": "from_tickets"},
+    "fedllm_flwr.tasks": {"neftune": "Neftune"},
     "fedllm_flwr.templates": {"plain": "PLAIN"},
 }
 
@@ -81,6 +84,19 @@ def test_algorithm_combiner_transform_and_template_run(tmp_path: Path) -> None:
     ):
         run = run_tiny(tmp_path / f"{number}", *all_three, override)
         assert adapter(run) != adapter(plain), override
+
+
+def test_the_task_trains_with_noise(tmp_path: Path) -> None:
+    (tmp_path / "conf/task").mkdir(parents=True)
+    (tmp_path / "conf/task/neftune.yaml").write_text("name: neftune\noptions: {alpha: 20.0}\n")
+    plain = run_tiny(tmp_path / "plain")
+    adapters = []
+    for number in range(2):
+        output = f"output_dir={tmp_path}/{number}"
+        overrides = tiny("federation.engine=inprocess", output, "task=neftune")
+        config = compose(overrides, str(tmp_path / "conf"))
+        adapters.append(adapter(run_simulation(config, Console(quiet=True), 0.0)))
+    assert adapters[0] == adapters[1] != adapter(plain)
 
 
 def test_the_rule_of_the_page_takes_steps_of_its_size(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,10 +301,11 @@ def test_two_steps_of_one_answer_are_one_of_two() -> None:
     assert compose(["task=kto", *options]).task.name == "kto"
 
 
-def with_labels(desirable: int, undesirable: int) -> EncodedAnswers:
+def with_labels(desirable: int, undesirable: int) -> Any:
+    """A simulation's data with so many answers of each kind."""
     answers = random_answers(desirable + undesirable)
-    order = np.argsort(np.arange(len(answers)) >= desirable)
-    return EncodedAnswers(answers.rows, order < desirable, answers.report)
+    verdicts = np.arange(len(answers)) < desirable
+    return SimpleNamespace(encoded=EncodedAnswers(answers.rows, verdicts, answers.report))
 
 
 def test_remarks_on_unequal_numbers() -> None:

@@ -27,7 +27,6 @@ from fedllm_flwr.data.client_data import (
     simulated_data,
 )
 from fedllm_flwr.data.kinds import Examples
-from fedllm_flwr.data.labels import require_scored
 from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.evaluation.suites.requested import requested_tasks
@@ -88,8 +87,7 @@ def check_fit(config: Config) -> None:
     require_clients_examples(config, data)
     check_token_ids(config, data.encoded, facts.vocabulary)
     if config.evaluation.central and len(data.source.eval):
-        if "choice" in data.source.eval.column_names:
-            require_scored(config.data, data.source.eval)
+        task_of(config).check_held_out(config, data.source.eval)
         encoded = encode_records(config, kind, tokenizer, data.source.eval)
         require_examples(config, "the held-out records", len(encoded))
         check_token_ids(config, encoded, facts.vocabulary)

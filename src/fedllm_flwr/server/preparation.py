@@ -14,7 +14,6 @@ from fedllm_flwr.data.client_data import (
     simulated_data,
 )
 from fedllm_flwr.data.federated import load_evaluation_data
-from fedllm_flwr.data.labels import require_scored, unseen_labels
 from fedllm_flwr.data.partition import ClientStats, describe
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.evaluation.suites.during_training import CentralSuites, central_suites
@@ -63,10 +62,8 @@ def prepare(config: Config) -> Prepared:
         train = data.source.report.train
         any_left_out = train.empty or train.equal or train.bad or train.duplicates
         warnings = data.source.report.lines() if any_left_out else []
-        if "choice" in data.source.train.column_names:
-            warnings += unseen_labels(config.data, data.source.train, data.source.eval)
+        warnings += task_of(config).remarks(config, data)
         warnings += losses(config, data.encoded)
-        warnings += task_of(config).remarks(config, data.encoded)
         warnings += fit_warnings(config, data, records)
     model = load_model(config)
     initial = model.initial
@@ -109,9 +106,8 @@ def _held_out(config: Config, records: Any, model: AdaptedModel, sent: Groups) -
     """Held-out `records`, a data set or None, ready to score adapters with."""
     if records is None or not (config.evaluation.central and len(records)):
         return None
-    if "choice" in records.column_names:
-        require_scored(config.data, records)
     entry = task_of(config)
+    entry.check_held_out(config, records)
     encoded = encode_records(config, entry.records, model.tokenizer, records)
     require_examples(config, "the held-out records", len(encoded))
     with torch_threads(evaluation_threads(config)):

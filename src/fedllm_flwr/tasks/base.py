@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import TrainerCallback
 
+    from fedllm_flwr.data.client_data import SimulatedData
     from fedllm_flwr.data.kinds import RecordKind
+    from fedllm_flwr.data.sources import Records
     from fedllm_flwr.models.adapted_model import AdaptedModel
     from fedllm_flwr.params import Kept, Params
     from fedllm_flwr.training.batches import RoundBatches
@@ -192,9 +194,17 @@ class TrainingTask(ABC):
             penalty: a term of the loss that depends on the adapter alone.
         """
 
-    def remarks(self, config: Config, examples: Any) -> list[str]:
-        """What the user should know of a simulation's training examples, in lines."""
+    def remarks(self, config: Config, data: "SimulatedData") -> list[str]:
+        """What the user should know of a simulation's data, in lines."""
         return []
+
+    def check_held_out(self, config: Config, records: "Records") -> None:
+        """Refuse held-out records, at least one, of which none can be scored as asked.
+
+        Raises:
+            DataError: names the key, its value and what the records hold.
+        """
+        return
 
     @abstractmethod
     def held_out(

@@ -21,6 +21,7 @@ from fedllm_flwr.tasks.preferences import ACCURACY, ANSWER_TOKENS, LOSS, MARGIN
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from fedllm_flwr.data.client_data import SimulatedData
     from fedllm_flwr.data.kinds import RecordKind
     from fedllm_flwr.models.adapted_model import AdaptedModel
     from fedllm_flwr.params import Kept, Params
@@ -86,8 +87,9 @@ class Kto(TrainingTask):
 
         return JUDGED
 
-    def remarks(self, config: Config, examples: Any) -> list[str]:
+    def remarks(self, config: Config, data: "SimulatedData") -> list[str]:
         """Weights that do not make up for unequal numbers of both kinds of answers."""
+        examples: Any = data.encoded
         desirable = int(examples.desirable.sum())
         undesirable = len(examples) - desirable
         if not desirable or not undesirable:

@@ -10,7 +10,9 @@ from fedllm_flwr.tasks.base import HeldOut, LocalWork, Metric, Scores, TrainingT
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from fedllm_flwr.data.client_data import SimulatedData
     from fedllm_flwr.data.kinds import RecordKind
+    from fedllm_flwr.data.sources import Records
     from fedllm_flwr.models.adapted_model import AdaptedModel
     from fedllm_flwr.params import Kept, Params
     from fedllm_flwr.training.trainer import Penalty, Trained
@@ -67,6 +69,18 @@ class Sft(TrainingTask):
             callbacks,
             penalty,
         )
+
+    def remarks(self, config: Config, data: "SimulatedData") -> list[str]:
+        """Labels that are nobody's answer."""
+        from fedllm_flwr.tasks.sft.labels import unseen_labels
+
+        return unseen_labels(config.data, data.source.train, data.source.eval)
+
+    def check_held_out(self, config: Config, records: "Records") -> None:
+        """With ``data.labels``, one of them is the answer of some record."""
+        from fedllm_flwr.tasks.sft.labels import require_scored
+
+        require_scored(config.data, records)
 
     def held_out(
         self,
