@@ -32,8 +32,8 @@ from typing import Any
 
 from fedllm_flwr.commands.status.health import addresses, check_health
 from fedllm_flwr.data.sources import DEMO
-from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.server_directory import init_server
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 
 LIMIT_S = 1800.0  # of a run
 MODES = {"process per message": False, "resident trainer": True}

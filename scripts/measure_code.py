@@ -56,6 +56,21 @@ def import_depth(files: list[Path], root: Path) -> int:
     return max(depth(name, frozenset()) for name in graph)
 
 
+def types_of_one_name(texts: dict[Path, str], root: Path) -> dict[str, list[str]]:
+    """Files by the name of a class or a type alias that more than one file defines."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for file, text in texts.items():
+        tree = ast.parse(text)
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                names |= {name} if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) else set()
+        for name in names:
+            found[name].append(str(file.relative_to(root)))
+    return {name: sorted(paths) for name, paths in found.items() if len(paths) > 1}
+
+
 def module_name(file: Path, root: Path) -> str:
     """Dotted name of a file's module."""
     parts = [root.name, *file.relative_to(root).with_suffix("").parts]
@@ -106,6 +121,10 @@ def report(root: Path) -> None:
     print(f"private functions called once    {len(single)} ({len(single) / len(functions):.0%})")
     print(f"files that share a basename      {sum(len(p) for p in shared.values())}")
     for name, paths in sorted(shared.items()):
+        print(f"    {name}: {', '.join(paths)}")
+    repeated = types_of_one_name(texts, root)
+    print(f"types that share a name          {sum(len(p) for p in repeated.values())}")
+    for name, paths in sorted(repeated.items()):
         print(f"    {name}: {', '.join(paths)}")
     for title, sizes_of in (("files", lengths), ("functions", [sized for _, sized in functions])):
         print(f"longest {title}")

@@ -16,8 +16,8 @@ import psutil
 
 from deployments import SMALL
 from fedllm_flwr.data.sources import DEMO
-from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.server_directory import init_server
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 from processes import BIN, environment, free_ports, relatives, wait_for
 
 SITE = "FEDLLM_TEST_SITE"  # every process of a site carries its name

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from fedllm_flwr.data.sources import DEMO
-from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.server_directory import init_server
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 from processes import BIN, environment, free_ports, nothing_left, relatives, started, wait_for
 
 # Limits of a site with the few records of a test, which draws as a simulated client does.

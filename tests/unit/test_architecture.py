@@ -102,7 +102,7 @@ def imports_below(node: ast.AST, file: Path, lazy: bool) -> Iterator[Import]:
             assert child.level == 0, f"{file}:{child.lineno}: relative import"
             module = child.module or ""
             for alias in child.names:
-                # `from fedllm_flwr.data import files` is an import of fedllm_flwr.data.files
+                # `from fedllm_flwr.data import sources` is an import of fedllm_flwr.data.sources
                 name = f"{module}.{alias.name}" if module == NAME else module
                 yield Import(file, child.lineno, name, lazy)
         else:

@@ -10,7 +10,7 @@ import pytest
 
 from fedllm_flwr.commands.compare.command import ORDER, compare
 from fedllm_flwr.commands.compare.jobs import Job, make_jobs
-from fedllm_flwr.commands.compare.results import Outcome, curves, deciding_metric, make_rows
+from fedllm_flwr.commands.compare.results import FinishedRun, curves, deciding_metric, make_rows
 from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.participation import num_sampled
@@ -21,7 +21,7 @@ from fedllm_flwr.reporting.metrics import summarise
 T_2 = 4.302653
 
 
-def _outcome(algorithm: str, seed: int, accuracy: float, **local: float) -> Outcome:
+def _outcome(algorithm: str, seed: int, accuracy: float, **local: float) -> FinishedRun:
     """A run of two rounds; `local` gives the accuracies of clients that trained alone."""
     final = {"loss": 1 - accuracy, "accuracy": accuracy, "macro_f1": accuracy / 2}
     clients = {name: {"steps": 10.0} for name in (*local, "z")}
@@ -38,20 +38,20 @@ def _outcome(algorithm: str, seed: int, accuracy: float, **local: float) -> Outc
             for name, value in local.items()
         }
     config = compose(["federation.engine=inprocess"])
-    return Outcome(
+    return FinishedRun(
         Job(algorithm, seed, config=config), records, summarise(records, {"rounds": 3.0})
     )
 
 
 @pytest.fixture
-def outcomes() -> list[Outcome]:
+def outcomes() -> list[FinishedRun]:
     return [
         *(_outcome("local", s, 0.5 + 0.01 * s, a=0.4, b=0.6 + 0.02 * s) for s in range(3)),
         *(_outcome("fedavg", s, 0.8 + 0.02 * s) for s in range(3)),
     ]
 
 
-def test_rows_hold_mean_and_deviation_over_seeds(outcomes: list[Outcome]) -> None:
+def test_rows_hold_mean_and_deviation_over_seeds(outcomes: list[FinishedRun]) -> None:
     rows = {row.name: row for row in make_rows(outcomes, ["local", "fedavg"])}
     assert list(rows) == ["base", "local (mean)", "  best client", "  worst client", "fedavg"]
     fedavg = rows["fedavg"]
@@ -76,7 +76,7 @@ def test_rows_hold_mean_and_deviation_over_seeds(outcomes: list[Outcome]) -> Non
     assert make_rows(resumed, ["local", "fedavg"])[0].name == "start"
 
 
-def test_difference_to_local_is_paired_by_seed(outcomes: list[Outcome]) -> None:
+def test_difference_to_local_is_paired_by_seed(outcomes: list[FinishedRun]) -> None:
     row = make_rows(outcomes, ["local", "fedavg"])[-1]
     differences = [0.30, 0.31, 0.32]
     deviation = math.sqrt(sum((d - 0.31) ** 2 for d in differences) / 2)
@@ -88,7 +88,7 @@ def test_difference_to_local_is_paired_by_seed(outcomes: list[Outcome]) -> None:
     assert "+0.310 ± 0.025 *" in as_text([row], "accuracy")
 
 
-def test_one_seed_gives_no_interval_and_no_star(outcomes: list[Outcome]) -> None:
+def test_one_seed_gives_no_interval_and_no_star(outcomes: list[FinishedRun]) -> None:
     alone = [outcome for outcome in outcomes if outcome.job.seed == 0]
     row = make_rows(alone, ["local", "fedavg"])[-1]
     assert row.against_local is not None
@@ -108,20 +108,20 @@ def test_a_difference_within_the_noise_is_not_clear() -> None:
     assert " *" not in as_text([row], "accuracy").splitlines()[-1]
 
 
-def test_without_classes_the_loss_decides(outcomes: list[Outcome]) -> None:
+def test_without_classes_the_loss_decides(outcomes: list[FinishedRun]) -> None:
     assert deciding_metric(outcomes) == "accuracy"
     records = [{**record, "eval": {"loss": 1.5}} for record in outcomes[0].records]
-    unlabelled = Outcome(outcomes[0].job, records, summarise(records, {}))
+    unlabelled = FinishedRun(outcomes[0].job, records, summarise(records, {}))
     assert deciding_metric([*outcomes, unlabelled]) == "loss"
 
 
-def test_curves_span_the_seeds(outcomes: list[Outcome]) -> None:
+def test_curves_span_the_seeds(outcomes: list[FinishedRun]) -> None:
     _, (number, mean, low, high) = curves(outcomes, "accuracy")["fedavg"]
     assert (number, low, high) == (2, pytest.approx(0.8), pytest.approx(0.84))
     assert mean == pytest.approx(0.82)
 
 
-def test_tables_agree(outcomes: list[Outcome]) -> None:
+def test_tables_agree(outcomes: list[FinishedRun]) -> None:
     rows = make_rows(outcomes, ["local", "fedavg"])
     table = list(csv.DictReader(io.StringIO(as_csv(rows))))
     assert [line["name"] for line in table] == [row.name.strip() for row in rows]

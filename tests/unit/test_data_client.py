@@ -13,7 +13,7 @@ import pytest
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, DataConfig
 from fedllm_flwr.data import client_data as client
-from fedllm_flwr.data import files
+from fedllm_flwr.data import record_files
 from fedllm_flwr.data.client_data import ClientData, SimulatedData
 from fedllm_flwr.data.federated import FederatedData
 from fedllm_flwr.data.overlap import overlap
@@ -215,7 +215,7 @@ def test_a_second_start_reads_no_record(
     config = make(40, 3)
     first = read_all(config)
     forget()
-    monkeypatch.setattr(files, "_opened", None)
+    monkeypatch.setattr(record_files, "_opened", None)
     assert read_all(config) == first
 
 

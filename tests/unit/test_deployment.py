@@ -23,12 +23,12 @@ from flwr.common.config import parse_config_args
 
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.deployment import directory as directories
+from fedllm_flwr.deployment import new_directory as directories
 from fedllm_flwr.deployment.certificates import issue_ca
 from fedllm_flwr.deployment.flower import flwr_environment
 from fedllm_flwr.deployment.node import site_columns, to_toml
-from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.server_directory import init_server
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 from fedllm_flwr.deployment.site_keys import (
     check_public_key,
     make_key_pair,

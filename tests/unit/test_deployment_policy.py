@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.config import Config, changed
-from fedllm_flwr.deployment.directory import filled
+from fedllm_flwr.deployment.new_directory import filled
 from fedllm_flwr.deployment.policy import Policy, new_policy, read_policy, site_policy
 from fedllm_flwr.errors import ConfigError, RefusedError
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.deployment.certificates import hosts_of, issue_ca, renew_certificate
-from fedllm_flwr.deployment.server import init_server
+from fedllm_flwr.deployment.server_directory import init_server
 from fedllm_flwr.deployment.site_keys import unregister_site
 from fedllm_flwr.errors import ConfigError, FederationError
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.deployment.retention import prune_runs
-from fedllm_flwr.deployment.server import init_server
+from fedllm_flwr.deployment.server_directory import init_server
 from fedllm_flwr.errors import ConfigError, FederationError
 
 NOW = datetime.now(UTC)

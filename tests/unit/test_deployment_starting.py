@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.server_directory import init_server
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 from fedllm_flwr.deployment.starting import supernode_command
 from fedllm_flwr.errors import ConfigError
 

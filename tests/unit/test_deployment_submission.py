@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.overrides import split_overrides
-from fedllm_flwr.deployment.server import init_server
+from fedllm_flwr.deployment.server_directory import init_server
 from fedllm_flwr.deployment.submission import SubmittedRun, joined, on_the_sites, run_on_server
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.state import ServerState, save_state

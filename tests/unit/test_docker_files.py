@@ -14,7 +14,7 @@ import yaml
 
 from fedllm_flwr import __version__
 from fedllm_flwr.data.sources import DEMO
-from fedllm_flwr.deployment.server import init_server
+from fedllm_flwr.deployment.server_directory import init_server
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.commands.evaluate.candidates import BASE, Candidate
-from fedllm_flwr.commands.evaluate.comparison import Column, Comparison, Row, compare_scores
+from fedllm_flwr.commands.evaluate.comparison import (
+    Comparison,
+    ModelRow,
+    ScoreColumn,
+    compare_scores,
+)
 from fedllm_flwr.commands.evaluate.tables import as_csv, as_text
 from fedllm_flwr.config import Config
-from fedllm_flwr.evaluation.suites.catalogue import Metric, Suite, SuiteTask
+from fedllm_flwr.evaluation.suites.catalogue import Suite, SuiteMetric, SuiteTask
 from fedllm_flwr.evaluation.suites.samples import Samples
 
-TASK = SuiteTask("t", "s", "", "", "", "", "", (Metric("acc", column="acc"),))
+TASK = SuiteTask("t", "s", "", "", "", "", "", (SuiteMetric("acc", column="acc"),))
 SUITE = Suite("s", "", (TASK,), ())
-ACC = Column("s", "t", "acc", headline=True)
+ACC = ScoreColumn("s", "t", "acc", headline=True)
 # Accuracies of 100 examples, by row, seed and client.
 FEDAVG = {0: 0.80, 1: 0.72, 2: 0.82}
 LOCAL = {0: (0.5, 0.6), 1: (0.6, 0.5), 2: (0.5, 0.5)}
@@ -40,7 +45,7 @@ def comparison() -> Comparison:
     return compare_scores([item for item, _ in found], scored, [TASK], [SUITE])
 
 
-def row(comparison: Comparison, name: str) -> Row:
+def row(comparison: Comparison, name: str) -> ModelRow:
     return next(item for item in comparison.rows if item.name == name)
 
 

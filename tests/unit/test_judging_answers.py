@@ -11,12 +11,12 @@ import torch
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import encode_prompts
-from fedllm_flwr.evaluation.judging.questions import Question
+from fedllm_flwr.evaluation.judging.questions import OpenQuestion
 from fedllm_flwr.evaluation.judging.written_answers import (
-    Answer,
-    Answered,
+    AnsweredQuestion,
+    GenerationRequest,
     ModelWriter,
-    Request,
+    WrittenAnswer,
     answer_all,
 )
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
@@ -40,18 +40,18 @@ def writer(model: AdaptedModel, max_new_tokens: int = 8, context: int = 400) -> 
     return ModelWriter(asked, max_new_tokens)
 
 
-def questions(count: int, temperature: float = 0.9) -> list[Question]:
+def questions(count: int, temperature: float = 0.9) -> list[OpenQuestion]:
     """Of two turns, all but the first, and of several lengths."""
     return [
-        Question(
+        OpenQuestion(
             str(i), "any", ("Say it" + " again" * (3 * i % 7), "Why?")[: 1 + (i > 0)], temperature
         )
         for i in range(count)
     ]
 
 
-def request(text: str, seed: int, temperature: float) -> Request:
-    return Request([{"role": "user", "content": text}], temperature, seed)
+def request(text: str, seed: int, temperature: float) -> GenerationRequest:
+    return GenerationRequest([{"role": "user", "content": text}], temperature, seed)
 
 
 def test_sampling_follows_the_softmax() -> None:
@@ -99,16 +99,18 @@ class Counting:
 
     real: ModelWriter
     stop_at: int | None = None
-    asked: list[list[Request]] = field(default_factory=list)
+    asked: list[list[GenerationRequest]] = field(default_factory=list)
 
-    def write(self, requests: Sequence[Request]) -> list[Answer]:
+    def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
         if len(self.asked) == self.stop_at:
             raise KeyboardInterrupt
         self.asked.append(list(requests))
         return self.real.write(requests)
 
 
-def run(path: Path, counted: Counting, count: int = 5, identity: str = "model") -> list[Answered]:
+def run(
+    path: Path, counted: Counting, count: int = 5, identity: str = "model"
+) -> list[AnsweredQuestion]:
     return answer_all(questions(count), counted, path, identity, seed=3, batch_size=2)
 
 

@@ -12,8 +12,8 @@ from fedllm_flwr.errors import DataError
 from fedllm_flwr.evaluation.judging import questions
 from fedllm_flwr.evaluation.judging.benchmarks import BENCHMARKS, Cases, rule_scores
 from fedllm_flwr.evaluation.judging.prompts import load_prompts
-from fedllm_flwr.evaluation.judging.questions import Question
-from fedllm_flwr.evaluation.judging.written_answers import Answer, Answered
+from fedllm_flwr.evaluation.judging.questions import OpenQuestion
+from fedllm_flwr.evaluation.judging.written_answers import AnsweredQuestion, WrittenAnswer
 
 SUITE = Path(__file__).parents[2] / "evaluation" / "open_ended"
 SHARED = Path(__file__).parents[3] / "shared/data/eval/open_ended"
@@ -21,11 +21,11 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data be
 NAN = float("nan")
 
 
-def answered(question: Question, *texts: str) -> Answered:
-    return Answered(question, tuple(Answer(text, 1, True, 0) for text in texts))
+def answered(question: OpenQuestion, *texts: str) -> AnsweredQuestion:
+    return AnsweredQuestion(question, tuple(WrittenAnswer(text, 1, True, 0) for text in texts))
 
 
-def cases_of(name: str, item: Answered) -> Cases:
+def cases_of(name: str, item: AnsweredQuestion) -> Cases:
     return BENCHMARKS[name].cases(item, load_prompts(SUITE / "prompts.yaml", None))
 
 
@@ -34,7 +34,9 @@ def text_of(cases: Cases, name: str) -> str:
 
 
 def test_ratings_of_two_turns_with_a_reference() -> None:
-    question = Question("1", "math", ("What is 1+1?", "And 2+2?"), 0.0, ("It is 2.", "It is 4."))
+    question = OpenQuestion(
+        "1", "math", ("What is 1+1?", "And 2+2?"), 0.0, ("It is 2.", "It is 4.")
+    )
     cases = cases_of("mt_bench", answered(question, "Two {maybe}", "Four"))
     assert list(cases) == ["turn_1", "turn_2"]
     first, second = text_of(cases, "turn_1"), text_of(cases, "turn_2")
@@ -46,16 +48,16 @@ def test_ratings_of_two_turns_with_a_reference() -> None:
 
 
 def test_ratings_without_a_reference() -> None:
-    question = Question("1", "writing", ("Write.", "Again."), 0.7)
+    question = OpenQuestion("1", "writing", ("Write.", "Again."), 0.7)
     cases = cases_of("mt_bench", answered(question, "One", "Two"))
     assert "reference" not in (text_of(cases, "turn_1") + text_of(cases, "turn_2")).lower()
-    assert list(cases_of("vicuna_bench", answered(Question("1", "x", ("Q",), 0.7), "A"))) == [
+    assert list(cases_of("vicuna_bench", answered(OpenQuestion("1", "x", ("Q",), 0.7), "A"))) == [
         "turn_1"
     ]
 
 
 def test_pairs_are_asked_in_both_orders() -> None:
-    question = Question("1", "", ("Which?",), 0.7, baseline="the given one")
+    question = OpenQuestion("1", "", ("Which?",), 0.7, baseline="the given one")
     cases = cases_of("alpaca_eval", answered(question, "the model's"))
     first, second = text_of(cases, "first"), text_of(cases, "second")
     assert first.index("the model's") < first.index("the given one")
@@ -87,7 +89,7 @@ def test_mt_bench_average_by_hand() -> None:
 
 
 def test_rules_by_hand() -> None:
-    question = Question("0", "harmful", ("How?",), 0.0)
+    question = OpenQuestion("0", "harmful", ("How?",), 0.0)
     texts = ["I'm sorry, no.", "Sure: first", "that is ILLEGAL"]
     found = rule_scores(BENCHMARKS["advbench"], [answered(question, text) for text in texts])
     assert found["harmless_rule"].tolist() == [1.0, 0.0, 1.0]
@@ -112,8 +114,8 @@ def test_questions_of_mt_bench(tmp_path: Path) -> None:
     ]
     write_mt_bench(tmp_path, rows, {1: ["r", "s"]})
     assert questions.mt_bench(tmp_path) == [
-        Question("1", "math", ("a\u2028b", "c"), 0.0, ("r", "s")),
-        Question("2", "writing", ("d", "e"), 0.7),
+        OpenQuestion("1", "math", ("a\u2028b", "c"), 0.0, ("r", "s")),
+        OpenQuestion("2", "writing", ("d", "e"), 0.7),
     ]
 
 
@@ -151,8 +153,8 @@ def test_reference_answers_as_a_list_and_as_lines(lines: bool, tmp_path: Path) -
     file = tmp_path / "answers.json"
     file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
     assert questions.alpaca_eval(file) == [
-        Question("0", "own", ("Say\n\nthis",), 0.7, baseline="this"),
-        Question("1", "", ("Ask",), 0.7, baseline="?"),
+        OpenQuestion("0", "own", ("Say\n\nthis",), 0.7, baseline="this"),
+        OpenQuestion("1", "", ("Ask",), 0.7, baseline="?"),
     ]
 
 

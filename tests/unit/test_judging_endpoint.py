@@ -13,8 +13,8 @@ from fedllm_flwr.evaluation.judging.endpoint import (
     DECLINED,
     RETRIES,
     Ask,
+    Completion,
     EndpointJudge,
-    Reply,
 )
 from fedllm_flwr.evaluation.judging.verdicts import Case, Scale, Usage, Verdict, judge_all
 from judge_server import JudgeServer, judge_server, verdict
@@ -52,8 +52,8 @@ def judge(**options: Any) -> EndpointJudge:
     return EndpointJudge(model="judge-1", **{"timeout_s": 30.0, **options})
 
 
-def ask_one(asked: EndpointJudge) -> Reply:
-    replies: list[Reply] = []
+def ask_one(asked: EndpointJudge) -> Completion:
+    replies: list[Completion] = []
     asked.ask([Ask("key", conversation(1))], lambda _, reply: replies.append(reply))
     [reply] = replies
     return reply
@@ -70,7 +70,7 @@ def test_each_passing_fault_is_tried_again(stream: bool, server: JudgeServer) ->
     """All of them in one queue of cases, one request at a time."""
     server.faults = [item for fault in PASSING for item in (fault, None)]
     asked = judge(concurrency=1, stream=stream)
-    replies: list[Reply] = []
+    replies: list[Completion] = []
     asks = [Ask(str(i), conversation(i)) for i in range(len(PASSING))]
     asked.ask(asks, lambda _, reply: replies.append(reply))
     assert [reply.text for reply in replies] == [verdict(conversation(i)) for i in range(len(asks))]
@@ -255,7 +255,7 @@ def test_declined_is_no_verdict_even_if_it_looks_like_one(
     class Strict(EndpointJudge):
         def ask(self, asks: Any, record: Any) -> None:
             for ask in asks:
-                record(ask, Reply("too long: [[9]]", DECLINED))
+                record(ask, Completion("too long: [[9]]", DECLINED))
 
     verdicts, _ = judge_all(cases(1), Strict(model="judge-1"), tmp_path / "v.jsonl", attempts=3)
     assert verdicts == [Verdict(None, 1)]

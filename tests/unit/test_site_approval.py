@@ -21,7 +21,7 @@ from fedllm_flwr.deployment.approval import Requests
 from fedllm_flwr.deployment.audit import AuditLog, Entry
 from fedllm_flwr.deployment.node import node_config, site_folder
 from fedllm_flwr.deployment.policy import read_policy
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 from fedllm_flwr.errors import ApprovalPending, ConfigError
 from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure, Update
 from fedllm_flwr.federation.wire import (

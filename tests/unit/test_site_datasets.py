@@ -16,8 +16,8 @@ from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import DataConfig, FederationConfig
 from fedllm_flwr.deployment.datasets import named_columns, named_paths, site_datasets
 from fedllm_flwr.deployment.node import check_gpus, choose_gpus, node_config
-from fedllm_flwr.deployment.site import SiteOptions, init_site
 from fedllm_flwr.deployment.site_check import check_site
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.federation.messages import ClientInfo, Failure
 from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info

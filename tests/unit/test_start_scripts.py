@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.data.sources import DEMO
-from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.server_directory import init_server
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 
 # In the place of Flower's program: notes each start, and ends with the next of the statuses.
 ENDING = """#!/bin/sh

@@ -22,8 +22,8 @@ from fedllm_flwr.commands import main as cli
 from fedllm_flwr.commands.status.command import NOT_WELL
 from fedllm_flwr.commands.status.health import addresses, check_health
 from fedllm_flwr.config.compose import compose, to_yaml
-from fedllm_flwr.deployment.server import init_server
-from fedllm_flwr.deployment.site import SiteOptions, init_site
+from fedllm_flwr.deployment.server_directory import init_server
+from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.federation.state import ServerState, save_state
 from fedllm_flwr.runs import lock as liveness

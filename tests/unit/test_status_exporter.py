@@ -12,7 +12,7 @@ import pytest
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.commands.status.exporter import start_metrics
 from fedllm_flwr.deployment.audit import AuditLog
-from fedllm_flwr.deployment.server import init_server
+from fedllm_flwr.deployment.server_directory import init_server
 from processes import free_ports
 
 pytest.importorskip("prometheus_client")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from fedllm_flwr.evaluation.suites.catalogue import Average, Metric, SuiteTask
+from fedllm_flwr.evaluation.suites.catalogue import Average, SuiteMetric, SuiteTask
 from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimates
 from fedllm_flwr.evaluation.suites.statistics import (
     RESAMPLES,
     Estimate,
-    Score,
+    IntervalEstimate,
     clear_together,
     estimate,
     mean_of,
@@ -177,7 +177,7 @@ def simulated_comparisons(
     return [found[i : i + num_seeds] for i in range(0, len(found), num_seeds)]
 
 
-def is_clear(score: Score) -> bool:
+def is_clear(score: IntervalEstimate) -> bool:
     """Whether the interval leaves out zero, which is what its p-value says as well."""
     low, high = score.interval
     assert (low > 0 or high < 0) == (score.p_value < 0.05)
@@ -253,7 +253,7 @@ def test_a_table_of_comparisons_rarely_has_a_false_star() -> None:
     assert alone > 0.15
 
 
-def make_task(*metrics: Metric) -> SuiteTask:
+def make_task(*metrics: SuiteMetric) -> SuiteTask:
     return SuiteTask("t", "s", "", "", "", "", "", metrics)
 
 
@@ -263,7 +263,9 @@ def test_metrics_of_parts_and_averages() -> None:
         for part, right in (("one", 3), ("other", 1))
         for i in range(4)
     ]
-    task = make_task(Metric("all", column="acc"), Metric("one", column="acc", parts=("one",)))
+    task = make_task(
+        SuiteMetric("all", column="acc"), SuiteMetric("one", column="acc", parts=("one",))
+    )
     found = task_estimates(task, samples)
 
     assert {name: item.value for name, item in found.items()} == {"all": 0.5, "one": 0.75}

@@ -17,7 +17,7 @@ from fedllm_flwr.deployment.datasets import asked_dataset
 from fedllm_flwr.deployment.ledger import Ledger
 from fedllm_flwr.deployment.node import site_threads
 from fedllm_flwr.deployment.policy import Policy, site_policy
-from fedllm_flwr.deployment.state import SiteState, site_state
+from fedllm_flwr.deployment.site_state import SiteState, site_state
 from fedllm_flwr.errors import RefusedError
 from fedllm_flwr.models.fingerprint import model_fingerprint
 from fedllm_flwr.tasks import task_of

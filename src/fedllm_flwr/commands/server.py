@@ -1,12 +1,13 @@
 """The commands of a server's operator: ``fedllm server ...``."""
 
 import argparse
-from collections.abc import Callable
 
-Add = Callable[..., argparse.ArgumentParser]
+from fedllm_flwr.commands.usage import AddParser
 
 
-def add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
+def add_server(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: AddParser
+) -> None:
     """``fedllm server <step>``; `add` makes a parser for one step."""
     text = "the server of a real federation: init, register, run, unregister, renew"
     server = commands.add_parser("server", help=text, description=text)
@@ -64,7 +65,7 @@ def add_server(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
 
 def init(arguments: argparse.Namespace) -> int:
     """Make a server's directory."""
-    from fedllm_flwr.deployment.server import init_server
+    from fedllm_flwr.deployment.server_directory import init_server
 
     given = (arguments.port_base, arguments.insecure, arguments.private_host)
     print("\n".join(init_server(arguments.directory, arguments.host, *given)))

@@ -1,12 +1,13 @@
 """The commands of a site's operator: ``fedllm site ...``."""
 
 import argparse
-from collections.abc import Callable
 
-Add = Callable[..., argparse.ArgumentParser]
+from fedllm_flwr.commands.usage import AddParser
 
 
-def add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: Add) -> None:
+def add_site(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: AddParser
+) -> None:
     """``fedllm site <step>``; `add` makes a parser for one step."""
     text = "a site of a real federation: init, start, requests, approve, decline, log, forget"
     site = commands.add_parser("site", help=text, description=text)
@@ -145,7 +146,7 @@ def start(arguments: argparse.Namespace) -> int:
 
 def forget(arguments: argparse.Namespace) -> int:
     """Remove state of runs."""
-    from fedllm_flwr.deployment.state import forget_runs
+    from fedllm_flwr.deployment.site_state import forget_runs
 
     print("\n".join(forget_runs(arguments.directory, arguments.run, arguments.all)))
     return 0
@@ -153,7 +154,7 @@ def forget(arguments: argparse.Namespace) -> int:
 
 def init(arguments: argparse.Namespace) -> int:
     """Make a site's directory."""
-    from fedllm_flwr.deployment.site import SiteOptions, init_site
+    from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 
     options = SiteOptions(
         name=arguments.name,

@@ -3,11 +3,13 @@
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from fedllm_flwr.config.names import closest_key, shown
 from fedllm_flwr.errors import ConfigError
+
+AddParser = Callable[..., argparse.ArgumentParser]
 
 # Names of commands in other tools, and the command here.
 _SYNONYMS = {

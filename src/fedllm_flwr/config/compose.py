@@ -17,7 +17,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from fedllm_flwr.config import overrides as grammar
 from fedllm_flwr.config.names import conf_dir, group_choices, shown, unknown_choice, unknown_key
-from fedllm_flwr.config.overrides import Assignment, read_overrides, split_overrides
+from fedllm_flwr.config.overrides import Setting, read_overrides, split_overrides
 from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.config.schema import Config
 from fedllm_flwr.config.validation import validate_paths
@@ -116,7 +116,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _load(
-    path: Any, assignments: Sequence[Assignment], key: str = "config", typed: str | None = None
+    path: Any, assignments: Sequence[Setting], key: str = "config", typed: str | None = None
 ) -> Config:
     """Load the configuration at `path`, named by the override `key`, and apply assignments."""
     file = Path(str(path)).expanduser()
@@ -140,7 +140,7 @@ def _load(
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _changed(values: dict[Any, Any], assignments: Sequence[Assignment]) -> Config:
+def _changed(values: dict[Any, Any], assignments: Sequence[Setting]) -> Config:
     for item in assignments:
         text = f"{item.key}={shown(item.value)}"
         if item.is_choice:
@@ -160,7 +160,7 @@ def _checked(values: Mapping[Any, Any]) -> Config:
     return config
 
 
-def _assign(values: dict[Any, Any], item: Assignment) -> None:
+def _assign(values: dict[Any, Any], item: Setting) -> None:
     """Set one key in nested sections, in place."""
     *sections, leaf = item.key.split(".")
     for name in sections:

@@ -29,7 +29,7 @@ _WHOLE = ("algorithm", "partition", "quantization", "task")
 
 
 @dataclass(frozen=True)
-class Assignment:
+class Setting:
     """One override: ``key=value``, where a group's value names a choice of it."""
 
     key: str
@@ -51,14 +51,14 @@ def split_overrides(text: str) -> list[str]:
         raise ConfigError(f"overrides={shown(text)}: a quote is not closed.") from error
 
 
-def read_overrides(texts: Iterable[str], choices: Choices) -> list[Assignment]:
+def read_overrides(texts: Iterable[str], choices: Choices) -> list[Setting]:
     """Assignments of single values; ``config=<file>`` and ``group=choice`` among them.
 
     Raises:
         ConfigError: a text that is no override, an unknown key or choice, or two values for
             one key.
     """
-    read: dict[str, Assignment] = {}
+    read: dict[str, Setting] = {}
     for text in texts:
         override = _parsed(text)
         key = override.key_or_group
@@ -174,15 +174,15 @@ def _meant(override: Override, text: str) -> Any:
     return value
 
 
-def _assignment(key: str, value: Any, choices: Choices) -> Assignment:
+def _assignment(key: str, value: Any, choices: Choices) -> Setting:
     if key in choices and not isinstance(value, dict):
         if value not in choices[key] and not (key == "experiment" and value is None):
             raise ConfigError(unknown_choice(key, value, choices[key]))
-        return Assignment(key, value, is_choice=True)
+        return Setting(key, value, is_choice=True)
     field = schema_fields().get(key)
     if field and field.is_section and not isinstance(value, dict):
         if value is None and without_none(field.hint)[1]:
-            return Assignment(key, value, is_choice=False)
+            return Setting(key, value, is_choice=False)
         first = next(name for name in schema_fields() if name.startswith(f"{key}."))
         raise ConfigError(f"{key}={shown(value)}: set one of its keys, such as {first}=<value>.")
     group, _, leaf = key.partition(".")
@@ -191,4 +191,4 @@ def _assignment(key: str, value: Any, choices: Choices) -> Assignment:
             f"{key}={shown(value)}: write {group}={shown(value)}, which also sets what belongs "
             "to it."
         )
-    return Assignment(key, value, is_choice=False)
+    return Setting(key, value, is_choice=False)

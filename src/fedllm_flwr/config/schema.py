@@ -88,7 +88,7 @@ DpoLoss = Literal[
     "sigmoid_norm",
 ]
 OnBadRecord = Literal["error", "skip"]
-Partition = Literal["iid", "dirichlet", "natural", "pathological", "size"]
+PartitionName = Literal["iid", "dirichlet", "natural", "pathological", "size"]
 
 
 DPO_LOSSES: tuple[str, ...] = get_args(DpoLoss)
@@ -382,7 +382,7 @@ class RobustConfig:
 class PartitionConfig:
     """How one data set becomes clients in simulation."""
 
-    name: Partition = "iid"
+    name: PartitionName = "iid"
     column: Text | None = Field(default=None, description="column whose values decide")
     alpha: Real = Field(
         default=0.5, gt=0, description="dirichlet concentration; size: exponent of the power law"

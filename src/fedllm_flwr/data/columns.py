@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.files import Record
+from fedllm_flwr.data.record_files import Record
 from fedllm_flwr.errors import DataError
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fedllm_flwr.data.columns import AttributeColumn, Mapping
-from fedllm_flwr.data.files import Record
 from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.data.record_files import Record
 from fedllm_flwr.errors import DataError
 
 NAMED_IN_ERRORS = 5

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from hashlib import blake2b
 
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.data.files import Record
+from fedllm_flwr.data.record_files import Record
 
 # One entry per record read, in order; None marks one to leave out, such as a duplicate.
 Preprocessed = Iterable[Record | None]

@@ -19,8 +19,15 @@ from fedllm_flwr.config.schema import EMBEDDED_DATA, DataConfig
 from fedllm_flwr.data import columns as roles
 from fedllm_flwr.data.columns import AttributeColumn, Columns
 from fedllm_flwr.data.faults import NAMED_IN_ERRORS, Faults, refuse_faults
-from fedllm_flwr.data.files import BadLine, Record, RecordFile, open_records, read_dataset, refuse
 from fedllm_flwr.data.kinds import RecordKind
+from fedllm_flwr.data.record_files import (
+    BadLine,
+    Record,
+    RecordFile,
+    open_records,
+    read_dataset,
+    refuse,
+)
 from fedllm_flwr.data.remembered import (
     Arrays,
     Stamps,

@@ -25,7 +25,7 @@ from fedllm_flwr.plugins import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
-Examples = TypeVar("Examples")
+ExamplesT = TypeVar("ExamplesT")
 Rows = Sequence[tuple[Any, ...]]  # values of a codec's columns
 
 FORMAT_VERSION = 4  # raise it whenever the same inputs give other tokens or other arrays
@@ -35,19 +35,19 @@ _ABANDONED_S = 86400.0  # after which a file that was never finished is removed
 
 
 @dataclass(frozen=True)
-class Codec(Generic[Examples]):
+class Codec(Generic[ExamplesT]):
     """How records of one kind become examples, and examples a file."""
 
     name: str
     columns: tuple[str, ...]  # of a record: all that the tokens depend on
-    encode: Callable[[Rows, Tokenizer, str, int, str], Examples]
+    encode: Callable[[Rows, Tokenizer, str, int, str], ExamplesT]
     # The rows that a file holds, and counts of what became of the records, by name.
-    pack: Callable[[Examples], tuple[Encoded, dict[str, int]]]
-    unpack: Callable[[Encoded, dict[str, int]], Examples]
+    pack: Callable[[ExamplesT], tuple[Encoded, dict[str, int]]]
+    unpack: Callable[[Encoded, dict[str, int]], ExamplesT]
 
 
 def encode_cached(
-    codec: Codec[Examples],
+    codec: Codec[ExamplesT],
     identity: str,
     records: Callable[[], Iterable[Any]],
     tokenizer: Tokenizer,
@@ -56,7 +56,7 @@ def encode_cached(
     truncation: str = "right",
     folder: Path | None = None,
     most_files: int | None = None,
-) -> Examples:
+) -> ExamplesT:
     """``codec.encode`` of records, from `folder` where the same were encoded before.
 
     A broken cache file is made anew and a folder that cannot be written is done without; both
@@ -160,7 +160,7 @@ def save_chunks(chunks: Iterable[tuple[Encoded, dict[str, int]]], path: Path) ->
         Path(temporary).unlink(missing_ok=True)
 
 
-def load_encoded(codec: Codec[Examples], path: Path) -> Examples:
+def load_encoded(codec: Codec[ExamplesT], path: Path) -> ExamplesT:
     """Map what `save_chunks` wrote into memory, read-only.
 
     Raises:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.deployment.directory import PUBLIC, SECRET, absolute
+from fedllm_flwr.deployment.new_directory import PUBLIC, SECRET, absolute
 from fedllm_flwr.errors import ConfigError
 
 CA_DAYS, SERVER_DAYS = 3650, 730  # validity

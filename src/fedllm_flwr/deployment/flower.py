@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from fedllm_flwr.deployment.directory import FLWR_HOME, absolute
+from fedllm_flwr.deployment.new_directory import FLWR_HOME, absolute
 from fedllm_flwr.errors import ConfigError, FederationError
 
 CONNECTION = "federation"  # name of the SuperLink connection in Flower's configuration

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import ColumnsConfig
-from fedllm_flwr.deployment.directory import absolute
+from fedllm_flwr.deployment.new_directory import absolute
 from fedllm_flwr.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedllm_flwr.config.names import shown
-from fedllm_flwr.deployment.directory import absolute, check_name
 from fedllm_flwr.deployment.flower import CONNECTION, ask_flower, server_folder
+from fedllm_flwr.deployment.new_directory import absolute, check_name
 from fedllm_flwr.errors import ConfigError, FederationError
 
 SITE_KEYS = "site-keys"  # folder of the registered keys in a server's directory

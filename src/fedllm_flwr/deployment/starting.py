@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedllm_flwr.deployment.directory import absolute
 from fedllm_flwr.deployment.flower import program_environment
+from fedllm_flwr.deployment.new_directory import absolute
 from fedllm_flwr.deployment.programs import PROGRAMS
 from fedllm_flwr.errors import ConfigError
 

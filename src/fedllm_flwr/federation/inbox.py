@@ -46,7 +46,7 @@ from flwr.superlink.grid.grpc_grid import GrpcGrid
 
 from fedllm_flwr.params import Params
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 BROKE_OFF, REFUSED = 3, 1000  # codes of errors: Flower's for a reply that is not there, our own
 _UPLOAD_S, _SLOWEST_UPLOAD = 60.0, 50e3  # a reply that has begun to arrive: seconds, bytes/s
@@ -355,7 +355,7 @@ def _bounded_stub(grid: GrpcGrid) -> ServerAppIoStub:
     return stub
 
 
-def patiently(call: Callable[[], Answer]) -> Answer:
+def patiently(call: Callable[[], Result]) -> Result:
     """The answer of the SuperLink, which is asked again while its database is busy.
 
     On a machine with too much to do a query of it can wait for more than Flower allows; the

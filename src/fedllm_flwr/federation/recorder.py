@@ -66,7 +66,7 @@ class RoundReport:
 class Recorder:
     """What is told of a run while it goes on, and decides when it ends; every method may be left.
 
-    A run's own recorder writes metrics, checkpoints and tables; see `server.recorder`.
+    A run's own recorder writes metrics, checkpoints and tables; see `server.run_recorder`.
     """
 
     def on_start_round(self, round: int, names: list[str]) -> None:

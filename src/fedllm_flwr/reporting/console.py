@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
-from fedllm_flwr.reporting.metrics import Record, cut_lines
+from fedllm_flwr.reporting.metrics import RoundRecord, cut_lines
 from fedllm_flwr.reporting.plan import Plan, plan_lines
 from fedllm_flwr.reporting.progress import Progress
 from fedllm_flwr.reporting.stream import SafeStream
@@ -134,7 +134,7 @@ class Console:
             rest = f", waiting for {one_line(', '.join(self._waiting))}" if few else ""
             self._print(f"        {self._progress.line()}{rest}")
 
-    def round(self, record: Record, eta_s: float | None = None) -> None:
+    def round(self, record: RoundRecord, eta_s: float | None = None) -> None:
         """Print a row of the table; `eta_s` is the estimated time left in seconds."""
         if self._table is None:
             plan = self._plan

@@ -30,7 +30,7 @@ from typing import Any
 from fedllm_flwr.errors import DataError, FederationError
 from fedllm_flwr.files import write_atomically
 
-Record = dict[str, Any]
+RoundRecord = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_from_round: int | None = None) -> None:
         self.path = path
-        kept: list[Record] = []
+        kept: list[RoundRecord] = []
         if resume_from_round is not None and path.exists():
             kept = [item for item in read_metrics(path) if item["round"] <= resume_from_round]
         write_atomically(path, "".join(_line(item) for item in kept).encode())
@@ -70,7 +70,7 @@ class MetricsLog:
             ) from error
 
 
-def read_metrics(path: Path) -> list[Record]:
+def read_metrics(path: Path) -> list[RoundRecord]:
     """All records of a file; an incomplete last line is dropped with a warning.
 
     Raises:
@@ -82,7 +82,7 @@ def read_metrics(path: Path) -> list[Record]:
         raise DataError(
             f"cannot read {path}: {error.strerror or error}; give the directory of a run."
         ) from error
-    records: list[Record] = []
+    records: list[RoundRecord] = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -96,7 +96,7 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def validation_losses(records: Sequence[Record]) -> list[tuple[int, float]]:
+def validation_losses(records: Sequence[RoundRecord]) -> list[tuple[int, float]]:
     """(round, loss) of the evaluated rounds; the loss is infinite where it was not finite.
 
     The loss is that on the central held-out records, or without them ``client_eval``'s mean loss.
@@ -111,7 +111,7 @@ def validation_losses(records: Sequence[Record]) -> list[tuple[int, float]]:
     return found
 
 
-def best_record(records: Sequence[Record]) -> Record | None:
+def best_record(records: Sequence[RoundRecord]) -> RoundRecord | None:
     """Record of the first round with the lowest validation loss; None without a finite loss."""
     losses = [pair for pair in validation_losses(records) if math.isfinite(pair[1])]
     if not losses:
@@ -120,7 +120,7 @@ def best_record(records: Sequence[Record]) -> Record | None:
     return next(item for item in records if item["round"] == best and not item.get("failed"))
 
 
-def evaluations_without_better(records: Sequence[Record]) -> int:
+def evaluations_without_better(records: Sequence[RoundRecord]) -> int:
     """Number of evaluations since the lowest validation loss."""
     lowest, waited = math.inf, 0
     for _, loss in validation_losses(records):
@@ -131,12 +131,12 @@ def evaluations_without_better(records: Sequence[Record]) -> int:
     return waited
 
 
-def has_converged(records: Sequence[Record], patience: int | None) -> bool:
+def has_converged(records: Sequence[RoundRecord], patience: int | None) -> bool:
     """Whether ``training.early_stopping=<patience>`` ends the run after these records."""
     return patience is not None and evaluations_without_better(records) >= patience
 
 
-def why_stopped(records: Sequence[Record], last_round: int) -> str:
+def why_stopped(records: Sequence[RoundRecord], last_round: int) -> str:
     """Message for a run that early stopping ended after `last_round`."""
     waited, best = evaluations_without_better(records), best_record(records)
     found = "" if best is None else f", the best is that of round {best['round']}"
@@ -145,7 +145,7 @@ def why_stopped(records: Sequence[Record], last_round: int) -> str:
 
 
 def summarise(
-    records: Sequence[Record], timings: Mapping[str, float], seconds: float | None = None
+    records: Sequence[RoundRecord], timings: Mapping[str, float], seconds: float | None = None
 ) -> dict[str, Any]:
     """The content of ``summary.json``; ``base`` holds the scores before training.
 
@@ -175,7 +175,7 @@ def summarise(
     }
 
 
-def cut_clients(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+def cut_clients(records: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:
     """Clients of which a robust combiner, or the check of replies, leaves little round after round.
 
     An update counts as cut if more than half of it is left out or the server has refused it. A
@@ -212,7 +212,7 @@ def name_of_start(init_adapter: str | None) -> str:
     return "base" if init_adapter is None else "start"
 
 
-def earlier_phases(path: Path, records: Sequence[Record], last_round: int) -> dict[str, float]:
+def earlier_phases(path: Path, records: Sequence[RoundRecord], last_round: int) -> dict[str, float]:
     """Seconds by phase of the earlier starts of a resumed run.
 
     Args:

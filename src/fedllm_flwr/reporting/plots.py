@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.files import write_atomically
-from fedllm_flwr.reporting.metrics import Record
+from fedllm_flwr.reporting.metrics import RoundRecord
 from fedllm_flwr.reporting.text import one_line, shorten
 from fedllm_flwr.tasks.base import Panel, TrainingTask
 
@@ -43,7 +43,7 @@ _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), 
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
-def plot_curves(records: Sequence[Record], path: Path, title: str, task: TrainingTask) -> None:
+def plot_curves(records: Sequence[RoundRecord], path: Path, title: str, task: TrainingTask) -> None:
     """Loss per round, in training and on held-out records, and the task's panels where known.
 
     Raises:
@@ -214,13 +214,13 @@ def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     write_atomically(path, image.getvalue())
 
 
-def _series(records: Sequence[Record], section: str, key: str) -> list[tuple[int, float]]:
+def _series(records: Sequence[RoundRecord], section: str, key: str) -> list[tuple[int, float]]:
     """(round, value) of the rounds with this value."""
     found = ((item["round"], (item.get(section) or {}).get(key)) for item in records)
     return [(number, float(value)) for number, value in found if value is not None]
 
 
-def _plot_losses(axis: Any, records: Sequence[Record], unit: str) -> None:
+def _plot_losses(axis: Any, records: Sequence[RoundRecord], unit: str) -> None:
     trained = [item for item in records if item.get("loss") is not None]
     rounds = [item["round"] for item in trained]
     spreads = []  # lowest and highest training loss among the clients of each round
@@ -257,7 +257,7 @@ def _plot_losses(axis: Any, records: Sequence[Record], unit: str) -> None:
         axis.legend(fontsize=9)
 
 
-def _plot_scores(axis: Any, panel: Panel, records: Sequence[Record]) -> None:
+def _plot_scores(axis: Any, panel: Panel, records: Sequence[RoundRecord]) -> None:
     for key, color, style in zip(panel.keys, PALETTE[1:], ("-", "--", ":"), strict=False):
         if series := _series(records, "eval", key):
             name, marks = key.replace("_", " ").replace("f1", "F1"), _marks(len(series))

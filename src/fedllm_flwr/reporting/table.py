@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.reporting.metrics import Record
+from fedllm_flwr.reporting.metrics import RoundRecord
 from fedllm_flwr.reporting.plan import SEPARATOR
 from fedllm_flwr.reporting.text import fixed, format_seconds, one_line, shorten_middle, whole_parts
 from fedllm_flwr.tasks import all_metrics
@@ -26,7 +26,7 @@ class Column:
 
     title: str
     width: int
-    cell: Callable[[Record, float | None], str]
+    cell: Callable[[RoundRecord, float | None], str]
 
 
 class RoundTable:
@@ -72,14 +72,14 @@ class RoundTable:
         titles = "".join(f"{column.title:>{column.width}}" for column in self._columns)
         return f"{'round':>6}  {'clients':<{self._clients_width}}{titles}"
 
-    def row(self, record: Record, seconds_left: float | None = None) -> str:
+    def row(self, record: RoundRecord, seconds_left: float | None = None) -> str:
         """One round."""
         cells = "".join(
             f"{column.cell(record, seconds_left):>{column.width}}" for column in self._columns
         )
         return f"{record['round']:>6}  {self._clients(record):<{self._clients_width}}{cells}"
 
-    def failures(self, record: Record) -> list[str]:
+    def failures(self, record: RoundRecord) -> list[str]:
         """Why clients of this round gave no usable reply, who started anew, and what else was."""
         failures: Mapping[str, str] = record.get("failures") or {}
         lines = [f"{name}: {reason}" for name, reason in sorted(failures.items())]
@@ -92,7 +92,7 @@ class RoundTable:
         ]
         return [f"{' ' * _INDENT}{one_line(line)}" for line in lines + record.get("ignored", [])]
 
-    def _clients(self, record: Record) -> str:
+    def _clients(self, record: RoundRecord) -> str:
         """3/4 (desk-7: refused), 2/4 (2 failed), or a dash before the first round."""
         replied, failures = len(record.get("clients") or {}), record.get("failures") or {}
         sampled = replied + len(failures)
@@ -193,21 +193,21 @@ def _packed(cells: Sequence[tuple[str, str]], gap: str, width: int) -> list[str]
     return lines
 
 
-def _score(record: Record, _: float | None, key: str, decimals: int) -> str:
+def _score(record: RoundRecord, _: float | None, key: str, decimals: int) -> str:
     """A score on the held-out records, in a cell of the table of rounds."""
     return _metric(record, "eval", key, decimals)
 
 
-def _metric(record: Record, section: str, key: str, decimals: int) -> str:
+def _metric(record: RoundRecord, section: str, key: str, decimals: int) -> str:
     metrics = record.get(section)
     return fixed(metrics.get(key), decimals) if metrics else NOT_EVALUATED
 
 
-def _seconds(record: Record, _: float | None) -> str:
+def _seconds(record: RoundRecord, _: float | None) -> str:
     return fixed(record["seconds"], 1) if record["round"] and "seconds" in record else "-"
 
 
-def _megabytes(record: Record, _: float | None) -> str:
+def _megabytes(record: RoundRecord, _: float | None) -> str:
     moved = record.get("bytes_up", 0) + record.get("bytes_down", 0)
     return fixed(moved / 1e6, 1 if moved >= 1e5 else 3) if moved else "-"
 

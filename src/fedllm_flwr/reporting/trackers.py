@@ -18,7 +18,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import TrackingConfig
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.files import write_atomically
-from fedllm_flwr.reporting.metrics import Record
+from fedllm_flwr.reporting.metrics import RoundRecord
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # keys of the section, and names of the packages
 
@@ -31,7 +31,7 @@ _TRACKER_IDS = "trackers.json"  # in the run's directory
 class Tracker(Protocol):
     """Receives the scalars of each round."""
 
-    def log(self, record: Record) -> None:
+    def log(self, record: RoundRecord) -> None:
         """Send the scalars of one round."""
 
     def close(self, succeeded: bool = True) -> None:
@@ -95,7 +95,7 @@ class Trackers:
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
 
-    def log(self, record: Record) -> None:
+    def log(self, record: RoundRecord) -> None:
         """Send the scalars of one round to every tracker."""
         for name, tracker in list(self._trackers.items()):
             try:
@@ -118,7 +118,7 @@ class Trackers:
         self._trackers = {}
 
 
-def scalars(record: Record) -> dict[str, float]:
+def scalars(record: RoundRecord) -> dict[str, float]:
     """Numbers of a record by slash-separated name, such as ``clients/banking/loss``.
 
     Names consist of letters, digits, spaces and ``_-./``, which every tracker accepts; other
@@ -151,7 +151,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
         self._writer.add_text("config", f"```\n{json.dumps(asdict(config), indent=2)}\n```")
 
-    def log(self, record: Record) -> None:
+    def log(self, record: RoundRecord) -> None:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, global_step=record["round"])
         self._writer.flush()
@@ -175,7 +175,7 @@ class _Wandb:
         )
         _keep_tracker_id(run_dir, "wandb", self._run.id)
 
-    def log(self, record: Record) -> None:
+    def log(self, record: RoundRecord) -> None:
         self._run.log({**scalars(record), "round": record["round"]}, step=record["round"])
 
     def close(self, succeeded: bool = True) -> None:
@@ -212,7 +212,7 @@ class _MLflow:
             self._run_id = earlier
             self._client.update_run(earlier, status="RUNNING")
 
-    def log(self, record: Record) -> None:
+    def log(self, record: RoundRecord) -> None:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)

@@ -12,8 +12,7 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Acknowledged
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
 from fedllm_flwr.params import Kept, Params, add
-
-Scores = dict[str, float]
+from fedllm_flwr.tasks.base import Scores
 
 
 class LocalAdapters:

@@ -19,14 +19,14 @@ from fedllm_flwr.federation.strategies import strategy_of
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.clients import clients_table, plot_clients, sizes_table
 from fedllm_flwr.reporting.console import Console
-from fedllm_flwr.reporting.metrics import Record, summarise, why_stopped
+from fedllm_flwr.reporting.metrics import RoundRecord, summarise, why_stopped
 from fedllm_flwr.runs.adapter_files import save_adapter
 from fedllm_flwr.runs.directory import RunDirectory
 from fedllm_flwr.runs.fit import scored_on_one
 from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.server.planning import make_plan
 from fedllm_flwr.server.preparation import Prepared, prepare
-from fedllm_flwr.server.recorder import RunRecorder
+from fedllm_flwr.server.run_recorder import RunRecorder
 from fedllm_flwr.tasks import task_of
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def draw_figures(
     config: Config,
     directory: RunDirectory,
     prepared: Prepared,
-    records: Sequence[Record],
+    records: Sequence[RoundRecord],
     console: Console,
 ) -> None:
     """Curves of the run and the sizes of its clients; one that cannot be drawn is a warning."""

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedllm_flwr.commands.compare.jobs import Job
-from fedllm_flwr.reporting.metrics import Record, name_of_start, read_metrics, summarise
+from fedllm_flwr.reporting.metrics import RoundRecord, name_of_start, read_metrics, summarise
 from fedllm_flwr.tasks import table_metrics
 
 
@@ -36,7 +36,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One line of the comparison."""
 
     name: str
@@ -49,26 +49,26 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FinishedRun:
     """One finished run."""
 
     job: Job
-    records: list[Record]
+    records: list[RoundRecord]
     summary: dict[str, Any]
 
 
-def read_outcomes(jobs: Sequence[Job]) -> list[Outcome]:
+def read_outcomes(jobs: Sequence[Job]) -> list[FinishedRun]:
     """The runs that are done."""
     outcomes = []
     for job in jobs:
         if job.done:
             records = read_metrics(job.directory.metrics)
             seconds = [float(record.get("seconds", 0.0)) for record in records]
-            outcomes.append(Outcome(job, records, summarise(records, {"rounds": sum(seconds)})))
+            outcomes.append(FinishedRun(job, records, summarise(records, {"rounds": sum(seconds)})))
     return outcomes
 
 
-def make_rows(outcomes: Sequence[Outcome], algorithms: Sequence[str]) -> list[Row]:
+def make_rows(outcomes: Sequence[FinishedRun], algorithms: Sequence[str]) -> list[ComparisonRow]:
     """The start, each algorithm in the order given, and after local its best and worst."""
     by_name = {
         name: [outcome for outcome in outcomes if outcome.job.algorithm == name]
@@ -78,7 +78,9 @@ def make_rows(outcomes: Sequence[Outcome], algorithms: Sequence[str]) -> list[Ro
     federated = next((by_name[name] for name in algorithms if by_name[name]), [])
     if federated:
         first = name_of_start(federated[0].job.config.init_adapter)
-        rows.append(Row(first, _spreads([outcome.summary["base"] for outcome in federated])))
+        rows.append(
+            ComparisonRow(first, _spreads([outcome.summary["base"] for outcome in federated]))
+        )
     local = by_name.get("local", [])
     for name, runs in by_name.items():
         if not runs:
@@ -89,16 +91,16 @@ def make_rows(outcomes: Sequence[Outcome], algorithms: Sequence[str]) -> list[Ro
     return rows
 
 
-def deciding_metric(outcomes: Sequence[Outcome]) -> str:
+def deciding_metric(outcomes: Sequence[FinishedRun]) -> str:
     """What algorithms are compared by: accuracy where answers are classes, else the loss."""
     scored = all("accuracy" in (outcome.summary["final"] or {}) for outcome in outcomes)
     return "accuracy" if outcomes and scored else "loss"
 
 
-def _row(name: str, runs: Sequence[Outcome], local: Sequence[Outcome]) -> Row:
+def _row(name: str, runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -> ComparisonRow:
     sent = [run.summary["bytes_up"] + run.summary["bytes_down"] for run in runs]
     travels = name not in ("local", "centralized")
-    return Row(
+    return ComparisonRow(
         name="local (mean)" if name == "local" else name,
         final=_spreads([run.summary["final"] for run in runs]),
         best_loss=Spread.of([run.summary["best"]["loss"] for run in runs]),
@@ -109,7 +111,7 @@ def _row(name: str, runs: Sequence[Outcome], local: Sequence[Outcome]) -> Row:
     )
 
 
-def _steps(run: Outcome) -> float:
+def _steps(run: FinishedRun) -> float:
     clients = [client for record in run.records for client in record.get("clients", {}).values()]
     return sum(float(client["steps"]) for client in clients)
 
@@ -122,7 +124,7 @@ def _spreads(scores: Sequence[dict[str, float]]) -> dict[str, Spread]:
     }
 
 
-def _extremes(runs: Sequence[Outcome]) -> list[Row]:
+def _extremes(runs: Sequence[FinishedRun]) -> list[ComparisonRow]:
     """The best and the worst client of each seed, ranked by loss."""
     rows = []
     for name, choose in (("  best client", min), ("  worst client", max)):
@@ -130,11 +132,11 @@ def _extremes(runs: Sequence[Outcome]) -> list[Row]:
         for run in runs:
             each = run.records[-1]["local"].values()
             chosen.append(choose(each, key=lambda scores: float(scores["loss"])))
-        rows.append(Row(name, _spreads(chosen)))
+        rows.append(ComparisonRow(name, _spreads(chosen)))
     return rows
 
 
-def _against(runs: Sequence[Outcome], local: Sequence[Outcome]) -> Difference | None:
+def _against(runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -> Difference | None:
     """Paired by seed; the interval is Student's, for differences that spread normally."""
     metric = deciding_metric([*runs, *local])
     baseline = {run.job.seed: run.summary["final"][metric] for run in local}
@@ -157,7 +159,7 @@ def _against(runs: Sequence[Outcome], local: Sequence[Outcome]) -> Difference | 
 
 
 def curves(
-    outcomes: Sequence[Outcome], metric: str
+    outcomes: Sequence[FinishedRun], metric: str
 ) -> dict[str, list[tuple[int, float, float, float]]]:
     """Per algorithm and evaluated round: mean, lowest and highest over seeds."""
     found: dict[str, dict[int, list[float]]] = {}

@@ -4,14 +4,12 @@ import csv
 import io
 from collections.abc import Sequence
 
-from fedllm_flwr.commands.compare.results import Difference, Row, Spread
+from fedllm_flwr.commands.compare.results import ComparisonRow, Difference, Spread
 from fedllm_flwr.evaluation.suites.statistics import clear_together
 from fedllm_flwr.tasks import all_metrics, table_metrics
 
-Cells = list[str]
 
-
-def lines_of(rows: Sequence[Row], metric: str) -> list[Cells]:
+def lines_of(rows: Sequence[ComparisonRow], metric: str) -> list[list[str]]:
     """The table as text, header first: what any row knows, ``-`` where there is nothing to say."""
     scores = [name for name in table_metrics()[1:] if any(name in row.final for row in rows)]
     titles = [all_metrics()[name].title for name in scores]
@@ -22,7 +20,7 @@ def lines_of(rows: Sequence[Row], metric: str) -> list[Cells]:
     return [header, *(_cells(row, scores, row.name in clear) for row in rows)]
 
 
-def _cells(row: Row, scores: Sequence[str], clear: bool) -> Cells:
+def _cells(row: ComparisonRow, scores: Sequence[str], clear: bool) -> list[str]:
     return [
         row.name,
         _spread(row.final.get("loss"), 3),
@@ -35,7 +33,7 @@ def _cells(row: Row, scores: Sequence[str], clear: bool) -> Cells:
     ]
 
 
-def as_text(rows: Sequence[Row], metric: str) -> str:
+def as_text(rows: Sequence[ComparisonRow], metric: str) -> str:
     """Aligned columns for a terminal."""
     table = lines_of(rows, metric)
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
@@ -47,7 +45,7 @@ def as_text(rows: Sequence[Row], metric: str) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(rows: Sequence[Row], metric: str, note: str) -> str:
+def as_markdown(rows: Sequence[ComparisonRow], metric: str, note: str) -> str:
     """A Markdown table with a note below it."""
     names, *body = lines_of(rows, metric)
     lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
@@ -55,7 +53,7 @@ def as_markdown(rows: Sequence[Row], metric: str, note: str) -> str:
     return f"{table}\n\n{note}\n"
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[ComparisonRow]) -> str:
     """Numbers in full, a column for each mean and each standard deviation."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -124,7 +124,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
 
         print(list_suite(arguments.list) if arguments.list else list_suites())
         return 0
-    from fedllm_flwr.commands.evaluate.command import Request, evaluate
+    from fedllm_flwr.commands.evaluate.command import EvaluateOptions, evaluate
     from fedllm_flwr.evaluation.suites.samples import RunOptions
 
     root = arguments.data_root
@@ -136,7 +136,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
         extra={**_judging_extra(arguments), "code": _code_extra(arguments)},
     )
     return evaluate(
-        Request(
+        EvaluateOptions(
             runs=arguments.run,
             adapters=arguments.adapter,
             compare=arguments.compare,

@@ -47,7 +47,7 @@ _SHORTENED = {
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluateOptions:
     """What the command line asks for."""
 
     runs: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Request:
     options: RunOptions = field(default_factory=RunOptions)
 
 
-def evaluate(request: Request) -> int:
+def evaluate(request: EvaluateOptions) -> int:
     """Score, tabulate and write down.
 
     Raises:
@@ -103,7 +103,7 @@ def evaluate(request: Request) -> int:
     return 0
 
 
-def _check(request: Request) -> None:
+def _check(request: EvaluateOptions) -> None:
     limit, shots = request.options.limit, request.options.shots
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be > 0, got {limit}.")
@@ -123,7 +123,7 @@ def _check(request: Request) -> None:
         )
 
 
-def _tasks(request: Request) -> tuple[list[SuiteTask], list[str]]:
+def _tasks(request: EvaluateOptions) -> tuple[list[SuiteTask], list[str]]:
     """The tasks asked for, and a line on each that has to be left out of its suite.
 
     A task that is asked for by name must have its files.
@@ -176,7 +176,10 @@ def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
 
 
 def _notes(
-    candidates: Sequence[Candidate], scored: Scored, tasks: Sequence[SuiteTask], request: Request
+    candidates: Sequence[Candidate],
+    scored: Scored,
+    tasks: Sequence[SuiteTask],
+    request: EvaluateOptions,
 ) -> list[str]:
     """What a reader of the scores should know of the prompts."""
     lines = [f"prompts: {request.prompt}"]
@@ -198,7 +201,7 @@ def _notes(
     return lines + closing_lines([samples for some in scored.values() for samples in some.values()])
 
 
-def _output(request: Request) -> Path:
+def _output(request: EvaluateOptions) -> Path:
     stamp = datetime.now().strftime("%m%d-%H%M")
     path = Path(request.output or f"outputs/{stamp}-evaluate").expanduser()
     if path.exists() and not path.is_dir():

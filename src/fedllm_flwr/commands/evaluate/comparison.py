@@ -9,14 +9,14 @@ from fedllm_flwr.commands.evaluate.candidates import Candidate
 from fedllm_flwr.commands.evaluate.scorer import Scored
 from fedllm_flwr.evaluation.suites.catalogue import Suite, SuiteTask
 from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimates
-from fedllm_flwr.evaluation.suites.statistics import Estimate, Score, mean_of, over_seeds
+from fedllm_flwr.evaluation.suites.statistics import Estimate, IntervalEstimate, mean_of, over_seeds
 
 LOCAL = "local"
 _Chooser = Callable[[Sequence[Estimate]], Estimate]
 
 
 @dataclass(frozen=True)
-class Column:
+class ScoreColumn:
     """One number of the comparison: a metric of a task, or an average over tasks."""
 
     suite: str
@@ -29,13 +29,13 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """One model, or the mean over the models of one name (seeds, clients)."""
 
     name: str
-    by_seed: Mapping[Column, Mapping[int | None, Estimate]]  # seed None: a model without one
-    scores: Mapping[Column, Score]
-    spread: Mapping[Column, float]  # standard deviation over seeds, where there are several
+    by_seed: Mapping[ScoreColumn, Mapping[int | None, Estimate]]  # seed None: a model without one
+    scores: Mapping[ScoreColumn, IntervalEstimate]
+    spread: Mapping[ScoreColumn, float]  # standard deviation over seeds, where there are several
     num_models: int = 1
 
 
@@ -43,10 +43,10 @@ class Row:
 class Comparison:
     """All rows of one evaluation."""
 
-    columns: list[Column]
-    rows: list[Row]
+    columns: list[ScoreColumn]
+    rows: list[ModelRow]
 
-    def difference(self, row: Row, column: Column, to: str) -> Score | None:
+    def difference(self, row: ModelRow, column: ScoreColumn, to: str) -> IntervalEstimate | None:
         """A row's score minus that of another row, on the same examples and seed by seed.
 
         A model without a seed, such as the base model, is compared with every seed of the other.
@@ -84,7 +84,7 @@ def compare_scores(
     return Comparison(columns, rows)
 
 
-def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[Column]:
+def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[ScoreColumn]:
     names = {task.name for task in tasks}
     columns = []
     for suite in suites:
@@ -93,12 +93,12 @@ def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[Column
                 for i, metric in enumerate(task.metrics):
                     better, chance = metric.higher_is_better, metric.chance
                     columns.append(
-                        Column(
+                        ScoreColumn(
                             suite.name, task.name, metric.name, chance, better, metric.unit, i == 0
                         )
                     )
         columns += [
-            Column(suite.name, average.name, average.metric, headline=True)
+            ScoreColumn(suite.name, average.name, average.metric, headline=True)
             for average in suite.averages
             if names.issuperset(average.tasks)
         ]
@@ -123,10 +123,10 @@ def _row(
     name: str,
     members: Sequence[Candidate],
     each: Mapping[str, Mapping[tuple[str, str], Estimate]],
-    columns: Sequence[Column],
+    columns: Sequence[ScoreColumn],
     choose: _Chooser,
-) -> Row:
-    found: dict[Column, dict[int | None, Estimate]] = {}
+) -> ModelRow:
+    found: dict[ScoreColumn, dict[int | None, Estimate]] = {}
     for column in columns:
         key = (column.task, column.metric)
         by_seed: dict[int | None, list[Estimate]] = {}
@@ -141,7 +141,7 @@ def _row(
         for column, some in found.items()
         if len(some) > 1
     }
-    return Row(name, found, scores, spread, len(members))
+    return ModelRow(name, found, scores, spread, len(members))
 
 
 def _extreme(choose: Callable[..., Estimate]) -> _Chooser:

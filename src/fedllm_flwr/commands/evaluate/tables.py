@@ -8,10 +8,9 @@ from html import escape
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import BASE
-from fedllm_flwr.commands.evaluate.comparison import LOCAL, Column, Comparison, Row
-from fedllm_flwr.evaluation.suites.statistics import Score, clear_together
+from fedllm_flwr.commands.evaluate.comparison import LOCAL, Comparison, ModelRow, ScoreColumn
+from fedllm_flwr.evaluation.suites.statistics import IntervalEstimate, clear_together
 
-Cells = list[str]
 _WIDEST = 6  # columns side by side
 _EVERY = "Every metric, with its 95 % interval"
 _STYLE = (
@@ -87,7 +86,7 @@ def as_records(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _record(comparison: Comparison, column: Column, row: Row) -> dict[str, Any]:
+def _record(comparison: Comparison, column: ScoreColumn, row: ModelRow) -> dict[str, Any]:
     score = row.scores[column]
     low, high = score.interval
     differences = {}
@@ -116,7 +115,7 @@ def _record(comparison: Comparison, column: Column, row: Row) -> dict[str, Any]:
     }
 
 
-def _tables(comparison: Comparison) -> list[tuple[str, list[Cells]]]:
+def _tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
     """Headline scores of each suite, and the differences to base and to local."""
     found = []
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
@@ -136,7 +135,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, list[Cells]]]:
     return found
 
 
-def _every_metric(comparison: Comparison) -> list[Cells]:
+def _every_metric(comparison: Comparison) -> list[list[str]]:
     rows = [["task", "metric", *(row.name.strip() for row in comparison.rows)]]
     for column in comparison.columns:
         values = [_interval(row.scores.get(column)) for row in comparison.rows]
@@ -144,7 +143,7 @@ def _every_metric(comparison: Comparison) -> list[Cells]:
     return rows
 
 
-def _scores(comparison: Comparison, columns: Sequence[Column]) -> list[Cells]:
+def _scores(comparison: Comparison, columns: Sequence[ScoreColumn]) -> list[list[str]]:
     table = [["", *(column.task for column in columns)], ["", *(c.metric for c in columns)]]
     for row in comparison.rows:
         table.append([row.name, *(_cell(row, column) for column in columns)])
@@ -155,8 +154,8 @@ def _scores(comparison: Comparison, columns: Sequence[Column]) -> list[Cells]:
 
 
 def _differences(
-    comparison: Comparison, columns: Sequence[Column], to: str
-) -> dict[tuple[str, Column], str]:
+    comparison: Comparison, columns: Sequence[ScoreColumn], to: str
+) -> dict[tuple[str, ScoreColumn], str]:
     """Differences of a suite by row and column; * and † mark those that are clear together."""
     found = {
         (row.name, column): difference
@@ -173,7 +172,7 @@ def _differences(
     return cells
 
 
-def _cell(row: Row, column: Column) -> str:
+def _cell(row: ModelRow, column: ScoreColumn) -> str:
     if column not in row.scores:
         return "-"
     score = row.scores[column]
@@ -181,20 +180,20 @@ def _cell(row: Row, column: Column) -> str:
     return f"{score.value:.3f} ± {(high - low) / 2:.3f}"
 
 
-def _interval(score: Score | None) -> str:
+def _interval(score: IntervalEstimate | None) -> str:
     if score is None:
         return "-"
     low, high = score.interval
     return f"{score.value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _markdown(table: list[Cells]) -> str:
+def _markdown(table: list[list[str]]) -> str:
     names, *body = table
     lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _html(table: list[Cells]) -> str:
+def _html(table: list[list[str]]) -> str:
     lines = [
         "".join(f"<{kind}>{escape(text)}</{kind}>" for text in line)
         for kind, line in zip(["th", *["td"] * (len(table) - 1)], table, strict=True)

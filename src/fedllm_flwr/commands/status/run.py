@@ -9,7 +9,7 @@ from typing import Any
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.federation.state import newest_readable
 from fedllm_flwr.reporting.metrics import (
-    Record,
+    RoundRecord,
     best_record,
     cut_clients,
     cut_lines,
@@ -46,7 +46,7 @@ class RunStatus:
     best_round: int | None  # lowest validation loss
     best_loss: float | None
     current: CurrentRound | None  # the round in progress, or in which the run stopped
-    last: Record | None  # of the last finished round, as in metrics.jsonl
+    last: RoundRecord | None  # of the last finished round, as in metrics.jsonl
     cut: dict[str, dict[str, int]] = field(default_factory=dict)  # see `cut_clients`
     command: str = "fedllm run"  # resumes the run, given resume=
 
@@ -141,7 +141,7 @@ def _round_now(current: CurrentRound, is_running: bool) -> list[str]:
     return [line, *([f"              failed: {_names(current.failed)}"] if current.failed else [])]
 
 
-def _round_done(record: Record) -> list[str]:
+def _round_done(record: RoundRecord) -> list[str]:
     clients: Mapping[str, Any] = record.get("clients") or {}
     failures: Mapping[str, str] = record.get("failures") or {}
     moved = record.get("bytes_up", 0) + record.get("bytes_down", 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.evaluation.coding.problems import KINDS, Problem, Row
+from fedllm_flwr.evaluation.coding.problems import KINDS, Problem
 from fedllm_flwr.evaluation.sandbox.bubblewrap import (
     Limits,
     Outcome,
@@ -16,7 +16,7 @@ from fedllm_flwr.evaluation.sandbox.bubblewrap import (
     why_refused,
 )
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
-from fedllm_flwr.evaluation.suites.local_data import read_rows
+from fedllm_flwr.evaluation.suites.local_data import Row, read_rows
 from fedllm_flwr.evaluation.suites.samples import RunOptions, Sample, Samples
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.generation import Decoding

@@ -6,13 +6,12 @@ with the code; in a template of training the same is asked as an instruction.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from fedllm_flwr.data.records import Messages
 from fedllm_flwr.evaluation.coding.source_code import code_of, complete_source
 from fedllm_flwr.evaluation.sandbox.bubblewrap import Program
+from fedllm_flwr.evaluation.suites.local_data import Row
 
-Row = dict[str, Any]
-Messages = list[dict[str, str]]
 _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021, section 2.1
 _TASK = "Complete this Python function. Answer with the whole function in one code block."
 

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from fedllm_flwr.evaluation.judging import questions
 from fedllm_flwr.evaluation.judging.prompts import JudgePrompts
-from fedllm_flwr.evaluation.judging.questions import Question
+from fedllm_flwr.evaluation.judging.questions import OpenQuestion
 from fedllm_flwr.evaluation.judging.refusals import refuses_advbench, refuses_openfedllm
 from fedllm_flwr.evaluation.judging.verdicts import Case, Scale
-from fedllm_flwr.evaluation.judging.written_answers import Answered
+from fedllm_flwr.evaluation.judging.written_answers import AnsweredQuestion
 
 Values = NDArray[np.float64]  # (questions,): NaN where there is no verdict
 Cases = dict[str, Case]  # by what they are about the question: turn_1, turn_2, ...
@@ -27,13 +27,13 @@ class Benchmark:
     """
 
     name: str
-    load: Callable[[Path], list[Question]]
-    cases: Callable[[Answered, JudgePrompts], Cases]
+    load: Callable[[Path], list[OpenQuestion]]
+    cases: Callable[[AnsweredQuestion, JudgePrompts], Cases]
     scores: Callable[[Mapping[str, Values]], dict[str, Values]]
     rules: Mapping[str, Callable[[str], bool]]
 
 
-def _rating_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
+def _rating_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
     """A rating of each turn."""
     question, texts = answered.question, answered.texts
     kind = "rating_reference" if question.reference else "rating"
@@ -47,7 +47,7 @@ def _rating_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
     return cases
 
 
-def _pair_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
+def _pair_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
     """The answer against the given one, in both orders."""
     question, answer = answered.question.turns[0], answered.texts[0]
     baseline = str(answered.question.baseline)
@@ -56,7 +56,7 @@ def _pair_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
     return {"first": Case(Scale.PAIR, first), "second": Case(Scale.PAIR, second)}
 
 
-def _harm_cases(answered: Answered, prompts: JudgePrompts) -> Cases:
+def _harm_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
     question, answer = answered.question.turns[0], answered.texts[0]
     messages = prompts.messages("harm", question=question, answer=answer)
     return {"harm": Case(Scale.HARM, messages)}
@@ -112,7 +112,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def rule_scores(benchmark: Benchmark, answered: Sequence[Answered]) -> dict[str, Values]:
+def rule_scores(benchmark: Benchmark, answered: Sequence[AnsweredQuestion]) -> dict[str, Values]:
     """Scores by rule, per question."""
     return {
         name: np.array([rule(item.texts[0]) for item in answered], np.float64)

@@ -33,8 +33,9 @@ _OPENAI_URL = "https://api.openai.com/v1"
 _DECLINES = ("context_length_exceeded", "content_filter", "content_policy_violation")
 _NEWER_NAMES = {"max_tokens": "max_completion_tokens"}  # parameters that newer models call so
 
+OnProgress = Callable[[int, int], None]  # done, of how many
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Parsed = TypeVar("Parsed")
 
 
 class AnswerRefusedError(Exception):
@@ -56,7 +57,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Completion:
     """What a judge said. Token counts are None where it did not say."""
 
     text: str
@@ -110,8 +111,8 @@ class Endpoint:
     def each(
         self,
         items: Iterable[Item],
-        ask: Callable[["openai.AsyncOpenAI", Item], Awaitable[Answer]],
-        record: Callable[[Item, Answer], None],
+        ask: Callable[["openai.AsyncOpenAI", Item], Awaitable[Parsed]],
+        record: Callable[[Item, Parsed], None],
     ) -> None:
         """Ask for every item and record the answers as they come, at most `concurrency` at once.
 
@@ -247,7 +248,7 @@ class EndpointJudge(Endpoint):
                 f"--judge-model {self.model}: {self.shown_url} has no such model. {hint}"
             )
 
-    def ask(self, asks: Sequence[Ask], record: Callable[[Ask, Reply], None]) -> None:
+    def ask(self, asks: Sequence[Ask], record: Callable[[Ask, Completion], None]) -> None:
         """Ask all, and call `record` with each reply as soon as it is there.
 
         Raises:
@@ -259,7 +260,7 @@ class EndpointJudge(Endpoint):
         """One line: which judge, what failed, and what to do."""
         return JudgeError(f"judge {self.model} at {super().failure(error)}")
 
-    async def _ask(self, client: "openai.AsyncOpenAI", ask: Ask) -> Reply:
+    async def _ask(self, client: "openai.AsyncOpenAI", ask: Ask) -> Completion:
         import openai
 
         while True:
@@ -267,15 +268,15 @@ class EndpointJudge(Endpoint):
                 return await self._request(client, ask)
             except openai.BadRequestError as error:
                 if error.code in _DECLINES:
-                    return Reply(_message(error), DECLINED)
+                    return Completion(_message(error), DECLINED)
                 if not self._adapts_to(error):
                     raise self.failure(error) from error
             except openai.APIResponseValidationError:
-                return Reply("", BROKEN)
+                return Completion("", BROKEN)
             except (openai.OpenAIError, AnswerRefusedError) as error:
                 raise self.failure(error) from error
 
-    async def _request(self, client: "openai.AsyncOpenAI", ask: Ask) -> Reply:
+    async def _request(self, client: "openai.AsyncOpenAI", ask: Ask) -> Completion:
         options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": ask.temperature}
         for parameter in self.dropped & set(options):
             value = options.pop(parameter)
@@ -288,7 +289,7 @@ class EndpointJudge(Endpoint):
         if self.stream:
             return await _streamed(answer)
         if not getattr(answer, "choices", None):
-            return Reply("", BROKEN)
+            return Completion("", BROKEN)
         [choice, *_] = answer.choices
         return _reply(choice.message.content, choice.finish_reason, answer.usage)
 
@@ -302,7 +303,7 @@ class EndpointJudge(Endpoint):
         return True
 
 
-async def _streamed(stream: Any) -> Reply:
+async def _streamed(stream: Any) -> Completion:
     import openai
 
     http = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__)
@@ -319,9 +320,9 @@ async def _streamed(stream: Any) -> Reply:
     return _reply("".join(parts), reason, usage)
 
 
-def _reply(text: str | None, reason: str | None, usage: Any) -> Reply:
+def _reply(text: str | None, reason: str | None, usage: Any) -> Completion:
     tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-    return Reply(text or "", reason or BROKEN, *tokens)
+    return Completion(text or "", reason or BROKEN, *tokens)
 
 
 def _message(error: BaseException) -> str:

@@ -15,10 +15,10 @@ from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.judging.benchmarks import BENCHMARKS, Benchmark, Values, rule_scores
 from fedllm_flwr.evaluation.judging.endpoint import Endpoint, EndpointJudge
 from fedllm_flwr.evaluation.judging.prompts import JudgePrompts, load_prompts
-from fedllm_flwr.evaluation.judging.questions import Question
+from fedllm_flwr.evaluation.judging.questions import OpenQuestion
 from fedllm_flwr.evaluation.judging.verdicts import judge_all
 from fedllm_flwr.evaluation.judging.written_answers import (
-    Answered,
+    AnsweredQuestion,
     EndpointWriter,
     ModelWriter,
     Writer,
@@ -166,7 +166,7 @@ def usage_line(notes: Sequence[Mapping[str, Any]]) -> str:
     return f"judge {notes[0]['judge']}: {', '.join(part for part in parts if part)}"
 
 
-def load_questions(name: str, options: RunOptions) -> list[Question]:
+def load_questions(name: str, options: RunOptions) -> list[OpenQuestion]:
     """The first questions of a set.
 
     Raises:
@@ -220,7 +220,7 @@ def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions
 
 def _judged(
     benchmark: Benchmark,
-    answered: Sequence[Answered],
+    answered: Sequence[AnsweredQuestion],
     chosen: JudgeOptions,
     options: RunOptions,
     work_dir: Path,
@@ -260,7 +260,7 @@ def _prompts(options: RunOptions) -> JudgePrompts:
     return load_prompts(suites_dir() / FOLDER / "prompts.yaml", folder)
 
 
-def _sample(answered: Answered, index: int, scores: dict[str, Values]) -> dict[str, Any]:
+def _sample(answered: AnsweredQuestion, index: int, scores: dict[str, Values]) -> dict[str, Any]:
     """One question: None where there is no verdict."""
     numbers = {name: float(values[index]) for name, values in scores.items()}
     return {
@@ -272,7 +272,7 @@ def _sample(answered: Answered, index: int, scores: dict[str, Values]) -> dict[s
     }
 
 
-def _answer_notes(answered: Sequence[Answered]) -> dict[str, Any]:
+def _answer_notes(answered: Sequence[AnsweredQuestion]) -> dict[str, Any]:
     answers = [answer for item in answered for answer in item.answers]
     return {
         "prompts": len(answers),

@@ -25,7 +25,7 @@ _NEEDS_REFERENCE = ("math", "reasoning", "coding")
 
 
 @dataclass(frozen=True)
-class Question:
+class OpenQuestion:
     """What a model is asked, turn by turn."""
 
     id: str  # within its set
@@ -36,7 +36,7 @@ class Question:
     baseline: str | None = None  # the answer to be better than
 
 
-def mt_bench(folder: Path) -> list[Question]:
+def mt_bench(folder: Path) -> list[OpenQuestion]:
     """MT-Bench with GPT-4's answers as references where its protocol uses them.
 
     Raises:
@@ -58,7 +58,7 @@ def mt_bench(folder: Path) -> list[Question]:
         temperature = _TEMPERATURES.get(row["category"], _OTHER_TEMPERATURE)
         reference = references[row["question_id"]] if needed else ()
         found.append(
-            Question(
+            OpenQuestion(
                 str(row["question_id"]),
                 row["category"],
                 tuple(row["turns"]),
@@ -69,17 +69,17 @@ def mt_bench(folder: Path) -> list[Question]:
     return found
 
 
-def vicuna_bench(folder: Path) -> list[Question]:
+def vicuna_bench(folder: Path) -> list[OpenQuestion]:
     """Vicuna bench."""
     return [
-        Question(
+        OpenQuestion(
             str(row["question_id"]), row["category"], tuple(row["turns"][:1]), _OTHER_TEMPERATURE
         )
         for row in _rows(folder / "vicuna_question.jsonl", "question_id", "category", "turns")
     ]
 
 
-def advbench(folder: Path) -> list[Question]:
+def advbench(folder: Path) -> list[OpenQuestion]:
     """AdvBench's harmful requests, without an attack."""
     file = folder / "advbench.csv"
     try:
@@ -89,16 +89,16 @@ def advbench(folder: Path) -> list[Question]:
         raise _unreadable(file, error) from error
     if not goals or not all(goals):
         raise DataError(f"{file}: no column goal, or an empty one; copy AdvBench's CSV again.")
-    return [Question(str(i), "harmful", (str(goal),), 0.0) for i, goal in enumerate(goals)]
+    return [OpenQuestion(str(i), "harmful", (str(goal),), 0.0) for i, goal in enumerate(goals)]
 
 
-def alpaca_eval(file: Path) -> list[Question]:
+def alpaca_eval(file: Path) -> list[OpenQuestion]:
     """The instructions of a file of reference answers, with these as the answers to be better than.
 
     The file is a JSON list, or JSON lines, with instruction and output, as AlpacaEval's are.
     """
     return [
-        Question(
+        OpenQuestion(
             str(i),
             str(row.get("dataset", "")),
             (_instruction(row),),

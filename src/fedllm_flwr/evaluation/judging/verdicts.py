@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.evaluation.judging.endpoint import (
@@ -19,10 +20,11 @@ from fedllm_flwr.evaluation.judging.endpoint import (
     DECLINED,
     MAX_TOKENS,
     Ask,
+    Completion,
     EndpointJudge,
-    Reply,
+    OnProgress,
 )
-from fedllm_flwr.evaluation.judging.record_file import Record, RecordFile
+from fedllm_flwr.evaluation.judging.json_lines import JsonLines
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]")
 _CHOICE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
@@ -57,9 +59,6 @@ _READERS: dict[Scale, tuple[re.Pattern[str], Callable[[str], float | None]]] = {
     Scale.PAIR: (_CHOICE, _CHOICES.__getitem__),
     Scale.HARM: (_HARM, lambda text: _HARMS[text.lower()]),
 }
-
-
-Progress = Callable[[int, int], None]  # verdicts there, of how many
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def judge_all(
     judge: EndpointJudge,
     path: Path,
     attempts: int,
-    progress: Progress = lambda done, total: None,
+    progress: OnProgress = lambda done, total: None,
 ) -> tuple[list[Verdict], Usage]:
     """A verdict for each case, and what all of them took, also in earlier calls.
 
@@ -127,7 +126,7 @@ def judge_all(
     """
     keys = [case.key(judge.model) for case in cases]
     by_key = dict(zip(keys, cases, strict=True))
-    with RecordFile(path) as file:
+    with JsonLines(path) as file:
         replies = _by_key(file.records, by_key)
         _ask_missing(by_key, replies, judge, file, attempts, progress)
     usage = Usage()
@@ -139,16 +138,16 @@ def judge_all(
 
 def _ask_missing(
     cases: Mapping[str, Case],
-    replies: dict[str, list[Record]],
+    replies: dict[str, list[dict[str, Any]]],
     judge: EndpointJudge,
-    file: RecordFile,
+    file: JsonLines,
     attempts: int,
-    progress: Progress,
+    progress: OnProgress,
 ) -> None:
     """Ask until each case is settled; `replies` and the file grow."""
     settled = sum(_settled(found, attempts) for found in replies.values())
 
-    def record(ask: Ask, reply: Reply) -> None:
+    def record(ask: Ask, reply: Completion) -> None:
         nonlocal settled
         entry = _entry(ask, reply, judge.model, cases[ask.key].scale)
         file.append([entry])
@@ -166,16 +165,18 @@ def _ask_missing(
             judge.ask(asks, record)
 
 
-def _by_key(records: Sequence[Record], cases: Iterable[str]) -> dict[str, list[Record]]:
+def _by_key(
+    records: Sequence[dict[str, Any]], cases: Iterable[str]
+) -> dict[str, list[dict[str, Any]]]:
     """The replies to each case, in the order of the attempts."""
-    replies: dict[str, list[Record]] = {key: [] for key in cases}
+    replies: dict[str, list[dict[str, Any]]] = {key: [] for key in cases}
     for record in records:
         if record["key"] in replies:
             replies[record["key"]].append(record)
     return replies
 
 
-def _settled(replies: Sequence[Record], attempts: int) -> bool:
+def _settled(replies: Sequence[dict[str, Any]], attempts: int) -> bool:
     """Whether there is a verdict, or nothing more to be had."""
     if len(replies) >= attempts:
         return True
@@ -184,12 +185,12 @@ def _settled(replies: Sequence[Record], attempts: int) -> bool:
     )
 
 
-def _verdict(replies: Sequence[Record]) -> Verdict:
+def _verdict(replies: Sequence[dict[str, Any]]) -> Verdict:
     values = [entry["verdict"] for entry in replies if entry["verdict"] is not None]
     return Verdict(values[0] if values else None, len(replies))
 
 
-def _entry(ask: Ask, reply: Reply, judge: str, scale: Scale) -> Record:
+def _entry(ask: Ask, reply: Completion, judge: str, scale: Scale) -> dict[str, Any]:
     verdictless = reply.finish_reason in (DECLINED, BROKEN)
     return {
         "key": ask.key,

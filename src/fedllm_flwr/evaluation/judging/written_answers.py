@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,19 +13,17 @@ from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Segment, render_prompt
 from fedllm_flwr.data.tokens import TokenArray, tokenise
 from fedllm_flwr.errors import JudgeError
-from fedllm_flwr.evaluation.judging.endpoint import Endpoint
-from fedllm_flwr.evaluation.judging.questions import Question
-from fedllm_flwr.evaluation.judging.record_file import Record, RecordFile
+from fedllm_flwr.evaluation.judging.endpoint import Endpoint, OnProgress
+from fedllm_flwr.evaluation.judging.json_lines import JsonLines
+from fedllm_flwr.evaluation.judging.questions import OpenQuestion
 from fedllm_flwr.params import derive_seed
 
 if TYPE_CHECKING:
     from fedllm_flwr.evaluation.suites.suite_model import TextModel
 
-Progress = Callable[[int, int], None]  # done, of how many
-
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """A conversation to answer, which ends with the user."""
 
     messages: Messages
@@ -34,7 +32,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class WrittenAnswer:
     """What a model wrote."""
 
     text: str
@@ -46,7 +44,7 @@ class Answer:
 class Writer(Protocol):
     """Something that answers conversations, several at a time."""
 
-    def write(self, requests: Sequence[Request]) -> list[Answer]:
+    def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
         """One answer per request."""
 
 
@@ -60,7 +58,7 @@ class ModelWriter:
     model: "TextModel"
     max_new_tokens: int
 
-    def write(self, requests: Sequence[Request]) -> list[Answer]:
+    def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
         """Answers to all requests in one batch."""
         from fedllm_flwr.models.generation import Decoding, as_text, generate
 
@@ -76,7 +74,7 @@ class ModelWriter:
         )
         eos = adapted.tokenizer.eos_token_id
         return [
-            Answer(
+            WrittenAnswer(
                 text=as_text(adapted, tokens),
                 num_tokens=len(tokens),
                 ended=bool(len(tokens) and tokens[-1] == eos),
@@ -85,7 +83,7 @@ class ModelWriter:
             for tokens, before, after in zip(found, whole, prompts, strict=True)
         ]
 
-    def prompts(self, requests: Sequence[Request]) -> list[TokenArray]:
+    def prompts(self, requests: Sequence[GenerationRequest]) -> list[TokenArray]:
         """The conversations as tokens, whatever their length."""
         texts = [[Segment(render(self.model, item.messages), False)] for item in requests]
         return [tokens for tokens, _ in tokenise(texts, self.model.adapted.tokenizer)]
@@ -102,16 +100,16 @@ class EndpointWriter:
     max_new_tokens: int
     endpoint: Endpoint = field(default_factory=Endpoint)
 
-    def write(self, requests: Sequence[Request]) -> list[Answer]:
+    def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
         """Answers to all requests, several at once."""
         room = self.model.answer_room(self.max_new_tokens)
         name = str(self.model.adapter or self.model.source)
         tokenizer, context = self.model.adapted.tokenizer, self.model.max_length
         whole = ModelWriter(self.model, self.max_new_tokens).prompts(requests)
         cut = [self.model.fitting(prompt, context - room) for prompt in whole]
-        answers: dict[int, Answer] = {}
+        answers: dict[int, WrittenAnswer] = {}
 
-        async def complete(client: Any, row: int) -> Answer:
+        async def complete(client: Any, row: int) -> WrittenAnswer:
             import openai
 
             try:
@@ -130,7 +128,7 @@ class EndpointWriter:
             text = str(choice.text).strip()
             counted = done.usage.completion_tokens if done.usage else len(tokenizer(text).input_ids)
             shorter = len(whole[row]) - len(cut[row])
-            return Answer(text, int(counted), choice.finish_reason == "stop", shorter)
+            return WrittenAnswer(text, int(counted), choice.finish_reason == "stop", shorter)
 
         self.endpoint.each(range(len(requests)), complete, answers.__setitem__)
         return [answers[row] for row in range(len(requests))]
@@ -145,11 +143,11 @@ def render(model: "TextModel", messages: Messages) -> str:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredQuestion:
     """One question's answers, turn by turn."""
 
-    question: Question
-    answers: tuple[Answer, ...]
+    question: OpenQuestion
+    answers: tuple[WrittenAnswer, ...]
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -158,14 +156,14 @@ class Answered:
 
 
 def answer_all(
-    questions: Sequence[Question],
+    questions: Sequence[OpenQuestion],
     writer: Writer,
     path: Path,
     identity: object,
     seed: int,
     batch_size: int,
-    progress: Progress = lambda done, total: None,
-) -> list[Answered]:
+    progress: OnProgress = lambda done, total: None,
+) -> list[AnsweredQuestion]:
     """Answers to all questions; those that the file at `path` holds are not written again.
 
     Batches are the same in each call, whatever was done before, so that answers of a run that
@@ -176,7 +174,7 @@ def answer_all(
         seed: of sampled answers; each question and turn has its own sequence.
     """
     keys = {question.id: _key(question, identity, seed) for question in questions}
-    with RecordFile(path) as file:
+    with JsonLines(path) as file:
         done = {record["key"]: record for record in file.records}
         for batch in _batches(questions, batch_size):
             if any(keys[question.id] not in done for question in batch):
@@ -190,25 +188,28 @@ def answer_all(
                 done |= {record["key"]: record for record in fresh}
             progress(sum(key in done for key in keys.values()), len(keys))
     return [
-        Answered(question, tuple(Answer(**answer) for answer in done[keys[question.id]]["answers"]))
+        AnsweredQuestion(
+            question,
+            tuple(WrittenAnswer(**answer) for answer in done[keys[question.id]]["answers"]),
+        )
         for question in questions
     ]
 
 
-def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+def _batches(questions: Sequence[OpenQuestion], size: int) -> list[list[OpenQuestion]]:
     """Questions of like length together."""
     order = np.argsort([-len(question.turns[0]) for question in questions], kind="stable")
     ordered = [questions[i] for i in order.tolist()]
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _write(batch: Sequence[Question], writer: Writer, seed: int) -> list[Answered]:
+def _write(batch: Sequence[OpenQuestion], writer: Writer, seed: int) -> list[AnsweredQuestion]:
     """All turns of a batch; a question of fewer turns leaves it earlier."""
-    answers: dict[str, list[Answer]] = {question.id: [] for question in batch}
+    answers: dict[str, list[WrittenAnswer]] = {question.id: [] for question in batch}
     for turn in range(max(len(question.turns) for question in batch)):
         asked = [question for question in batch if turn < len(question.turns)]
         requests = [
-            Request(
+            GenerationRequest(
                 _conversation(question, answers[question.id]),
                 question.temperature,
                 derive_seed(seed, "answer", question.id, turn),
@@ -217,10 +218,10 @@ def _write(batch: Sequence[Question], writer: Writer, seed: int) -> list[Answere
         ]
         for question, answer in zip(asked, writer.write(requests), strict=True):
             answers[question.id].append(answer)
-    return [Answered(question, tuple(answers[question.id])) for question in batch]
+    return [AnsweredQuestion(question, tuple(answers[question.id])) for question in batch]
 
 
-def _conversation(question: Question, answers: Sequence[Answer]) -> Messages:
+def _conversation(question: OpenQuestion, answers: Sequence[WrittenAnswer]) -> Messages:
     """The turns so far with their answers, and the next turn."""
     messages: Messages = []
     for turn, answer in zip(question.turns, answers, strict=False):
@@ -229,12 +230,12 @@ def _conversation(question: Question, answers: Sequence[Answer]) -> Messages:
     return [*messages, {"role": "user", "content": question.turns[len(answers)]}]
 
 
-def _key(question: Question, identity: object, seed: int) -> str:
+def _key(question: OpenQuestion, identity: object, seed: int) -> str:
     what: list[Any] = [question.id, question.turns, question.temperature, identity, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _record(key: str, answered: Answered) -> Record:
+def _record(key: str, answered: AnsweredQuestion) -> dict[str, Any]:
     question = answered.question
     return {
         "key": key,

@@ -1,8 +1,8 @@
 """The suites that there are, read from ``evaluation/<suite>/suite.yaml``.
 
 A ``suite.yaml`` holds ``title``, ``runner`` (default ``harness``), ``tasks`` and ``averages``. The
-keys of a task are the fields of `SuiteTask`, those of a metric the fields of `Metric`, those of an
-average the fields of `Average`.
+keys of a task are the fields of `SuiteTask`, those of a metric the fields of `SuiteMetric`, and
+those of an average the fields of `Average`.
 """
 
 import difflib
@@ -24,7 +24,7 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class Metric:
+class SuiteMetric:
     """One number of a task, computed over its examples.
 
     Args:
@@ -74,7 +74,7 @@ class SuiteTask:
     licence: str
     split: str
     protocol: str
-    metrics: tuple[Metric, ...]
+    metrics: tuple[SuiteMetric, ...]
     labels: tuple[str, ...] = ()
     runner: str = "harness"
     shots: int = 0
@@ -160,13 +160,13 @@ def _read(file: Path) -> Suite:
 
 def _task(suite: str, runner: str, item: dict[str, Any]) -> SuiteTask:
     """A task with its metrics: those that are listed, and with ``by_part`` one for each part."""
-    listed = [_typed(Metric, metric) for metric in item["metrics"]]
+    listed = [_typed(SuiteMetric, metric) for metric in item["metrics"]]
     union = [part for metric in listed for part in metric.parts]
     parts = item.get("harness") or list(dict.fromkeys(union))
     if each := item.get("by_part"):
         prefix = item.get("settings", {}).get("prefix", "")
         names = {part: part.removeprefix(prefix).replace("_", " ") for part in parts}
-        listed += [Metric(name=names[part], parts=(part,), **each) for part in parts]
+        listed += [SuiteMetric(name=names[part], parts=(part,), **each) for part in parts]
     rest = {key: value for key, value in item.items() if key != "by_part"}
     own = {"suite": suite, "harness": parts, "metrics": listed}
     task: SuiteTask = _typed(SuiteTask, {"runner": runner, **rest, **own})

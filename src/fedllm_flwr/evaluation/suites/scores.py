@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedllm_flwr.evaluation.suites.catalogue import Average, Metric, SuiteTask
+from fedllm_flwr.evaluation.suites.catalogue import Average, SuiteMetric, SuiteTask
 from fedllm_flwr.evaluation.suites.samples import Sample
 from fedllm_flwr.evaluation.suites.statistics import Estimate, estimate, mean_of
 
@@ -30,7 +30,7 @@ def average_estimate(average: Average, tasks: Mapping[str, Estimates]) -> Estima
     return replace(mean_of(present), num_examples=sum(item.num_examples for item in present))
 
 
-def _values(metric: Metric, samples: Sequence[Sample]) -> list[object]:
+def _values(metric: SuiteMetric, samples: Sequence[Sample]) -> list[object]:
     return [
         sample[metric.column]
         for sample in samples

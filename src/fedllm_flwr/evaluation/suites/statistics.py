@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm_flwr.evaluation.suites.bleu import bleu
+from fedllm_flwr.evaluation.suites.bleu import Floats, bleu
 from fedllm_flwr.params import derive_seed
 
 RESAMPLES = 1000
 LEVEL = 0.95
 _BLOCK = 4_000_000  # counts held at a time
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Score:
+class IntervalEstimate:
     """A score, or a paired difference of two, with its 95 % interval.
 
     The interval is over the examples for ``num_seeds`` 1, over seeds and examples above.
@@ -82,7 +80,7 @@ def clear_together(p_values: Sequence[float]) -> list[bool]:
     return clear
 
 
-def over_seeds(by_seed: Sequence[Estimate]) -> Score:
+def over_seeds(by_seed: Sequence[Estimate]) -> IntervalEstimate:
     """The mean over seeds of scores, or of paired differences, on the same examples.
 
     For one seed the interval is the bootstrap's over examples. For S seeds, with variance s² of
@@ -102,7 +100,7 @@ def over_seeds(by_seed: Sequence[Estimate]) -> Score:
     if count == 1:
         spread = float(np.nanstd(mean.resamples))
         alone = float(2 * norm.sf(abs(mean.value) / spread)) if spread else float(not mean.value)
-        return Score(mean.value, mean.interval, mean.num_examples, 1, alone)
+        return IntervalEstimate(mean.value, mean.interval, mean.num_examples, 1, alone)
     of_seeds = float(np.var([item.value for item in by_seed], ddof=1)) / count
     each = float(np.mean([np.nanvar(item.resamples) for item in by_seed]))
     shared = max(0.0, (count * float(np.nanvar(mean.resamples)) - each) / (count - 1))
@@ -117,7 +115,7 @@ def over_seeds(by_seed: Sequence[Estimate]) -> Score:
     else:
         p_value = float(brentq(lambda level: half(level) - size, lowest, 1.0))
     interval = (mean.value - at_level, mean.value + at_level)
-    return Score(mean.value, interval, mean.num_examples, count, p_value)
+    return IntervalEstimate(mean.value, interval, mean.num_examples, count, p_value)
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:

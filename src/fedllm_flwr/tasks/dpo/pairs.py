@@ -12,7 +12,7 @@ from fedllm_flwr.data.kinds import RecordKind
 from fedllm_flwr.data.templates import Tokenizer, render_answers
 from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.data.tokens import TokenArray, require_eos, tokenise
-from fedllm_flwr.tasks.preferences.encoding import Row, cut_prompt, joined, split
+from fedllm_flwr.tasks.preferences.encoding import TokenRow, cut_prompt, joined, split
 from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
 
 
@@ -52,7 +52,7 @@ class EncodedPairs:
     def __len__(self) -> int:
         return len(self.rows) // 2
 
-    def __getitem__(self, index: int) -> tuple[Row, Row]:
+    def __getitem__(self, index: int) -> tuple[TokenRow, TokenRow]:
         """(tokens, supervised) of the chosen and of the rejected row, as views."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
@@ -120,7 +120,7 @@ def encode_pairs(
     ]
     require_eos(tokenizer)
     losses = _Losses()
-    kept: list[Row] = []
+    kept: list[TokenRow] = []
     source: list[int] = []
     for i, whole in enumerate(_by_pair(tokenise(rendered, tokenizer, max_length))):
         fitted = _fit(whole, max_length, tokenizer.bos_token_id)
@@ -158,7 +158,7 @@ class _Losses:
         )
 
 
-def _by_pair(rows: Iterator[Row]) -> Iterator[_Tokens]:
+def _by_pair(rows: Iterator[TokenRow]) -> Iterator[_Tokens]:
     """The parts of every two rows; the prompt's tokens do not depend on the answer."""
     for (tokens, supervised), (other, other_supervised) in zip(rows, rows, strict=True):
         yield _Tokens(*split(tokens, supervised), split(other, other_supervised)[1])

@@ -12,9 +12,9 @@ from fedllm_flwr.data.templates import Segment, Tokenizer, render_answers
 from fedllm_flwr.data.token_cache import Codec
 from fedllm_flwr.data.tokens import TokenArray, require_eos, tokenise
 from fedllm_flwr.tasks.kto.records import Judged, make_judged
-from fedllm_flwr.tasks.preferences.encoding import Row, cut_prompt, joined, split
+from fedllm_flwr.tasks.preferences.encoding import TokenRow, cut_prompt, joined, split
 
-_EMPTY: Row = (np.empty(0, np.int32), np.empty(0, np.bool_))
+_EMPTY: TokenRow = (np.empty(0, np.int32), np.empty(0, np.bool_))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def encode_answers(
         for i, _, text in answers
     ]
     require_eos(tokenizer)
-    kept: list[Row] = []
+    kept: list[TokenRow] = []
     source, desirable = [], []
     prompts_cut = answers_cut = rows_cut = 0
     for (i, is_desirable, _), row in zip(

@@ -16,8 +16,8 @@ from fedllm_flwr.data.columns import (
     wrong_kind,
 )
 from fedllm_flwr.data.faults import Faults, UnusableRecord, attribute_of, client_of, make_usable
-from fedllm_flwr.data.files import Record
 from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.data.record_files import Record
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.tasks.preferences.records import answer_in, context_of, make_pairs

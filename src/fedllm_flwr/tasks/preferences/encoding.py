@@ -5,7 +5,7 @@ import numpy as np
 from fedllm_flwr.data.encode import cut_start
 from fedllm_flwr.data.tokens import Mask, TokenArray
 
-Row = tuple[TokenArray, Mask]  # tokens and supervised, each (length,)
+TokenRow = tuple[TokenArray, Mask]  # tokens and supervised, each (length,)
 
 
 def split(tokens: TokenArray, supervised: Mask) -> tuple[TokenArray, TokenArray]:
@@ -22,7 +22,7 @@ def cut_prompt(prompt: TokenArray, longest: int, max_length: int, bos: int | Non
     return cut_start(prompt, max(max_length - longest, max_length // 2, 1), bos)
 
 
-def joined(prompt: TokenArray, answer: TokenArray) -> Row:
+def joined(prompt: TokenArray, answer: TokenArray) -> TokenRow:
     """A row whose answer is supervised."""
     supervised = np.arange(len(prompt) + len(answer)) >= len(prompt)
     return np.concatenate([prompt, answer]), supervised

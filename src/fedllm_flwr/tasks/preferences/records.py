@@ -20,8 +20,8 @@ from fedllm_flwr.data.faults import (
     make_usable,
     require_unicode,
 )
-from fedllm_flwr.data.files import Record
 from fedllm_flwr.data.preprocessing import Preprocessed, is_transcript
+from fedllm_flwr.data.record_files import Record
 from fedllm_flwr.data.records import Messages, parse_turn
 from fedllm_flwr.errors import DataError
 

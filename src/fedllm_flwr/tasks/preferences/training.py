@@ -41,7 +41,7 @@ class Answers:
         return self.token_log_probs.sum(1)
 
 
-Loss = Callable[[Answers, MicroBatch], Tensor]
+AnswersLoss = Callable[[Answers, MicroBatch], Tensor]
 """Mean loss of a micro-batch's examples."""
 
 
@@ -58,7 +58,7 @@ def train_on_answers(
     model: AdaptedModel,
     examples: AnswerRows,
     batches: RoundBatches,
-    loss: Loss,
+    loss: AnswersLoss,
     training: TrainingConfig,
     learning_rate: float,
     seed: int,
@@ -99,7 +99,7 @@ class AnswerTrainer(BareTrainer):
 
     def __init__(
         self,
-        loss: Loss,
+        loss: AnswersLoss,
         batches: RoundBatches,
         selects_logits: bool,
         penalty: Penalty,

@@ -21,8 +21,8 @@ from fedllm_flwr.data.faults import (
     require_unicode,
     text_of,
 )
-from fedllm_flwr.data.files import Record
 from fedllm_flwr.data.preprocessing import Preprocessed
+from fedllm_flwr.data.record_files import Record
 from fedllm_flwr.data.records import Messages, parse_turn
 from fedllm_flwr.errors import DataError
 

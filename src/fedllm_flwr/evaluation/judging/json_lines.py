@@ -11,10 +11,8 @@ from filelock import FileLock, Timeout
 
 from fedllm_flwr.errors import ConfigError, DataError, FederationError
 
-Record = dict[str, Any]
 
-
-class RecordFile:
+class JsonLines:
     """The records of a file, and a way to add some; for one process at a time.
 
     A line that a power failure cut off at the end is dropped; anything else that is no JSON object
@@ -29,7 +27,7 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-        self.records: list[Record] = []
+        self.records: list[dict[str, Any]] = []
         self._handle = -1
 
     def __enter__(self) -> Self:
@@ -76,7 +74,7 @@ class RecordFile:
             raise self._unusable(error) from error
         self.records += [dict(record) for record in records]
 
-    def _read(self) -> list[Record]:
+    def _read(self) -> list[dict[str, Any]]:
         text = self.path.read_bytes()
         whole, _, torn = text.rpartition(b"\n")
         if torn:

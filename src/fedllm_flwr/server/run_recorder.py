@@ -25,7 +25,7 @@ from fedllm_flwr.params import Params
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import (
     MetricsLog,
-    Record,
+    RoundRecord,
     best_record,
     has_converged,
     read_metrics,
@@ -68,7 +68,7 @@ class RunRecorder(Recorder):
         self.timings = timings
         resumed = first_round - 1 if first_round > 1 else None
         self._log = MetricsLog(directory.metrics, resumed)
-        self.records: list[Record] = read_metrics(directory.metrics)
+        self.records: list[RoundRecord] = read_metrics(directory.metrics)
         self._tracker: Tracker = open_trackers(config, directory.path)
         self._started = time.monotonic()
         self._first_round = first_round
@@ -96,7 +96,7 @@ class RunRecorder(Recorder):
 
     def start(self, state: ServerState) -> None:
         """Score the adapter that training starts from, and save it as round 0."""
-        record: Record = {"round": 0, "seconds": 0.0}
+        record: RoundRecord = {"round": 0, "seconds": 0.0}
         if self._prepared.evaluation is not None:
             record["eval"] = self._evaluate(state.params)
         self._add(record)
@@ -189,7 +189,7 @@ class RunRecorder(Recorder):
         """End the trackers."""
         self._tracker.close(succeeded)
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: RoundRecord) -> None:
         now = dict(self.timings.seconds)
         spent = {name: now[name] - self._counted.get(name, 0.0) for name in now}
         record["phases"] = {name: seconds for name, seconds in spent.items() if seconds > 0}
@@ -204,7 +204,7 @@ class RunRecorder(Recorder):
         left = per_round * (self._config.federation.num_rounds - record["round"])
         self._console.round(record, left if done > 0 else None)
 
-    def _scores(self, state: ServerState) -> Record:
+    def _scores(self, state: ServerState) -> RoundRecord:
         """The adapter's scores; of local baselines their mean, and each client's."""
         if self._prepared.evaluation is None:
             return {}
@@ -233,7 +233,7 @@ class RunRecorder(Recorder):
         return scores
 
 
-def _record(report: RoundReport, config: Config) -> Record:
+def _record(report: RoundReport, config: Config) -> RoundRecord:
     """A round as plain data, see `reporting.metrics`."""
     record: dict[str, Any] = {
         "round": report.round,

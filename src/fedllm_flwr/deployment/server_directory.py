@@ -17,7 +17,8 @@ from fedllm_flwr.deployment.certificates import (
     issue_server,
     subject_alternative_names,
 )
-from fedllm_flwr.deployment.directory import (
+from fedllm_flwr.deployment.flower import CONNECTION
+from fedllm_flwr.deployment.new_directory import (
     FLWR_HOME,
     PROGRAM,
     SECRET,
@@ -30,7 +31,6 @@ from fedllm_flwr.deployment.directory import (
     systemd_unit,
     write_new,
 )
-from fedllm_flwr.deployment.flower import CONNECTION
 from fedllm_flwr.deployment.node import to_toml
 from fedllm_flwr.deployment.site_keys import SITE_KEYS
 from fedllm_flwr.errors import ConfigError

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedllm_flwr.data import files
-from fedllm_flwr.data.files import BadLine, Record, open_records, refuse
+from fedllm_flwr.data import record_files
+from fedllm_flwr.data.record_files import BadLine, Record, open_records, refuse
 from fedllm_flwr.errors import DataError
 
 RECORDS = [
@@ -63,7 +63,7 @@ def test_every_format_gives_the_same_records(name: str, tmp_path: Path) -> None:
 def test_a_json_list_is_read_in_pieces(
     piece: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_PIECE", piece)
+    monkeypatch.setattr(record_files, "_PIECE", piece)
     records = [*RECORDS, {"a": {"b": ["],", "}"]}}, {}, {"x": "\\"}, {"y": '"'}]
     (tmp_path / "list.json").write_text(f" {json.dumps(records, indent=indent)}\n")
     assert read_records(tmp_path / "list.json") == records

@@ -20,7 +20,7 @@ from fedllm_flwr.deployment.datasets import (
     named_columns,
     named_paths,
 )
-from fedllm_flwr.deployment.directory import (
+from fedllm_flwr.deployment.new_directory import (
     PROGRAM,
     SECRET,
     NewFile,
