@@ -127,7 +127,11 @@ COMBINERS: Registry[Any] = Registry(
 )
 """Subclasses of `federation.combine.Combiner`."""
 
-TRANSFORMS: Registry[Any] = Registry("communication.transforms", "fedllm_flwr.transforms", {})
+TRANSFORMS: Registry[Any] = Registry(
+    "communication.transforms",
+    "fedllm_flwr.transforms",
+    {"clip": "fedllm_flwr.federation.updates.clip:Clip"},
+)
 """Subclasses of `federation.updates.UpdateTransform`."""
 
 TASKS: Registry[Any] = Registry(

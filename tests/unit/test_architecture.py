@@ -21,7 +21,7 @@ LAYERS = (
     ("errors", "environment"),
     ("files", "params"),
     ("plugins",),
-    ("config",),
+    ("config", "privacy"),
     ("data",),
     ("models",),
     ("training",),
@@ -57,6 +57,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ray": (("simulation",), ("commands",)),
     "openai": ((), ("evaluation",)),
     "prometheus_client": ((), ("commands",)),
+    "dp_accounting": ((), ("privacy",)),
 }
 
 

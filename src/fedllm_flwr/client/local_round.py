@@ -19,7 +19,7 @@ from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.updates.transform import Chain, Passage
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
-from fedllm_flwr.params import Kept, derive_seed, subtract
+from fedllm_flwr.params import Kept, add, derive_seed, subtract
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.tasks.base import LocalWork, TrainingTask
 from fedllm_flwr.training.batches import RoundBatches, round_batches
@@ -107,9 +107,14 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     if decay := worker_momentum(config):
         delta = with_momentum(delta, memory.tensors.get(MOMENTUM), decay)
         kept[MOMENTUM] = Kept(delta)
-    ClientMemory.keep(assignment, state_dir, kept)
     passage = Passage(data.name, assignment.round, config.seed)
     groups = dict(chain.client_end({"delta": delta, **after.contributions}, passage))
+    if rule.contributes and chain.links:  # memory moves by what arrives, as the server's copy does
+        arriving = chain.arriving(groups, passage)
+        for group, kind in rule.contributes.items():
+            own = memory.tensors.get(kind) or {n: np.zeros_like(v) for n, v in params.items()}
+            kept[kind] = Kept(add(own, arriving[group]))
+    ClientMemory.keep(assignment, state_dir, kept)
     return Update(
         delta=groups.pop("delta"),
         num_examples=len(np.unique(drawn)),

@@ -444,6 +444,41 @@ class CommunicationConfig:
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
+class PrivacyConfig:
+    """Differential privacy of what is released; see docs/privacy.md."""
+
+    unit: Literal["none", "client"] = Field(
+        default="none", description="none | client: what one client as a whole contributes"
+    )
+    clip: Real = Field(default=1.0, gt=0, description="bound of a contribution's L2 norm")
+    noise_multiplier: Real | None = Field(
+        default=None,
+        ge=0,
+        description="deviation of the noise / clip; null: as privacy.target_epsilon needs",
+    )
+    target_epsilon: Real | None = Field(
+        default=None, gt=0, description="the run ends before it would spend more; null: no end"
+    )
+    delta: Real | None = Field(
+        default=None, gt=0, lt=1, description="null: 1 / n^1.1 with n clients"
+    )
+    sampling: Literal["fixed", "poisson", "visible"] = Field(
+        default="fixed",
+        description="clients of a round, drawn in secret: fixed: so many | poisson: each by itself "
+        "| visible: as the seed says, which amplifies nothing",
+    )
+    clip_quantile: Real | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="clip follows this private quantile of the norms; null: it stays",
+    )
+    clip_learning_rate: Real = Field(
+        default=0.2, gt=0, description="of log(clip) with privacy.clip_quantile"
+    )
+
+
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class CheckpointConfig:
     """When the server state is saved, and how many states are kept."""
 
@@ -527,6 +562,7 @@ class Config:
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     communication: CommunicationConfig = Field(default_factory=CommunicationConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

@@ -30,6 +30,7 @@ def validate(config: Config) -> None:
     _check_device(config)
     _check_comparison(config)
     _check_robust(config)
+    _check_privacy(config)
     for name in config.communication.transforms:
         TRANSFORMS.check(name)
 
@@ -196,6 +197,58 @@ def _check_robust(config: Config) -> None:
             f"algorithm.combiner=krum needs 2 f + 3 = {2 * liars + 3} clients in a round where f = "
             f"{liars} may lie, and a round has {count}; lower robust.liars={config.robust.liars:g} "
             "or sample more clients."
+        )
+
+
+def _check_privacy(config: Config) -> None:
+    """Options that a promise of privacy does not hold with."""
+    privacy, federation = config.privacy, config.federation
+    if privacy.unit == "none":
+        return
+    promised = f"privacy.unit={privacy.unit}"
+    multiplier, target = privacy.noise_multiplier, privacy.target_epsilon
+    if multiplier is None and target is None:
+        raise ConfigError(
+            f"{promised} needs noise: give privacy.target_epsilon=<epsilon>, or "
+            "privacy.noise_multiplier=<deviation of the noise / clip>."
+        )
+    if multiplier == 0 and target is not None:
+        raise ConfigError(
+            f"privacy.noise_multiplier=0 keeps to no privacy.target_epsilon={target:g}; set "
+            "privacy.noise_multiplier=null, which calibrates the noise to it."
+        )
+    if config.evaluation.clients:
+        raise ConfigError(
+            f"evaluation.clients=true with {promised}: scores on the clients' own records are no "
+            "part of what is accounted for; set evaluation.clients=false."
+        )
+    algorithm, rule = config.algorithm, ALGORITHMS.find(config.algorithm.name)
+    if not rule.aggregates or algorithm.name == "centralized":
+        raise ConfigError(
+            f"algorithm={algorithm.name} with {promised}: no client's contribution is hidden among "
+            "others'; choose an algorithm that aggregates several."
+        )
+    if algorithm.weighting not in ("auto", "uniform"):
+        raise ConfigError(
+            f"algorithm.weighting={algorithm.weighting} with {promised}: a client with many "
+            "examples would exceed the clip's bound; use algorithm.weighting=uniform."
+        )
+    combiner = rule.combiner if algorithm.combiner == "auto" else algorithm.combiner
+    if combiner != "mean":
+        raise ConfigError(
+            f"algorithm.combiner={combiner} with {promised}: noise is calibrated to a sum of "
+            "bounded contributions; use algorithm.combiner=mean."
+        )
+    if privacy.sampling == "poisson" and federation.min_replies is not None:
+        raise ConfigError(
+            f"federation.min_replies={federation.min_replies} with privacy.sampling=poisson: the "
+            "number of clients of a round varies, down to none; set federation.min_replies=null."
+        )
+    if privacy.clip_quantile is not None and rule.contributes:
+        raise ConfigError(
+            f"privacy.clip_quantile={privacy.clip_quantile:g} with algorithm={algorithm.name}: "
+            "clients would have to know the bound to remember what the server has added up; set "
+            "privacy.clip_quantile=null."
         )
 
 

@@ -16,7 +16,9 @@ class RoundReport:
     ``score_failures`` those of the clients' evaluation of the new adapter, if there was one.
     ``ignored`` are replies and nodes that count for no client, such as a second one; ``lost`` names
     clients that have started anew, each with the round of which its memory is lost; ``cut`` is
-    the share of each client's update that a robust combiner has left out.
+    the share of each client's update that a robust combiner has left out. ``spent`` is epsilon and
+    delta after the round, where privacy is promised; ``is_last``: another round would spend more
+    than ``privacy.target_epsilon``.
     """
 
     round: int
@@ -35,6 +37,8 @@ class RoundReport:
     seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
+    spent: tuple[float, float] | None = None
+    is_last: bool = False
 
     @property
     def loss(self) -> float | None:

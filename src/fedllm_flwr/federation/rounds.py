@@ -17,6 +17,7 @@ from fedllm_flwr.config.participation import min_replies
 from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
+from fedllm_flwr.federation.mechanism import mechanism_of
 from fedllm_flwr.federation.messages import (
     Acknowledged,
     Assignment,
@@ -25,7 +26,7 @@ from fedllm_flwr.federation.messages import (
     check_metrics,
 )
 from fedllm_flwr.federation.recorder import Recorder, RoundReport
-from fedllm_flwr.federation.roster import Roster, check_roster, choose_clients
+from fedllm_flwr.federation.roster import Roster, check_roster
 from fedllm_flwr.federation.rule import Counts, Rule
 from fedllm_flwr.federation.server_copies import ServerCopies
 from fedllm_flwr.federation.state import ServerState
@@ -49,6 +50,7 @@ class Rounds:
         self.recorder = recorder
         self.copies = ServerCopies(copies, rule.contributes)
         self.chain = Chain.of(config)
+        self.mechanism = mechanism_of(config, copies)
 
     def run(self, state: ServerState, channel: Channel, last: int, timeout_s: float) -> ServerState:
         """Do the rounds that are left, ``state.round + 1`` to `last`; the state after them.
@@ -60,7 +62,7 @@ class Rounds:
             FederationError: a round cannot be completed; the rounds before it are recorded.
         """
         for current in range(state.round + 1, last + 1):
-            if self.recorder.has_converged():
+            if self.recorder.has_converged() or self.mechanism.is_spent(len(state.clients)):
                 break
             started = time.monotonic()
             channel.settle()
@@ -95,7 +97,7 @@ class Rounds:
 
     def open(self, state: ServerState, roster: Roster, server_round: int) -> "OpenRound":
         """Choose the clients of a round, and what each is sent."""
-        names = choose_clients(roster, self.config, server_round)
+        names = self.mechanism.choose(roster, server_round)
         learning_rate = cosine_learning_rate(
             self.config.training, server_round, self.config.federation.num_rounds
         )
@@ -124,7 +126,7 @@ class Rounds:
         if channel is not None:
             opened.report.ignored += channel.take_notes()
         try:
-            opened.report.require(min_replies(self.config, len(opened.roster)))
+            opened.report.require(self.replies_needed(opened))
         except FederationError:
             self.recorder.on_failed_round(opened.report)
             raise
@@ -142,12 +144,20 @@ class Rounds:
         names = ("delta", *self.rule.contributes)
         return self.chain.expected(dict.fromkeys(names, state.params))
 
+    def replies_needed(self, opened: "OpenRound") -> int:
+        """Usable replies without which a round fails; of a Poisson sample, more than half."""
+        if self.config.privacy.sampling == "poisson" and self.config.privacy.unit == "client":
+            return len(opened.assignments) // 2 + 1 if opened.assignments else 0
+        return min_replies(self.config, len(opened.roster))
+
     def weight(self, update: Update, num_examples: int) -> float:
         """Weight of a client's update in the mean of its round.
 
         Args:
             num_examples: n_i, which the client has announced.
         """
+        if self.config.privacy.unit == "client":
+            return 1.0  # the bound of a contribution is that of its share in the sum
         chosen = self.config.algorithm.weighting
         weighting = self.rule.weighting[self.rule.variant] if chosen == "auto" else chosen
         weights = {"examples": num_examples, "used": update.num_examples, "uniform": 1}
@@ -202,6 +212,7 @@ class OpenRound:
         self._combiner = self.rounds.combiner(self.state)
         self._sums = {group: RunningMean() for group in self.rounds.rule.contributes}
         self._weight = 0.0
+        self._within: list[bool] = []
 
     def take(self, reply: Reply) -> None:
         """Validate a reply, all of it, and only then combine it with the others."""
@@ -241,7 +252,8 @@ class OpenRound:
         combined: dict[str, Params] = {"delta": self._combiner.combined()}
         combined |= {group: total.sum_over(num_clients) for group, total in self._sums.items()}
         counts = Counts(len(report.metrics), num_clients, self._weight)
-        new = rounds.rule.step(state, combined, counts)
+        released, tensors = rounds.mechanism.release(state, combined, self._within)
+        new = rounds.rule.step(state, released, counts)
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
         report.cut = dict(self._combiner.cut)
         params = {name: value.astype(np.float32) for name, value in new.params.items()}
@@ -257,8 +269,14 @@ class OpenRound:
             name: Acknowledged(report.round, state.clients[name].updates + 1)
             for name in report.metrics
         }
+        report.spent = rounds.mechanism.spent()
+        report.is_last = rounds.mechanism.is_spent(num_clients)
         return replace(
-            new, round=report.round, params=params, clients={**state.clients, **accepted}
+            new,
+            round=report.round,
+            params=params,
+            tensors={**new.tensors, **tensors},
+            clients={**state.clients, **accepted},
         )
 
     def _combine(self, name: str, update: Update) -> Update:
@@ -285,11 +303,16 @@ class OpenRound:
             state.clients[name].round,
             rounds.oldest_checkpoint(state),
         )
-        for group, change in changes.items():
-            self._sums[group].add(change, 1.0)
+        bounded = rounds.mechanism.bound(state, {"delta": update.delta, **changes})
+        if bounded.unclipped:
+            report.ignored.append(f"{name}: its update exceeds privacy.clip; clipped here")
+        self._within.append(bounded.within)
+        contribution = dict(bounded.groups)
         weight = rounds.weight(update, announced)
-        self._combiner.add(name, update.delta, weight)
+        self._combiner.add(name, contribution.pop("delta"), weight)
         self._weight += weight
+        for group, change in contribution.items():
+            self._sums[group].add(change, 1.0)
         return update
 
 

@@ -1,6 +1,7 @@
 """The model card (README.md) of an exported adapter."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,6 +171,14 @@ def _training(config: Config, summary: Mapping[str, Any]) -> str:
         "seed": str(config.seed),
         "software": f"fedllm-flwr {__version__}",
     }
+    if "epsilon" in summary:
+        unit, epsilon = config.privacy.unit, summary["epsilon"]
+        bounded = epsilon is not None and math.isfinite(epsilon)
+        spent = f"{epsilon:.3g}" if bounded else "unbounded (no noise)"
+        rows["differential privacy"] = (
+            f"per {unit}: epsilon {spent} at delta {summary['delta']:.2g}, clip "
+            f"{config.privacy.clip:g}"
+        )
     lines = [_row(["", ""]), _row(["---", "---"])]
     lines += [_row([name, value]) for name, value in rows.items()]
     return "## How it was made\n\n" + "\n".join(lines)

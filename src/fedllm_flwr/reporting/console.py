@@ -144,6 +144,7 @@ class Console:
                 metrics=[*(record.get("eval") or {}), *planned],
                 client_eval="client_eval" in record or bool(plan and plan.client_eval),
                 time_left=not self._interactive,
+                promises=bool(plan and plan.privacy),
             )
             self._print(self._table.header(), "bold")
         self._progress.finish_round(eta_s)

@@ -11,6 +11,8 @@ A record is plain data: ``round`` and ``seconds``, and where they apply
   robust combiner has left out; ``refused_updates``: those of the failures that came and could not
   be used
 - ``failed``: the run stopped in this round
+- ``epsilon``, ``delta``: what was spent so far, where privacy is promised; ``budget_spent``:
+  another round would spend more than ``privacy.target_epsilon``
 - ``phases``: seconds by phase since the previous record, its checkpoint included
 
 The best round and early stopping depend on these records alone, so that a resumed run decides as an
@@ -137,7 +139,12 @@ def has_converged(records: Sequence[RoundRecord], patience: int | None) -> bool:
 
 
 def why_stopped(records: Sequence[RoundRecord], last_round: int) -> str:
-    """Message for a run that early stopping ended after `last_round`."""
+    """Message for a run that ended after `last_round`, before its last one."""
+    if records and records[-1].get("budget_spent"):
+        return (
+            f"stopped after round {last_round}: epsilon {records[-1]['epsilon']:.3g} is spent, and "
+            "another round would pass privacy.target_epsilon"
+        )
     waited, best = evaluations_without_better(records), best_record(records)
     found = "" if best is None else f", the best is that of round {best['round']}"
     count = f"{waited} evaluation{'s' * (waited != 1)}"
@@ -161,6 +168,8 @@ def summarise(
     evaluated = [item for item in records if item.get("eval")]
     best = best_record(records)
     scores = None if best is None else best.get("eval") or {"loss": best["client_eval"]["loss"]}
+    promised = [item for item in records if "epsilon" in item]
+    privacy = {key: promised[-1][key] for key in ("epsilon", "delta")} if promised else {}
     return {
         "base": evaluated[0]["eval"] if evaluated else None,
         "final": evaluated[-1]["eval"] if evaluated else None,
@@ -172,6 +181,7 @@ def summarise(
         "bytes_down": sum(int(item.get("bytes_down", 0)) for item in records),
         "failures": sum(len(item.get("failures", {})) for item in records),
         "cut": cut_clients(records),
+        **privacy,
     }
 
 

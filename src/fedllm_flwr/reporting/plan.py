@@ -38,6 +38,7 @@ class Plan:
     eval_metrics: tuple[str, ...] = ("loss",)  # scores on those records
     client_eval: bool = False  # clients score the adapter on their own held-out records
     model_note: str | None = None  # "embedded", "nf4"
+    privacy: tuple[str, str] | None = None  # mechanism and promise, in words
     first_round: int = 1  # above 1 for a resumed run
     client_names: list[str] = field(default_factory=list)  # if known; set the column width
     warnings: list[str] = field(default_factory=list)
@@ -85,6 +86,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         every = f"every {plan.eval_every} rounds" if plan.eval_every > 1 else "every round"
         when = every if plan.eval_every else "at the start and the end"
         evaluation = f"{plan.eval_records:,} records{source}, {when}"
+    privacy = dict(zip(("privacy", "promise"), plan.privacy or (), strict=False))
     return {
         "trainable": f"{plan.trainable_parameters:,} LoRA parameters ({share} %)",
         "wire": f"{format_bytes(plan.bytes_down)} down + {format_bytes(plan.bytes_up)} up "
@@ -94,6 +96,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         "evaluation": evaluation,
         "device": f"{plan.device}, {_counted(plan.threads, 'thread')} per client",
         "output": plan.output_dir,
+        **privacy,
     }
 
 

@@ -37,6 +37,7 @@ class RoundTable:
         metrics: scores on held-out records to show, by name; unknown ones are left out.
         client_eval: show the mean loss on the clients' own held-out records.
         time_left: show the estimated time left, for readers without a progress line.
+        promises: show epsilon.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class RoundTable:
         metrics: Sequence[str] = ("loss", "accuracy"),
         client_eval: bool = False,
         time_left: bool = False,
+        promises: bool = False,
     ) -> None:
         longest = max((len(one_line(name)) for name in client_names), default=0)
         self._clients_width = min(max(18, longest + len("10/10 (: refused)")), _MAX_CLIENTS_WIDTH)
@@ -62,6 +64,8 @@ class RoundTable:
             chosen.append(
                 Column("client eval", 13, lambda item, _: _metric(item, "client_eval", "loss", 3))
             )
+        if promises:
+            chosen.append(Column("epsilon", 10, lambda item, _: fixed(item.get("epsilon"), 2)))
         chosen += [Column("seconds", 10, _seconds), Column("MB", 7, _megabytes)]
         if time_left:
             chosen.append(Column("left", 14, lambda _, left: _time_left(left)))

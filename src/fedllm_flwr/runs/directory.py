@@ -302,12 +302,13 @@ def is_finished(directory: RunDirectory, config: Config) -> bool:
 
 
 def stopped_early(directory: RunDirectory, config: Config) -> bool:
-    """Whether ``training.early_stopping`` has ended the run at its newest checkpoint."""
+    """Whether early stopping, or a spent privacy budget, has ended the run at its checkpoint."""
     patience, last = config.training.early_stopping, newest_round(directory.checkpoints)
-    if patience is None or last is None or not directory.metrics.is_file():
+    promises = config.privacy.target_epsilon is not None
+    if last is None or not (patience or promises) or not directory.metrics.is_file():
         return False
     done = [record for record in read_metrics(directory.metrics) if record["round"] <= last]
-    return has_converged(done, patience)
+    return has_converged(done, patience) or (promises and "budget_spent" in done[-1])
 
 
 def best_round(directory: RunDirectory) -> int | None:

@@ -30,6 +30,7 @@ from fedllm_flwr.data.kinds import Examples
 from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.evaluation.suites.requested import requested_tasks
+from fedllm_flwr.federation.mechanism import plan_budget
 from fedllm_flwr.federation.rule import find_rule
 from fedllm_flwr.federation.updates.transform import Chain
 from fedllm_flwr.models.base_facts import BaseFacts, ModelKey, base_facts
@@ -52,6 +53,8 @@ def check_fit(config: Config) -> None:
     from fedllm_flwr.data.templates import render
 
     check_trackers(config.tracking)
+    if config.federation.num_clients is not None:
+        plan_budget(config, config.federation.num_clients)
     find_rule(config.algorithm)
     Chain.of(config)
     requested_tasks(config)
@@ -83,6 +86,7 @@ def check_fit(config: Config) -> None:
     kind = task_of(config).records
     _, clients = divided_data(config, kind)
     check_client_counts(config, clients.num_clients)
+    plan_budget(config, clients.num_clients)
     data = simulated_data(config, kind, tokenizer)
     require_clients_examples(config, data)
     check_token_ids(config, data.encoded, facts.vocabulary)

@@ -6,6 +6,7 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.schema import EMBEDDED_DATA
+from fedllm_flwr.federation.mechanism import describe_budget
 from fedllm_flwr.federation.recorder import Recorder
 from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.rounds import Rounds
@@ -65,6 +66,7 @@ def make_plan(
         eval_every=config.evaluation.every,
         eval_metrics=evaluation.metrics if evaluation else (),
         client_eval=config.evaluation.clients,
+        privacy=describe_budget(config, len(roster)),
     )
 
 

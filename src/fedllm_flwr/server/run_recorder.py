@@ -111,7 +111,7 @@ class RunRecorder(Recorder):
         In this order, a round that is written down but not saved is run again, and none is lost.
         """
         config = self._config
-        last = report.round == config.federation.num_rounds
+        last = report.is_last or report.round == config.federation.num_rounds
         every = config.evaluation.every
         record = _record(report, config)
         # A round's time: what its clients computed, side by side, and the rest.
@@ -258,6 +258,10 @@ def _record(report: RoundReport, config: Config) -> RoundRecord:
         record["cut"] = report.cut
     if report.refused:
         record["refused_updates"] = sorted(report.refused)
+    if report.spent is not None:
+        record["epsilon"], record["delta"] = report.spent
+    if report.is_last:
+        record["budget_spent"] = True
     if report.score_failures:
         record["evaluation_failures"] = dict(sorted(report.score_failures.items()))
     if report.score is not None:

@@ -2,8 +2,9 @@
 
 A transform is one class in one file: `client_end` runs where the update is made, `server_end` where
 it arrives. A configuration chooses transforms by name (``communication.transforms``), and installed
-packages add names; their order follows from their stages, not from the order of the names. The last
-link is always the cast to ``communication.dtype`` (`updates.cast`).
+packages add names; their order follows from their stages, not from the order of the names. With
+``privacy.unit=client`` the clip is one of them. The last link is always the cast to
+``communication.dtype`` (`updates.cast`).
 """
 
 from abc import ABC, abstractmethod
@@ -80,7 +81,10 @@ class Chain:
         Raises:
             ConfigError: names a transform that is not installed here.
         """
-        kinds: list[Any] = [TRANSFORMS.find(name) for name in config.communication.transforms]
+        privacy, names = config.privacy, list(config.communication.transforms)
+        if privacy.unit == "client" and privacy.clip_quantile is None and "clip" not in names:
+            names.append("clip")  # with a private quantile the server alone knows the bound
+        kinds: list[Any] = [TRANSFORMS.find(name) for name in names]
         links = tuple(kind(config) for kind in sorted(kinds, key=lambda kind: kind.stage))
         return cls(links, config.communication.dtype)
 
@@ -95,6 +99,12 @@ class Chain:
         for link in reversed(self.links):
             groups = link.server_end(groups, passage)
         return groups
+
+    def arriving(self, sent: Groups, passage: Passage) -> Groups:
+        """What the server goes on with when `sent`, the client's end, has left."""
+        return self.server_end(
+            {group: self.as_received(params) for group, params in sent.items()}, passage
+        )
 
     def expected(self, groups: Groups) -> Groups:
         """Names and shapes that travel for an update like `groups`."""

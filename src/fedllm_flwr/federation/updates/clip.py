@@ -1,0 +1,24 @@
+"""The clip of an update to a bound of its L2 norm, at both ends."""
+
+from fedllm_flwr.federation.updates.transform import Passage, Stage, UpdateTransform
+from fedllm_flwr.params import Groups
+from fedllm_flwr.privacy.clipping import clipped
+
+
+class Clip(UpdateTransform):
+    """Scales an update, with what the rule adds to it, to an L2 norm of at most ``privacy.clip``.
+
+    The norm is over all tensors of all groups together (McMahan et al. 2018, "Learning
+    Differentially Private Recurrent Language Models"). A contribution counts in the sum as the
+    server clips it (`federation.mechanism`); the client's clip keeps larger ones from leaving it.
+    """
+
+    stage = Stage.CLIP
+
+    def client_end(self, groups: Groups, passage: Passage) -> Groups:
+        """The clipped groups.
+
+        Raises:
+            NotFiniteError: a value is NaN or infinite.
+        """
+        return clipped(groups, self.config.privacy.clip)

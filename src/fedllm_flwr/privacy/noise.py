@@ -1,0 +1,59 @@
+"""Gaussian noise and secret coin flips from a cryptographic generator.
+
+Every `Noise` has a fresh 256-bit key from the operating system, which is never stored, sent or
+derived from anything. So no seed of a run predicts the noise, no two releases share it, and a round
+that is run again after a stop draws anew: it is another release, and is accounted for as one. Noise
+that followed from the run's seed could be subtracted by whoever knows the seed, and noise that
+followed from a stored key would be subtracted by comparing two releases of unequal sums.
+
+The stream is AES-256 in counter mode, made normal by Box and Muller's transform in float64. Noise
+is added before any rounding to the wire's or the adapter's dtype. Attacks on the last bits of
+floating-point noise (Mironov 2012) are not defended against.
+"""
+
+import secrets
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from fedllm_flwr.params import Params
+
+_BYTES = 8  # of a uniform number; its upper 53 bits are used
+
+
+class Noise:
+    """An endless stream of secret random numbers."""
+
+    def __init__(self) -> None:
+        key, counter = secrets.token_bytes(32), bytes(16)
+        self._stream = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Uniform numbers in (0, 1], shape (count,)."""
+        bits = np.frombuffer(self._stream.update(bytes(_BYTES * count)), np.uint64)
+        return ((bits >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
+
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """Standard normal numbers (Box and Muller 1958)."""
+        count = int(np.prod(shape))
+        half = -(-count // 2)
+        radius = np.sqrt(-2 * np.log(self.uniform(half)))
+        angle = 2 * np.pi * self.uniform(half)
+        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        return both[:count].reshape(shape)
+
+    def on(self, params: Params, deviation: float) -> Params:
+        """`params` plus independent Gaussian noise on every value, in float64; by name."""
+        return {
+            name: value + deviation * self.normal(value.shape)
+            for name, value in sorted(params.items())
+        }
+
+    def poisson_sample(self, count: int, share: float) -> NDArray[np.int64]:
+        """Indices of a Poisson sample: each of `count` with probability `share`, by itself."""
+        return np.flatnonzero(self.uniform(count) <= share)
+
+    def fixed_sample(self, count: int, size: int) -> NDArray[np.int64]:
+        """Indices of a uniformly random subset of `size` of `count`, ascending."""
+        return np.sort(np.argsort(self.uniform(count), kind="stable")[:size])
