@@ -32,7 +32,7 @@ def test_missing_keys_take_their_defaults() -> None:
     ("values", "expected"),
     [
         ({"training": {"new_option": 1}}, "unknown key 'training.new_option'"),
-        ({"privacy": {}}, "unknown key 'privacy'"),
+        ({"secrecy": {}}, "unknown key 'secrecy'"),
         ({"training": None}, "training=null must have a value"),
         ({"training": [1]}, r"training=\[1\] must be a section"),
         ({"data": {"columns": "x"}}, "data.columns=x must be a section"),
