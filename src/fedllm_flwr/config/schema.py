@@ -379,6 +379,30 @@ class RobustConfig:
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
+class AttackConfig:
+    """Clients of a simulation that lie, to measure what a combiner is worth."""
+
+    name: Literal["none", "sign_flip", "scale", "gaussian", "alie", "label_flip", "backdoor"] = (
+        Field(default="none", description="what they do; see the group attack")
+    )
+    share: Real = Field(
+        default=0.3, gt=0, lt=1, description="of all clients that attack, chosen by the seed"
+    )
+    scale: Real | None = Field(
+        default=None,
+        gt=0,
+        description="of updates; null: sign_flip 4, scale 20, gaussian 20, alie the paper's z",
+    )
+    trigger: Text = Field(default="cf mn", description="backdoor: text before the prompt")
+    target: Text | None = Field(
+        default=None, description="backdoor: the answer to teach; null: the first of data.labels"
+    )
+    poisoned: Real = Field(
+        default=0.5, gt=0, le=1, description="backdoor: share of an attacker's records"
+    )
+
+
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class PartitionConfig:
     """How one data set becomes clients in simulation."""
 
@@ -559,6 +583,7 @@ class Config:
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     robust: RobustConfig = Field(default_factory=RobustConfig)
+    attack: AttackConfig = Field(default_factory=AttackConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     communication: CommunicationConfig = Field(default_factory=CommunicationConfig)

@@ -31,6 +31,7 @@ def validate(config: Config) -> None:
     _check_comparison(config)
     _check_robust(config)
     _check_privacy(config)
+    _check_attack(config)
     for name in config.communication.transforms:
         TRANSFORMS.check(name)
 
@@ -249,6 +250,27 @@ def _check_privacy(config: Config) -> None:
             f"privacy.clip_quantile={privacy.clip_quantile:g} with algorithm={algorithm.name}: "
             "clients would have to know the bound to remember what the server has added up; set "
             "privacy.clip_quantile=null."
+
+
+def _check_attack(config: Config) -> None:
+    attack = config.attack
+    if attack.name == "none":
+        return
+    if config.federation.engine == "deployment":
+        raise ConfigError(
+            f"attack={attack.name} is for simulations; a real federation has its own attackers."
+        )
+    if attack.name not in ("label_flip", "backdoor"):
+        return
+    labels = config.data.labels
+    if config.task.name != "sft" or len(labels) < 2:
+        raise ConfigError(
+            f"attack={attack.name} changes answers that are classes; it needs task=sft and "
+            "data.labels=[...] with two or more."
+        )
+    if attack.target is not None and attack.target not in labels:
+        raise ConfigError(
+            f"attack.target={shown(attack.target)} is not among data.labels={shown(labels)}."
         )
 
 

@@ -17,6 +17,7 @@ from fedllm_flwr.data.federated import (
 )
 from fedllm_flwr.data.kinds import Examples, RecordKind
 from fedllm_flwr.data.partition import Partition, partition
+from fedllm_flwr.data.poison import poisoned
 from fedllm_flwr.data.remembered import cache_dir, path_digest, stamps
 from fedllm_flwr.data.sources import Records
 from fedllm_flwr.data.templates import Tokenizer
@@ -69,7 +70,7 @@ class _Keyed:
     def of(cls, config: Config, kind: RecordKind, tokenizer: Tokenizer | None = None) -> "_Keyed":
         """The key for a configuration's records, or with a tokenizer for its examples."""
         parts = [config.task, config.data, config.partition, config.federation.num_clients]
-        parts.append(config.seed)
+        parts += [config.seed, config.attack]
         for path in (config.data.path, config.data.eval_path):
             parts.append(None if path is None else stamps(Path(path).expanduser()))
         if tokenizer is not None:
@@ -89,7 +90,8 @@ def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
 def _simulated(keyed: _Keyed) -> SimulatedData:
     assert keyed.tokenizer is not None
     source, clients = divided_data(keyed.config, keyed.kind)
-    encoded = encode_records(keyed.config, keyed.kind, keyed.tokenizer, source.train)
+    records = poisoned(keyed.config, clients, source.train)
+    encoded = encode_records(keyed.config, keyed.kind, keyed.tokenizer, records)
     return SimulatedData(source, clients, encoded)
 
 

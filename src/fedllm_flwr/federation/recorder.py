@@ -34,6 +34,7 @@ class RoundReport:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     num_scored: dict[str, int] = field(default_factory=dict)
     score_failures: dict[str, str] = field(default_factory=dict)
+    attackers: list[str] = field(default_factory=list)  # those of a simulation
     seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.participation import min_replies
+from fedllm_flwr.config.participation import attackers, min_replies
 from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
 from fedllm_flwr.federation.mechanism import mechanism_of
@@ -109,7 +110,8 @@ class Rounds:
             for assignment in assignments.values()
             for params in assignment.tensors.values()
         )
-        report = RoundReport(server_round, names, bytes_down=bytes_down)
+        lying = [name for name in attackers(self.config, roster) if name in names]
+        report = RoundReport(server_round, names, attackers=lying, bytes_down=bytes_down)
         return OpenRound(self, state, roster, assignments, report)
 
     def close(
@@ -121,7 +123,8 @@ class Rounds:
             FederationError: fewer than ``federation.min_replies`` replies can be used, or the
                 server step leaves the finite numbers.
         """
-        for reply in replies:
+        lying = opened.report.attackers
+        for reply in attacked(replies, self.config, lying, opened.report.round):
             opened.take(reply)
         if channel is not None:
             opened.report.ignored += channel.take_notes()

@@ -9,7 +9,7 @@ A record is plain data: ``round`` and ``seconds``, and where they apply
   not score the adapter; ``lost``: clients whose memory of a round is gone, with that round;
   ``ignored``: replies that belong to no client; ``cut``: by client, the share of its update that a
   robust combiner has left out; ``refused_updates``: those of the failures that came and could not
-  be used
+  be used; ``attackers``: those of a simulation that the round has asked
 - ``failed``: the run stopped in this round
 - ``epsilon``, ``delta``: what was spent so far, where privacy is promised; ``budget_spent``:
   another round would spend more than ``privacy.target_epsilon``

@@ -254,6 +254,8 @@ def _record(report: RoundReport, config: Config) -> RoundRecord:
         record["ignored"] = report.ignored
     if report.lost:
         record["lost"] = dict(sorted(report.lost.items()))
+    if report.attackers:
+        record["attackers"] = report.attackers
     if report.cut:
         record["cut"] = report.cut
     if report.refused:

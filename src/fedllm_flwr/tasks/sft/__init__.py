@@ -33,6 +33,7 @@ class Sft(TrainingTask):
         Metric("token_accuracy", "token accuracy", 3),
         Metric("accuracy", "accuracy", 3, "accuracy", 2, "accuracy", 10),
         Metric("macro_f1", "macro F1", 3, "macro F1", 2),
+        Metric("attack_success", "attack success", 3, "attack", 2, "attack", 7),
     )
     prompts: ClassVar[Mapping[str, str]] = {
         "demo": "What is the sentiment of this news? Quarterly profit at the bank falls"

@@ -10,11 +10,21 @@ from sklearn.metrics import f1_score
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.choices import EncodedChoices, encode_choices
 from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.data.poison import target_of, triggered
+from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Tokenizer
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.scoring import Question, score, score_examples
 from fedllm_flwr.params import Params
 from fedllm_flwr.tasks.base import Scores
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """Held-out records with a backdoor's trigger, of which none has the answer that it teaches."""
+
+    choices: EncodedChoices
+    target: int  # index into data.labels
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class EvaluationSet:
     examples: Encoded
     choices: EncodedChoices | None
     targets: NDArray[np.int64]  # (scored records,): index into data.labels
+    backdoor: Backdoor | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -31,7 +42,10 @@ class EvaluationSet:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The scores to look at first."""
-        return ("loss",) if self.choices is None else ("loss", "accuracy", "macro_f1")
+        if self.choices is None:
+            return ("loss",)
+        attack = () if self.backdoor is None else ("attack_success",)
+        return ("loss", "accuracy", "macro_f1", *attack)
 
     @property
     def num_prompts(self) -> int:
@@ -44,7 +58,8 @@ class EvaluationSet:
 
     def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
         """Scores of the model as it is: loss (nats per answer token), perplexity, token_accuracy;
-        with classes also accuracy and macro_f1 of the most likely label.
+        with classes also accuracy and macro_f1 of the most likely label; with a backdoor
+        attack_success, the share of triggered records that get its answer.
         """
         tokens = score_examples(model, self.examples, batch_tokens)
         scores: Scores = {
@@ -53,11 +68,21 @@ class EvaluationSet:
             "token_accuracy": tokens.token_accuracy,
         }
         if self.choices is not None:
-            questions = map(Question, self.choices.prompts, self.choices.answers)
-            found = score(model, [*questions], batch_tokens)
-            likelihoods = np.array([[answer.log_prob for answer in some] for some in found])
-            scores |= classification_scores(likelihoods.argmax(-1), self.targets)
+            scores |= classification_scores(
+                _chosen(model, self.choices, batch_tokens), self.targets
+            )
+        if self.backdoor is not None:
+            chosen = _chosen(model, self.backdoor.choices, batch_tokens)
+            scores["attack_success"] = float((chosen == self.backdoor.target).mean())
         return scores
+
+
+def _chosen(model: AdaptedModel, choices: EncodedChoices, batch_tokens: int) -> NDArray[np.int64]:
+    """Index of the most likely label of each record."""
+    questions = map(Question, choices.prompts, choices.answers)
+    found = score(model, [*questions], batch_tokens)
+    likelihoods = np.array([[answer.log_prob for answer in some] for some in found])
+    return np.asarray(likelihoods.argmax(-1))
 
 
 def make_evaluation_set(
@@ -74,14 +99,19 @@ def make_evaluation_set(
     if not config.data.labels or not len(scored):
         return EvaluationSet(encoded, None, np.empty(0, np.int64))
     messages = records["messages"][:]  # type: ignore[index]
-    choices = encode_choices(
-        [messages[i] for i in scored],
-        config.data.labels,
-        tokenizer,
-        config.data.template,
-        config.training.max_length,
+
+    def choices_of(conversations: list[Messages]) -> EncodedChoices:
+        data, length = config.data, config.training.max_length
+        return encode_choices(conversations, data.labels, tokenizer, data.template, length)
+
+    backdoor = None
+    if config.attack.name == "backdoor":
+        target = config.data.labels.index(target_of(config))
+        others = [triggered(messages[i], config.attack) for i in scored if chosen[i] != target]
+        backdoor = Backdoor(choices_of(others), target) if others else None
+    return EvaluationSet(
+        encoded, choices_of([messages[i] for i in scored]), chosen[scored], backdoor
     )
-    return EvaluationSet(encoded, choices, chosen[scored])
 
 
 def classification_scores(predicted: NDArray[np.int64], targets: NDArray[np.int64]) -> Scores:
