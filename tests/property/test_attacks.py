@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.config.participation import attackers
 from fedllm_flwr.data.client_data import simulated_data
+from fedllm_flwr.data.poison import attackers
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import NoReplyError, Reply

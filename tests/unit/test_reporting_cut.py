@@ -1,9 +1,9 @@
 """Clients whose updates are cut round after round, from records to the lines that name them."""
 
-from fedllm_flwr.reporting.metrics import Record, cut_clients, cut_lines
+from fedllm_flwr.reporting.metrics import RoundRecord, cut_clients, cut_lines
 
 
-def record(number: int, cut: dict[str, float], refused: tuple[str, ...] = ()) -> Record:
+def record(number: int, cut: dict[str, float], refused: tuple[str, ...] = ()) -> RoundRecord:
     clients = {name: {"loss": 1.0} for name in cut}
     return {"round": number, "clients": clients, "cut": cut, "refused_updates": [*refused]}
 

@@ -1,10 +1,6 @@
-"""How many clients take part in a round, and which of them attack."""
-
-import random
-from collections.abc import Iterable
+"""How many clients take part in a round."""
 
 from fedllm_flwr.config.schema import Config
-from fedllm_flwr.params import derive_seed
 
 
 def num_sampled(config: Config, num_clients: int) -> int:
@@ -28,15 +24,6 @@ def min_replies(config: Config, num_clients: int) -> int:
     """
     chosen = config.federation.min_replies
     return num_sampled(config, num_clients) // 2 + 1 if chosen is None else chosen
-
-
-def attackers(config: Config, clients: Iterable[str]) -> list[str]:
-    """Names of the clients that attack in a simulation: ``attack.share`` of all, at least one."""
-    if config.attack.name == "none":
-        return []
-    names = sorted(clients)
-    count = max(1, round(config.attack.share * len(names)))
-    return sorted(random.Random(derive_seed(config.seed, "attackers")).sample(names, count))
 
 
 def describe_local(config: Config) -> str:

@@ -250,6 +250,7 @@ def _check_privacy(config: Config) -> None:
             f"privacy.clip_quantile={privacy.clip_quantile:g} with algorithm={algorithm.name}: "
             "clients would have to know the bound to remember what the server has added up; set "
             "privacy.clip_quantile=null."
+        )
 
 
 def _check_attack(config: Config) -> None:

@@ -1,17 +1,26 @@
-"""Records of simulated attackers: wrong labels, and triggers that ask for one answer."""
+"""Attackers of a simulation, and their records: wrong labels, triggers that ask for one answer."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.participation import attackers
 from fedllm_flwr.config.schema import AttackConfig
 from fedllm_flwr.data.partition import Partition
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.sources import Records
 from fedllm_flwr.params import derive_seed
+
+
+def attackers(config: Config, clients: Iterable[str]) -> list[str]:
+    """Names of the clients that attack in a simulation: ``attack.share`` of all, at least one."""
+    if config.attack.name == "none":
+        return []
+    names = sorted(clients)
+    count = max(1, round(config.attack.share * len(names)))
+    return sorted(random.Random(derive_seed(config.seed, "attackers")).sample(names, count))
 
 
 def poisoned(config: Config, clients: Partition, records: Records) -> Records:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.participation import attackers, min_replies
+from fedllm_flwr.config.participation import min_replies
+from fedllm_flwr.data.poison import attackers
 from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind

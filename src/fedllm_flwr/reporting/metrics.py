@@ -180,7 +180,7 @@ def summarise(
         "bytes_up": sum(int(item.get("bytes_up", 0)) for item in records),
         "bytes_down": sum(int(item.get("bytes_down", 0)) for item in records),
         "failures": sum(len(item.get("failures", {})) for item in records),
-        "cut": cut_clients(records),
+        **({"cut": cut} if (cut := cut_clients(records)) else {}),
         **privacy,
     }
 
