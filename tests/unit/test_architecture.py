@@ -35,6 +35,7 @@ LAYERS = (
     ("simulation",),
     ("server",),
     ("commands",),
+    ("api",),
 )
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 

@@ -103,7 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.commands.compare.command import compare
 
-    return compare(arguments.overrides, arguments.config_dir)
+    _, failed = compare(arguments.overrides, arguments.config_dir)
+    return FAILED if failed else 0
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -29,12 +29,15 @@ ORDER = ("local", *FEDERATED, "centralized")
 _SAVED = "compare.json"  # in its directory: what was asked for
 
 
-def compare(arguments: Sequence[str], config_dir: str | None) -> int:
+def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int]:
     """Run and tabulate; ``resume=<directory>`` goes on with a comparison that stopped.
 
     Args:
         arguments: overrides, and among them ``algorithm=all`` or a comma-separated list,
             ``seeds=<count>``, ``output_dir=`` and ``resume=``.
+
+    Returns:
+        The comparison's directory, and how many runs have failed.
 
     Raises:
         ConfigError: something in the arguments cannot work.
@@ -68,7 +71,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> int:
             f"fedllm compare resume={root}"
         ) from interrupt
     _write(root, jobs, algorithms)
-    return 1 if failed else 0
+    return root, failed
 
 
 def _refuse_sweeps(options: dict[str, str], overrides: Sequence[str]) -> None:

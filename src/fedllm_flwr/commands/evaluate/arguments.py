@@ -135,7 +135,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
         batch_tokens=arguments.batch_tokens,
         extra={**_judging_extra(arguments), "code": _code_extra(arguments)},
     )
-    return evaluate(
+    evaluate(
         EvaluateOptions(
             runs=arguments.run,
             adapters=arguments.adapter,
@@ -151,6 +151,7 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
             options=options,
         )
     )
+    return 0
 
 
 def _names(values: list[str]) -> list[str]:

@@ -64,8 +64,8 @@ class EvaluateOptions:
     options: RunOptions = field(default_factory=RunOptions)
 
 
-def evaluate(request: EvaluateOptions) -> int:
-    """Score, tabulate and write down.
+def evaluate(request: EvaluateOptions) -> Path:
+    """Score, tabulate and write down; returns the directory.
 
     Raises:
         FedLLMError: names what cannot work, before a model is loaded.
@@ -100,7 +100,7 @@ def evaluate(request: EvaluateOptions) -> int:
         f"Finished in {took}.  {output}: results.html (all on one page), results.md, results.csv, "
         "results.json, a figure of each suite, predictions/"
     )
-    return 0
+    return output
 
 
 def _check(request: EvaluateOptions) -> None:
