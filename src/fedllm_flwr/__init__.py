@@ -4,9 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedllm_flwr.api import Comparison, Evaluation, Run, compare, evaluate, run
+    from fedllm_flwr.errors import FedLLMError
 
 __version__ = "0.1.0"
-__all__ = ["Comparison", "Evaluation", "Run", "__version__", "compare", "evaluate", "run"]
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "FedLLMError",
+    "Run",
+    "__version__",
+    "compare",
+    "evaluate",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

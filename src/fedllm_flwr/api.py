@@ -351,7 +351,7 @@ def _path(records: Records) -> Path:
 
 def _rows(records: Records) -> Iterator[dict[str, Any]]:
     if isinstance(records, str | os.PathLike):
-        from fedllm_flwr.data.files import open_records, refuse
+        from fedllm_flwr.data.record_files import open_records, refuse
 
         for file in open_records(Path(records)):
             yield from file.read(refuse)

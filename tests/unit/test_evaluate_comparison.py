@@ -8,9 +8,9 @@ import pytest
 
 from fedllm_flwr.commands.evaluate.candidates import BASE, Candidate
 from fedllm_flwr.commands.evaluate.comparison import (
-    Comparison,
     ModelRow,
     ScoreColumn,
+    ScoreTable,
     compare_scores,
 )
 from fedllm_flwr.commands.evaluate.tables import as_csv, as_text
@@ -34,7 +34,7 @@ def samples(accuracy: float) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
+def comparison() -> ScoreTable:
     config = Config()
     found = [(Candidate(BASE, config), BASE_ACCURACY)]
     found += [(Candidate("fedavg", config, seed=seed), value) for seed, value in FEDAVG.items()]
@@ -45,12 +45,12 @@ def comparison() -> Comparison:
     return compare_scores([item for item, _ in found], scored, [TASK], [SUITE])
 
 
-def row(comparison: Comparison, name: str) -> ModelRow:
+def row(comparison: ScoreTable, name: str) -> ModelRow:
     return next(item for item in comparison.rows if item.name == name)
 
 
 def test_difference_to_local_is_paired_by_seed_and_covers_the_seeds(
-    comparison: Comparison,
+    comparison: ScoreTable,
 ) -> None:
     difference = comparison.difference(row(comparison, "fedavg"), ACC, "local")
     each = [FEDAVG[seed] - np.mean(LOCAL[seed]) for seed in FEDAVG]
@@ -64,7 +64,7 @@ def test_difference_to_local_is_paired_by_seed_and_covers_the_seeds(
     assert half < of_seeds + 1.96 * np.sqrt(0.25 / 100) * 2
 
 
-def test_base_is_compared_with_every_seed(comparison: Comparison) -> None:
+def test_base_is_compared_with_every_seed(comparison: ScoreTable) -> None:
     difference = comparison.difference(row(comparison, "fedavg"), ACC, BASE)
     assert difference is not None
     assert difference.value == pytest.approx(np.mean(list(FEDAVG.values())) - BASE_ACCURACY)
@@ -73,7 +73,7 @@ def test_base_is_compared_with_every_seed(comparison: Comparison) -> None:
     assert row(comparison, BASE).scores[ACC].over == "examples"
 
 
-def test_tables_say_what_intervals_cover(comparison: Comparison) -> None:
+def test_tables_say_what_intervals_cover(comparison: ScoreTable) -> None:
     lines = {line["model"]: line for line in csv.DictReader(io.StringIO(as_csv(comparison)))}
     assert lines[BASE]["interval_over"] == "examples"
     assert lines["fedavg"]["interval_over"] == "seeds and examples"

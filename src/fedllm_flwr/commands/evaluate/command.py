@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import Candidate, collect
-from fedllm_flwr.commands.evaluate.comparison import LOCAL, Comparison, compare_scores
+from fedllm_flwr.commands.evaluate.comparison import LOCAL, ScoreTable, compare_scores
 from fedllm_flwr.commands.evaluate.runners import check_runners, closing_lines, why_not
 from fedllm_flwr.commands.evaluate.scorer import Scored, Scorer
 from fedllm_flwr.commands.evaluate.tables import as_csv, as_html, as_markdown, as_records, as_text
@@ -148,7 +148,7 @@ def _tasks(request: EvaluateOptions) -> tuple[list[SuiteTask], list[str]]:
     return found, skipped
 
 
-def _draw(output: Path, comparison: Comparison) -> dict[str, bytes]:
+def _draw(output: Path, comparison: ScoreTable) -> dict[str, bytes]:
     """A figure for each suite: its tasks' first metrics, and its averages."""
     figures = {}
     from fedllm_flwr.reporting.plots import plot_bars
@@ -216,7 +216,7 @@ def _output(request: EvaluateOptions) -> Path:
 
 def _write(
     output: Path,
-    comparison: Comparison,
+    comparison: ScoreTable,
     scored: Scored,
     tasks: Sequence[SuiteTask],
     notes: Sequence[str],

@@ -40,7 +40,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ScoreTable:
     """All rows of one evaluation."""
 
     columns: list[ScoreColumn]
@@ -70,7 +70,7 @@ def compare_scores(
     scored: Scored,
     tasks: Sequence[SuiteTask],
     suites: Sequence[Suite],
-) -> Comparison:
+) -> ScoreTable:
     """Scores of all candidates, those of one row averaged; clients first, then seeds."""
     columns = _columns(tasks, suites)
     each = {item.name: _scores_of(scored[item.name], tasks, suites) for item in candidates}
@@ -81,7 +81,7 @@ def compare_scores(
         if any(item.client for item in members):
             for label, choose in (("  best client", max), ("  worst client", min)):
                 rows.append(_row(label, members, each, columns, _extreme(choose)))
-    return Comparison(columns, rows)
+    return ScoreTable(columns, rows)
 
 
 def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[ScoreColumn]:

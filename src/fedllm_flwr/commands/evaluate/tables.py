@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import BASE
-from fedllm_flwr.commands.evaluate.comparison import LOCAL, Comparison, ModelRow, ScoreColumn
+from fedllm_flwr.commands.evaluate.comparison import LOCAL, ModelRow, ScoreColumn, ScoreTable
 from fedllm_flwr.evaluation.suites.statistics import IntervalEstimate, clear_together
 
 _WIDEST = 6  # columns side by side
@@ -21,7 +21,7 @@ _STYLE = (
 )
 
 
-def as_text(comparison: Comparison) -> str:
+def as_text(comparison: ScoreTable) -> str:
     """Headline scores for a terminal, suite by suite."""
     blocks = []
     for title, table in _tables(comparison):
@@ -34,7 +34,7 @@ def as_text(comparison: Comparison) -> str:
     return "\n\n".join(blocks)
 
 
-def as_markdown(comparison: Comparison, notes: Sequence[str]) -> str:
+def as_markdown(comparison: ScoreTable, notes: Sequence[str]) -> str:
     """Headline scores, then every metric."""
     parts = ["# Evaluation"]
     parts += [f"## {title}\n\n{_markdown(table)}" for title, table in _tables(comparison)]
@@ -43,7 +43,7 @@ def as_markdown(comparison: Comparison, notes: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_html(comparison: Comparison, notes: Sequence[str], figures: Mapping[str, bytes]) -> str:
+def as_html(comparison: ScoreTable, notes: Sequence[str], figures: Mapping[str, bytes]) -> str:
     """One page that needs nothing else: tables, and a figure (PNG) of each suite."""
     parts = []
     for title, table in _tables(comparison):
@@ -59,7 +59,7 @@ def as_html(comparison: Comparison, notes: Sequence[str], figures: Mapping[str, 
     )
 
 
-def as_csv(comparison: Comparison) -> str:
+def as_csv(comparison: ScoreTable) -> str:
     """One line per model and metric, numbers in full."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -76,7 +76,7 @@ def as_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def as_records(comparison: Comparison) -> list[dict[str, Any]]:
+def as_records(comparison: ScoreTable) -> list[dict[str, Any]]:
     """Every number as plain data."""
     return [
         _record(comparison, column, row)
@@ -86,7 +86,7 @@ def as_records(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _record(comparison: Comparison, column: ScoreColumn, row: ModelRow) -> dict[str, Any]:
+def _record(comparison: ScoreTable, column: ScoreColumn, row: ModelRow) -> dict[str, Any]:
     score = row.scores[column]
     low, high = score.interval
     differences = {}
@@ -115,7 +115,7 @@ def _record(comparison: Comparison, column: ScoreColumn, row: ModelRow) -> dict[
     }
 
 
-def _tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
+def _tables(comparison: ScoreTable) -> list[tuple[str, list[list[str]]]]:
     """Headline scores of each suite, and the differences to base and to local."""
     found = []
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
@@ -135,7 +135,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
     return found
 
 
-def _every_metric(comparison: Comparison) -> list[list[str]]:
+def _every_metric(comparison: ScoreTable) -> list[list[str]]:
     rows = [["task", "metric", *(row.name.strip() for row in comparison.rows)]]
     for column in comparison.columns:
         values = [_interval(row.scores.get(column)) for row in comparison.rows]
@@ -143,7 +143,7 @@ def _every_metric(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def _scores(comparison: Comparison, columns: Sequence[ScoreColumn]) -> list[list[str]]:
+def _scores(comparison: ScoreTable, columns: Sequence[ScoreColumn]) -> list[list[str]]:
     table = [["", *(column.task for column in columns)], ["", *(c.metric for c in columns)]]
     for row in comparison.rows:
         table.append([row.name, *(_cell(row, column) for column in columns)])
@@ -154,7 +154,7 @@ def _scores(comparison: Comparison, columns: Sequence[ScoreColumn]) -> list[list
 
 
 def _differences(
-    comparison: Comparison, columns: Sequence[ScoreColumn], to: str
+    comparison: ScoreTable, columns: Sequence[ScoreColumn], to: str
 ) -> dict[tuple[str, ScoreColumn], str]:
     """Differences of a suite by row and column; * and † mark those that are clear together."""
     found = {
