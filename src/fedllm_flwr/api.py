@@ -392,5 +392,5 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise DataError(
-        f"data: {type(value).__name__} cannot be written as JSON; give text or numbers."
+        f"data: a {type(value).__name__} cannot be written as JSON; give text or numbers."
     )
