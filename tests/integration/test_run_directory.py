@@ -49,6 +49,7 @@ def plain_peft(run: Path) -> tuple[Any, Any]:
 def test_a_figure_that_cannot_be_drawn_costs_the_figure_alone(tmp_path: Path) -> None:
     """Its file's place is taken by a directory; the run ends well, with its adapter."""
     (tmp_path / "run" / "curves.png").mkdir(parents=True)
+    (tmp_path / "run" / "report.html").mkdir()
     output = io.StringIO()
     overrides = ("federation.engine=inprocess", "tracking.figures=true")
     config = compose(tiny(*overrides, "federation.num_rounds=1", f"output_dir={tmp_path / 'run'}"))
@@ -58,6 +59,7 @@ def test_a_figure_that_cannot_be_drawn_costs_the_figure_alone(tmp_path: Path) ->
     assert (tmp_path / "run" / "summary.json").is_file()
     assert (tmp_path / "run" / "clients.png").read_bytes().startswith(PNG)
     assert "warning: no figure of the curves" in output.getvalue()
+    assert "warning: no report.html (FederationError: cannot write" in output.getvalue()
 
 
 def test_files(run: Path) -> None:
@@ -69,6 +71,7 @@ def test_files(run: Path) -> None:
         "clients.csv",
         "clients.png",
         "curves.png",
+        "report.html",
         "checkpoints",
         "adapter",
     }

@@ -10,11 +10,21 @@ import pytest
 
 from fedllm_flwr.commands.compare.command import ORDER, compare
 from fedllm_flwr.commands.compare.jobs import Job, make_jobs
-from fedllm_flwr.commands.compare.results import FinishedRun, curves, deciding_metric, make_rows
-from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
+from fedllm_flwr.commands.compare.page import comparison_page
+from fedllm_flwr.commands.compare.results import (
+    FinishedRun,
+    Tabulated,
+    curves,
+    deciding_metric,
+    make_rows,
+)
+from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text, lines_of
+from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.reporting.html.page import Bar, Chart, Table
+from fedllm_flwr.reporting.html.run import RunFacts
 from fedllm_flwr.reporting.metrics import summarise
 
 # Student's t for a two-sided 95 % interval with two degrees of freedom, from a printed table.
@@ -132,6 +142,35 @@ def test_tables_agree(outcomes: list[FinishedRun]) -> None:
     lines = as_text(rows, "accuracy").splitlines()
     assert "0.820 ± 0.020" in lines[-1]
     assert "*" in lines[-1]
+
+
+def test_the_report_has_the_numbers_of_the_table(outcomes: list[FinishedRun]) -> None:
+    rows, metric = make_rows(outcomes, ["local", "fedavg"]), "accuracy"
+    page = comparison_page(
+        RunFacts("c", Config(), []), Tabulated(outcomes, rows, metric, "note"), "fedllm compare"
+    )
+    blocks = {section.title: section.blocks for section in page.sections}
+    table, drawn = blocks["Results"]
+    assert isinstance(table, Table)
+    assert [table.header, *table.rows] == lines_of(rows, metric)
+    assert isinstance(drawn, Table)
+    assert drawn.rows[-1] == [
+        "fedavg",
+        Bar("0.820", *(pytest.approx(v) for v in (0.82, 0.8, 0.84))),
+    ]
+    [differences] = blocks["Paired differences to local"]
+    assert isinstance(differences, Table)
+    [[name, difference]] = differences.rows
+    against = rows[-1].against_local
+    assert against is not None
+    assert against.half_width is not None
+    low, high = against.mean - against.half_width, against.mean + against.half_width
+    text = f"{against.mean:+.3f} ± {against.half_width:.3f} *"
+    assert (name, difference) == ("fedavg", Bar(text, against.mean, low, high))
+    charts = {block.title: block for block in blocks["Curves"] if isinstance(block, Chart)}
+    moved = charts["Accuracy against megabytes moved, both ways"]
+    assert [(line.name, list(line.x)) for line in moved.series] == [("fedavg", [0.0, 3.0])]
+    assert "fedavg, 0.820; base 0.250, local (mean) 0.510" in page.headline
 
 
 def test_every_run_has_the_same_budget(tmp_path: Path) -> None:

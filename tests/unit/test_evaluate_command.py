@@ -69,10 +69,14 @@ def test_base_and_adapters_side_by_side_and_cached(
     for name in ("headline", "ner", "finred"):
         assert f"{name}_test.jsonl" in shown
     assert "finance, difference to base" in shown
-    page = (output / "results.html").read_text()
-    assert page.count("<img ") == 1
+    page = (output / "report.html").read_text()
     assert "finance, difference to base" in page
-    assert "<script" not in page
+    for task in ("fpb", "fpb_generation"):
+        assert f"<summary>{task}: " in page  # its examples
+    assert "What is the sentiment of this news? Profit of 0." in page
+    assert main(["report", str(output), "--output", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == page
+    capsys.readouterr()
 
     numbers = {
         (row["model"], row["task"], row["metric"]): row

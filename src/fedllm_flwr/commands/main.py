@@ -169,6 +169,12 @@ def _status(arguments: argparse.Namespace) -> int:
     return status(arguments.directory, arguments.health, arguments.json, arguments.watch)
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.report import report
+
+    return report(arguments.directories, arguments.output)
+
+
 def _metrics(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -234,6 +240,11 @@ def _parser() -> argparse.ArgumentParser:
     text = "look again every SECONDS (default 5) until what runs has ended"
     status.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help=text)
     status.add_argument("--json", action="store_true", help="print one JSON object")
+
+    text = "a run, a comparison or an evaluation as one HTML file"
+    page = _add(commands, "report", _report, text)
+    page.add_argument("directories", nargs="+", metavar="DIRECTORY", help="of one of these")
+    page.add_argument("--output", metavar="FILE", help="default: report.html in the directory")
 
     text = "counts of a server or a site for Prometheus, on loopback"
     metrics = _add(commands, "metrics", _metrics, text)

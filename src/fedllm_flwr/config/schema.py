@@ -546,6 +546,7 @@ class TrackingConfig:
     figures: Flag = Field(
         default=True, description="draw curves.png and clients.png at the end of a run"
     )
+    report: Flag = Field(default=True, description="write report.html at the end")
     tensorboard: Flag = Field(default=False, description="write TensorBoard files")
     wandb: Flag = Field(default=False, description="log to Weights & Biases")
     mlflow: Flag = Field(default=False, description="log to MLflow")

@@ -47,6 +47,7 @@ _FREE_TO_CHANGE = {
     "evaluation.suite_limit",
     "evaluation.data_root",
     "tracking.figures",
+    "tracking.report",
     "tracking.tensorboard",
     "tracking.wandb",
     "tracking.mlflow",
@@ -137,6 +138,11 @@ class RunDirectory:
         return self.path / "curves.png"
 
     @property
+    def report(self) -> Path:
+        """All of the run on one page, see `runs.report`."""
+        return self.path / "report.html"
+
+    @property
     def lock(self) -> Path:
         """Lock of the run's process; removed when the run ends well."""
         return self.path / "run.lock"
@@ -158,6 +164,7 @@ _OWN_FILES = (
         "clients.csv",
         "data.json",
         "*.png",
+        "report.html",
         "clients",
         "metrics.jsonl",
         "run.lock",
@@ -243,7 +250,7 @@ def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
     """
     directory = RunDirectory(Path(str(config.resume)).expanduser())
     saved = load_run(directory.path, f"resume={shown(config.resume)}")
-    for key, (old, new) in _differences(asdict(saved), asdict(config)).items():
+    for key, (old, new) in differences(asdict(saved), asdict(config)).items():
         if key not in _FREE_TO_CHANGE or key in task_of(config).fixed_keys:
             raise ConfigError(
                 f"{key}={shown(new)}: the run in {directory.path} was made with "
@@ -360,12 +367,15 @@ def discard(directory: RunDirectory) -> None:
             directory.path.parent.rmdir()
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys whose values differ, with both values."""
-    found: dict[str, Any] = {}
-    for name, value in old.items():
-        if isinstance(value, dict) and isinstance(new[name], dict):
-            found |= _differences(value, new[name], f"{prefix}{name}.")
-        elif value != new[name]:
-            found[prefix + name] = (value, new[name])
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values; None where one side lacks the key."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found[prefix + name] = (before, after)
     return found

@@ -7,6 +7,7 @@ from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import name_of_start, read_metrics, summarise, write_summary
 from fedllm_flwr.reporting.table import is_past_best
 from fedllm_flwr.runs.directory import RunDirectory, best_round
+from fedllm_flwr.runs.report import environment, report_or_warning, write_run_report
 from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.tasks import task_of
 
@@ -19,7 +20,11 @@ def close_run(
     """Write the summary and show it; `seconds` are those of this start."""
     records = read_metrics(directory.metrics)
     summary = summarise(records, timings.seconds, sum(timings.earlier.values()) + seconds)
-    write_summary(directory.summary, summary)
+    write_summary(directory.summary, summary | {"environment": environment()})
+    if config.tracking.report and (
+        warning := report_or_warning(lambda: write_run_report(directory))
+    ):
+        console.note(warning)
     at_sites = config.federation.engine == "deployment"
     if at_sites:  # a server's app runs in its own directory, and who reads its log in another
         directory = RunDirectory(directory.path.resolve())
@@ -56,5 +61,10 @@ def _written(directory: RunDirectory, last_round: int) -> dict[str, Path]:
     if (best := best_round(directory)) is not None and best != last_round:
         each = directory.adapters_best
         trained |= {f"best (round {best})": each if each.is_dir() else directory.adapter_best}
-    also = {"curves": directory.curves, "log": directory.metrics, "answers": directory.answers}
+    also = {
+        "report": directory.report,
+        "curves": directory.curves,
+        "log": directory.metrics,
+        "answers": directory.answers,
+    }
     return trained | {label: path for label, path in also.items() if path.is_file()}

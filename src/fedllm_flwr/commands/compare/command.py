@@ -1,32 +1,36 @@
 """The command: from overrides to a table and a figure, resumable."""
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from fedllm_flwr import tasks
 from fedllm_flwr.commands.compare.jobs import Job, carry_out, make_jobs
-from fedllm_flwr.commands.compare.results import curves, deciding_metric, make_rows, read_outcomes
+from fedllm_flwr.commands.compare.page import comparison_page
+from fedllm_flwr.commands.compare.results import Tabulated, curves
 from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.compose import compose, expand_sweep
-from fedllm_flwr.config.participation import describe_local
+from fedllm_flwr.config.compose import compose, expand_sweep, load_run
 from fedllm_flwr.errors import ConfigError, RunInterrupted
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.models.device import cpu_count
 from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.reporting.console import print_error
+from fedllm_flwr.reporting.html.render import render
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.runs.directory import foreign_files
 from fedllm_flwr.runs.fit import first_refusal
+from fedllm_flwr.runs.report import REPORT, report_or_warning, run_facts
 from fedllm_flwr.simulation.resources import check_machine
 
 # Baselines first, so that the table reads from the bottom line to the upper one.
 FEDERATED = [name for name in ALGORITHMS.builtin if name not in ("local", "centralized")]
 ORDER = ("local", *FEDERATED, "centralized")
-_SAVED = "compare.json"  # in its directory: what was asked for
+SAVED = "compare.json"  # in its directory: what was asked for
 
 
 def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int]:
@@ -57,7 +61,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int
     first_refusal([job.config for job in jobs if not job.done])
     names = [job.directory.path.name for job in jobs]
     saved = json.dumps({"options": options, "overrides": own, "runs": names}, indent=2)
-    write_atomically(root / _SAVED, saved.encode())
+    write_atomically(root / SAVED, saved.encode())
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
     done = sum(job.done for job in jobs)
     runs = f"{len(jobs)} runs ({_seeds(config.compare.seeds)}), {done} done, {workers} at a time"
@@ -115,9 +119,9 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def _saved(root: Path) -> tuple[dict[str, str], list[str]]:
     """The options and overrides of a comparison that stopped."""
-    file = root / _SAVED
+    file = root / SAVED
     if not file.is_file():
-        raise ConfigError(f"resume={root}: no {_SAVED} there; give a comparison's directory.")
+        raise ConfigError(f"resume={root}: no {SAVED} there; give a comparison's directory.")
     saved = json.loads(file.read_text(encoding="utf-8"))
     return saved["options"], saved["overrides"]
 
@@ -126,7 +130,7 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
     """Where a new comparison writes."""
     stamp, data = datetime.now().strftime("%m%d-%H%M"), compose(overrides).data.name
     root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{data}")).expanduser()
-    if (root / _SAVED).exists():
+    if (root / SAVED).exists():
         raise ConfigError(
             f"output_dir={root} holds a comparison already; go on with it: resume={root}."
         )
@@ -183,30 +187,60 @@ def _outcome(job: Job, error: str | None) -> str:
 
 
 def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
-    """Table as Markdown and CSV, figure, and the table on the screen."""
+    """Table as Markdown and CSV, figure, report, and the table on the screen."""
     from fedllm_flwr.reporting.plots import plot_comparison
 
-    outcomes = read_outcomes(jobs)
-    if not outcomes:
+    found = Tabulated.of(jobs, algorithms)
+    if found is None:
         return
-    rows, metric = make_rows(outcomes, algorithms), deciding_metric(outcomes)
+    outcomes, rows, metric = found.outcomes, found.rows, found.metric
     seeds = len({outcome.job.seed for outcome in outcomes})
-    note = (
-        f"Mean ± standard deviation over {_seeds(seeds)}. vs local: "
-        f"paired difference of the final {metric} by seed, ± half of its 95 % t interval over "
-        "seeds, on these records; * not zero, at 5 % for all rows together (Holm). steps: "
-        "optimizer steps of all clients together."
-    )
-    local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
-    if local:
-        note += f" Local: {describe_local(local[0])}; best and worst client by loss."
-    write_atomically(root / "compare.md", as_markdown(rows, metric, note).encode())
+    write_atomically(root / "compare.md", as_markdown(rows, metric, found.note).encode())
     write_atomically(root / "compare.csv", as_csv(rows).encode())
     caption = "Lines: " + (f"mean over {seeds} seeds" if seeds > 1 else "one seed")
     caption += ", marked where it was scored."
     caption += " Bands: lowest to highest seed." if seeds > 1 else ""
-    caption += " local: mean over its clients' own adapters." if local else ""
+    is_local = any(outcome.job.algorithm == "local" for outcome in outcomes)
+    caption += " local: mean over its clients' own adapters." if is_local else ""
     label = f"{metric} on held-out records"
     plot_comparison(curves(outcomes, metric), root / "compare.png", label, caption)
-    print(f"\n{as_text(rows, metric)}\n{note}")
+    print(f"\n{as_text(rows, metric)}\n{found.note}")
     print(f"  figure {root / 'compare.png'}   table {root / 'compare.md'}, {root / 'compare.csv'}")
+    if outcomes[0].job.config.tracking.report:
+        if warning := report_or_warning(lambda: write_report(root, found)):
+            print(f"  {warning}")
+        else:
+            print(f"  report {root / REPORT}")
+
+
+def write_report(root: Path, found: Tabulated | None = None, output: Path | None = None) -> Path:
+    """Write the page of a comparison, by default ``report.html`` in its directory.
+
+    Args:
+        found: what its runs came to; None reads it from the directory.
+
+    Raises:
+        FedLLMError: no run has finished, or the file cannot be written.
+    """
+    options, overrides = _saved(root)
+    if found is None:
+        found = Tabulated.of(_jobs_on_disk(root), _algorithms(options.get("algorithm", "all")))
+    if found is None:
+        raise ConfigError(f"{root}: no run of this comparison has finished yet.")
+    own = [f"{key}={value}" for key, value in options.items() if key != "output_dir"]
+    facts = run_facts(found.outcomes[0].job.directory)
+    facts = replace(facts, name=root.resolve().name)
+    page = comparison_page(facts, found, shlex.join(["fedllm", "compare", *own, *overrides]))
+    path = output or root / REPORT
+    write_atomically(path, render(page).encode())
+    return path
+
+
+def _jobs_on_disk(root: Path) -> list[Job]:
+    """The runs in a comparison's directory, which may have been moved, by seed."""
+    jobs = []
+    for path in sorted((root / "runs").glob("*/config.yaml")):
+        config = replace(load_run(path.parent, str(path.parent)), output_dir=str(path.parent))
+        name = path.parent.name.rpartition("-seed")[0]
+        jobs.append(Job(name, config.seed, config=config))
+    return sorted(jobs, key=lambda job: job.seed)

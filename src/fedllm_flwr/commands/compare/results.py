@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedllm_flwr.commands.compare.jobs import Job
+from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.reporting.metrics import RoundRecord, name_of_start, read_metrics, summarise
 from fedllm_flwr.tasks import table_metrics
 
@@ -55,6 +56,37 @@ class FinishedRun:
     job: Job
     records: list[RoundRecord]
     summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """What the finished runs came to: the rows of the table, the score they are compared by, and
+    what a reader of the table should know.
+    """
+
+    outcomes: list[FinishedRun]
+    rows: list[ComparisonRow]
+    metric: str
+    note: str
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], algorithms: Sequence[str]) -> "Tabulated | None":
+        """Of the jobs that are done; None if none is."""
+        outcomes = read_outcomes(jobs)
+        if not outcomes:
+            return None
+        rows, metric = make_rows(outcomes, algorithms), deciding_metric(outcomes)
+        seeds = len({outcome.job.seed for outcome in outcomes})
+        note = (
+            f"Mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}. vs local: "
+            f"paired difference of the final {metric} by seed, ± half of its 95 % t interval over "
+            "seeds, on these records; * not zero, at 5 % for all rows together (Holm). steps: "
+            "optimizer steps of all clients together."
+        )
+        local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
+        if local:
+            note += f" Local: {describe_local(local[0])}; best and worst client by loss."
+        return cls(outcomes, rows, metric, note)
 
 
 def read_outcomes(jobs: Sequence[Job]) -> list[FinishedRun]:

@@ -11,9 +11,17 @@ from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import Candidate, collect
 from fedllm_flwr.commands.evaluate.comparison import LOCAL, ScoreTable, compare_scores
+from fedllm_flwr.commands.evaluate.page import RESULTS, write_report
 from fedllm_flwr.commands.evaluate.runners import check_runners, closing_lines, why_not
 from fedllm_flwr.commands.evaluate.scorer import Scored, Scorer
-from fedllm_flwr.commands.evaluate.tables import as_csv, as_html, as_markdown, as_records, as_text
+from fedllm_flwr.commands.evaluate.tables import (
+    as_csv,
+    as_markdown,
+    as_records,
+    as_text,
+    every_metric,
+    headline_tables,
+)
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.suites.catalogue import (
@@ -31,6 +39,7 @@ from fedllm_flwr.plugins import TEMPLATES
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.runs.directory import foreign_files
 from fedllm_flwr.runs.fit import check_evaluation_fit
+from fedllm_flwr.runs.report import report_or_warning
 
 NOTES = (
     "value ± half of its 95 % interval: for a mean over seeds over seeds and examples (Student's "
@@ -95,9 +104,13 @@ def evaluate(request: EvaluateOptions) -> Path:
     notes = [*NOTES, *_notes(candidates, scored, tasks, request)]
     _write(output, comparison, scored, tasks, [*notes, *skipped])
     print("\n".join(["", as_text(comparison), "", *notes]))
+    if candidates[0].config.tracking.report and (
+        warning := report_or_warning(lambda: write_report(output))
+    ):
+        print(warning)
     took = format_seconds(time.monotonic() - started)
     print(
-        f"Finished in {took}.  {output}: results.html (all on one page), results.md, results.csv, "
+        f"Finished in {took}.  {output}: report.html (all on one page), results.md, results.csv, "
         "results.json, a figure of each suite, predictions/"
     )
     return output
@@ -148,9 +161,8 @@ def _tasks(request: EvaluateOptions) -> tuple[list[SuiteTask], list[str]]:
     return found, skipped
 
 
-def _draw(output: Path, comparison: ScoreTable) -> dict[str, bytes]:
+def _draw(output: Path, comparison: ScoreTable) -> None:
     """A figure for each suite: its tasks' first metrics, and its averages."""
-    figures = {}
     from fedllm_flwr.reporting.plots import plot_bars
 
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
@@ -164,10 +176,7 @@ def _draw(output: Path, comparison: ScoreTable) -> dict[str, bytes]:
         }
         names = [column.task for column in columns]
         chances = [column.chance for column in columns]
-        path = output / f"{suite}.png"
-        plot_bars(names, bars, chances, path, all_suites()[suite].title)
-        figures[suite] = path.read_bytes()
-    return figures
+        plot_bars(names, bars, chances, output / f"{suite}.png", all_suites()[suite].title)
 
 
 def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
@@ -206,7 +215,9 @@ def _output(request: EvaluateOptions) -> Path:
     path = Path(request.output or f"outputs/{stamp}-evaluate").expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output {path}: is a file; give a directory.")
-    if foreign := foreign_files(path, ("results.*", "*.png", "predictions", "work", ".*")):
+    if foreign := foreign_files(
+        path, ("results.*", "report.html", "*.png", "predictions", "work", ".*")
+    ):
         raise ConfigError(
             f"--output {path} holds other files ({', '.join(foreign[:3])}); give a new or an empty "
             "directory."
@@ -224,23 +235,31 @@ def _write(
     """Tables, numbers, figures, and every example with its answer."""
     write_atomically(output / "results.md", as_markdown(comparison, notes).encode())
     write_atomically(output / "results.csv", as_csv(comparison).encode())
-    page = as_html(comparison, notes, _draw(output, comparison))
-    write_atomically(output / "results.html", page.encode())
+    _draw(output, comparison)
     prompts: dict[str, Any] = {}
     for model, by_task in scored.items():
         for name, samples in by_task.items():
             prompts.setdefault(name, samples.first_prompt)
             lines = "".join(f"{json.dumps(sample)}\n" for sample in samples.samples)
-            folder = re.sub(r"[^\w.-]+", "_", model)
-            write_atomically(output / "predictions" / folder / f"{name}.jsonl", lines.encode())
+            write_atomically(
+                output / "predictions" / _folder(model) / f"{name}.jsonl", lines.encode()
+            )
     about = {
         "notes": list(notes),
         "results": as_records(comparison),
+        "tables": headline_tables(comparison),
+        "every_metric": every_metric(comparison),
         "first_prompts": prompts,
         "tasks": {task.name: {"title": task.title, "source": task.source} for task in tasks},
         "prompts": {
             model: {name: samples.notes for name, samples in some.items()}
             for model, some in scored.items()
         },
+        "predictions": {model: _folder(model) for model in scored},
     }
-    write_atomically(output / "results.json", json.dumps(about, indent=2).encode())
+    write_atomically(output / RESULTS, json.dumps(about, indent=2).encode())
+
+
+def _folder(model: str) -> str:
+    """Name of a model's folder in ``predictions/``."""
+    return re.sub(r"[^\w.-]+", "_", model)

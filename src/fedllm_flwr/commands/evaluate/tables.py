@@ -1,10 +1,8 @@
-"""The comparison as text for a terminal, Markdown, HTML, CSV and JSON."""
+"""The comparison as text for a terminal, Markdown, CSV and JSON."""
 
-import base64
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import BASE
@@ -13,18 +11,12 @@ from fedllm_flwr.evaluation.suites.statistics import IntervalEstimate, clear_tog
 
 _WIDEST = 6  # columns side by side
 _EVERY = "Every metric, with its 95 % interval"
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:.5em 0;display:block;overflow-x:auto}"
-    "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-)
 
 
 def as_text(comparison: ScoreTable) -> str:
     """Headline scores for a terminal, suite by suite."""
     blocks = []
-    for title, table in _tables(comparison):
+    for title, table in headline_tables(comparison):
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = [title]
         for name, *values in table:
@@ -37,26 +29,10 @@ def as_text(comparison: ScoreTable) -> str:
 def as_markdown(comparison: ScoreTable, notes: Sequence[str]) -> str:
     """Headline scores, then every metric."""
     parts = ["# Evaluation"]
-    parts += [f"## {title}\n\n{_markdown(table)}" for title, table in _tables(comparison)]
+    parts += [f"## {title}\n\n{_markdown(table)}" for title, table in headline_tables(comparison)]
     parts.append("\n".join(f"- {note}" for note in notes))
-    parts.append(f"## {_EVERY}\n\n{_markdown(_every_metric(comparison))}")
+    parts.append(f"## {_EVERY}\n\n{_markdown(every_metric(comparison))}")
     return "\n\n".join(parts) + "\n"
-
-
-def as_html(comparison: ScoreTable, notes: Sequence[str], figures: Mapping[str, bytes]) -> str:
-    """One page that needs nothing else: tables, and a figure (PNG) of each suite."""
-    parts = []
-    for title, table in _tables(comparison):
-        parts.append(f"<h2>{escape(title)}</h2>{_html(table)}")
-        if title in figures:
-            data = base64.b64encode(figures[title]).decode()
-            parts.append(f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">')
-    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    parts.append(f"<ul>{listed}</ul><h2>{_EVERY}</h2>{_html(_every_metric(comparison))}")
-    head = f'<meta charset="utf-8"><title>Evaluation</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body><h1>Evaluation</h1>" + (
-        "\n".join(parts) + "</body></html>\n"
-    )
 
 
 def as_csv(comparison: ScoreTable) -> str:
@@ -102,6 +78,7 @@ def _record(comparison: ScoreTable, column: ScoreColumn, row: ModelRow) -> dict[
         "suite": column.suite,
         "task": column.task,
         "metric": column.metric,
+        "headline": column.headline,
         "model": row.name.strip(),
         "models": row.num_models,
         "examples": score.num_examples,
@@ -115,7 +92,7 @@ def _record(comparison: ScoreTable, column: ScoreColumn, row: ModelRow) -> dict[
     }
 
 
-def _tables(comparison: ScoreTable) -> list[tuple[str, list[list[str]]]]:
+def headline_tables(comparison: ScoreTable) -> list[tuple[str, list[list[str]]]]:
     """Headline scores of each suite, and the differences to base and to local."""
     found = []
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
@@ -135,7 +112,8 @@ def _tables(comparison: ScoreTable) -> list[tuple[str, list[list[str]]]]:
     return found
 
 
-def _every_metric(comparison: ScoreTable) -> list[list[str]]:
+def every_metric(comparison: ScoreTable) -> list[list[str]]:
+    """A row for each metric, a column for each model."""
     rows = [["task", "metric", *(row.name.strip() for row in comparison.rows)]]
     for column in comparison.columns:
         values = [_interval(row.scores.get(column)) for row in comparison.rows]
@@ -191,11 +169,3 @@ def _markdown(table: list[list[str]]) -> str:
     names, *body = table
     lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _html(table: list[list[str]]) -> str:
-    lines = [
-        "".join(f"<{kind}>{escape(text)}</{kind}>" for text in line)
-        for kind, line in zip(["th", *["td"] * (len(table) - 1)], table, strict=True)
-    ]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

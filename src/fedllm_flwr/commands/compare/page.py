@@ -1,0 +1,153 @@
+"""The comparison as a report: what its table says, with intervals and curves."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from fedllm_flwr.commands.compare.results import ComparisonRow, FinishedRun, Tabulated, curves
+from fedllm_flwr.commands.compare.table import lines_of
+from fedllm_flwr.reporting.html.page import (
+    Bar,
+    Block,
+    Cell,
+    Chart,
+    Figure,
+    Page,
+    Section,
+    Series,
+    Table,
+    spans_decades,
+)
+from fedllm_flwr.reporting.html.run import MEGABYTES, RunFacts, again, configuration, costs
+from fedllm_flwr.reporting.text import fixed, format_seconds
+from fedllm_flwr.tasks import all_metrics
+
+_BASELINES = ("base", "start", "local (mean)", "centralized")
+
+
+def comparison_page(facts: RunFacts, found: Tabulated, command: str) -> Page:
+    """The whole page.
+
+    Args:
+        facts: of one run, for its configuration and software, under the comparison's name.
+        command: that makes the comparison again.
+    """
+    config, outcomes, rows, metric = facts.config, found.outcomes, found.rows, found.metric
+    seeds = sorted({outcome.job.seed for outcome in outcomes})
+    title = all_metrics()[metric].card_title
+    header, *body = lines_of(rows, metric)
+    return Page(
+        title=f"Algorithms on {config.data.name}",
+        subtitle=f"Comparison {facts.name}: {config.task.name}, {config.model.name}, "
+        f"{len(outcomes)} runs",
+        headline=_headline(rows, metric),
+        figures=[
+            Figure("algorithms", str(len({outcome.job.algorithm for outcome in outcomes}))),
+            Figure("seeds", str(len(seeds)), ", ".join(map(str, seeds[:8]))),
+            Figure("rounds", str(config.federation.num_rounds)),
+            Figure("time", format_seconds(sum(o.summary["seconds"] for o in outcomes)), "all runs"),
+        ],
+        sections=[
+            Section("Results", [Table(header, body, note=found.note), _scores(rows, metric)]),
+            Section(
+                "Paired differences to local",
+                _differences(rows, [line[header.index(f"{metric} vs local")] for line in body]),
+            ),
+            Section("Curves", _curves(found)),
+            Section("Runs", [_runs(outcomes, metric, title)]),
+            Section("Configuration", configuration(facts)),
+            Section("To do it again", again(facts, [command])),
+        ],
+    )
+
+
+def _headline(rows: Sequence[ComparisonRow], metric: str) -> str:
+    """The best federated algorithm beside the baselines, by the deciding score."""
+    scored = {row.name: row.final[metric] for row in rows if metric in row.final}
+    federated = [n for n in scored if n not in _BASELINES and not n.startswith(" ")]
+    if not federated:
+        return ""
+    best = (min if metric == "loss" else max)(federated, key=lambda name: scored[name].mean)
+    others = [f"{n} {scored[n].mean:.3f}" for n in _BASELINES if n in scored]
+    beside = f"; {', '.join(others)}" if others else ""
+    sentence = (
+        f"The best mean {all_metrics()[metric].card_title} of a federated algorithm is that of "
+        f"{best}, {scored[best].mean:.3f}{beside}."
+    )
+    difference = next(row.against_local for row in rows if row.name == best)
+    if difference is not None and difference.half_width is not None:
+        sentence += (
+            f" It is {difference.mean:+.3f} ± {difference.half_width:.3f} from local (95 %, paired "
+            "by seed)."
+        )
+    return sentence
+
+
+def _scores(rows: Sequence[ComparisonRow], metric: str) -> Table:
+    body: list[list[Cell]] = []
+    for row in rows:
+        if (spread := row.final.get(metric)) is not None:
+            half = spread.deviation
+            ends = () if half is None else (spread.mean - half, spread.mean + half)
+            body.append([row.name, Bar(fixed(spread.mean, 3), spread.mean, *ends)])
+    name = all_metrics()[metric].card_title
+    return Table(["", name], body, note="Whiskers: one standard deviation over seeds to each side.")
+
+
+def _differences(rows: Sequence[ComparisonRow], texts: Sequence[str]) -> list[Block]:
+    """The table's column of differences, drawn; its texts have the stars."""
+    drawn: list[list[Cell]] = []
+    for row, text in zip(rows, texts, strict=True):
+        if (difference := row.against_local) is not None:
+            half = difference.half_width
+            ends = () if half is None else (difference.mean - half, difference.mean + half)
+            drawn.append([row.name, Bar(text.strip(), difference.mean, *ends)])
+    return [Table(["", "difference"], drawn, note="Whiskers: 95 % t interval.")] if drawn else []
+
+
+def _curves(found: Tabulated) -> list[Block]:
+    """The deciding score by round, and against the means over seeds of what it cost.
+
+    As in the table, nothing of the baselines travels.
+    """
+    outcomes, metric = found.outcomes, found.metric
+    travels = {row.name for row in found.rows if row.megabytes}
+    title = all_metrics()[metric].card_title.capitalize()
+    by_round = curves(outcomes, metric)
+    lines = [
+        Series(name, *([point[i] for point in curve] for i in range(4)))
+        for name, curve in by_round.items()
+    ]
+    log = metric == "loss" and spans_decades(lines)
+    note = "Lines: mean over seeds. Bands: lowest to highest seed."
+    blocks: list[Block] = [Chart(f"{title} by round", lines, log=log, note=note)]
+    for label in costs([]):
+        spent_lines = []
+        for line in lines:
+            if label == MEGABYTES and line.name not in travels:
+                continue
+            runs = [outcome for outcome in outcomes if outcome.job.algorithm == line.name]
+            by_record = [
+                dict(zip([r["round"] for r in run.records], costs(run.records)[label], strict=True))
+                for run in runs
+            ]
+            spent = [fmean(some[x] for some in by_record if x in some) for x in line.x]
+            if spent and spent[-1] > 0:
+                spent_lines.append(Series(line.name, spent, line.y, line.low, line.high))
+        if spent_lines:
+            blocks.append(Chart(f"{title} against {label}", spent_lines, label, log=log))
+    return blocks
+
+
+def _runs(outcomes: Sequence[FinishedRun], metric: str, title: str) -> Table:
+    body = [
+        [
+            outcome.job.directory.path.name,
+            str(outcome.job.seed),
+            fixed((outcome.summary["final"] or {}).get(metric), 3),
+            str(outcome.summary["rounds"]),
+            str(outcome.summary["failures"]),
+            f"{outcome.summary['seconds']:.0f}",
+        ]
+        for outcome in outcomes
+    ]
+    return Table(["run", "seed", title, "rounds", "missing updates", "seconds"], body)

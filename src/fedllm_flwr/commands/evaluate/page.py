@@ -1,0 +1,164 @@
+"""An evaluation as a report, from the files that it has written."""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.files import write_atomically
+from fedllm_flwr.reporting.html.page import (
+    Bar,
+    Block,
+    Cell,
+    Figure,
+    Folded,
+    Page,
+    Section,
+    Table,
+    Text,
+)
+from fedllm_flwr.reporting.html.render import render
+from fedllm_flwr.reporting.text import shorten
+from fedllm_flwr.runs.report import REPORT
+
+RESULTS = "results.json"
+_EXAMPLES = 20  # of a task, on the page; all are in predictions/
+_LONGEST = 600  # characters of an answer on the page
+_MOST_BARS = 40  # more rows than this are folded
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write the page of an evaluation, by default ``report.html`` in its directory.
+
+    Raises:
+        ConfigError: the directory holds no evaluation, or one of an earlier version.
+    """
+    try:
+        about = json.loads((folder / RESULTS).read_text("utf-8"))
+        page = evaluation_page(folder.resolve().name, about, _examples(folder, about))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder / RESULTS}: not the results of fedllm evaluate as this version writes them "
+            f"({error!r}); evaluate again, which scores nothing twice."
+        ) from error
+    path = output or folder / REPORT
+    write_atomically(path, render(page).encode())
+    return path
+
+
+Examples = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # task -> model -> samples
+
+
+def evaluation_page(name: str, about: Mapping[str, Any], examples: Examples) -> Page:
+    """The whole page: the tables of the command, their headline scores drawn, and examples."""
+    records: Sequence[Mapping[str, Any]] = about["results"]
+    models = list(dict.fromkeys(record["model"] for record in records))
+    suites = list(dict.fromkeys(record["suite"] for record in records))
+    sections = []
+    for suite in suites:
+        tables: list[Block] = [
+            _under_one_header(title, rows)
+            for title, rows in about["tables"]
+            if title.split(",")[0] == suite
+        ]
+        scores = [item for item in records if item["suite"] == suite and item["headline"]]
+        drawn = Table(
+            ["task", "model", "score", "by chance"],
+            [_bar_row(item) for item in scores],
+            note="Whiskers: 95 % intervals.",
+        )
+        shown: Block = Folded("Scores, drawn", [drawn]) if len(scores) > _MOST_BARS else drawn
+        sections.append(Section(f"Suite {suite}", [*tables, shown]))
+    header, *body = about["every_metric"]
+    return Page(
+        title=f"Evaluation on {', '.join(suites)}",
+        subtitle=f"Evaluation {name}",
+        headline=f"{len(models)} models: {', '.join(models[:8])}{' ...' * (len(models) > 8)}.",
+        figures=[
+            Figure("models", str(len(models))),
+            Figure("suites", str(len(suites))),
+            Figure("tasks", str(len(about["tasks"]))),
+            Figure("examples", f"{max(item['examples'] for item in records):,}", "of the largest"),
+        ],
+        sections=[
+            *sections,
+            Section("What to know", [Text(about["notes"])]),
+            Section("Every metric", [Folded("All, with 95 % intervals", [Table(header, body)])]),
+            Section("Examples", [_task(task, about, some) for task, some in examples.items()]),
+        ],
+    )
+
+
+def _under_one_header(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """A table of the command; one of scores has the metrics in a second row, without a name."""
+    header, *body = rows
+    if body and not body[0][0]:
+        header = [f"{task} {metric}".strip() for task, metric in zip(header, body[0], strict=True)]
+        body = body[1:]
+    return Table(header, body, title)
+
+
+def _bar_row(record: Mapping[str, Any]) -> list[Cell]:
+    value, low, high, chance = (record[key] for key in ("value", "low", "high", "chance"))
+    drawn = Bar(f"{value:.3f}", value, low, high)
+    title = f"{record['task']}, {record['metric']}"
+    return [title, record["model"], drawn, "-" if chance is None else f"{chance:.3f}"]
+
+
+def _task(
+    task: str, about: Mapping[str, Any], by_model: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Block:
+    """A task's first examples, the models side by side, below the prompt of the first one."""
+    models = list(by_model)
+    ids = list(dict.fromkeys(str(some["id"]) for samples in by_model.values() for some in samples))
+    samples = {model: {str(s["id"]): s for s in by_model[model]} for model in models}
+    rows = []
+    for name in ids[:_EXAMPLES]:
+        found = [samples[model].get(name, {}) for model in models]
+        target = next((_text(some["target"]) for some in found if "target" in some), "-")
+        rows.append([name, target, *map(_answer, found)])
+    prompt = about["first_prompts"].get(task, "")
+    before: list[Block] = [Text([prompt], code=True)] if prompt else []
+    note = (
+        f"The first {_EXAMPLES} at most, answers cut to {_LONGEST} characters; all are in "
+        "predictions/."
+    )
+    title = f"{task}: {about['tasks'][task]['title']}"
+    return Folded(title, [*before, Table(["example", "expected", *models], rows, note=note)])
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    """What a model has answered, and what its metrics make of it."""
+    prediction = sample.get("prediction")
+    if isinstance(prediction, list) and len(prediction) == 2:
+        said = _text(sample.get("answer") or prediction[1] or "-")
+        mark = "right" if prediction[0] == prediction[1] else "wrong"
+        return f"{said} ({mark if prediction[1] is not None else 'no answer found in it'})"
+    plain = {
+        key: value
+        for key, value in sample.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    scores = ", ".join(f"{key} {value:.3g}" for key, value in plain.items())
+    return "\n".join(
+        filter(None, [_text(sample.get("answer", "")), f"({scores})" if scores else ""])
+    )
+
+
+def _text(value: Any) -> str:
+    return shorten(value if isinstance(value, str) else json.dumps(value), _LONGEST)
+
+
+def _examples(folder: Path, about: Mapping[str, Any]) -> Examples:
+    """The first examples of each task by model, of ``predictions/``."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for model, place in about["predictions"].items():
+        for task in about["tasks"]:
+            file = folder / "predictions" / place / f"{task}.jsonl"
+            if file.is_file():
+                with file.open(encoding="utf-8") as lines:
+                    some = [json.loads(line) for line in islice(lines, _EXAMPLES)]
+                found.setdefault(task, {})[model] = some
+    return found

@@ -1,0 +1,141 @@
+"""What a report shows, as plain data: headline figures, then sections of tables and charts."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number of a table, drawn on the scale of its column; `low` and `high` are its interval."""
+
+    text: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Parts of a whole in a cell, such as a client's labels; `parts` are in the column's order."""
+
+    parts: Sequence[tuple[str, float]]
+
+
+Cell = str | Bar | Shares
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header; the first column names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart, with a band from `low` to `high` where these are given."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, six significant digits."""
+        numbers = {"x": self.x, "y": self.y, "low": self.low, "high": self.high}
+        rounded = {key: _rounded(values) for key, values in numbers.items() if values is not None}
+        return {"name": self.name, **rounded}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over a common axis; logarithmic at first where `log` is set."""
+
+    title: str
+    series: Sequence[Series]
+    x_label: str = "round"
+    y_label: str = ""
+    log: bool = False
+    limits: tuple[float, float] | None = None
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "title": self.title,
+            "xLabel": self.x_label,
+            "yLabel": self.y_label,
+            "log": self.log,
+            "limits": self.limits,
+            "series": [series.as_json() for series in self.series],
+        }
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs; `code` keeps lines and spaces."""
+
+    lines: Sequence[str]
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks behind a heading that opens them."""
+
+    title: str
+    blocks: "Sequence[Block]"
+
+
+Block = Table | Chart | Text | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a heading; a page leaves out a section without any."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number to read first."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report; `headline` is the sentence that a reader in a hurry takes away."""
+
+    title: str
+    subtitle: str
+    headline: str
+    figures: Sequence[Figure] = ()
+    sections: Sequence[Section] = field(default_factory=list)
+
+
+def spans_decades(series: Iterable[Series], factor: float = 4.0) -> bool:
+    """Whether positive values span more than `factor`, so that a linear axis would flatten them."""
+    values = [value for line in series for value in line.y if value is not None]
+    return bool(values) and min(values) > 0 and max(values) > factor * min(values)
+
+
+def _rounded(values: Sequence[float | None]) -> list[float | int | None]:
+    return [
+        None
+        if value is None or not math.isfinite(value)
+        else value
+        if isinstance(value, int)
+        else float(f"{value:.6g}")
+        for value in values
+    ]

@@ -1,0 +1,484 @@
+"""The page of one run, from its records as `reporting.metrics` describes them."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from statistics import fmean, pstdev
+from typing import Any
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.reporting.html.page import (
+    Bar,
+    Block,
+    Cell,
+    Chart,
+    Figure,
+    Folded,
+    Page,
+    Section,
+    Series,
+    Shares,
+    Table,
+    Text,
+    spans_decades,
+)
+from fedllm_flwr.reporting.metrics import RoundRecord, best_record, name_of_start, summarise
+from fedllm_flwr.reporting.table import summary_rows
+from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds
+from fedllm_flwr.tasks import all_metrics, task_of
+from fedllm_flwr.tasks.base import TrainingTask
+
+LABELS = {"local": "local (mean)", "centralized": "centralized"}
+_LABEL = "label:"  # column of clients.csv
+MEGABYTES = "megabytes moved, both ways"
+_MOST_EVENTS = 200
+# Of a record: what this page shows in a place of its own. Any other number is drawn as it is.
+_SHOWN = {
+    *("round", "loss", "clients", "failures", "seconds", "bytes_up", "bytes_down", "failed"),
+    *("phases", "refused", "lost", "ignored", "evaluation_failures", "local", "client_eval"),
+    *("attackers", "refused_updates", "budget_spent", "delta"),
+}
+# Of a client's metrics in a record, likewise.
+_SHOWN_OF_CLIENTS = {"loss", "num_examples", "computed_tokens"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run has left on disk.
+
+    Attributes:
+        state: running, finished, failed or stopped; ``now`` adds a sentence on the current round.
+        clients: rows of ``clients.csv``.
+        changed: key -> its value and its default, where they differ.
+        environment, digests: of the software, and of what went in and came out.
+        yaml: the configuration as it can be run again.
+    """
+
+    name: str
+    config: Config
+    records: Sequence[RoundRecord]
+    state: str = "finished"
+    now: str = ""
+    summary: Mapping[str, Any] | None = None
+    clients: Sequence[Mapping[str, str]] = ()
+    changed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    yaml: str = ""
+
+
+def run_page(facts: RunFacts) -> Page:
+    """The whole page; parts that the records know nothing of are left out."""
+    records = [record for record in facts.records if not record.get("failed")]
+    task = task_of(facts.config)
+    config, summary = facts.config, facts.summary or summarise(records, {})
+    rows, score = _score_rows(facts, summary), deciding_score(records)
+    return Page(
+        title=f"{config.algorithm.name} on {config.data.name}",
+        subtitle=f"Run {facts.name}: {config.task.name}, {config.model.name}, {facts.state}",
+        headline=" ".join(filter(None, [_headline(facts, rows, score), facts.now])),
+        figures=_figures(facts, summary, rows, score),
+        sections=[
+            Section("Scores", _scores(rows)),
+            Section("Curves", _curves(records, task)),
+            Section("Score against cost", _costs(records, score)),
+            Section("Clients", _clients(facts, records)),
+            Section("Fairness", _fairness(records)),
+            Section("Time and traffic", _time_and_traffic(records, summary)),
+            Section("Further measures", further_charts(records, task)),
+            Section("What did not go as planned", _events(facts.records)),
+            Section("Configuration", configuration(facts)),
+            Section(
+                "To do it again",
+                again(
+                    facts,
+                    ["fedllm run config=config.yaml output_dir=outputs/again"],
+                    "Save the whole configuration above as config.yaml, then:",
+                ),
+            ),
+        ],
+    )
+
+
+def deciding_score(records: Sequence[RoundRecord]) -> str:
+    """The score by which a run is judged: accuracy where answers are classes, else the loss."""
+    scored = [record["eval"] for record in records if record.get("eval")]
+    return "accuracy" if scored and "accuracy" in scored[-1] else "loss"
+
+
+def _title(score: str) -> str:
+    metric = all_metrics().get(score)
+    return metric.card_title if metric else score.replace("_", " ")
+
+
+def _score_rows(facts: RunFacts, summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of the closing table."""
+    each: Mapping[str, Any] = facts.records[-1].get("local", {}) if facts.records else {}
+    ranked = sorted(each, key=lambda name: each[name]["loss"])
+    ends = {"best": ranked[0], "worst": ranked[-1]} if ranked else {}
+    extra = [(f"{label} ({name})", each[name]) for label, name in ends.items()]
+    label = LABELS.get(facts.config.algorithm.name, "federated")
+    return summary_rows(summary, extra, label, name_of_start(facts.config.init_adapter))
+
+
+def _headline(facts: RunFacts, rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> str:
+    done = max((int(record["round"]) for record in facts.records), default=0)
+    found = [(name, metrics[score]) for name, metrics in rows if metrics.get(score) is not None]
+    trained = [item for item in found if item[0] == LABELS.get(facts.config.algorithm.name)]
+    trained = trained or [item for item in found if item[0] == "federated"]
+    if not trained or found[0] == trained[0]:
+        return f"{done} of {facts.config.federation.num_rounds} rounds are done."
+    (first, before), (_, after) = found[0], trained[0]
+    decimals = all_metrics()[score].card_decimals
+    return (
+        f"After {done} rounds the {_title(score)} on held-out records is {after:.{decimals}f}; "
+        f"the {first} model had {before:.{decimals}f}."
+    )
+
+
+def _figures(
+    facts: RunFacts,
+    summary: Mapping[str, Any],
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    score: str,
+) -> list[Figure]:
+    records, config = facts.records, facts.config
+    figures = []
+    base, final = summary.get("base") or {}, summary.get("final") or {}
+    for name in dict.fromkeys((score, "loss")):
+        if final.get(name) is not None and all_metrics().get(name):
+            decimals = all_metrics()[name].card_decimals
+            before = f"from {fixed(base.get(name), decimals)}" if base else ""
+            figures.append(Figure(_title(name), fixed(final[name], decimals), before))
+    trained = [record["loss"] for record in records if record.get("loss") is not None]
+    if not final and trained:
+        figures.append(Figure("training loss", fixed(trained[-1], 3)))
+    if best := best_record(records):
+        loss = (best.get("eval") or best.get("client_eval") or {}).get("loss")
+        figures.append(Figure("best round", str(best["round"]), f"loss {fixed(loss, 3)}"))
+    done = max((int(record["round"]) for record in records), default=0)
+    figures.append(Figure("rounds", f"{done} of {config.federation.num_rounds}"))
+    replies = sum(len(record.get("clients") or {}) for record in records)
+    missing = sum(len(record.get("failures") or {}) for record in records)
+    names = {name for record in records for name in record.get("clients") or {}}
+    known = max(len(facts.clients), len(names))
+    figures.append(Figure("clients", str(known), f"{len(names)} took part"))
+    figures.append(Figure("updates used", str(replies), f"{missing} missing or refused"))
+    up, down = summary.get("bytes_up", 0), summary.get("bytes_down", 0)
+    figures.append(Figure("moved", format_bytes(up + down), f"{format_bytes(up)} up"))
+    seconds = float(summary.get("seconds") or sum(r.get("seconds", 0.0) for r in records))
+    figures.append(Figure("time", format_seconds(seconds)))
+    if "epsilon" in summary:
+        epsilon, promise = summary["epsilon"], f"at delta {summary['delta']:.2g}"
+        spent = "unbounded" if epsilon is None or math.isinf(epsilon) else f"{epsilon:.3g}"
+        figures.append(
+            Figure("privacy spent", f"ε {spent}", f"{promise}, per {config.privacy.unit}")
+        )
+    return figures
+
+
+def _scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Block]:
+    shown = [
+        metric
+        for name, metric in all_metrics().items()
+        if any(metrics.get(name) is not None for _, metrics in rows)
+    ]
+    if not shown:
+        return []
+    body = [
+        [label, *(fixed(metrics.get(m.name), m.card_decimals) for m in shown)]
+        for label, metrics in rows
+    ]
+    return [Table(["", *(metric.card_title for metric in shown)], body)]
+
+
+def _curves(records: Sequence[RoundRecord], task: TrainingTask) -> list[Block]:
+    """The loss, and the task's panels where they are known: the figure of `reporting.plots`."""
+    trained = [record for record in records if record.get("loss") is not None]
+    lines = []
+    if trained:
+        each = [[m["loss"] for m in record["clients"].values()] for record in trained]
+        ends = [[loss for loss in losses if loss is not None] for losses in each]
+        lines.append(
+            Series(
+                "training, mean of clients",
+                [record["round"] for record in trained],
+                [record["loss"] for record in trained],
+                [min(losses, default=None) for losses in ends],
+                [max(losses, default=None) for losses in ends],
+            )
+        )
+    for section, name in (("eval", "held-out records"), ("client_eval", "clients' own held-out")):
+        lines += _lines(records, section, {"loss": name})
+    note = "Band: lowest to highest client." if trained else ""
+    charts: list[Block] = []
+    if lines:
+        charts.append(
+            Chart("Loss", lines, y_label=task.loss_unit, log=spans_decades(lines), note=note)
+        )
+    for panel in task.panels:
+        if scores := _lines(records, "eval", {key: _title(key) for key in panel.keys}):
+            charts.append(Chart(panel.title, scores, y_label=panel.unit, limits=panel.limits))
+    return charts
+
+
+def _lines(records: Sequence[RoundRecord], section: str, names: Mapping[str, str]) -> list[Series]:
+    """Scores of a section of the records by round, under the names to show."""
+    found = []
+    for key, name in names.items():
+        points = [
+            (record["round"], record[section][key])
+            for record in records
+            if (record.get(section) or {}).get(key) is not None
+        ]
+        if points:
+            found.append(Series(name, [x for x, _ in points], [y for _, y in points]))
+    return found
+
+
+def costs(records: Sequence[RoundRecord]) -> dict[str, list[float]]:
+    """Megabytes moved, and seconds in rounds, from the start to the end of each record."""
+    moved = (record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records)
+    seconds = (float(record.get("seconds", 0.0)) for record in records)
+    return {
+        MEGABYTES: [count / 1e6 for count in accumulate(moved)],
+        "seconds in rounds": list(accumulate(seconds)),
+    }
+
+
+def _costs(records: Sequence[RoundRecord], score: str) -> list[Block]:
+    scored = [
+        (i, r["eval"][score]) for i, r in enumerate(records) if score in (r.get("eval") or {})
+    ]
+    if len(scored) < 2:
+        return []
+    charts: list[Block] = []
+    for label, spent in costs(records).items():
+        if spent[-1] > 0:
+            line = Series(_title(score), [spent[i] for i, _ in scored], [y for _, y in scored])
+            title = f"{_title(score).capitalize()} against {label}"
+            charts.append(
+                Chart(title, [line], label, log=score == "loss" and spans_decades([line]))
+            )
+    return charts
+
+
+def _clients(facts: RunFacts, records: Sequence[RoundRecord]) -> list[Block]:
+    """A row for each client, and the loss of each over the rounds."""
+    sizes = {row["client"]: row for row in facts.clients if row.get("client")}
+    series: dict[str, list[tuple[int, Mapping[str, float]]]] = defaultdict(list)
+    failures: dict[str, list[str]] = defaultdict(list)
+    own: dict[str, float] = {}
+    for record in records:
+        more = _by_client(record)
+        for name, metrics in (record.get("clients") or {}).items():
+            own_more = {key: some[name] for key, some in more.items() if name in some}
+            series[name].append((record["round"], {**metrics, **own_more}))
+        for name, why in {**(record.get("failures") or {}), **record.get("refused", {})}.items():
+            failures[name].append(why)
+        for name, scores in (record.get("client_eval") or {}).get("clients", {}).items():
+            own[name] = scores.get("loss")
+    names = sorted({*sizes, *series, *failures, *own})
+    if not names:
+        return []
+    means = {
+        key: key.replace("_", " ")
+        for some in series.values()
+        for _, metrics in some
+        for key in metrics
+        if key not in _SHOWN_OF_CLIENTS
+    }
+    has_labels = any(key.startswith(_LABEL) for row in sizes.values() for key in row)
+    header = ["client", "records", *(["labels"] if has_labels else [])]
+    header += ["rounds", "missing", "first loss", "last loss", *(["own held-out"] if own else [])]
+    header += [f"{title}, mean" for title in means.values()]
+    rows: list[list[Cell]] = []
+    for name in names:
+        some = series[name]
+        cells: list[Cell] = [name, sizes.get(name, {}).get("examples", "-")]
+        cells += [_labels(sizes.get(name, {}))] if has_labels else []
+        cells += [str(len(some)), str(len(failures[name]))]
+        losses = [metrics.get("loss") for _, metrics in some]
+        cells += [fixed(losses[0], 3), fixed(losses[-1], 3)] if losses else ["-", "-"]
+        cells += [fixed(own.get(name), 3)] if own else []
+        for key in means:
+            values = [metrics[key] for _, metrics in some if metrics.get(key) is not None]
+            cells.append(f"{fmean(values):.4g}" if values else "-")
+        rows.append(cells)
+    blocks: list[Block] = [Table(header, rows, note=_note_on_clients(bool(own)))]
+    lines = [
+        Series(name, [number for number, _ in some], [metrics.get("loss") for _, metrics in some])
+        for name, some in sorted(series.items())
+    ]
+    if len(lines) > 1:
+        blocks.append(Chart("Training loss of each client", lines, log=spans_decades(lines)))
+    return blocks
+
+
+def _note_on_clients(has_own: bool) -> str:
+    note = "missing: updates that did not come or were refused. Losses are those of local training."
+    return note + (" own held-out: loss of the newest adapter on its own records." * has_own)
+
+
+def _labels(row: Mapping[str, str]) -> Cell:
+    counts = {k.removeprefix(_LABEL): v for k, v in row.items() if k and k.startswith(_LABEL)}
+    return Shares([(label, float(count or 0)) for label, count in counts.items()])
+
+
+def _fairness(records: Sequence[RoundRecord]) -> list[Block]:
+    """How far clients are apart: on their own held-out records, or, alone, with their adapters."""
+    alone = any(record.get("local") for record in records)
+    each: list[tuple[int, Mapping[str, Mapping[str, float]]]] = [
+        (record["round"], found)
+        for record in records
+        if (found := record.get("local") or (record.get("client_eval") or {}).get("clients"))
+    ]
+    if not each:
+        return []
+    rounds, last = [number for number, _ in each], each[-1][1]
+    known = next(iter(last.values()))
+    score = next(name for name in ("accuracy", "token_accuracy", "loss") if name in known)
+    values = [[scores[score] for scores in found.values()] for _, found in each]
+    ranked = sorted(last, key=lambda name: last[name][score], reverse=score != "loss")
+    best, worst = ranked[0], ranked[-1]
+    rows = [
+        [f"best client ({best})", fixed(last[best][score], 3)],
+        [f"worst client ({worst})", fixed(last[worst][score], 3)],
+        ["mean of clients", fixed(fmean(values[-1]), 3)],
+        ["spread, best to worst", fixed(max(values[-1]) - min(values[-1]), 3)],
+        ["standard deviation over clients", fixed(pstdev(values[-1]), 3)],
+    ]
+    where = "the shared held-out records" if alone else "their own held-out records"
+    mean, low, high = ([choose(some) for some in values] for choose in (fmean, min, max))
+    lines = [
+        Series("mean of clients", rounds, mean, low, high),
+        Series("worst client", rounds, high if score == "loss" else low),
+    ]
+    title = f"{_title(score).capitalize()} of clients on {where}"
+    note = "Band: lowest to highest client."
+    return [
+        Table([f"after round {rounds[-1]}", _title(score)], rows),
+        Chart(title, lines, log=score == "loss" and spans_decades(lines), note=note),
+    ]
+
+
+def _time_and_traffic(records: Sequence[RoundRecord], summary: Mapping[str, Any]) -> list[Block]:
+    phases: dict[str, float] = dict(summary.get("phases") or {})
+    if not phases:
+        for record in records:
+            for name, seconds in (record.get("phases") or {}).items():
+                phases[name] = phases.get(name, 0.0) + seconds
+    blocks: list[Block] = []
+    if total := math.fsum(phases.values()):
+        ordered = sorted(phases.items(), key=lambda item: -item[1])
+        rows: list[list[Cell]] = [
+            [name, Bar(format_seconds(seconds), seconds), f"{seconds / total:.0%}"]
+            for name, seconds in ordered
+        ]
+        blocks.append(Table(["phase", "time", "share"], rows))
+    trained = [record for record in records if record["round"] > 0]
+    if not trained:
+        return blocks
+    rounds = [record["round"] for record in trained]
+    blocks.append(
+        Chart(
+            "Time of each round",
+            [Series("training and federation", rounds, [r.get("seconds") for r in trained])],
+            y_label="seconds, evaluation and checkpoints excluded",
+        )
+    )
+    moved = [
+        Series(name, rounds, [record.get(key, 0) / 1e6 for record in trained])
+        for name, key in (("to clients", "bytes_down"), ("from clients", "bytes_up"))
+    ]
+    blocks.append(Chart("Traffic of each round", moved, y_label="megabytes of tensors"))
+    return blocks
+
+
+def _by_client(record: RoundRecord) -> dict[str, Mapping[str, float]]:
+    """Measures with a number for each client of a round that have no place of their own."""
+    names = (record.get("clients") or {}).keys()
+    return {
+        key: value
+        for key, value in record.items()
+        if key not in _SHOWN and isinstance(value, Mapping) and value and value.keys() <= names
+    }
+
+
+def scalar_series(records: Sequence[RoundRecord]) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Numbers of records that have no place of their own, by name: (round, value).
+
+    A section such as ``privacy: {epsilon: 2.9}`` gives "privacy epsilon".
+    """
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for record in records:
+        for key, value in record.items():
+            if key not in _SHOWN and key not in _by_client(record):
+                for name, number in _numbers(key.replace("_", " "), value):
+                    found[name].append((record["round"], number))
+    return list(found.items())
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(f"{name} {key}".replace("_", " "), inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        yield name, value
+
+
+def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[Block]:
+    """Every number by round that is not shown elsewhere, so that new measures appear here."""
+    shown = {"loss", *(key for panel in task.panels for key in panel.keys)}
+    known = {f"eval {key}".replace("_", " ") for key in shown}
+    return [
+        Chart(name.replace("eval ", "held-out "), [Series(name, *zip(*points, strict=True))])
+        for name, points in scalar_series(records)
+        if name not in known and len(points) > 1
+    ]
+
+
+def _events(records: Sequence[RoundRecord]) -> list[Block]:
+    """Updates that are missing or refused, clients that cannot take part or have started anew."""
+    rows = []
+    for record in records:
+        number = str(record["round"])
+        for key, text in (
+            ("refused", "cannot take part: {}"),
+            ("failures", "{}"),
+            ("evaluation_failures", "no scores: {}"),
+            ("lost", "started anew, its memory of round {} is lost"),
+        ):
+            for name, why in (record.get(key) or {}).items():
+                rows.append([number, name, text.format(why)])
+        rows += [[number, "-", line] for line in record.get("ignored", [])]
+        if record.get("failed"):
+            rows.append([number, "-", "the run stopped in this round"])
+    if not rows:
+        return [Text(["Nothing: every client that was asked sent an update that could be used."])]
+    left = len(rows) - _MOST_EVENTS
+    note = f"The last {_MOST_EVENTS} of {len(rows)}; all are in metrics.jsonl." * (left > 0)
+    return [Table(["round", "client", "what"], rows[-_MOST_EVENTS:], note=note)]
+
+
+def configuration(facts: RunFacts) -> list[Block]:
+    """What differs from the defaults, and all of it."""
+    rows = [[key, value, default] for key, (value, default) in facts.changed.items()]
+    blocks: list[Block] = [Text(["Every value is the default of fedllm run."])]
+    if rows:
+        blocks = [Table(["differs from fedllm run", "value", "default"], rows)]
+    if facts.yaml:
+        blocks.append(Folded("Whole configuration", [Text(facts.yaml.splitlines(), code=True)]))
+    return blocks
+
+
+def again(facts: RunFacts, commands: Sequence[str], first: str = "") -> list[Block]:
+    """What makes the same again: commands, versions, digests."""
+    blocks: list[Block] = [Text([first])] if first else []
+    blocks.append(Text(commands, code=True))
+    for title, values in (("software", facts.environment), ("SHA-256", facts.digests)):
+        if values:
+            blocks.append(Table([title, ""], [[name, value] for name, value in values.items()]))
+    return blocks

@@ -1,0 +1,102 @@
+"""Reports in a real browser: charts are drawn, answer to keys and mouse, and obey their policy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from browser import CHROMIUM, Browser
+from fedllm_flwr.config import Config
+from fedllm_flwr.reporting.html.render import render
+from fedllm_flwr.reporting.html.run import RunFacts, run_page
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
+]
+
+EVIL = "</script><img src=x onerror=\"document.title='owned'\">"
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    with Browser(tmp_path / "profile") as opened:
+        yield opened
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    """The report of a run whose clients have hostile names."""
+    names = [EVIL, *(f"client-{i}" for i in range(11))]
+    records = [
+        {
+            "round": number,
+            "seconds": 1.0,
+            "loss": 8.0 / number**2,
+            "clients": {
+                name: {"loss": (8.0 + (name == EVIL)) / number**2, "num_examples": 1}
+                for name in names
+            },
+            "failures": {EVIL: EVIL},
+            "eval": {"loss": 7.0 / number**2, "accuracy": 1 - 1 / (1 + number)},
+        }
+        for number in range(1, 9)
+    ]
+    file = tmp_path / "report.html"
+    file.write_text(render(run_page(RunFacts("a", Config(), records))), encoding="utf-8")
+    return file.as_uri()
+
+
+PLOT = "document.querySelector('#curves figure .plot > div')"
+READOUT = "document.querySelector('#curves figure .readout').textContent"
+TICKS = (
+    f"[...{PLOT}.querySelectorAll('text[text-anchor=middle]')].map(t => t.textContent).join(' ')"
+)
+
+
+def test_charts_by_keyboard_and_mouse(browser: Browser, address: str) -> None:
+    browser.open(address)
+    figures = browser.value("document.querySelectorAll('figure').length")
+    assert browser.value("document.querySelectorAll('figure .plot svg .curve').length") >= figures
+    assert browser.value(TICKS) == "2 4 6 8 round"
+
+    browser.value(f"{PLOT}.focus()")
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    assert browser.value(READOUT).startswith("round 2  ·  training, mean of clients 2 (2 to 2.25)")
+    browser.press("+")
+    zoomed = browser.value(TICKS)
+    browser.press("Escape")
+    assert browser.value(TICKS) != zoomed
+
+    browser.value(f"{PLOT}.scrollIntoView()")
+    box = browser.value(
+        f"(r => [r.left, r.top, r.width, r.height])({PLOT}.getBoundingClientRect())"
+    )
+    left, top, width, height = box
+    middle = top + height / 2
+    browser.drag((left + 0.4 * width, middle), (left + 0.7 * width, middle))
+    assert (
+        browser.value("document.querySelector('#curves .tools button:last-of-type').hidden")
+        is False
+    )
+
+    browser.value("document.querySelector('#curves .legend button').click()")
+    assert browser.value(f"{PLOT}.querySelectorAll('.curve').length") == 1
+    browser.value("document.querySelector('#clients thead button').click()")
+    first = "document.querySelector('#clients tbody th').textContent"
+    assert browser.value(first) == EVIL  # sorted by name
+    assert browser.console == []
+
+
+def test_hostile_names_run_nothing_and_fit_a_phone(browser: Browser, address: str) -> None:
+    for width, dark in ((1200, False), (390, True)):
+        browser.look_like(width, 844, dark)
+        browser.open(address)
+        assert browser.value("document.title") == "fedavg on demo"
+        assert browser.value("document.querySelectorAll('img, iframe').length") == 0
+        root = "document.documentElement"
+        assert browser.value(f"{root}.scrollWidth <= {root}.clientWidth")
+    ground = browser.value("getComputedStyle(document.body).backgroundColor")
+    assert ground == "rgb(20, 24, 29)"
+    assert browser.console == []  # no violation of the policy, no error
