@@ -1,14 +1,23 @@
 """Reports in a real browser: charts are drawn, answer to keys and mouse, and obey their policy."""
 
+import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from browser import CHROMIUM, Browser
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.compose import compose
 from fedllm_flwr.reporting.html.render import render
 from fedllm_flwr.reporting.html.run import RunFacts, run_page
+from fedllm_flwr.reporting.metrics import MetricsLog, read_metrics, summarise, write_summary
+from fedllm_flwr.runs.directory import RunDirectory, create
+from fedllm_flwr.runs.lock import RoundBoard, held
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,3 +109,76 @@ def test_hostile_names_run_nothing_and_fit_a_phone(browser: Browser, address: st
     ground = browser.value("getComputedStyle(document.body).backgroundColor")
     assert ground == "rgb(20, 24, 29)"
     assert browser.console == []  # no violation of the policy, no error
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    config = compose(["federation.num_rounds=4"])
+    return create(replace(config, output_dir=str(tmp_path / "run")))
+
+
+def trained(number: int) -> dict[str, Any]:
+    clients = {name: {"loss": 4.0 / number, "num_examples": 1} for name in (EVIL, "b")}
+    scores = {"loss": 5.0 / number, "accuracy": 1 - 1 / (1 + number)}
+    return {
+        **{"round": number, "seconds": 1.0, "loss": 4.0 / number, "clients": clients},
+        **{"eval": scores, "phases": {"training": 1.0}},
+    }
+
+
+ROUNDS = "document.querySelector('#head').textContent.match(/rounds(\\d) of 4/)[1]"
+LIVE = "document.getElementById('live').textContent"
+
+
+def test_the_live_page_grows_outlives_a_restart_and_ends(
+    browser: Browser, directory: RunDirectory
+) -> None:
+    pytest.importorskip("uvicorn")
+    log, board = MetricsLog(directory.metrics), RoundBoard(directory)
+    log.append({"round": 0, "seconds": 0.0, "eval": {"loss": 9.0, "accuracy": 0.1}})
+    command = [sys.executable, "-m", "fedllm_flwr.commands.main", "watch", str(directory.path)]
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(contextlib.ExitStack())
+        lock.enter_context(held(directory))
+        watching = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        stack.callback(watching.terminate)
+        assert watching.stdout is not None
+        url = watching.stdout.readline().split()[0]
+        browser.open(url)
+        assert browser.wait(f"{LIVE} == 'Live'")
+        assert browser.value(ROUNDS) == "0"
+        for number in (1, 2):
+            board.start_round(number, [EVIL, "b"])
+            board.reply(number, EVIL, 1.0)
+            shown = f"document.querySelector('#this-round')?.textContent.includes('{number}')"
+            assert browser.wait(shown)
+            log.append(trained(number))
+            assert browser.wait(f"{ROUNDS} == '{number}'")
+        browser.value(f"{PLOT}.focus()")
+        browser.press("+")
+        zoomed = browser.value(TICKS)
+
+        with contextlib.suppress(RuntimeError):  # the run's process dies, and another goes on
+            lock.close()
+        assert browser.wait("document.querySelector('.subtitle').textContent.includes('stopped')")
+        lock.enter_context(held(directory))
+        assert browser.wait("document.querySelector('.subtitle').textContent.includes('running')")
+        for number in (3, 4):
+            log.append(trained(number))
+        assert browser.wait(f"{ROUNDS} == '4'")
+        assert browser.value(TICKS) == zoomed
+        assert browser.value("document.title") == "fedavg on demo"
+
+        finish(directory)
+        lock.close()
+        assert browser.wait(f"{LIVE} == 'The run has ended.'")
+        assert watching.wait(20) == 0
+    assert browser.console == []
+
+
+def finish(directory: RunDirectory) -> None:
+    """What tells a finished run from one that has stopped."""
+    directory.adapter.mkdir()
+    write_summary(directory.summary, summarise(read_metrics(directory.metrics), {}))
+    directory.checkpoints.mkdir()
+    (directory.checkpoints / "round-00004.safetensors").touch()

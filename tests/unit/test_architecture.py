@@ -58,6 +58,8 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ray": (("simulation",), ("commands",)),
     "openai": ((), ("evaluation",)),
     "prometheus_client": ((), ("commands",)),
+    "starlette": ((), ("commands",)),
+    "uvicorn": ((), ("commands",)),
     "dp_accounting": ((), ("privacy",)),
 }
 

@@ -175,6 +175,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return report(arguments.directories, arguments.output)
 
 
+def _watch(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.watch.command import watch
+
+    return watch(arguments.directory, arguments.port)
+
+
 def _metrics(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -245,6 +251,11 @@ def _parser() -> argparse.ArgumentParser:
     page = _add(commands, "report", _report, text)
     page.add_argument("directories", nargs="+", metavar="DIRECTORY", help="of one of these")
     page.add_argument("--output", metavar="FILE", help="default: report.html in the directory")
+
+    text = "the report of what goes on, growing in a browser, on loopback"
+    live = _add(commands, "watch", _watch, text)
+    live.add_argument("directory", help="of a run, of a comparison, or of server init")
+    live.add_argument("--port", type=int, default=0, help="on 127.0.0.1; default: a free one")
 
     text = "counts of a server or a site for Prometheus, on loopback"
     metrics = _add(commands, "metrics", _metrics, text)

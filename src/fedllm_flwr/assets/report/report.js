@@ -302,15 +302,74 @@
     });
   }
 
-  const read = () => JSON.parse(document.getElementById("charts").textContent);
-  drawCharts(read());
-  for (const table of document.querySelectorAll("table")) sortable(table);
+  // What is below a part of the page that is new, or has just been replaced.
+  function enliven(part) {
+    for (const table of part.querySelectorAll("table")) sortable(table);
+    for (const details of part.querySelectorAll("details"))
+      details.addEventListener("toggle", () => { for (const chart of charts.values()) if (details.contains(chart.figure)) chart.draw(); });
+  }
+
   let width = window.innerWidth;
   window.addEventListener("resize", () => {
     if (window.innerWidth === width) return;
     width = window.innerWidth;
     for (const chart of charts.values()) chart.draw();
   });
-  for (const details of document.querySelectorAll("details"))
-    details.addEventListener("toggle", () => { for (const chart of charts.values()) if (details.contains(chart.figure)) chart.draw(); });
+
+  // The live page: parts whose HTML has changed are replaced; charts keep their zoom.
+  const PARTS = "#head, #contents, main > section";
+  const told = new Map(), drawn = new Map();
+  const main = document.getElementById("main");
+  for (const part of document.querySelectorAll(PARTS)) told.set(part.id, part.outerHTML);
+
+  function update({ body, charts: data }) {
+    const fresh = new DOMParser().parseFromString(body, "text/html");
+    let previous = null;
+    for (const part of fresh.querySelectorAll(PARTS)) {
+      const old = document.getElementById(part.id), text = part.outerHTML;
+      if (told.get(part.id) !== text) {
+        told.set(part.id, text);
+        const open = old ? [...old.querySelectorAll("details[open][id]")].map((details) => details.id) : [];
+        const made = document.adoptNode(part);
+        if (old) old.replaceWith(made);
+        else if (previous) previous.after(made);
+        else main.prepend(made);
+        for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+        for (const figure of made.querySelectorAll("figure")) drawn.delete(figure.id);
+        enliven(made);
+      }
+      if (part.localName === "section") previous = document.getElementById(part.id);
+    }
+    const kept = new Set([...fresh.querySelectorAll(PARTS)].map((part) => part.id));
+    for (const id of [...told.keys()]) if (!kept.has(id) && !body.includes(`id="${id}"`)) { document.getElementById(id)?.remove(); told.delete(id); }
+    draw(data);
+  }
+
+  function draw(data) {
+    for (const [id, values] of Object.entries(data)) {
+      const text = JSON.stringify(values);
+      if (drawn.get(id) === text) continue;
+      drawn.set(id, text);
+      drawCharts({ [id]: values });
+    }
+  }
+
+  draw(JSON.parse(document.getElementById("charts").textContent));
+  enliven(document);
+
+  const version = document.documentElement.dataset.version;
+  if (version !== undefined) {
+    const live = document.getElementById("live");
+    const say = (text) => { if (live.textContent !== text) live.textContent = text; };
+    live.hidden = false;
+    say("Live");
+    const source = new EventSource(`events?version=${version}`);
+    source.onopen = () => say("Live");
+    source.onerror = () => say("The connection is lost; trying again.");
+    source.onmessage = (event) => {
+      const message = JSON.parse(event.data);
+      update(message);
+      if (message.ended) { source.close(); say("The run has ended."); }
+    };
+  }
 })();

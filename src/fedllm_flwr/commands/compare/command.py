@@ -20,6 +20,7 @@ from fedllm_flwr.files import write_atomically
 from fedllm_flwr.models.device import cpu_count
 from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.reporting.console import print_error
+from fedllm_flwr.reporting.html.page import Page
 from fedllm_flwr.reporting.html.render import render
 from fedllm_flwr.reporting.text import format_seconds
 from fedllm_flwr.runs.directory import foreign_files
@@ -216,11 +217,22 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
 def write_report(root: Path, found: Tabulated | None = None, output: Path | None = None) -> Path:
     """Write the page of a comparison, by default ``report.html`` in its directory.
 
+    Raises:
+        FedLLMError: as `report_page`, or the file cannot be written.
+    """
+    path = output or root / REPORT
+    write_atomically(path, render(report_page(root, found)).encode())
+    return path
+
+
+def report_page(root: Path, found: Tabulated | None = None) -> Page:
+    """The page of a comparison, so far as its runs have finished.
+
     Args:
         found: what its runs came to; None reads it from the directory.
 
     Raises:
-        FedLLMError: no run has finished, or the file cannot be written.
+        ConfigError: no run has finished.
     """
     options, overrides = _saved(root)
     if found is None:
@@ -228,12 +240,8 @@ def write_report(root: Path, found: Tabulated | None = None, output: Path | None
     if found is None:
         raise ConfigError(f"{root}: no run of this comparison has finished yet.")
     own = [f"{key}={value}" for key, value in options.items() if key != "output_dir"]
-    facts = run_facts(found.outcomes[0].job.directory)
-    facts = replace(facts, name=root.resolve().name)
-    page = comparison_page(facts, found, shlex.join(["fedllm", "compare", *own, *overrides]))
-    path = output or root / REPORT
-    write_atomically(path, render(page).encode())
-    return path
+    facts = replace(run_facts(found.outcomes[0].job.directory), name=root.resolve().name)
+    return comparison_page(facts, found, shlex.join(["fedllm", "compare", *own, *overrides]))
 
 
 def _jobs_on_disk(root: Path) -> list[Job]:

@@ -33,9 +33,10 @@ class Html(str):
     """Text that is HTML already; `_tag` escapes all other text."""
 
 
-def render(page: Page, live: bool = False) -> str:
-    """The whole file; a `live` page asks the server it came from for its later states."""
+def render(page: Page, version: int | None = None) -> str:
+    """The whole file; one with a `version` asks the server it came from for later ones."""
     style, script = _asset("report.css"), _asset("report.js")
+    live = version is not None
     connect = "'self'" if live else "'none'"
     policy = (
         f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "
@@ -45,7 +46,8 @@ def render(page: Page, live: bool = False) -> str:
     return Template(_asset("report.html")).substitute(
         policy=policy,
         title=_escaped(page.title),
-        live=" data-live" if live else "",
+        live=f' data-version="{version}"' if live else "",
+        needs="" if live else " This file needs nothing else and sends nothing.",
         style=style,
         script=script,
         body=body,
