@@ -51,6 +51,20 @@ def subtract(left: Mapping[str, Array], right: Mapping[str, Array]) -> Params:
     return {name: (left[name] - right[name]).astype(left[name].dtype) for name in left}
 
 
+def moved(params: Mapping[str, Array], change: Mapping[str, Array], scale: float = 1.0) -> Params:
+    """`params`, of which those that `change` names have moved by ``scale * change``."""
+    return {**params, **add({name: params[name] for name in change}, change, scale)}
+
+
+def digest(params: Mapping[str, Array]) -> str:
+    """SHA-256 of names, shapes and values; tensors in float32."""
+    found = hashlib.sha256()
+    for name, value in sorted(params.items()):
+        found.update(f"{name} {value.shape}".encode())
+        found.update(np.ascontiguousarray(value, np.float32).tobytes())
+    return found.hexdigest()
+
+
 def num_values(params: Mapping[str, Array]) -> int:
     """Total number of scalars."""
     return sum(int(value.size) for value in params.values())

@@ -20,6 +20,7 @@ NAME = PACKAGE.name
 LAYERS = (
     ("errors", "environment"),
     ("files", "params"),
+    ("factors",),
     ("plugins",),
     ("config", "privacy"),
     ("data",),

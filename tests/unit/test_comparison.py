@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_flwr.commands.compare.command import ORDER, compare
+from fedllm_flwr.commands.compare.command import COMPARED, compare
 from fedllm_flwr.commands.compare.jobs import Job, make_jobs
 from fedllm_flwr.commands.compare.page import comparison_page
 from fedllm_flwr.commands.compare.results import (
@@ -175,9 +175,9 @@ def test_the_report_has_the_numbers_of_the_table(outcomes: list[FinishedRun]) ->
 
 def test_every_run_has_the_same_budget(tmp_path: Path) -> None:
     options = ["training.max_steps=3", "federation.num_rounds=5", "compare.seeds=2", "seed=7"]
-    jobs = make_jobs(options, None, ORDER, tmp_path)
+    jobs = make_jobs(options, None, COMPARED, tmp_path)
     assert [job.seed for job in jobs] == [7] * 9 + [8] * 9
-    assert [job.algorithm for job in jobs[:9]] == list(ORDER)
+    assert [job.algorithm for job in jobs[:9]] == list(COMPARED)
     steps = {job.algorithm: job.config.training.max_steps for job in jobs}
     assert steps.pop("centralized") == 3 * 4  # four of ten clients a round
     assert set(steps.values()) == {3}

@@ -14,19 +14,20 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
 from fedllm_flwr.federation.client_memory import ClientMemory
-from fedllm_flwr.federation.messages import Assignment, Update
+from fedllm_flwr.federation.messages import FROZEN, Assignment, Update
 from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.updates.transform import Chain, Passage
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
-from fedllm_flwr.params import Kept, add, derive_seed, subtract
+from fedllm_flwr.params import Kept, Params, add, derive_seed, digest, subtract
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.tasks.base import LocalWork, TrainingTask
 from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.drift import DriftCorrection
-from fedllm_flwr.training.local_terms import LocalResult
+from fedllm_flwr.training.local_terms import LocalResult, LocalTerms
 from fedllm_flwr.training.momentum import MOMENTUM, with_momentum, worker_momentum
 from fedllm_flwr.training.schedule import draw_examples, steps_per_round
+from fedllm_flwr.training.trainer import Trained
 
 Drawn = NDArray[np.int64]
 
@@ -44,22 +45,43 @@ def train_locally(assignment: Assignment, data: ClientData, state_dir: Path) -> 
         return _train(assignment, data, state_dir)
 
 
+def completed(assignment: Assignment, rule: Rule, model: AdaptedModel) -> Assignment:
+    """An assignment with the tensors of the adapter that the client draws itself.
+
+    Raises:
+        FederationError: they differ from the server's.
+    """
+    if not assignment.seeded:
+        return assignment
+    own = {name: value for name, value in model.initial.items() if rule.is_fixed(name)}
+    if digest(own) != assignment.seeded:
+        text = (
+            "the adapter's start that this client draws from the run's seed is not the server's; "
+            "install one version of torch on both, or send it: init_adapter=<adapter>"
+        )
+        raise FederationError(text, text)
+    return replace(assignment, params={**own, **assignment.params})
+
+
 def check_sent(assignment: Assignment, rule: Rule, task: TrainingTask, model: AdaptedModel) -> None:
     """Refuse groups of tensors that are not asked for, lack, or do not fit the adapter.
 
     Raises:
         FederationError, ModelError: says which.
     """
-    sent = assignment.sent.keys()
+    sent, own = assignment.sent.keys(), {FROZEN} if rule.freezes else set()
     wrong = [f"it lacks {name!r}, which the algorithm needs" for name in rule.sends - sent]
     wrong += [
         f"it holds {name[:100]!r}, which neither algorithm nor task asks for"
-        for name in sorted(sent - rule.sends - task.adapters.keys())
+        for name in sorted(sent - rule.sends - task.adapters.keys() - own)
     ]
     if wrong:
         raise FederationError(wrong[0], wrong[0])
     for name, params in assignment.tensors.items():
-        model.check(params, name)
+        if name == FROZEN:
+            model.check_frozen(params)
+        else:
+            model.check(params, name)
 
 
 def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
@@ -68,6 +90,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     if not len(data.train):
         raise DataError(f"{data.name} has no usable training example")
     model, rule, task = load_model(config), find_rule(config.algorithm), task_of(config)
+    assignment = completed(assignment, rule, model)
     check_sent(assignment, rule, task, model)
     _check_fit(data, model, config)
     received = assignment.tensors
@@ -86,12 +109,21 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     )
     prepared = task.prepare(work)
     kept = {kind: prepared[kind] for kind in task.remembers}
-    terms = rule.local_terms(received, memory.tensors)
-    model.load(terms.start)
-    with _trained_only(model.trainable(), terms.trains) as parameters:
-        drift = DriftCorrection(parameters, terms, assignment.learning_rate)
-        trained = task.optimise(work, prepared, [drift], drift.penalty)
-    params = model.params()
+
+    def optimise(terms: LocalTerms) -> tuple[Params, DriftCorrection, Trained]:
+        """The adapter that training with these terms leads to, and how it went."""
+
+        def trains(name: str) -> bool:
+            chosen = terms.trains is None or terms.trains(name)
+            return chosen and rule.trains(name, assignment.round)
+
+        model.load(terms.start, received.get(FROZEN))
+        with _trained_only(model.trainable(), trains) as parameters:
+            drift = DriftCorrection(parameters, terms, assignment.learning_rate)
+            trained = task.optimise(work, prepared, [drift], drift.penalty)
+        return model.params(), drift, trained
+
+    params, drift, trained = optimise(rule.local_terms(received, memory.tensors))
     result = LocalResult(
         params=params,
         delta=subtract(params, assignment.params),
@@ -103,12 +135,19 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     chain = Chain.of(config)
     after = rule.finish(result, received, memory.tensors, chain.as_received)
     kept |= {kind: Kept(tensors) for kind, tensors in after.memory.items()}
+    metrics = {"loss": trained.loss, **trained.metrics}
+    personal = rule.personal_terms(received, memory.tensors)
+    if personal is not None and rule.personal is not None:
+        adapter, _, trained = optimise(personal)
+        kept[rule.personal] = Kept(adapter)
+        metrics["personal_loss"] = trained.loss
     delta = result.delta
     if decay := worker_momentum(config):
         delta = with_momentum(delta, memory.tensors.get(MOMENTUM), decay)
         kept[MOMENTUM] = Kept(delta)
     passage = Passage(data.name, assignment.round, config.seed)
-    groups = dict(chain.client_end({"delta": delta, **after.contributions}, passage))
+    shared = {n: v for n, v in delta.items() if rule.shares(n, assignment.round)}
+    groups = dict(chain.client_end({"delta": shared, **after.contributions}, passage))
     if rule.contributes and chain.links:  # memory moves by what arrives, as the server's copy does
         arriving = chain.arriving(groups, passage)
         for group, kind in rule.contributes.items():
@@ -121,8 +160,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
         contributed=groups,
         lost=memory.lost,
         metrics={
-            "loss": trained.loss,
-            **trained.metrics,
+            **metrics,
             "steps": float(drift.steps),
             "tokens": float(work.batches.num_tokens),
             "computed_tokens": float(work.batches.computed_tokens),
@@ -133,10 +171,10 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
 
 @contextmanager
 def _trained_only(
-    parameters: dict[str, Parameter], trains: Callable[[str], bool] | None
+    parameters: dict[str, Parameter], trains: Callable[[str], bool]
 ) -> Iterator[dict[str, Parameter]]:
     """The adapter's parameters that a rule lets train; the others are frozen meanwhile."""
-    frozen = {} if trains is None else {n: p for n, p in parameters.items() if not trains(n)}
+    frozen = {name: p for name, p in parameters.items() if not trains(name)}
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     try:

@@ -17,8 +17,9 @@ from fedllm_flwr import __version__
 from fedllm_flwr.client.site import Site
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.ledger import Ledger
-from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError
-from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure
+from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
+from fedllm_flwr.factors import rank_of
+from fedllm_flwr.federation.messages import FROZEN, Assignment, ClientInfo, Failure
 from fedllm_flwr.federation.wire import (
     pack_failure,
     pack_info,
@@ -71,7 +72,8 @@ def evaluate(content: RecordDict, site: Site) -> RecordDict:
     from fedllm_flwr.client.local_evaluation import evaluate_locally
 
     assignment, data = accepted(content, site)
-    return pack_scores(evaluate_locally(assignment, data), len(data.held_out))
+    memory = site.memory_folder(data.name, assignment.run, content)
+    return pack_scores(evaluate_locally(assignment, data, memory), len(data.held_out))
 
 
 def query(content: RecordDict, site: Site) -> RecordDict:
@@ -85,7 +87,8 @@ def query(content: RecordDict, site: Site) -> RecordDict:
     config = site.own_config(unpack_query(content))
     if site.is_simulated:
         data = site.data(config)
-        return pack_info(ClientInfo(data.name, len(data.train), __version__))
+        rank = site.rank(config, data.name) % config.lora.r
+        return pack_info(ClientInfo(data.name, len(data.train), __version__, rank=rank))
     ledger, run_id = Ledger(site.state.ledger), str(site.run_id)
     info = ledger.answer(run_id)
     if info is None:
@@ -93,7 +96,8 @@ def query(content: RecordDict, site: Site) -> RecordDict:
         site.policy.check_records(config, len(data.train), len(data.held_out))
         check_site_fit(config, data.train)
         model = site.model_identity(config)
-        info = ClientInfo(data.name, len(data.train), __version__, model)
+        rank = site.rank(config, data.name) % config.lora.r
+        info = ClientInfo(data.name, len(data.train), __version__, model, rank)
         ledger.keep_answer(run_id, info)
     return pack_info(info)
 
@@ -116,6 +120,9 @@ def accepted(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData]"
     site.policy.check_tensors(assignment.params)
     data = site.data(config)
     site.policy.check_records(config, len(data.train), len(data.held_out))
+    site.policy.check_rank("rank of frozen factors", rank_of(assignment.sent.get(FROZEN, {})))
+    if (rank := rank_of(assignment.params)) > (most := site.rank(config, data.name)):
+        raise RefusedError(f"an adapter of rank {rank} for {data.name}, which trains rank {most}")
     return replace(assignment, config=config), data
 
 

@@ -10,6 +10,7 @@ from flwr.app import RecordDict
 
 from fedllm_flwr.client.simulated import noted_state_dir
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.ranks import divides, rank_of_client, with_rank
 from fedllm_flwr.config.schema import Device
 from fedllm_flwr.data.encode import KEEP
 from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
@@ -104,7 +105,8 @@ class Site:
                 f"model.path={path} is no hub id; name this site's own copy with model-path in its "
                 "node config"
             )
-        policy.check(config, server_round, has_own_model="model-path" in own)
+        asked = with_rank(config, self.rank(config, self.name))
+        policy.check(asked, server_round, has_own_model="model-path" in own)
         if config.data.truncation == "drop":
             raise RefusedError(
                 "the site refuses data.truncation=drop: how many records it trains on would depend "
@@ -139,6 +141,26 @@ class Site:
             training=replace(config.training, device=cast(Device, own.get("device", "auto"))),
             federation=replace(config.federation, client_cpus=site_threads(own)),
         )
+
+    def rank(self, config: Config, name: str) -> int:
+        """The rank of a client's adapter: the server's choice, at most a site's own ``lora-rank``.
+
+        Raises:
+            RefusedError: ``lora-rank`` is no whole number above 0, or has no whole alpha.
+        """
+        rank, own = rank_of_client(config, name), self.node_config.get("lora-rank")
+        if self.is_simulated or own is None:
+            return rank
+        if type(own) is not int or own < 1:
+            raise RefusedError(
+                "lora-rank of the site's node config is no whole number above 0; correct it there"
+            )
+        if own < rank and not divides(config.lora, own):
+            raise RefusedError(
+                f"lora.alpha={config.lora.alpha} with lora.r={config.lora.r} has no whole alpha "
+                f"for this site's lora-rank={own}; set lora.alpha={2 * config.lora.r}"
+            )
+        return min(own, rank)
 
     def data(self, config: Config) -> "ClientData":
         """The client's tokenised records, of a configuration as `own_config` gives it."""

@@ -103,7 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.commands.compare.command import compare
 
-    _, failed = compare(arguments.overrides, arguments.config_dir)
+    asked = ["evaluation.clients=true"] if arguments.personal else []
+    _, failed = compare([*arguments.overrides, *asked], arguments.config_dir)
     return FAILED if failed else 0
 
 
@@ -206,6 +207,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "compare", _compare, "run all algorithms: compare [algorithm=a,b] [seeds=3] ..."
     )
     _add_overrides(compare)
+    compare.add_argument(
+        "--personal",
+        action="store_true",
+        help="let clients score the global adapter, and their own if they have one, on own records",
+    )
 
     config = _add(commands, "config", _config, "print the resolved configuration")
     _add_overrides(config)

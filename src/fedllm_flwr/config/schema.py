@@ -121,6 +121,11 @@ class LoraConfig:
     alpha: Whole = Field(
         default=16, gt=0, description="scale of the adapter: alpha / r, with rslora alpha / sqrt(r)"
     )
+    ranks: list[Text] = Field(
+        default_factory=list,
+        description="ranks of clients, at most r, as [desk-1:4,*-2:8] by name or pattern, the "
+        "first that fits; alpha follows",
+    )
     dropout: Real = Field(default=0.05, ge=0, lt=1, description="probability")
     target_modules: Any = Field(
         default="auto", description='"auto" | "all-linear" | list of module names'
@@ -335,6 +340,11 @@ class AlgorithmConfig:
     beta1: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's first moment")
     beta2: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's second moment")
     tau: Real = Field(default=1e-3, gt=0, description="adaptivity of the server optimizer")
+    factors: Literal["both", "b", "alternate"] = Field(
+        default="both",
+        description="LoRA matrices that clients train: both | b: A stays at its seeded start | "
+        "alternate: B in odd rounds, A in even ones",
+    )
     combiner: Annotated[str, Registered(COMBINERS, "auto")] = Field(
         default="auto",
         description="how updates become one: mean, or a robust one; auto: as the algorithm says",
@@ -520,6 +530,11 @@ class EvaluationConfig:
     clients: Flag = Field(
         default=False, description="ask the clients to score it on their own records"
     )
+    aggregation_error: Flag | None = Field(
+        default=None,
+        description="distance of the new adapter from the mean of the clients' products B A; null: "
+        "where the adapters of a round take at most 1 GB",
+    )
     answers: Whole = Field(
         default=8,
         ge=0,
@@ -564,6 +579,10 @@ class CompareConfig:
         default=None,
         gt=0,
         description="runs side by side; null: as many as CPUs / federation.client_cpus",
+    )
+    algorithms: list[Annotated[str, Registered(ALGORITHMS)]] = Field(
+        default_factory=list,
+        description="what algorithm=all stands for; []: OpenFedLLM's seven and the baselines",
     )
     settings: Any = Field(
         default=None, description="algorithm -> its own keys of the section algorithm"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedllm_flwr.config.names import shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
+from fedllm_flwr.config.ranks import divides, parsed
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, EMBEDDED_DATA, Config, value_of
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, TASKS, TRANSFORMS
@@ -276,6 +277,7 @@ def _check_attack(config: Config) -> None:
 
 
 def _check_lora(config: Config) -> None:
+    _check_ranks(config)
     targets = config.lora.target_modules
     if isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets):
         return
@@ -290,6 +292,56 @@ def _check_lora(config: Config) -> None:
         f"lora.target_modules={name}: {hint} auto, all-linear or a list of module names such as "
         f"{example}."
     )
+
+
+def _check_ranks(config: Config) -> None:
+    """Ranks that differ, and what does not go with an adapter that is a plain product B A."""
+    lora, algorithm = config.lora, config.algorithm
+    for entry in lora.ranks:
+        rank = parsed(entry)[1]
+        if rank > lora.r:
+            raise ConfigError(
+                f"lora.ranks: {shown(entry)} is above lora.r={lora.r}, the rank of the global "
+                f"adapter; set lora.r={rank}."
+            )
+        if not divides(lora, rank):
+            raise ConfigError(
+                f"lora.ranks: {shown(entry)} with lora.r={lora.r} and lora.alpha="
+                f"{lora.alpha}: alpha of the client, {lora.alpha * rank / lora.r:g}, is no whole "
+                f"number; set lora.alpha={2 * lora.r}."
+            )
+    is_private = config.privacy.unit == "client"
+    special = lora.ranks or lora.dora or lora.rslora or is_private or algorithm.combiner != "auto"
+    if not special:  # nothing to ask of the algorithm
+        return
+    kind = ALGORITHMS.find(algorithm.name)
+    if lora.ranks and not kind.any_rank:
+        able = [name for name in ALGORITHMS.builtin if ALGORITHMS.find(name).any_rank]
+        raise ConfigError(
+            f"lora.ranks does not go with algorithm={algorithm.name}, which needs one rank of all; "
+            f"use algorithm={' or '.join(able)}."
+        )
+    is_matrix = kind.stacks or "both" not in kind.takes_factors or algorithm.factors != "both"
+    if lora.dora and is_matrix:
+        raise ConfigError(
+            f"lora.dora=true does not go with algorithm={algorithm.name} or algorithm.factors="
+            f"{algorithm.factors}: they are about B A, which DoRA rescales; use lora.dora=false."
+        )
+    if lora.rslora and (kind.freezes or kind.any_rank):
+        raise ConfigError(
+            f"lora.rslora=true does not go with algorithm={algorithm.name}: its scale depends on "
+            "the rank of each adapter; use lora.rslora=false and another lora.alpha."
+        )
+    if kind.stacks and is_private:
+        raise ConfigError(
+            f"privacy.unit=client does not go with algorithm={algorithm.name}, whose server step "
+            "sees each client's adapter and not their noisy sum; use algorithm=ffa."
+        )
+    if kind.stacks and algorithm.combiner != "auto":
+        raise ConfigError(
+            f"algorithm.combiner={algorithm.combiner} does not go with algorithm={algorithm.name}, "
+            "which combines the clients' adapters itself; drop it."
+        )
 
 
 def _check_device(config: Config) -> None:

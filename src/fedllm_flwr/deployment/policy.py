@@ -133,6 +133,14 @@ class Policy:
         kept = server_round - oldest_checkpoint
         self._check_limit("max_rounds_kept", "rounds since the oldest checkpoint", kept)
 
+    def check_rank(self, what: str, rank: int) -> None:
+        """Refuse factors of a rank above the policy's ``max_lora_rank``.
+
+        Raises:
+            RefusedError: names the limit.
+        """
+        self._check_limit("max_lora_rank", what, rank)
+
     def check_dataset(self, name: str) -> None:
         """Refuse a data set of the site that the policy does not list; "" is its only one.
 

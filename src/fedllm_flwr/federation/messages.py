@@ -15,6 +15,10 @@ look alike: no letters beyond ASCII, no blanks, nothing that a spreadsheet takes
 SITE_NAME_RULE = (
     "use letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit"
 )
+FROZEN = "frozen"
+"""Group of factors that clients have beside the adapter and do not train."""
+PERSONAL = "personal_"
+"""Prefix of the scores of a client's own adapter, beside those of the global one."""
 _MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 64, 64, 1e12
 _METRIC = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 _LONGEST_TEXT = 500  # characters of a client's wording that are shown
@@ -48,6 +52,8 @@ class Assignment:
             round, and from its place in its own data after so many updates.
         oldest_checkpoint: round of the oldest state that the server may go back to, and with it to
             an older acknowledged round.
+        seeded: digest of those tensors of the adapter that are not sent, because they stay as they
+            were drawn from the run's seed; "" where all are.
     """
 
     round: int
@@ -58,6 +64,7 @@ class Assignment:
     run: str = ""
     acknowledged: Acknowledged = Acknowledged()
     oldest_checkpoint: int = 0
+    seeded: str = ""
 
     @property
     def tensors(self) -> Groups:
@@ -95,12 +102,16 @@ class LocalScores:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What a node says of itself when asked at the start of a run."""
+    """What a node says of itself when asked at the start of a run.
+
+    ``rank`` is that of its adapter; 0: that of the run.
+    """
 
     name: str
     num_examples: int
     version: str
     model: str = ""  # base model of a site: embedded, id@commit, or sha256:... of its directory
+    rank: int = 0
 
 
 @dataclass(frozen=True)

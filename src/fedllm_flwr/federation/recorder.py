@@ -40,6 +40,7 @@ class RoundReport:
     bytes_up: int = 0
     spent: tuple[float, float] | None = None
     is_last: bool = False
+    aggregation_error: float | None = None  # see `factors.aggregation_error`
 
     @property
     def loss(self) -> float | None:

@@ -5,7 +5,7 @@ all score the new adapter. Nothing here knows Flower, disks of clients, or where
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import min_replies
 from fedllm_flwr.data.poison import attackers
 from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.factors import aggregation_error, cut, is_a, is_b
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
 from fedllm_flwr.federation.mechanism import mechanism_of
 from fedllm_flwr.federation.messages import (
+    FROZEN,
     Acknowledged,
     Assignment,
     LocalScores,
@@ -34,9 +36,11 @@ from fedllm_flwr.federation.server_copies import ServerCopies
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.updates.cast import wire_bytes
 from fedllm_flwr.federation.updates.transform import Chain, Passage
-from fedllm_flwr.params import Groups, Params, check_like
+from fedllm_flwr.params import Groups, Params, check_like, digest, moved
 from fedllm_flwr.plugins import COMBINERS
 from fedllm_flwr.training.schedule import cosine_learning_rate
+
+_MOST_KEPT = 2**30  # bytes of the adapters of a round that are kept for the aggregation error
 
 
 class Rounds:
@@ -72,7 +76,10 @@ class Rounds:
             report = opened.report
             self.recorder.on_start_round(current, report.sampled)
             replies = channel.exchange(
-                RequestKind.TRAIN, opened.assignments, timeout_s, self.expected(state)
+                RequestKind.TRAIN,
+                opened.assignments,
+                timeout_s,
+                self.expected(state.params, current),
             )
             state = self.close(opened, replies, channel)
             report.seconds = time.monotonic() - started
@@ -95,7 +102,27 @@ class Rounds:
         self.copies.require(clients)
         state = replace(self.rule.start(state, len(clients)), clients=clients)
         check_roster(roster, self.config)
+        self._check_ranks(roster)
         return state
+
+    def _check_ranks(self, roster: Roster) -> None:
+        """Refuse clients whose adapters have a rank that the algorithm cannot combine.
+
+        Raises:
+            FederationError: names the first of them and its rank.
+        """
+        rank = self.config.lora.r
+        for name, client in roster.items():
+            if not 0 <= (own := client.info.rank) <= rank:
+                raise FederationError(
+                    f"{name} trains adapters of rank {own}, the run has lora.r={rank}"
+                )
+            if own % rank and not self.rule.any_rank:
+                raise FederationError(
+                    f"{name} trains adapters of rank {own}, and algorithm="
+                    f"{self.config.algorithm.name} needs lora.r={rank} of all; use "
+                    "algorithm=flexlora, hetlora or flora."
+                )
 
     def open(self, state: ServerState, roster: Roster, server_round: int) -> "OpenRound":
         """Choose the clients of a round, and what each is sent."""
@@ -103,14 +130,10 @@ class Rounds:
         learning_rate = cosine_learning_rate(
             self.config.training, server_round, self.config.federation.num_rounds
         )
-        assignments = {
-            name: self._assignment(state, name, server_round, learning_rate) for name in names
-        }
-        bytes_down = sum(
-            wire_bytes(params, self.config.communication.dtype)
-            for assignment in assignments.values()
-            for params in assignment.tensors.values()
-        )
+        ranks = self._ranks(roster)
+        ranks = {name: ranks[name] for name in names}
+        assignments = self._assignments(state, ranks, server_round, learning_rate)
+        bytes_down = sum(self.wire_bytes(each.tensors) for each in assignments.values())
         lying = [name for name in attackers(self.config, roster) if name in names]
         report = RoundReport(server_round, names, attackers=lying, bytes_down=bytes_down)
         return OpenRound(self, state, roster, assignments, report)
@@ -138,15 +161,30 @@ class Rounds:
 
     def questions(self, state: ServerState, roster: Roster) -> dict[str, Assignment]:
         """What all clients are sent to score the adapter of a state."""
+        ranks, run = self._ranks(roster), state.run if self.rule.personal else ""
         return {
-            name: replace(self._assignment(state, name, state.round, 0.0), sent=state.sent, run="")
-            for name in roster
+            name: replace(assignment, sent=self._scored_with(assignment.sent, state), run=run)
+            for name, assignment in self._assignments(state, ranks, state.round, 0.0).items()
         }
 
-    def expected(self, state: ServerState) -> Groups:
-        """Groups with the names and shapes that travel back."""
-        names = ("delta", *self.rule.contributes)
-        return self.chain.expected(dict.fromkeys(names, state.params))
+    def _ranks(self, roster: Roster) -> dict[str, int]:
+        """Ranks of the clients' adapters; 0: that of the global one."""
+        own = self.config.lora.r
+        return {name: client.info.rank % own for name, client in roster.items()}
+
+    @staticmethod
+    def _scored_with(sent: Groups, state: ServerState) -> Groups:
+        """Of the groups that a client is sent, those without which the adapter is not scored."""
+        return {group: params for group, params in sent.items() if group in (*state.sent, FROZEN)}
+
+    def expected(self, params: Params, server_round: int) -> Groups:
+        """Names and shapes that travel back from a client that starts at `params`, by group."""
+        groups = dict.fromkeys(self.rule.contributes, params)
+        return self.chain.expected({"delta": self.shared(params, server_round), **groups})
+
+    def shared(self, params: Params, server_round: int) -> Params:
+        """Those tensors of `params` whose change travels back in a round."""
+        return {n: value for n, value in params.items() if self.rule.shares(n, server_round)}
 
     def replies_needed(self, opened: "OpenRound") -> int:
         """Usable replies without which a round fails; of a Poisson sample, more than half."""
@@ -174,6 +212,17 @@ class Rounds:
         made: Combiner = kind.of(self.config, state)
         return made
 
+    def keeps_adapters(self, params: Params, num_clients: int) -> bool:
+        """Whether a round's adapters are kept in memory: for the rule, or for the error."""
+        wanted = self.config.evaluation.aggregation_error
+        if self.rule.stacks:
+            return True
+        if not self.rule.aggregates or self.config.privacy.unit == "client":  # it is no release
+            return False
+        if wanted is None:
+            wanted = num_clients * sum(value.nbytes for value in params.values()) <= _MOST_KEPT
+        return wanted and all(is_a(name) or is_b(name) for name in params)
+
     def oldest_checkpoint(self, state: ServerState) -> int:
         """Round of the oldest state that the server may go back to."""
         oldest = self.recorder.oldest_checkpoint()
@@ -181,25 +230,50 @@ class Rounds:
 
     def bytes_per_client(self, state: ServerState) -> tuple[int, int]:
         """Bytes of tensors that a client is sent in a round, and that it sends."""
-        dtype = self.config.communication.dtype
-        sent = {"params": state.params, **state.sent, **self.rule.send(state, "")}
-        down = sum(wire_bytes(params, dtype) for params in sent.values())
-        return down, sum(wire_bytes(params, dtype) for params in self.expected(state).values())
+        (assignment,) = self._assignments(state, {"": 0}, state.round + 1, 0.0).values()
+        up = self.expected(state.params, state.round + 1)
+        return self.wire_bytes(assignment.tensors), self.wire_bytes(up)
 
-    def _assignment(
-        self, state: ServerState, name: str, server_round: int, learning_rate: float
-    ) -> Assignment:
-        sent = {"params": state.params, **state.sent, **self.rule.send(state, name)}
-        return Assignment(
-            round=server_round,
-            params=sent.pop("params"),
-            learning_rate=learning_rate,
-            config=self.config,
-            sent=sent,
-            run=state.run,
-            acknowledged=state.clients[name],
-            oldest_checkpoint=self.oldest_checkpoint(state),
-        )
+    def wire_bytes(self, groups: Groups) -> int:
+        """Bytes that groups of tensors take on the wire."""
+        dtype = self.config.communication.dtype
+        return sum(wire_bytes(params, dtype) for params in groups.values())
+
+    def _assignments(
+        self, state: ServerState, ranks: Mapping[str, int], server_round: int, learning_rate: float
+    ) -> dict[str, Assignment]:
+        """What clients are sent; those that are sent the same tensors get the same objects.
+
+        Args:
+            ranks: of the clients' adapters by name; 0: that of the global one.
+        """
+        oldest, frozen = self.oldest_checkpoint(state), state.tensors.get(FROZEN)
+        made: dict[tuple[int, int], tuple[Params, str]] = {}
+        found = {}
+        for name, rank in ranks.items():
+            sent = {"params": state.params, **state.sent, **self.rule.send(state, name)}
+            params = sent.pop("params")
+            if (key := (id(params), rank)) not in made:
+                made[key] = self._without_fixed(cut(params, rank) if rank else params)
+            found[name] = Assignment(
+                round=server_round,
+                params=made[key][0],
+                learning_rate=learning_rate,
+                config=self.config,
+                sent={**sent, FROZEN: frozen} if frozen else sent,
+                run=state.run,
+                acknowledged=state.clients.get(name, Acknowledged()),
+                oldest_checkpoint=oldest,
+                seeded=made[key][1],
+            )
+        return found
+
+    def _without_fixed(self, params: Params) -> tuple[Params, str]:
+        """`params` without what clients draw from the run's seed, and the digest of that, or ""."""
+        fixed = {n: value for n, value in params.items() if self.rule.is_fixed(n)}
+        if not fixed or self.config.init_adapter is not None:
+            return params, ""
+        return {n: value for n, value in params.items() if n not in fixed}, digest(fixed)
 
 
 @dataclass
@@ -217,6 +291,8 @@ class OpenRound:
         self._sums = {group: RunningMean() for group in self.rounds.rule.contributes}
         self._weight = 0.0
         self._within: list[bool] = []
+        self._adapters: dict[str, tuple[Params, float]] = {}  # by client, with its weight
+        self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
 
     def take(self, reply: Reply) -> None:
         """Validate a reply, all of it, and only then combine it with the others."""
@@ -237,7 +313,9 @@ class OpenRound:
             return
         report.metrics[name] = update.metrics
         report.num_examples[name] = update.num_examples
-        report.bytes_up += self.rounds.bytes_per_client(self.state)[1]
+        report.bytes_up += self.rounds.wire_bytes(
+            self.rounds.expected(self._start(name), report.round)
+        )
         acknowledged = self.state.clients[name].round
         if update.lost and acknowledged:
             report.lost[name] = acknowledged
@@ -253,9 +331,12 @@ class OpenRound:
         """
         rounds, state, report = self.rounds, self.state, self.report
         num_clients = len(state.clients)
-        combined: dict[str, Params] = {"delta": self._combiner.combined()}
+        combined: dict[str, Params] = {}
+        if not rounds.rule.any_rank:
+            combined["delta"] = self._combiner.combined()
         combined |= {group: total.sum_over(num_clients) for group, total in self._sums.items()}
-        counts = Counts(len(report.metrics), num_clients, self._weight)
+        adapters, shares = self._in_order()
+        counts = Counts(len(report.metrics), num_clients, self._weight, adapters, shares)
         released, tensors = rounds.mechanism.release(state, combined, self._within)
         new = rounds.rule.step(state, released, counts)
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
@@ -275,13 +356,27 @@ class OpenRound:
         }
         report.spent = rounds.mechanism.spent()
         report.is_last = rounds.mechanism.is_spent(num_clients)
-        return replace(
+        new = replace(
             new,
             round=report.round,
             params=params,
             tensors={**new.tensors, **tensors},
             clients={**state.clients, **accepted},
         )
+        if adapters and rounds.rule.aggregates:
+            before = state.tensors.get(FROZEN, {})
+            report.aggregation_error = aggregation_error(adapters, shares, before, new.adapter)
+        return new
+
+    def _start(self, name: str) -> Params:
+        """The adapter that a client starts a round from, with what it draws itself."""
+        sent = self.assignments[name]
+        return {**self.state.params, **sent.params} if sent.seeded else sent.params
+
+    def _in_order(self) -> tuple[list[Params], list[float]]:
+        """The adapters of the clients that replied, in the order of their names, and the p_i."""
+        found = [self._adapters[name] for name in sorted(self._adapters)]
+        return [adapter for adapter, _ in found], [w / self._weight for _, w in found]
 
     def _combine(self, name: str, update: Update) -> Update:
         rounds, state, report = self.rounds, self.state, self.report
@@ -297,8 +392,8 @@ class OpenRound:
             rounds.chain.server_end({"delta": update.delta, **update.contributed}, passage)
         )
         update = replace(update, delta=groups.pop("delta"), contributed=groups)
-        like = self.assignments[name].params
-        check_like(update.delta, like)
+        like = self._start(name)
+        check_like(update.delta, rounds.shared(like, report.round))
         changes = rounds.copies.accept(
             name,
             update,
@@ -313,7 +408,11 @@ class OpenRound:
         self._within.append(bounded.within)
         contribution = dict(bounded.groups)
         weight = rounds.weight(update, announced)
-        self._combiner.add(name, contribution.pop("delta"), weight)
+        delta = contribution.pop("delta")
+        if not rounds.rule.any_rank:
+            self._combiner.add(name, delta, weight)
+        if self._keeps:
+            self._adapters[name] = moved(like, delta), weight
         self._weight += weight
         for group, change in contribution.items():
             self._sums[group].add(change, 1.0)

@@ -8,18 +8,20 @@ strategies (`federation.strategies`) carry it out.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.factors import is_a, is_b
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.params import Groups, Params
 from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.training.local_terms import LocalResult, LocalTerms
 
 Weighting = Literal["examples", "used", "uniform"]
+Factors = Literal["both", "b", "alternate"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,16 @@ class Counts:
         replied: clients whose contributions were accepted.
         clients: N, all clients of the run, sampled or not.
         weight: sum of the weights of the accepted contributions.
+        adapters: w_i = w + D_i of the clients that replied, in the order of their names; only for a
+            rule that `Rule.stacks`.
+        shares: p_i, their weights, which sum to 1.
     """
 
     replied: int
     clients: int
     weight: float
+    adapters: Sequence[Params] = ()
+    shares: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,13 @@ class Rule(ABC):
     Args:
         variant: ``paper``, or ``openfedllm`` for OpenFedLLM's own update in every detail.
         mu: weight of a proximal term that clients add to their loss; open to every algorithm.
+        factors: which matrices of the adapter are trained and travel back: ``both``; ``b``, with A
+            at its seeded start; ``alternate``, B in odd rounds and A in even ones.
     """
 
     variant: Literal["paper", "openfedllm"] = "paper"
     mu: float = 0.0
+    factors: Factors = "both"
 
     weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples", "openfedllm": "examples"}
     """Weights of the updates in their mean, by variant."""
@@ -75,8 +85,20 @@ class Rule(ABC):
     """Groups that clients are sent beside the global adapter; a client refuses others."""
     remembers: ClassVar[frozenset[str]] = frozenset()
     """Kinds of client memory without which a client cannot go on where it was."""
+    personal: ClassVar[str | None] = None
+    """Kind of client memory that makes a client's own adapter, where it has one that it uses and
+    scores beside the global one."""
     aggregates: ClassVar[bool] = True
     """Whether there is a global adapter; without, each client keeps its own."""
+    takes_factors: ClassVar[frozenset[str]] = frozenset({"both"})
+    """Values of `factors` with which the algorithm is sound."""
+    stacks: ClassVar[bool] = False
+    """Whether `step` needs the clients' adapters one by one (`Counts.adapters`)."""
+    any_rank: ClassVar[bool] = False
+    """Whether clients may have adapters of different ranks. There is no ``delta`` for all then."""
+    freezes: ClassVar[bool] = False
+    """Whether `step` keeps factors that clients have beside the adapter and do not train, as
+    ``state.tensors["frozen"]``."""
 
     @classmethod
     def from_config(cls, algorithm: AlgorithmConfig) -> Self:
@@ -93,12 +115,42 @@ class Rule(ABC):
                 f"it takes {', '.join(sorted(names))}."
             )
         known = {name: getattr(algorithm, name) for name in names if hasattr(algorithm, name)}
-        return cls(**{**known, **options})
+        if algorithm.variant not in cls.weighting:
+            raise ConfigError(
+                f"algorithm.variant={algorithm.variant}: algorithm={algorithm.name} has none; drop "
+                "it, or use algorithm.variant=paper."
+            )
+        rule = cls(**{**known, **options})
+        if rule.factors not in cls.takes_factors:
+            raise ConfigError(
+                f"algorithm.factors={rule.factors} does not go with algorithm={algorithm.name}, "
+                f"which takes {' or '.join(sorted(cls.takes_factors))}."
+            )
+        return rule
 
     @property
     def as_openfedllm(self) -> bool:
         """Whether to reproduce OpenFedLLM's own update rather than the paper's."""
         return self.variant == "openfedllm"
+
+    # Both ends
+
+    def trains(self, name: str, round: int) -> bool:
+        """Whether clients train a tensor in a round."""
+        if self.factors == "both":
+            return True
+        return is_b(name) if self.factors == "b" or round % 2 else is_a(name)
+
+    def shares(self, name: str, round: int) -> bool:
+        """Whether the change of a tensor travels back in a round."""
+        return self.trains(name, round)
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether a tensor of the global adapter never leaves its start.
+
+        Where that is drawn from the run's seed, clients draw it themselves.
+        """
+        return self.factors == "b" and is_a(name)
 
     # The server's end
 
@@ -125,8 +177,9 @@ class Rule(ABC):
         """The state with the new adapter and the rule's tensors.
 
         Args:
-            combined: ``delta``, as the combiner gives it, and for each of `contributes` the sum
-                over the clients that replied, divided by N; float64.
+            combined: ``delta``, as the combiner gives it, with the tensors that `shares` names;
+                and for each of `contributes` the sum over the clients that replied, divided by N;
+                float64.
         """
 
     # The clients' end
@@ -139,6 +192,17 @@ class Rule(ABC):
             memory: what the client remembers, by kind, as of the acknowledged round.
         """
         return LocalTerms(received["params"], self.mu, as_openfedllm=self.as_openfedllm)
+
+    def personal_terms(self, received: Groups, memory: Groups) -> LocalTerms | None:
+        """Local training of the client's own adapter after that of the global one; None: none.
+
+        What it leads to is kept as the kind of memory `personal`.
+        """
+        return None
+
+    def personal_adapter(self, received: Groups, memory: Groups) -> Params | None:
+        """The client's own adapter, as of the acknowledged round; None before it has one."""
+        return None if self.personal is None else memory.get(self.personal)
 
     def finish(
         self,

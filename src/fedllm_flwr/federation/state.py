@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.messages import Acknowledged
+from fedllm_flwr.factors import joined
+from fedllm_flwr.federation.messages import FROZEN, Acknowledged
 from fedllm_flwr.federation.tensor_files import load_params, save_params
 from fedllm_flwr.params import Groups, Params
 
 _TENSORS, _SENT = "state.", "sent."  # prefixes of groups in a file
+FROZEN_GROUP = f"{_TENSORS}{FROZEN}"
+"""The frozen factors in a file."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class ServerState:
         round: number of rounds done.
         params: the global adapter after them.
         tensors: what the algorithm keeps beside it, by symbol: a server optimizer's moments ``m``
-            and ``v``, SCAFFOLD's ``control``; float64.
+            and ``v``, SCAFFOLD's ``control``; float64. Under ``frozen`` factors of any rank, which
+            clients have beside the adapter and do not train.
         sent: groups of tensors of the training task that clients get in every round, such as the
             adapter of DPO's reference model.
         run: tells this run from others, also when it goes on after a stop.
@@ -34,6 +38,11 @@ class ServerState:
     sent: Groups = field(default_factory=dict)
     run: str = ""
     clients: dict[str, Acknowledged] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Params:
+        """The adapter to score and to export: ``params``, and the frozen factors if any."""
+        return joined(self.params, self.tensors.get(FROZEN, {}))
 
 
 def save_state(directory: Path, state: ServerState, keep: int) -> Path:

@@ -160,7 +160,7 @@ class FederatedStrategy(Strategy):
         self._channel = FlowerChannel(grid, self.config, self.roster)
         timeout_s = self.config.federation.round_timeout_s if timeout is None else timeout
         self._rounds.run(self.state, self._channel, num_rounds, timeout_s)
-        told.result.arrays = _arrays(self.state.params)
+        told.result.arrays = _arrays(self.state.adapter)
         return told.result
 
     # Flower's steps of a round, for a loop other than `start`.
@@ -341,6 +341,60 @@ class FedAdam(FederatedStrategy):
     name = "fedadam"
 
 
+class FFA(FederatedStrategy):
+    """Sun et al. 2024; see `federation.algorithms.ffa`."""
+
+    name = "ffa"
+
+
+class RoLoRA(FederatedStrategy):
+    """Chen et al. 2025; see `federation.algorithms.rolora`."""
+
+    name = "rolora"
+
+
+class LoRAFair(FederatedStrategy):
+    """Bian et al. 2025; see `federation.algorithms.lora_fair`."""
+
+    name = "lora_fair"
+
+
+class FedEx(FederatedStrategy):
+    """Singhal et al. 2025; see `federation.algorithms.fedex`."""
+
+    name = "fedex"
+
+
+class FlexLoRA(FederatedStrategy):
+    """Bai et al. 2024; see `federation.algorithms.flexlora`."""
+
+    name = "flexlora"
+
+
+class HetLoRA(FederatedStrategy):
+    """Cho et al. 2024; see `federation.algorithms.hetlora`."""
+
+    name = "hetlora"
+
+
+class FLoRA(FederatedStrategy):
+    """Wang et al. 2024; see `federation.algorithms.flora`."""
+
+    name = "flora"
+
+
+class FedSA(FederatedStrategy):
+    """Guo et al. 2025; see `federation.algorithms.fedsa`."""
+
+    name = "fedsa"
+
+
+class Ditto(FederatedStrategy):
+    """Li et al. 2021; see `federation.algorithms.ditto`."""
+
+    name = "ditto"
+
+
 class Local(FederatedStrategy):
     """Every client trains its own adapter; see `federation.algorithms.baselines`."""
 
@@ -357,6 +411,7 @@ STRATEGIES: dict[str, type[FederatedStrategy]] = {
     kind.name: kind
     for kind in (
         *(FedAvg, FedProx, Scaffold, FedAvgM, FedAdagrad, FedYogi, FedAdam),
+        *(FFA, RoLoRA, LoRAFair, FedEx, FlexLoRA, HetLoRA, FLoRA, FedSA, Ditto),
         *(Local, Centralized),
     )
 }
@@ -418,7 +473,7 @@ class _Told(Recorder):
         """Let the user's function score the global adapter."""
         if self._evaluate_fn is None:
             return
-        if (scores := self._evaluate_fn(state.round, _arrays(state.params))) is not None:
+        if (scores := self._evaluate_fn(state.round, _arrays(state.adapter))) is not None:
             self.result.evaluate_metrics_serverapp[state.round] = scores
 
 

@@ -118,6 +118,7 @@ def pack_assignments(assignments: Iterable[Assignment]) -> Iterator[RecordDict]:
                         "dtype": dtype,
                         "run": assignment.run,
                         "oldest_checkpoint": assignment.oldest_checkpoint,
+                        "seeded": assignment.seeded,
                         "config": texts[id(config)][1],
                     }
                 ),
@@ -157,6 +158,7 @@ def unpack_assignment(content: RecordDict) -> Assignment:
         run=_field(settings, "run", str),
         acknowledged=acknowledged,
         oldest_checkpoint=_field(settings, "oldest_checkpoint", int),
+        seeded=_field(settings, "seeded", str),
     )
 
 
@@ -238,6 +240,7 @@ def unpack_info(content: RecordDict) -> ClientInfo:
         num_examples=_field(record, "num_examples", int),
         version=_field(record, "version", str),
         model=_field(record, "model", str),
+        rank=_field(record, "rank", int),
     )
 
 

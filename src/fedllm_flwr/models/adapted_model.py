@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from peft import (
     LoraConfig,
@@ -21,11 +22,13 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import LoraConfig as LoraSettings
 from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ConfigError, FederationError, ModelError
+from fedllm_flwr.factors import cut, padded, rank_of, rest
 from fedllm_flwr.models.base_model import count_parameters, load_base
 from fedllm_flwr.models.device import resolve_attention, resolve_device, resolve_dtype
 from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.params import Params, check_like, derive_seed
 
+_TRAINED, _FROZEN, _SPARE = "default", "frozen", "spare"  # PEFT's names of adapters
 _CHECKPOINTING_FROM = 1_000_000_000  # parameters, on CUDA
 
 
@@ -72,30 +75,86 @@ class AdaptedModel:
             for name, value in state.items()
         }
 
-    def load(self, params: Params) -> None:
+    def load(self, params: Params, frozen: Params | None = None) -> None:
         """Put `params` in the place of the adapter's tensors.
 
         PEFT would take any tensor of the model, also one of the frozen base, and keep it there;
-        so names and shapes have to be those of the adapter that was made here.
+        so names and shapes have to be those of the adapter that was made here, but for the rank. An
+        adapter of a smaller rank is trained in this rank. The scale alpha / r is the same for all.
+
+        Args:
+            frozen: factors of any rank beside the adapter, which are not trained; None: the rows
+                of A and columns of B of `params` above the adapter's rank, if it has more.
 
         Raises:
             ModelError: names, shapes or values that cannot be the adapter's.
         """
-        self.check(params, "the adapter")
-        tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
-        set_peft_model_state_dict(self.peft, tensors)
+        rank, own = rank_of(self.initial), params
+        if frozen is None and rank_of(params) > rank:
+            own, frozen = cut(params, rank), rest(params, rank)
+        frozen = frozen or {}
+        self.check(own, "the adapter")
+        self.check_frozen(frozen)
+        if not frozen and _FROZEN in self.peft.peft_config:
+            self.peft.set_adapter(_TRAINED)
+            self.peft.delete_adapter(_FROZEN)
+        self._resize(_TRAINED, rank_of(own) or rank)
+        set_peft_model_state_dict(self.peft, _tensors(own))
+        if not frozen:
+            return
+        self._resize(_FROZEN, rank_of(frozen))
+        set_peft_model_state_dict(self.peft, _tensors(frozen), adapter_name=_FROZEN)
+        self.peft.base_model.set_adapter([_TRAINED, _FROZEN])
+        for name, parameter in self.peft.named_parameters():
+            if f".{_FROZEN}" in name:
+                parameter.requires_grad_(False)
 
-    def check(self, params: Params, what: str) -> None:
-        """Refuse tensors of other names or shapes than the adapter's, or with NaN or infinity.
+    def _resize(self, adapter: str, rank: int) -> None:
+        """Give one of PEFT's adapters another rank, with the scale that all have."""
+        configs = self.peft.peft_config
+        if adapter in configs and configs[adapter].r == rank:
+            return
+        own = configs[_TRAINED]
+        alpha = own.lora_alpha * rank / own.r
+        changes: dict[str, Any] = {"r": rank, "lora_alpha": int(alpha) if alpha % 1 == 0 else alpha}
+        if adapter == _FROZEN:
+            changes["lora_dropout"] = 0.0
+        with torch.random.fork_rng(devices=[]):
+            if adapter in configs:  # PEFT needs another one while it is away
+                self.peft.add_adapter(_SPARE, replace(own, r=1))
+                self.peft.set_adapter(_SPARE)
+                self.peft.delete_adapter(adapter)
+            self.peft.add_adapter(adapter, replace(own, **changes))
+            self.peft.set_adapter(_TRAINED)
+            if _SPARE in configs:
+                self.peft.delete_adapter(_SPARE)
 
-        Args:
-            what: they are, for the message.
+    def check_frozen(self, frozen: Params) -> None:
+        """Refuse factors of other modules than the adapter's, or of ranks that differ.
 
         Raises:
             ModelError: names the first of them and what is wrong with it.
         """
+        if frozen:
+            like = padded(self.initial, rank_of(frozen)) if rank_of(frozen) else self.initial
+            self.check(frozen, "frozen factors", like)
+
+    def check(self, params: Params, what: str, like: Params | None = None) -> None:
+        """Refuse tensors of other names or shapes than the adapter's, or with NaN or infinity.
+
+        Args:
+            what: they are, for the message.
+            like: with the names and shapes that they have to have; None: those of the adapter, or
+                of one with a smaller rank.
+
+        Raises:
+            ModelError: names the first of them and what is wrong with it.
+        """
+        rank = rank_of(params)
+        if like is None:
+            like = cut(self.initial, rank) if 0 < rank < rank_of(self.initial) else self.initial
         try:
-            check_like(params, self.initial)
+            check_like(params, like)
         except FederationError as error:
             text = f"{what} does not fit the base model and the LoRA settings: {error}."
             raise ModelError(text, text) from error
@@ -112,6 +171,11 @@ class AdaptedModel:
         """Whether to recompute activations: automatic for large models on CUDA."""
         large = self.num_base_parameters > _CHECKPOINTING_FROM
         return (self.device.type == "cuda" and large) if requested is None else requested
+
+
+def _tensors(params: Params) -> dict[str, torch.Tensor]:
+    """Copies as float32 tensors."""
+    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in params.items()}
 
 
 def _state_dict_name(name: str) -> str:

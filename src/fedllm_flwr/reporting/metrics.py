@@ -5,6 +5,8 @@ A record is plain data: ``round`` and ``seconds``, and where they apply
 - ``learning_rate``, ``loss`` (mean of the clients), ``bytes_up``, ``bytes_down``
 - ``clients``, ``failures``: metrics, or the reason of a missing update, by client name
 - ``eval``, ``client_eval``: scores on the central and on the clients' own held-out records
+- ``aggregation_error``: distance of the new adapter from the mean of the clients' products B A, as
+  a share of that mean's norm
 - ``refused``: clients that cannot take part in this run; ``evaluation_failures``: clients that did
   not score the adapter; ``lost``: clients whose memory of a round is gone, with that round;
   ``ignored``: replies that belong to no client; ``cut``: by client, the share of its update that a

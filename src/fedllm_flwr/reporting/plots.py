@@ -44,18 +44,26 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
 def plot_curves(records: Sequence[RoundRecord], path: Path, title: str, task: TrainingTask) -> None:
-    """Loss per round, in training and on held-out records, and the task's panels where known.
+    """Loss per round, the task's panels and the aggregation error, where they are known.
 
     Raises:
         FederationError: the file cannot be written.
     """
     panels = [panel for panel in task.panels if _series(records, "eval", panel.keys[0])]
-    with figure_file(path, (6.5 + 4.0 * len(panels), 4.0)) as figure:
+    errors = [
+        (item["round"], item["aggregation_error"])
+        for item in records
+        if "aggregation_error" in item
+    ]
+    count = len(panels) + bool(errors)
+    with figure_file(path, (6.5 + 4.0 * count, 4.0)) as figure:
         figure.suptitle(shorten(one_line(title), 100), fontsize=12)
-        axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+        axes = figure.subplots(1, 1 + count, squeeze=False)[0]
         _plot_losses(axes[0], records, task.loss_unit)
-        for axis, panel in zip(axes[1:], panels, strict=True):
+        for axis, panel in zip(axes[1:], panels, strict=False):
             _plot_scores(axis, panel, records)
+        if errors:
+            _plot_errors(axes[-1], errors)
         for axis in axes:
             _round_axis(axis)
 
@@ -267,6 +275,13 @@ def _plot_scores(axis: Any, panel: Panel, records: Sequence[RoundRecord]) -> Non
     axis.set_title(panel.title, loc="left")
     axis.set_ylabel(panel.unit)
     axis.legend(fontsize=9, loc="best")
+
+
+def _plot_errors(axis: Any, errors: Sequence[tuple[int, float]]) -> None:
+    axis.plot(*zip(*errors, strict=True), color=PALETTE[3], **_marks(len(errors)))
+    axis.set_ylim(bottom=0)
+    axis.set_title("Aggregation error", loc="left")
+    axis.set_ylabel("distance / norm of the mean product BA")
 
 
 def _round_axis(axis: Any) -> None:

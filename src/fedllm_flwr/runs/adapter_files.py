@@ -2,17 +2,20 @@
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError, ModelError
+from fedllm_flwr.factors import padded, rank_of
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.params import Params, check_like
 from fedllm_flwr.reporting.card import model_card
@@ -20,7 +23,7 @@ from fedllm_flwr.runs.directory import SCORE_FILE
 from fedllm_flwr.runs.kept_adapters import KeptAdapter
 
 _OLD = "old"
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 
 
@@ -79,6 +82,14 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise FederationError(f"cannot write {path}: {error}.") from error
 
 
+def _write_settings(file: Path, **changes: float) -> None:
+    """Lists of names in order: PEFT writes those of its sets as Python's hashes have them."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | changes
+    named = ("target_modules", "exclude_modules", "modules_to_save")
+    settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
+    file.write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
+
+
 def recover(path: Path) -> None:
     """Put back what a process that was killed between two renames had moved away from `path`."""
     for folder in path.parent.glob(f".{path.name}.*"):
@@ -91,13 +102,16 @@ def _export(
     fresh: Path, model: AdaptedModel, params: Params, config: Config, summary: Mapping[str, Any]
 ) -> None:
     model.load(params)
-    model.peft.save_pretrained(str(fresh), save_embedding_layers=False)
-    # Lists of names in order: PEFT writes those of its sets as Python's hashes have them.
-    file = fresh / "adapter_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    named = ("target_modules", "exclude_modules", "modules_to_save")
-    settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
-    file.write_text(f"{json.dumps(settings, indent=2, sort_keys=True)}\n", encoding="utf-8")
+    model.peft.save_pretrained(
+        str(fresh), save_embedding_layers=False, selected_adapters=["default"]
+    )
+    if (rank := rank_of(params)) > (own := rank_of(model.initial)):
+        whole = {name: value.astype(np.float32) for name, value in params.items()}
+        save_file(whole, fresh / _WEIGHTS)
+        alpha = model.peft.peft_config["default"].lora_alpha * rank / own
+        _write_settings(fresh / _CONFIG, r=rank, lora_alpha=alpha)
+    else:
+        _write_settings(fresh / _CONFIG)
     dtype = str(model.dtype).removeprefix("torch.")
     card = model_card(config, summary, config.model.path, dtype)
     (fresh / "README.md").write_text(card, encoding="utf-8")
@@ -110,8 +124,11 @@ def give_usual_mode(folder: Path, like: str) -> None:
         shutil.copymode(folder / like, file)
 
 
-def load_adapter(path: Path, model: AdaptedModel) -> Params:
+def load_adapter(path: Path, model: AdaptedModel, any_rank: bool = False) -> Params:
     """The tensors of an exported adapter, for the same base model and LoRA settings.
+
+    Args:
+        any_rank: take a greater rank with the same scale, as of a run that kept frozen factors.
 
     Raises:
         ModelError: it is missing, broken, of another shape, or would be scaled otherwise than it
@@ -122,7 +139,9 @@ def load_adapter(path: Path, model: AdaptedModel) -> Params:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no readable adapter_config.json ({error}).") from error
     own = model.peft.peft_config["default"]
-    for key, name in _SETTINGS.items():
+    rank, scale = saved.get("r", 0), own.lora_alpha / own.r
+    is_larger = any_rank and rank > own.r and math.isclose(saved["lora_alpha"] / rank, scale)
+    for key, name in () if is_larger else _SETTINGS.items():
         if name in saved and saved[name] != getattr(own, name):
             raise ModelError(
                 f"lora.{key}={getattr(own, name)}, but the adapter in {path} was made with "
@@ -131,7 +150,7 @@ def load_adapter(path: Path, model: AdaptedModel) -> Params:
     file = path / _WEIGHTS
     try:
         params: Params = load_file(file)
-        check_like(params, model.initial)
+        check_like(params, padded(model.initial, rank_of(params)) if any_rank else model.initial)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: no readable adapter ({error}).") from error
     except FederationError as error:
@@ -150,9 +169,9 @@ def load_kept(kept: KeptAdapter, model: AdaptedModel) -> Params:
     """
     tensors = kept.tensors()
     if tensors is None:
-        return load_adapter(kept.path, model)
+        return load_adapter(kept.path, model, any_rank=True)
     try:
-        check_like(tensors, model.initial)
+        check_like(tensors, padded(model.initial, rank_of(tensors)))
     except FederationError as error:
         raise ModelError(f"{kept.path} does not fit the base model: {error}.") from error
     return tensors

@@ -21,8 +21,16 @@ from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import load_run
 from fedllm_flwr.config.schema import LoraConfig, ModelConfig
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.factors import joined
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
-from fedllm_flwr.federation.state import kept_rounds, newest_readable, read_state, state_file
+from fedllm_flwr.federation.rule import find_rule
+from fedllm_flwr.federation.state import (
+    FROZEN_GROUP,
+    kept_rounds,
+    newest_readable,
+    read_state,
+    state_file,
+)
 from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.models.tokenizer import model_source
 from fedllm_flwr.params import Params
@@ -44,6 +52,7 @@ class KeptAdapter:
         run: directory of the run that it was trained in, if it lies in one.
         client: whose it is, where each client has its own.
         unfinished: what to tell the user of a run that has not finished; else "".
+        memory: file with a client's memory, where its own adapter comes from both.
     """
 
     label: str
@@ -53,17 +62,24 @@ class KeptAdapter:
     run: Path | None = None
     client: str | None = None
     unfinished: str = ""
+    memory: Path | None = None
 
     @property
     def files(self) -> list[Path]:
         """The files that hold its weights and settings."""
         if self.group is not None:
-            return [self.path]
+            return [self.path] if self.memory is None else [self.path, self.memory]
         return [self.path / "adapter_model.safetensors", self.path / "adapter_config.json"]
 
     def tensors(self) -> Params | None:
         """Its tensors where they lie in a checkpoint; None for a directory of PEFT's."""
-        return None if self.group is None else load_params(self.path)[0][self.group]
+        if self.group is None:
+            return None
+        groups, _ = load_params(self.path)
+        if self.memory is not None:
+            rule = find_rule(self.config.algorithm)
+            return rule.personal_adapter(groups, load_params(self.memory)[0])
+        return joined(groups[self.group], groups.get(FROZEN_GROUP, {}))
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,8 @@ def find_adapters(
         config = changed(config, data={"template": template})
     if config.algorithm.name == "local":
         return _of_clients(RunDirectory(path), config, wanted, typed)
+    if wanted.client is not None and find_rule(config.algorithm).personal is not None:
+        return [_personal(RunDirectory(path), config, wanted, wanted.client, typed)]
     if wanted.client is not None:
         raise ConfigError(
             f"{typed}: algorithm={config.algorithm.name} has one adapter for all clients; drop "
@@ -234,6 +252,24 @@ def _of_clients(
         names = ", ".join(str(item.client) for item in found)
         raise ConfigError(f"{typed}: no client {wanted.client!r} there; choose from {names}.")
     return chosen
+
+
+def _personal(
+    directory: RunDirectory, config: Config, wanted: _Wanted, client: str, typed: str
+) -> KeptAdapter:
+    """The adapter that a simulated client has beside the global one, of the newest checkpoint."""
+    number = newest_readable(directory.checkpoints) if wanted.round is None else wanted.round
+    state = None if number is None else read_state(state_file(directory.checkpoints, number))
+    if wanted.best or state is None or number is None:
+        raise ConfigError(f"{typed}: give DIR@client=NAME; kept: {_kept(directory)}.")
+    acknowledged = state.clients.get(client)
+    memory = RoundStore(directory.client_states / folder_name(client))
+    if acknowledged is None or not (file := memory.file(acknowledged.round)).is_file():
+        names = ", ".join(name for name, known in state.clients.items() if known.round)
+        raise ConfigError(f"{typed}: no adapter of a client {client!r} there; choose from {names}.")
+    path = state_file(directory.checkpoints, number)
+    label = f"{client}, round {number}"
+    return KeptAdapter(label, config, path, "params", directory.path, client, memory=file)
 
 
 def _of_directory(path: Path, typed: str, base: str | None, template: str | None) -> KeptAdapter:

@@ -5,6 +5,7 @@ from pathlib import Path
 from fedllm_flwr.config import Config
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import name_of_start, read_metrics, summarise, write_summary
+from fedllm_flwr.reporting.personal import own_records_rows
 from fedllm_flwr.reporting.table import is_past_best
 from fedllm_flwr.runs.directory import RunDirectory, best_round
 from fedllm_flwr.runs.report import environment, report_or_warning, write_run_report
@@ -44,7 +45,10 @@ def close_run(
     console.closing(
         summary,
         _written(directory, summary["rounds"]),
-        rows=[(f"{label} ({name})", each[name]) for label, name in ends.items()],
+        rows=[
+            *((f"{label} ({name})", each[name]) for label, name in ends.items()),
+            *own_records_rows(records),
+        ],
         next_commands=next_commands,
         label=_LABELS.get(config.algorithm.name, "federated"),
         first=name_of_start(config.init_adapter),

@@ -98,7 +98,7 @@ class RunRecorder(Recorder):
         """Score the adapter that training starts from, and save it as round 0."""
         record: RoundRecord = {"round": 0, "seconds": 0.0}
         if self._prepared.evaluation is not None:
-            record["eval"] = self._evaluate(state.params)
+            record["eval"] = self._evaluate(state.adapter)
         self._add(record)
         with self.timings.phase("checkpoints"):
             save_state(self._directory.checkpoints, state, self._config.checkpoint.keep)
@@ -165,7 +165,7 @@ class RunRecorder(Recorder):
         return best is not None and best["round"] == server_round
 
     def _save_best(self, state: ServerState) -> None:
-        adapters: Params | dict[str, Params] = state.params
+        adapters: Params | dict[str, Params] = state.adapter
         if self._config.algorithm.name == "local":
             adapters = {
                 folder_name(name): self.local_adapters.load(name, client)
@@ -209,7 +209,7 @@ class RunRecorder(Recorder):
         if self._prepared.evaluation is None:
             return {}
         if self._config.algorithm.name != "local":
-            return {"eval": self._evaluate(state.params)}
+            return {"eval": self._evaluate(state.adapter)}
         each = self.local_adapters.scores(state.clients, self._evaluate)
         names = next(iter(each.values())).keys()
         mean = {name: fmean(scores[name] for scores in each.values()) for name in names}
@@ -250,6 +250,8 @@ def _record(report: RoundReport, config: Config) -> RoundRecord:
         "bytes_up": report.bytes_up,
         "bytes_down": report.bytes_down,
     }
+    if report.aggregation_error is not None:
+        record["aggregation_error"] = report.aggregation_error
     if report.ignored:
         record["ignored"] = report.ignored
     if report.lost:

@@ -105,8 +105,8 @@ def export(
 ) -> None:
     """Write the final adapter, or each client's, and answers to held-out prompts."""
     summary = summarise(recorder.records, recorder.timings.seconds)
-    adapters = {directory.adapter: final.params}
-    answering, label = final.params, "with the adapter"
+    adapters = {directory.adapter: final.adapter}
+    answering, label = final.adapter, "with the adapter"
     if config.algorithm.name == "local":
         own = {
             name: recorder.local_adapters.load(name, client)

@@ -43,6 +43,11 @@ class DriftCorrection(TrainerCallback):
         self._start: Tensors = (
             {name: p.detach().clone() for name, p in parameters.items()} if terms.mu else {}
         )
+        if terms.mu and terms.anchor is not None:
+            self._start = {
+                name: torch.from_numpy(terms.anchor[name].copy()).to(p)
+                for name, p in parameters.items()
+            }
         self._offset: Tensors = {
             name: torch.from_numpy(value.copy()).to(parameters[name].device)
             for name, value in (terms.offset or {}).items()

@@ -21,6 +21,7 @@ class LocalTerms:
             the offset is not added to the gradient: after each step ``w_i -= lr * offset``.
         averages_gradient: whether the mean of the client's own gradients is wanted afterwards.
         trains: which tensors are trained, by name; None: all of them.
+        anchor: what the proximal term pulls towards in the place of `start`.
     """
 
     start: Params
@@ -29,6 +30,7 @@ class LocalTerms:
     as_openfedllm: bool = False
     averages_gradient: bool = False
     trains: Callable[[str], bool] | None = None
+    anchor: Params | None = None
 
 
 @dataclass(frozen=True)

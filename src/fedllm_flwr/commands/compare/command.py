@@ -12,7 +12,14 @@ from fedllm_flwr import tasks
 from fedllm_flwr.commands.compare.jobs import Job, carry_out, make_jobs
 from fedllm_flwr.commands.compare.page import comparison_page
 from fedllm_flwr.commands.compare.results import Tabulated, curves
-from fedllm_flwr.commands.compare.table import as_csv, as_markdown, as_text
+from fedllm_flwr.commands.compare.table import (
+    aligned,
+    as_csv,
+    as_markdown,
+    as_text,
+    markdown,
+    own_records_lines,
+)
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose, expand_sweep, load_run
 from fedllm_flwr.errors import ConfigError, RunInterrupted
@@ -28,9 +35,14 @@ from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.runs.report import REPORT, report_or_warning, run_facts
 from fedllm_flwr.simulation.resources import check_machine
 
+BASELINES = ("local", "centralized")
 # Baselines first, so that the table reads from the bottom line to the upper one.
-FEDERATED = [name for name in ALGORITHMS.builtin if name not in ("local", "centralized")]
-ORDER = ("local", *FEDERATED, "centralized")
+ORDER = ("local", *(name for name in ALGORITHMS.builtin if name not in BASELINES), "centralized")
+COMPARED = (
+    *("local", "fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam"),
+    "centralized",
+)
+"""What ``algorithm=all`` stands for where ``compare.algorithms`` names none."""
 SAVED = "compare.json"  # in its directory: what was asked for
 
 
@@ -54,7 +66,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int
         options, own = _saved(root)
     else:
         root = _new_directory(options, own)
-    algorithms = _algorithms(options.get("algorithm", "all"))
+    algorithms = _algorithms(options.get("algorithm", "all"), own)
     seeds = [f"compare.seeds={options['seeds']}"] if "seeds" in options else []
     jobs = make_jobs([*own, *seeds], config_dir, algorithms, root)
     config = jobs[0].config
@@ -143,8 +155,10 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
     return root
 
 
-def _algorithms(text: str) -> list[str]:
-    names = list(ORDER) if text == "all" else [name.strip("[] ") for name in text.split(",")]
+def _algorithms(text: str, overrides: list[str]) -> list[str]:
+    names = [name.strip("[] ") for name in text.split(",")]
+    if text == "all":
+        names = compose(overrides).compare.algorithms or list(COMPARED)
     choices = ALGORITHMS.names()
     for name in names:
         if name not in choices:
@@ -196,7 +210,10 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
         return
     outcomes, rows, metric = found.outcomes, found.rows, found.metric
     seeds = len({outcome.job.seed for outcome in outcomes})
-    write_atomically(root / "compare.md", as_markdown(rows, metric, found.note).encode())
+    text, own = as_markdown(rows, metric, found.note), found.on_own_records()
+    if own:
+        text += f"\n{markdown(own_records_lines(own))}\n"
+    write_atomically(root / "compare.md", text.encode())
     write_atomically(root / "compare.csv", as_csv(rows).encode())
     caption = "Lines: " + (f"mean over {seeds} seeds" if seeds > 1 else "one seed")
     caption += ", marked where it was scored."
@@ -206,6 +223,8 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     label = f"{metric} on held-out records"
     plot_comparison(curves(outcomes, metric), root / "compare.png", label, caption)
     print(f"\n{as_text(rows, metric)}\n{found.note}")
+    if own:
+        print(f"\n{aligned(own_records_lines(own))}\n")
     print(f"  figure {root / 'compare.png'}   table {root / 'compare.md'}, {root / 'compare.csv'}")
     if outcomes[0].job.config.tracking.report:
         if warning := report_or_warning(lambda: write_report(root, found)):
@@ -236,7 +255,9 @@ def report_page(root: Path, found: Tabulated | None = None) -> Page:
     """
     options, overrides = _saved(root)
     if found is None:
-        found = Tabulated.of(_jobs_on_disk(root), _algorithms(options.get("algorithm", "all")))
+        found = Tabulated.of(
+            _jobs_on_disk(root), _algorithms(options.get("algorithm", "all"), overrides)
+        )
     if found is None:
         raise ConfigError(f"{root}: no run of this comparison has finished yet.")
     own = [f"{key}={value}" for key, value in options.items() if key != "output_dir"]

@@ -9,6 +9,7 @@ from typing import Any
 from fedllm_flwr.commands.compare.jobs import Job
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.reporting.metrics import RoundRecord, name_of_start, read_metrics, summarise
+from fedllm_flwr.reporting.personal import own_records_rows
 from fedllm_flwr.tasks import table_metrics
 
 
@@ -47,6 +48,7 @@ class ComparisonRow:
     steps: float | None = None  # optimizer steps of all clients in all rounds
     megabytes: float | None = None
     seconds: float | None = None
+    aggregation_error: float | None = None  # mean over rounds and seeds
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,27 @@ class Tabulated:
         local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
         if local:
             note += f" Local: {describe_local(local[0])}; best and worst client by loss."
+        if any(row.aggregation_error is not None for row in rows):
+            note += (
+                " BA error: distance of the new global B A from the mean of the clients', as a "
+                "share of it; mean over the rounds."
+            )
         return cls(outcomes, rows, metric, note)
+
+    def on_own_records(self) -> list[ComparisonRow]:
+        """Scores on the clients' own held-out records: mean, worst and best client by loss.
+
+        Of the global adapter and of the clients' own, where clients have scored them.
+        """
+        rows = []
+        for name in dict.fromkeys(outcome.job.algorithm for outcome in self.outcomes):
+            runs = [outcome for outcome in self.outcomes if outcome.job.algorithm == name]
+            each = [own_records_rows(run.records) for run in runs]
+            for line in zip(*each, strict=False):
+                label = line[0][0]
+                title = label if label.startswith(" ") else f"{name}: {label.split(',')[0]}"
+                rows.append(ComparisonRow(title, _spreads([scores for _, scores in line])))
+        return rows
 
 
 def read_outcomes(jobs: Sequence[Job]) -> list[FinishedRun]:
@@ -140,7 +162,14 @@ def _row(name: str, runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -
         steps=fmean(_steps(run) for run in runs),
         megabytes=fmean(sent) / 1e6 if travels else 0.0,
         seconds=fmean(run.summary["seconds"] for run in runs),
+        aggregation_error=_mean_error(runs),
     )
+
+
+def _mean_error(runs: Sequence[FinishedRun]) -> float | None:
+    found = [record.get("aggregation_error") for run in runs for record in run.records]
+    known = [error for error in found if error is not None]
+    return fmean(known) if known else None
 
 
 def _steps(run: FinishedRun) -> float:

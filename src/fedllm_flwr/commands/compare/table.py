@@ -17,7 +17,13 @@ def lines_of(rows: Sequence[ComparisonRow], metric: str) -> list[list[str]]:
     tested = [row for row in rows if row.against_local and row.against_local.half_width is not None]
     together = clear_together([row.against_local.p_value for row in tested if row.against_local])
     clear = {row.name for row, found in zip(tested, together, strict=True) if found}
-    return [header, *(_cells(row, scores, row.name in clear) for row in rows)]
+    lines = [header, *(_cells(row, scores, row.name in clear) for row in rows)]
+    if any(row.aggregation_error is not None for row in rows):
+        lines[0].append("BA error")
+        for line, row in zip(lines[1:], rows, strict=True):
+            error = row.aggregation_error
+            line.append("-" if error is None else "0" if error < 1e-6 else f"{error:.3f}")
+    return lines
 
 
 def _cells(row: ComparisonRow, scores: Sequence[str], clear: bool) -> list[str]:
@@ -34,8 +40,21 @@ def _cells(row: ComparisonRow, scores: Sequence[str], clear: bool) -> list[str]:
 
 
 def as_text(rows: Sequence[ComparisonRow], metric: str) -> str:
+    """The table for a terminal."""
+    return aligned(lines_of(rows, metric))
+
+
+def own_records_lines(rows: Sequence[ComparisonRow]) -> list[list[str]]:
+    """The table of scores on the clients' own held-out records, header first."""
+    scores = [name for name in table_metrics() if any(name in row.final for row in rows)]
+    header = ["on the clients' own records", *(all_metrics()[name].title for name in scores)]
+    decimals = {name: 3 if name == "loss" else all_metrics()[name].card_decimals for name in scores}
+    lines = [[row.name, *(_spread(row.final.get(n), decimals[n]) for n in scores)] for row in rows]
+    return [header, *lines]
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
     """Aligned columns for a terminal."""
-    table = lines_of(rows, metric)
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = []
     for line in table:
@@ -45,12 +64,16 @@ def as_text(rows: Sequence[ComparisonRow], metric: str) -> str:
     return "\n".join(lines)
 
 
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    names, *body = table
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def as_markdown(rows: Sequence[ComparisonRow], metric: str, note: str) -> str:
     """A Markdown table with a note below it."""
-    names, *body = lines_of(rows, metric)
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{note}\n"
+    return f"{markdown(lines_of(rows, metric))}\n\n{note}\n"
 
 
 def as_csv(rows: Sequence[ComparisonRow]) -> str:
@@ -60,13 +83,14 @@ def as_csv(rows: Sequence[ComparisonRow]) -> str:
     names = [f"{metric}_{part}" for metric in table_metrics() for part in ("mean", "std")]
     best = ["best_loss_mean", "best_loss_std"]
     others = ["vs_local", "vs_local_half_width", "steps", "megabytes", "seconds"]
+    others.append("aggregation_error")
     writer.writerow(["name", *names, *best, *others])
     for row in rows:
         spreads = [*(row.final.get(metric) for metric in table_metrics()), row.best_loss]
         numbers = [n for s in spreads for n in ((s.mean, s.deviation) if s else (None, None))]
         difference = row.against_local
         pair = (difference.mean, difference.half_width) if difference else (None, None)
-        rest = (row.steps, row.megabytes, row.seconds)
+        rest = (row.steps, row.megabytes, row.seconds, row.aggregation_error)
         writer.writerow([row.name.strip(), *numbers, *pair, *rest])
     return text.getvalue()
 

@@ -23,6 +23,7 @@ class Local(Rule):
     """
 
     remembers: ClassVar[frozenset[str]] = frozenset({"adapter"})
+    personal: ClassVar[str | None] = "adapter"
     aggregates: ClassVar[bool] = False
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:

@@ -5,10 +5,11 @@ https://arxiv.org/abs/1602.05629
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedllm_flwr.federation.rule import Counts, Rule
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.params import Groups, add
+from fedllm_flwr.params import Groups, moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class FedAvg(Rule):
 
     eta: float = 1.0
 
+    takes_factors: ClassVar[frozenset[str]] = frozenset({"both", "b", "alternate"})
+
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
         """w + eta D."""
-        return replace(state, params=add(state.params, combined["delta"], self.eta))
+        return replace(state, params=moved(state.params, combined["delta"], self.eta))

@@ -5,11 +5,12 @@ Classification", https://arxiv.org/abs/1909.06335
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedllm_flwr.federation.algorithms.moments import moving_average
 from fedllm_flwr.federation.rule import Counts, Rule
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.params import Groups, add
+from fedllm_flwr.params import Groups, moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class FedAvgM(Rule):
     beta1: float = 0.9
     eta: float = 1.0
 
+    takes_factors: ClassVar[frozenset[str]] = frozenset({"both", "b"})
+
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
         """w + eta m, and m."""
         delta, previous = combined["delta"], state.tensors.get("m")
@@ -35,5 +38,5 @@ class FedAvgM(Rule):
             momentum = delta
         else:
             momentum = {name: self.beta1 * previous[name] + delta[name] for name in delta}
-        params = add(state.params, momentum, self.eta)
+        params = moved(state.params, momentum, self.eta)
         return replace(state, params=params, tensors={"m": momentum})

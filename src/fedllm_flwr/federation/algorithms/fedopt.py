@@ -14,7 +14,7 @@ import numpy as np
 from fedllm_flwr.federation.algorithms.moments import moving_average
 from fedllm_flwr.federation.rule import Counts, Rule, Weighting
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.params import Array, Groups, add, full_like
+from fedllm_flwr.params import Array, Groups, full_like, moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class FedOpt(Rule):
 
     weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples", "openfedllm": "uniform"}
 
+    takes_factors: ClassVar[frozenset[str]] = frozenset({"both", "b"})
+
     @abstractmethod
     def second_moment(self, v: Array, square: Array) -> Array:
         """v_t from v_t-1 = `v` and `square` = D_t^2, element by element."""
@@ -55,5 +57,5 @@ class FedOpt(Rule):
         source = m if self.as_openfedllm else delta
         v = {name: self.second_moment(previous[name], np.square(source[name])) for name in previous}
         direction = {name: m[name] / (np.sqrt(v[name]) + self.tau) for name in m}
-        params = add(state.params, direction, self.eta)
+        params = moved(state.params, direction, self.eta)
         return replace(state, params=params, tensors={"m": m, "v": v})

@@ -43,6 +43,7 @@ class Scaffold(FedAvg):
     sends: ClassVar[frozenset[str]] = frozenset({"control"})
     contributes: ClassVar[Mapping[str, str]] = {"control_delta": "control"}
     remembers: ClassVar[frozenset[str]] = frozenset({"control"})
+    takes_factors: ClassVar[frozenset[str]] = frozenset({"both"})
 
     def start(self, state: ServerState, num_clients: int) -> ServerState:
         """The state with c (float64): 0, or that of before, as the mean over all clients of now.

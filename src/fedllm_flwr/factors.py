@@ -1,0 +1,176 @@
+"""Adapters as matrices: for each module the product B A of two factors. NumPy only.
+
+An adapter of any rank is a factorisation: `Params` with A (r, in) and B (out, r) of each module
+under their PEFT names. Sums of adapters are formed by stacking factors, sizes and best
+approximations are computed from factors; a matrix of shape (out, in) is never formed. The scale
+s = alpha / r is the same for all adapters of a run and stands outside of these products.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from fedllm_flwr.params import Array, Params
+
+_FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?")
+_NOTHING = 2.0**-25  # singular values below this share of ||B|| ||A||: rounding of float32 factors
+
+
+def is_a(name: str) -> bool:
+    """Whether a tensor is a factor A, of shape (r, in)."""
+    return (found := _FACTOR.fullmatch(name)) is not None and found[3] == "A"
+
+
+def is_b(name: str) -> bool:
+    """Whether a tensor is a factor B, of shape (out, r)."""
+    return (found := _FACTOR.fullmatch(name)) is not None and found[3] == "B"
+
+
+def pairs(adapter: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
+    """Names of A and B of each module, in the order of modules.
+
+    Raises:
+        ValueError: a tensor is no factor, or lacks the other one.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in adapter:
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} is no factor of an adapter")
+        found.setdefault(match[1], {})[match[3]] = name
+    for module in sorted(found):
+        yield found[module]["A"], found[module]["B"]
+
+
+def rank_of(adapter: Mapping[str, Array]) -> int:
+    """The rank r that all modules of an adapter share; 0 for one without tensors."""
+    return next((value.shape[0] for name, value in adapter.items() if is_a(name)), 0)
+
+
+def cut(adapter: Mapping[str, Array], rank: int) -> Params:
+    """The first `rank` rows of each A and columns of each B."""
+    return {
+        n: v[:rank] if is_a(n) else np.ascontiguousarray(v[:, :rank]) for n, v in adapter.items()
+    }
+
+
+def rest(adapter: Mapping[str, Array], rank: int) -> Params:
+    """The rows of each A and columns of each B after the first `rank`."""
+    return {
+        n: v[rank:] if is_a(n) else np.ascontiguousarray(v[:, rank:]) for n, v in adapter.items()
+    }
+
+
+def padded(adapter: Mapping[str, Array], rank: int) -> Params:
+    """The same products as factors of a greater `rank`, filled up with zeros."""
+    if (more := rank - rank_of(adapter)) <= 0:
+        return cut(adapter, rank)
+    return {
+        name: np.pad(value, ((0, more), (0, 0)) if is_a(name) else ((0, 0), (0, more)))
+        for name, value in adapter.items()
+    }
+
+
+class Stacked(Mapping[str, Array]):
+    """sum_i weight_i B_i A_i: the A_i below each other, weight_i B_i side by side, in float64.
+
+    A tensor is formed when it is asked for, so that memory holds those of one module at a time.
+    """
+
+    def __init__(self, terms: Sequence[tuple[Mapping[str, Array], float]]) -> None:
+        self._terms = terms
+
+    def __getitem__(self, name: str) -> Array:
+        """The stacked factor of that name."""
+        if is_a(name):
+            return np.concatenate([a[name].astype(np.float64) for a, _ in self._terms])
+        return np.concatenate([w * a[name].astype(np.float64) for a, w in self._terms], axis=1)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the factors."""
+        return iter(self._terms[0][0] if self._terms else ())
+
+    def __len__(self) -> int:
+        """The number of factors."""
+        return len(self._terms[0][0]) if self._terms else 0
+
+
+def stacked(adapters: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> Stacked:
+    """sum_i weight_i B_i A_i as one adapter; those without tensors add nothing."""
+    return Stacked([(a, w) for a, w in zip(adapters, weights, strict=True) if a])
+
+
+def joined(adapter: Params, frozen: Mapping[str, Array]) -> Params:
+    """One adapter of the products B A of both: the factors of `adapter`, and then the others."""
+    if not frozen:
+        return adapter
+    return {
+        name: np.concatenate([value, frozen[name].astype(value.dtype)], 0 if is_a(name) else 1)
+        for name, value in adapter.items()
+    }
+
+
+def aggregation_error(
+    adapters: Sequence[Mapping[str, Array]],
+    shares: Sequence[float],
+    before: Mapping[str, Array],
+    after: Mapping[str, Array],
+) -> float | None:
+    """||F + sum_i p_i B_i A_i - B A|| / ||sum_i p_i B_i A_i|| over all modules; None for 0 / 0.
+
+    Args:
+        adapters, shares: A_i and B_i of the clients of a round, and p_i.
+        before: F, the frozen factors that all of them had beside their own.
+        after: A and B of the global adapter after the round, its frozen factors among them.
+    """
+    mean = stacked(adapters, shares)
+    size = norm(mean)
+    return norm(stacked([before, mean, after], [1.0, 1.0, -1.0])) / size if size else None
+
+
+def norm(adapter: Mapping[str, Array]) -> float:
+    """Frobenius norm of all products B A together: ||BA||^2 = sum of (B'B) * (AA')."""
+    return float(np.sqrt(sum(module_norms(adapter).values())))
+
+
+def module_norms(adapter: Mapping[str, Array]) -> dict[str, float]:
+    """||B A||^2 of each module, by the name of its A."""
+    squares = {}
+    for name_a, name_b in pairs(adapter):
+        a, b = adapter[name_a].astype(np.float64), adapter[name_b].astype(np.float64)
+        squares[name_a] = max(0.0, float(np.sum((b.T @ b) * (a @ a.T))))
+    return squares
+
+
+def truncated(adapter: Mapping[str, Array], rank: int, exactly: bool = False) -> Params:
+    """The best approximation of each B A by a product of rank `rank`, in float64.
+
+    By the singular value decomposition B A = U S V', of which B takes U S and A takes V', so that
+    the rows of A are orthonormal. It comes from that of a matrix of the size of the factors' rank:
+    with B = Q R and A' = P T, the decomposition of R T'.
+
+    Args:
+        exactly: give `rank` rows and columns in any case; else only as many as some module needs.
+    """
+    parts = {(a, b): _decomposed(adapter[a], adapter[b], rank) for a, b in pairs(adapter)}
+    if not exactly:
+        rank = min(rank, max((needed for *_, needed in parts.values()), default=0))
+    found: Params = {}
+    for (name_a, name_b), (u, s, v, _) in parts.items():
+        found |= {name_a: v[:rank], name_b: u[:, :rank] * s[:rank]}
+    return {name: found[name] for name in adapter}
+
+
+def _decomposed(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array, int]:
+    """The first `rank` of U (out, k), S (k,) and V' (k, in) of B A; and how many are not nothing.
+
+    The largest entry of each row of V' is positive, so that the signs are settled.
+    """
+    q, r = np.linalg.qr(np.asarray(b, np.float64))
+    p, t = np.linalg.qr(np.asarray(a, np.float64).T)
+    u, s, v = np.linalg.svd(r @ t.T, full_matrices=False)
+    needed = int(np.sum(s > _NOTHING * np.linalg.norm(r) * np.linalg.norm(t)))
+    u, s, v = q @ u[:, :rank], s[:rank], v[:rank] @ p.T
+    signs = np.where(v[np.arange(len(v)), np.abs(v).argmax(1)] < 0, -1.0, 1.0)
+    return u * signs, s, v * signs[:, None], needed

@@ -1,0 +1,62 @@
+"""FlexLoRA: the mean of the products, cut to each client's rank.
+
+Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
+Client Resources", https://arxiv.org/abs/2402.11505; the weights of raFLoRA are those of Wu et al.
+2026, "Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity",
+https://arxiv.org/abs/2602.13486
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.factors import is_b, rank_of, stacked, truncated
+from fedllm_flwr.federation.rule import Counts, Rule, Weighting
+from fedllm_flwr.federation.state import ServerState
+from fedllm_flwr.params import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexLoRA(Rule):
+    """B A <- the best approximation of sum_i p_i B_i A_i of rank r; client i gets that of rank r_i.
+
+    The singular values are in order, so the first r_i columns of B = U S and rows of A = V' are the
+    best approximation of rank r_i.
+
+    Args:
+        by_rank: raFLoRA's weights. Column j of B_i counts p_i / sum(p_k of the clients with a rank
+            above j) instead of p_i: a part that few clients have is not made smaller by the ranks
+            of the others, which lets it vanish over the rounds.
+    """
+
+    by_rank: bool = False
+
+    weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples"}
+    stacks: ClassVar[bool] = True
+    any_rank: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.by_rank, bool):
+            raise ConfigError(
+                f"algorithm.options.by_rank={self.by_rank} is no truth value; give true or false."
+            )
+
+    def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
+        """B A of rank r.
+
+        A keeps directions of the A before where the mean has a lower rank, with B = 0, as at the
+        start: where both were zero, no client could train them again.
+        """
+        adapters = [dict(adapter) for adapter in counts.adapters]
+        if self.by_rank:
+            ranks = [rank_of(adapter) for adapter in adapters]
+            above = np.arange(max(ranks)) < np.array(ranks)[:, None]  # (clients, columns)
+            held = np.array(counts.shares) @ above
+            for adapter in adapters:
+                scaled = {n: v / held[: v.shape[1]] for n, v in adapter.items() if is_b(n)}
+                adapter.update(scaled)
+        mean = stacked([*adapters, state.params], [*counts.shares, 0.0])
+        return replace(state, params=truncated(mean, rank_of(state.params), exactly=True))

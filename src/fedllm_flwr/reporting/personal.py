@@ -1,0 +1,46 @@
+"""Scores on the clients' own held-out records: of the global adapter, and of the clients' own."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from fedllm_flwr.federation.messages import PERSONAL
+from fedllm_flwr.reporting.metrics import RoundRecord
+
+Scores = dict[str, float]
+OWN_RECORDS = "own records"
+
+
+def own_records_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
+    """Mean, worst and best client by loss: with the global adapter, and with its own if it has one.
+
+    Of the last round in which clients have scored; none without.
+    """
+    found = [item["client_eval"]["clients"] for item in records if item.get("client_eval")]
+    if not found:
+        return []
+    each: Mapping[str, Scores] = found[-1]
+    own = {name: _personal(scores) for name, scores in each.items()}
+    shared = {name: _shared(scores) for name, scores in each.items()}
+    rows = _rows("global", shared)
+    return rows + _rows("personal", {name: scores for name, scores in own.items() if scores})
+
+
+def _rows(label: str, each: Mapping[str, Scores]) -> list[tuple[str, Scores]]:
+    if not each:
+        return []
+    names = next(iter(each.values())).keys()
+    mean = {score: fmean(scores[score] for scores in each.values()) for score in names}
+    ranked = sorted(each, key=lambda name: (each[name]["loss"], name))
+    return [
+        (f"{label}, {OWN_RECORDS}", mean),
+        *((f"  {end} client", each[ranked[place]]) for end, place in (("worst", -1), ("best", 0))),
+    ]
+
+
+def _personal(scores: Mapping[str, float]) -> Scores:
+    start = len(PERSONAL)
+    return {name[start:]: value for name, value in scores.items() if name.startswith(PERSONAL)}
+
+
+def _shared(scores: Mapping[str, float]) -> Scores:
+    return {name: value for name, value in scores.items() if not name.startswith(PERSONAL)}
