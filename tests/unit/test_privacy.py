@@ -26,7 +26,7 @@ from fedllm_flwr.params import Params
 from fedllm_flwr.privacy.accounting import Release, calibrated, default_delta, epsilon
 from fedllm_flwr.privacy.clipping import clipped, joint_norm
 from fedllm_flwr.privacy.noise import Noise
-from strategy_runs import START, config_of, roster_of
+from strategy_runs import SIZES, START, config_of, roster_of
 
 FLOATS = (np.float16, np.float32, np.float64)
 
@@ -88,7 +88,7 @@ def test_epsilon_of_dp_sgd_equals_that_of_opacus():
     """MNIST of Abadi et al.: 60 epochs of 256 of 60,000; RDP as Opacus' default, PLD below it."""
     opacus = RDPAccountant()
     opacus.history = [(1.1, 256 / 60_000, 14_062)]
-    ours = epsilon([Release(1.1, "poisson", 256, 60_000)] * 14_062, 1e-5)
+    ours = epsilon({Release(1.1, "poisson", 256, 60_000): 14_062}, 1e-5)
     assert ours < opacus.get_epsilon(1e-5) < 1.15 * ours
     from opacus.accountants import PRVAccountant
 
@@ -99,7 +99,7 @@ def test_epsilon_of_dp_sgd_equals_that_of_opacus():
 
 def test_epsilon_equals_the_closed_form_of_gaussians():
     """16 Gaussian mechanisms are one with a quarter of the noise (Balle and Wang 2018)."""
-    ours = epsilon([Release(8.0, "visible", 3, 3)] * 16, 1e-5)
+    ours = epsilon({Release(8.0, "visible", 3, 3): 16}, 1e-5)
     sigma, normal = 2.0, stats.norm.cdf
 
     def delta(eps):
@@ -114,7 +114,7 @@ def test_epsilon_equals_the_closed_form_of_gaussians():
 def test_calibrated_noise_spends_the_target_and_no_more(sampling):
     release = Release(0.0, sampling, 4, 100)
     multiplier = calibrated(release, 10, 4.0, 1e-3)
-    spent = epsilon([replace(release, noise_multiplier=multiplier)] * 10, 1e-3)
+    spent = epsilon({replace(release, noise_multiplier=multiplier): 10}, 1e-3)
     assert 3.95 < spent <= 4
 
 
@@ -123,9 +123,10 @@ def test_a_target_out_of_reach_is_refused_before_anything_starts():
         config_of("fedavg"), privacy={"unit": "client", "target_epsilon": 1e-5, "delta": 1e-6}
     )
     with pytest.raises(ConfigError, match=r"privacy\.target_epsilon=1e-05 .* out of reach"):
-        plan_budget(config, 3)
+        plan_budget(config, SIZES)
 
 
+RECORD = "privacy.unit=record"
 REFUSED = {
     "privacy.noise_multiplier=0 privacy.target_epsilon=8": "keeps to no privacy.target_epsilon=8",
     "privacy.noise_multiplier=null": "needs noise",
@@ -135,14 +136,22 @@ REFUSED = {
     "evaluation.clients=true": "evaluation.clients=true with privacy.unit=client",
     "privacy.sampling=poisson federation.min_replies=1": "federation.min_replies=1 with",
     "algorithm=scaffold privacy.clip_quantile=0.5": "privacy.clip_quantile=0.5 with",
+    "algorithm.combiner=median": "algorithm.combiner=median with privacy.unit=client",
+    f"{RECORD} lora.dora=true": "lora.dora=true with privacy.unit=record",
+    f"{RECORD} task=dpo dpo.loss_type=aot": "it sorts the pairs of a batch",
+    f"{RECORD} training.packing=true": "training.packing=true with privacy.unit=record",
+    f"{RECORD} training.dtype=float16": "training.dtype=float16 with privacy.unit=record",
+    f"{RECORD} evaluation.clients=true": "evaluation.clients=true with privacy.unit=record",
+    f"{RECORD} privacy.clip_quantile=0.5": "privacy.clip_quantile=0.5 with privacy.unit=record",
 }
 
 
 @pytest.mark.parametrize("overrides", REFUSED)
 def test_what_does_not_go_together_is_refused_in_one_line(overrides):
-    noise = [] if "noise" in overrides else ["privacy.noise_multiplier=1"]
+    given = [] if "noise" in overrides else ["privacy.noise_multiplier=1"]
+    given += [] if RECORD in overrides else ["privacy.unit=client"]
     with pytest.raises(ConfigError) as caught:
-        compose(["privacy.unit=client", *noise, *overrides.split()])
+        compose([*given, *overrides.split()])
     assert REFUSED[overrides] in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -231,15 +240,12 @@ def test_a_client_that_does_not_reply_adds_zero(tmp_path):
 def test_the_noise_on_the_sum_has_the_stated_variance(algorithm, tmp_path):
     """On update and control variate alike; the sum of the one is divided by m, the other's by N."""
     size, clip, multiplier = 500_000, 0.5, 3.0
-    config = changed(
-        config_of(algorithm), privacy={"unit": "client", "clip": clip, "noise_multiplier": 3.0}
-    )
+    privacy = {"unit": "client", "clip": clip, "noise_multiplier": multiplier}
+    config = changed(config_of(algorithm, sample_clients=2), privacy=privacy)
     mechanism = ClientMechanism(config, tmp_path / "log")
     groups = {"delta": {"w": np.zeros(size)}, "control_delta": {"w": np.zeros(size)}}
     state = ServerState(0, {"w": np.zeros(size)}, clients=dict.fromkeys("abcde"))
-    config = changed(config, federation={"sample_clients": 2})
-    mechanism = ClientMechanism(config, tmp_path / "log")
-    released, _ = mechanism.release(state, groups, [True, True])
+    released, _ = mechanism.release(state, roster_of(), groups, [True, True])
     for group, divisor in (("delta", 2), ("control_delta", 5)):
         scaled = released[group]["w"] / (multiplier * clip / divisor)
         assert 1e-4 < stats.chi2.cdf(np.square(scaled).sum(), size) < 1 - 1e-4
@@ -252,13 +258,13 @@ def test_a_round_done_again_is_another_release(tmp_path):
     first, _ = run(tmp_path, HUGE, noise_multiplier=1.0, clip=1.0, state=state)
     again, recorder = run(tmp_path, HUGE, noise_multiplier=1.0, clip=1.0, state=state)
     assert all((first.params[name] != again.params[name]).all() for name in START)
-    twice = epsilon([Release(1.0, "visible", 3, 3)] * 2, default_delta(3))
+    twice = epsilon({Release(1.0, "visible", 3, 3): 2}, default_delta(3))
     assert recorder.reports[0].spent == (pytest.approx(twice), default_delta(3))
 
 
 def test_a_run_ends_before_its_budget_also_over_a_resume(tmp_path):
-    once = epsilon([Release(1.0, "visible", 3, 3)], 1e-2)
-    four = epsilon([Release(1.0, "visible", 3, 3)] * 4, 1e-2)
+    once = epsilon({Release(1.0, "visible", 3, 3): 1}, 1e-2)
+    four = epsilon({Release(1.0, "visible", 3, 3): 4}, 1e-2)
     privacy = {"noise_multiplier": 1.0, "target_epsilon": four + 0.01, "delta": 1e-2}
     kept, first = tmp_path / "checkpoints", Reports(tmp_path / "checkpoints")
     run(tmp_path, HUGE, 2, recorder=first, **privacy)
@@ -273,6 +279,26 @@ def test_a_run_ends_before_its_budget_also_over_a_resume(tmp_path):
     same, _ = run(tmp_path, HUGE, 20, recorder=third, state=final, **privacy)
     assert not third.reports
     assert same.round == 4
+
+
+def test_records_are_accounted_for_by_client(tmp_path):
+    """The smallest client, whose records are drawn most often, has the largest epsilon."""
+    config = config_of("fedavg", min_replies=1, num_rounds=2)
+    privacy = {"unit": "record", "target_epsilon": 8.0}
+    training = {"max_steps": 5, "batch_size": 1}
+    config = changed(config, privacy=privacy, training=training)
+    recorder, channel = Reports(), Clients({**HUGE, "cat": None})
+    made = Rounds(find_rule(config.algorithm), config, recorder, tmp_path)
+    made.run(made.begin(ServerState(0, START), channel.roster), channel, last=2, timeout_s=1.0)
+    sent = made.open(ServerState(0, START, clients=dict.fromkeys(SIZES)), channel.roster, 2)
+    noise = sent.assignments["ant"].config.privacy.noise_multiplier
+    smallest, delta = min(SIZES.values()), default_delta(max(SIZES.values()))
+    assert recorder.reports[1].spent == (
+        pytest.approx(epsilon({Release(noise, "poisson", 1, smallest): 10}, delta)),
+        delta,
+    )
+    assert 7.9 < recorder.reports[1].spent[0] <= 8
+    assert recorder.reports[1].is_last
 
 
 def test_poisson_rounds_may_be_empty(tmp_path):

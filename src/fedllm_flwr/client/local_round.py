@@ -26,6 +26,7 @@ from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.drift import DriftCorrection
 from fedllm_flwr.training.local_terms import LocalResult, LocalTerms
 from fedllm_flwr.training.momentum import MOMENTUM, with_momentum, worker_momentum
+from fedllm_flwr.training.private import poisson_batches, train_privately
 from fedllm_flwr.training.schedule import draw_examples, steps_per_round
 from fedllm_flwr.training.trainer import Trained
 
@@ -95,13 +96,21 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     _check_fit(data, model, config)
     received = assignment.tensors
     memory = ClientMemory.recall(assignment, state_dir, rule.remembers)
-    drawn = _draw(assignment, data)
+    by_record = config.privacy.unit == "record"
+    if by_record:
+        steps = steps_per_round(config.training, len(data.train))
+        per_step = config.training.batch_size * config.training.gradient_accumulation_steps
+        batches = poisson_batches(data.train.source, data.train.lengths, steps, per_step)
+        drawn = np.array([i for step in batches.batches for i in step], np.int64)
+    else:
+        drawn = _draw(assignment, data)
+        batches = _batches(config, data, model, drawn, task)
     work = LocalWork(
         config=config,
         model=model,
         examples=data.train,
         drawn=drawn,
-        batches=_batches(config, data, model, drawn, task),
+        batches=batches,
         learning_rate=assignment.learning_rate,
         seed=derive_seed(config.seed, "dropout", assignment.round, data.name),
         tensors=received,
@@ -120,7 +129,23 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
         model.load(terms.start, received.get(FROZEN))
         with _trained_only(model.trainable(), trains) as parameters:
             drift = DriftCorrection(parameters, terms, assignment.learning_rate)
-            trained = task.optimise(work, prepared, [drift], drift.penalty)
+            if by_record:
+                trained = train_privately(
+                    model,
+                    parameters,
+                    task.example_losses(work, prepared),
+                    data.train.source,
+                    batches,
+                    config,
+                    assignment.learning_rate,
+                    work.seed,
+                    task.rows_per_example,
+                    task.drops_out(config),
+                    [drift],
+                    drift.penalty,
+                )
+            else:
+                trained = task.optimise(work, prepared, [drift], drift.penalty)
         return model.params(), drift, trained
 
     params, drift, trained = optimise(rule.local_terms(received, memory.tensors))
@@ -154,18 +179,20 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
             own = memory.tensors.get(kind) or {n: np.zeros_like(v) for n, v in params.items()}
             kept[kind] = Kept(add(own, arriving[group]))
     ClientMemory.keep(assignment, state_dir, kept)
-    return Update(
-        delta=groups.pop("delta"),
-        num_examples=len(np.unique(drawn)),
-        contributed=groups,
-        lost=memory.lost,
-        metrics={
-            **metrics,
-            "steps": float(drift.steps),
+    if by_record and config.federation.engine == "deployment":
+        metrics = {}  # none of these is private
+    else:
+        metrics |= {
             "tokens": float(work.batches.num_tokens),
             "computed_tokens": float(work.batches.computed_tokens),
             "seconds": time.monotonic() - started,
-        },
+        }
+    return Update(
+        delta=groups.pop("delta"),
+        num_examples=len(data.train) if by_record else len(np.unique(drawn)),
+        contributed=groups,
+        lost=memory.lost,
+        metrics={**metrics, "steps": float(drift.steps)},
     )
 
 

@@ -481,10 +481,14 @@ class CommunicationConfig:
 class PrivacyConfig:
     """Differential privacy of what is released; see docs/privacy.md."""
 
-    unit: Literal["none", "client"] = Field(
-        default="none", description="none | client: what one client as a whole contributes"
+    unit: Literal["none", "client", "record"] = Field(
+        default="none",
+        description="none | client: what one client as a whole contributes | record: each record, "
+        "at its client",
     )
-    clip: Real = Field(default=1.0, gt=0, description="bound of a contribution's L2 norm")
+    clip: Real = Field(
+        default=1.0, gt=0, description="bound of the L2 norm of a contribution, or of a gradient"
+    )
     noise_multiplier: Real | None = Field(
         default=None,
         ge=0,
@@ -494,12 +498,12 @@ class PrivacyConfig:
         default=None, gt=0, description="the run ends before it would spend more; null: no end"
     )
     delta: Real | None = Field(
-        default=None, gt=0, lt=1, description="null: 1 / n^1.1 with n clients"
+        default=None, gt=0, lt=1, description="null: 1 / n^1.1 with n clients, or records"
     )
     sampling: Literal["fixed", "poisson", "visible"] = Field(
         default="fixed",
-        description="clients of a round, drawn in secret: fixed: so many | poisson: each by itself "
-        "| visible: as the seed says, which amplifies nothing",
+        description="unit=client: clients of a round, drawn in secret: fixed: so many | poisson: "
+        "each by itself | visible: as the seed says, which amplifies nothing",
     )
     clip_quantile: Real | None = Field(
         default=None,

@@ -204,7 +204,7 @@ def _check_robust(config: Config) -> None:
 
 def _check_privacy(config: Config) -> None:
     """Options that a promise of privacy does not hold with."""
-    privacy, federation = config.privacy, config.federation
+    privacy = config.privacy
     if privacy.unit == "none":
         return
     promised = f"privacy.unit={privacy.unit}"
@@ -224,11 +224,24 @@ def _check_privacy(config: Config) -> None:
             f"evaluation.clients=true with {promised}: scores on the clients' own records are no "
             "part of what is accounted for; set evaluation.clients=false."
         )
+    check = _check_client_privacy if privacy.unit == "client" else _check_record_privacy
+    check(config)
+
+
+def _check_client_privacy(config: Config) -> None:
+    """What the sum of bounded contributions asks for."""
+    privacy, federation, promised = config.privacy, config.federation, "privacy.unit=client"
     algorithm, rule = config.algorithm, ALGORITHMS.find(config.algorithm.name)
     if not rule.aggregates or algorithm.name == "centralized":
         raise ConfigError(
             f"algorithm={algorithm.name} with {promised}: no client's contribution is hidden among "
-            "others'; choose an algorithm that aggregates several."
+            "others'; choose an algorithm that aggregates several, or privacy.unit=record."
+        )
+    if rule.stacks or rule.any_rank:
+        raise ConfigError(
+            f"algorithm={algorithm.name} with {promised}: its server step sees clients' adapters "
+            "one by one, and not the noisy sum alone; use fedavg, ffa, rolora or another algorithm "
+            "on their mean, or privacy.unit=record."
         )
     if algorithm.weighting not in ("auto", "uniform"):
         raise ConfigError(
@@ -273,6 +286,42 @@ def _check_attack(config: Config) -> None:
     if attack.target is not None and attack.target not in labels:
         raise ConfigError(
             f"attack.target={shown(attack.target)} is not among data.labels={shown(labels)}."
+        )
+
+
+def _check_record_privacy(config: Config) -> None:
+    """What gradients of single records ask for."""
+    privacy, promised = config.privacy, "privacy.unit=record"
+    if privacy.clip_quantile is not None:
+        raise ConfigError(
+            f"privacy.clip_quantile={privacy.clip_quantile:g} with {promised}: gradients are "
+            "clipped to privacy.clip; set privacy.clip_quantile=null."
+        )
+    if privacy.noise_multiplier is None and config.federation.engine == "deployment":
+        raise ConfigError(
+            f"privacy.noise_multiplier=null with {promised} and federation.engine=deployment: "
+            "sites decide on the noise before they say how many records they have; give "
+            "privacy.noise_multiplier."
+        )
+    if config.lora.dora:
+        raise ConfigError(
+            f"lora.dora=true with {promised}: its magnitudes have no gradient for each record; set "
+            "lora.dora=false."
+        )
+    if config.training.dtype == "float16":
+        raise ConfigError(
+            f"training.dtype=float16 with {promised}: records' gradients would overflow; use "
+            "bfloat16 or float32."
+        )
+    if config.training.packing:
+        raise ConfigError(
+            f"training.packing=true with {promised}: records end to end cannot be told apart; set "
+            "training.packing=null."
+        )
+    if not TASKS.find(config.task.name).has_example_losses:
+        raise ConfigError(
+            f"task={config.task.name} with {promised}: it has no loss of an example by itself; use "
+            "another task, or privacy.unit=client."
         )
 
 

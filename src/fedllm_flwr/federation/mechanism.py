@@ -1,8 +1,10 @@
-"""Client-level differential privacy: what the server releases of a round's contributions.
+"""Differential privacy at the server: what it releases of a round's contributions, and the account.
 
-A contribution is all that one client sends in one round for the sum: its update ``delta`` and the
-groups that the rule adds, such as SCAFFOLD's change of the control variate. It is clipped as one
-vector to the L2 norm C = ``privacy.clip``. The release is
+With ``privacy.unit=record`` clients make their own noise (`training.private`), and the server only
+accounts for it. With ``privacy.unit=client`` it makes the noise. A contribution is all that one
+client sends in one round for the sum: its update ``delta`` and the groups that the rule adds, such
+as SCAFFOLD's change of the control variate. It is clipped as one vector to the L2 norm C =
+``privacy.clip``. The release is
 
     (1 / m) (sum_i clip_C(x_i) + z C N(0, I)),
 
@@ -24,16 +26,19 @@ together are one Gaussian mechanism with multiplier z (their theorem 1).
 import json
 import math
 import os
+from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.errors import ConfigError, FederationError
-from fedllm_flwr.federation.roster import Roster, choose_clients
+from fedllm_flwr.federation.roster import Roster, choose_clients, choose_from
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.params import Groups, Params, full_like
 from fedllm_flwr.privacy.accounting import (
@@ -45,6 +50,7 @@ from fedllm_flwr.privacy.accounting import (
 )
 from fedllm_flwr.privacy.clipping import clipped, joint_norm
 from fedllm_flwr.privacy.noise import Noise
+from fedllm_flwr.training.schedule import steps_per_round
 
 _SLACK = 1.01  # a norm above the bound by less is the wire's rounding, not an unclipped update
 _INDICATOR_NOISE = 1 / 20  # deviation on the sum of indicators / m (Andrew et al. 2021, 3)
@@ -52,68 +58,105 @@ _INDICATOR_NOISE = 1 / 20  # deviation on the sum of indicators / m (Andrew et a
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend and what each of its rounds does.
+    """What a run is going to spend.
 
     Args:
-        release: one round's release.
-        delta: of the promise.
+        spending: each client's releases in one of its rounds, and how many those are; with
+            ``privacy.unit=client`` one entry, "", for the release of a round.
+        noise_multiplier: given, or calibrated to ``privacy.target_epsilon``.
+        delta: of the promise; ``count`` is what its default is made of.
         planned: epsilon after all rounds; infinite without noise.
     """
 
-    release: Release
+    spending: Mapping[str, Release]
+    noise_multiplier: float
     delta: float
+    count: int
     planned: float
 
 
-def plan_budget(config: Config, num_clients: int) -> Budget | None:
-    """The noise of each round and what all rounds will have spent; None without client-level DP.
+Sizes = Mapping[str, int]
+"""Examples that each client has announced, by name."""
+
+
+def plan_budget(config: Config, sizes: Sizes) -> Budget | None:
+    """The noise of each round and what all rounds will have spent; None without a promise.
 
     Raises:
         ConfigError: no noise reaches the target, or the accountant is not installed.
     """
-    privacy = config.privacy
-    if privacy.unit != "client":
+    privacy, rounds = config.privacy, config.federation.num_rounds
+    if privacy.unit == "none":
         return None
-    delta = default_delta(num_clients) if privacy.delta is None else privacy.delta
-    rounds, drawn = config.federation.num_rounds, num_sampled(config, num_clients)
-    release = Release(privacy.noise_multiplier or 0.0, privacy.sampling, drawn, num_clients)
-    if privacy.noise_multiplier is None:
-        require_accountant(f"privacy.target_epsilon={privacy.target_epsilon}")
-        assert privacy.target_epsilon is not None  # see `config.validation`
-        multiplier = calibrated(release, rounds, privacy.target_epsilon, delta)
-        release = replace(release, noise_multiplier=multiplier)
-    elif release.noise_multiplier:
-        require_accountant(f"privacy.noise_multiplier={privacy.noise_multiplier}")
-    bound = 2 * drawn * _INDICATOR_NOISE
-    if privacy.clip_quantile is not None and release.noise_multiplier >= bound:
-        raise ConfigError(
-            f"privacy.clip_quantile={privacy.clip_quantile:g} with a noise multiplier of "
-            f"{release.noise_multiplier:.3g} needs more than {drawn} clients a round: its own "
-            f"noise takes multipliers below {bound:.3g}; sample more clients, or set "
-            "privacy.clip_quantile=null."
+    if privacy.noise_multiplier is None or privacy.noise_multiplier > 0:
+        require_accountant(f"privacy.unit={privacy.unit}")
+    if privacy.unit == "client":
+        spending = {"": _round_of_clients(config, len(sizes))}
+        times, count = {"": rounds}, len(sizes)
+    else:
+        spending = {name: _step_of(config, size) for name, size in sizes.items()}
+        steps = {name: steps_per_round(config.training, size) for name, size in sizes.items()}
+        chosen = Counter(
+            name for number in range(1, rounds + 1) for name in choose_from(sizes, config, number)
         )
-    return Budget(release, delta, epsilon([release] * rounds, delta))
+        times = {name: steps[name] * chosen[name] for name in sizes}
+        count = max(sizes.values())
+    delta = default_delta(count) if privacy.delta is None else privacy.delta
+    multiplier = privacy.noise_multiplier
+    if multiplier is None:
+        target = privacy.target_epsilon
+        assert target is not None  # see `config.validation`
+        worst = {(spending[name], times[name]) for name in spending if times[name]}
+        multiplier = max(calibrated(release, number, target, delta) for release, number in worst)
+    spending = {n: replace(each, noise_multiplier=multiplier) for n, each in spending.items()}
+    _check_quantile(config, spending)
+    planned = max(epsilon(Counter({spending[n]: times[n]}), delta) for n in spending)
+    return Budget(spending, multiplier, delta, count, planned)
 
 
-def describe_budget(config: Config, num_clients: int) -> tuple[str, str] | None:
+def _round_of_clients(config: Config, num_clients: int) -> Release:
+    drawn = num_sampled(config, num_clients)
+    multiplier = config.privacy.noise_multiplier or 0.0
+    return Release(multiplier, config.privacy.sampling, drawn, num_clients)
+
+
+def _step_of(config: Config, num_examples: int) -> Release:
+    training = config.training
+    batch = training.batch_size * training.gradient_accumulation_steps
+    multiplier = config.privacy.noise_multiplier or 0.0
+    return Release(multiplier, "poisson", min(batch, num_examples), num_examples)
+
+
+def _check_quantile(config: Config, spending: Mapping[str, Release]) -> None:
+    quantile = config.privacy.clip_quantile
+    for release in spending.values() if quantile is not None else ():
+        bound = 2 * release.drawn * _INDICATOR_NOISE
+        if release.noise_multiplier >= bound:
+            raise ConfigError(
+                f"privacy.clip_quantile={quantile:g} with a noise multiplier of "
+                f"{release.noise_multiplier:.3g} needs more than {release.drawn} clients a round: "
+                f"its own noise takes multipliers below {bound:.3g}; sample more clients, or set "
+                "privacy.clip_quantile=null."
+            )
+
+
+def describe_budget(config: Config, sizes: Sizes) -> tuple[str, str] | None:
     """The mechanism and the promise in words, for the plan of a run; None without one."""
-    budget = plan_budget(config, num_clients)
+    budget = plan_budget(config, sizes)
     if budget is None:
         return None
-    privacy, release = config.privacy, budget.release
-    clip = f"clip {privacy.clip:g}"
+    privacy = config.privacy
+    mechanism = f"per {privacy.unit}, clip {privacy.clip:g}"
     if privacy.clip_quantile is not None:
-        clip += f" following quantile {privacy.clip_quantile:g}"
-    mechanism = (
-        f"per client, {clip}, noise {release.noise_multiplier:.3g} x clip, "
-        f"{privacy.sampling} sampling"
-    )
+        mechanism += f" following quantile {privacy.clip_quantile:g}"
+    sampling = "poisson" if privacy.unit == "record" else privacy.sampling
+    mechanism += f", noise {budget.noise_multiplier:.3g} x clip, {sampling} sampling"
     delta = f"delta {budget.delta:.2g}"
     if privacy.delta is None:
-        delta += f" = 1/{num_clients}^1.1"
-    rounds = f"after {config.federation.num_rounds} rounds"
+        delta += f" = 1/{budget.count:,}^1.1"
     if math.isinf(budget.planned):
         return mechanism, f"none: no noise ({delta})"
+    rounds = f"after {config.federation.num_rounds} rounds"
     target = privacy.target_epsilon
     if target is not None and budget.planned > target:
         rounds += f"; ends before {target:g}"
@@ -132,30 +175,34 @@ class ReleaseLog:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def releases(self) -> list[Release]:
-        """What was released so far.
+    def releases(self) -> dict[str, Counter[Release]]:
+        """What was released so far, by client; "" is what concerns them all.
 
         Raises:
             FederationError: the file cannot be read.
         """
+        found: dict[str, Counter[Release]] = {}
         try:
-            lines = self._path.read_text("utf-8").splitlines()
-            return [Release(**json.loads(line)["release"]) for line in lines]
+            for line in self._path.read_text("utf-8").splitlines():
+                for name, (release, count) in json.loads(line)["releases"].items():
+                    found.setdefault(name, Counter())[Release(**release)] += count
         except FileNotFoundError:
-            return []
+            return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FederationError(
                 f"{self._path} cannot be read ({error}), so that what the run has spent is not "
                 "known; put it back, or start the run anew."
             ) from error
+        return found
 
-    def append(self, server_round: int, release: Release) -> None:
-        """Write a release down and sync it to the disk.
+    def append(self, server_round: int, releases: Mapping[str, tuple[Release, int]]) -> None:
+        """Write down each client's releases of a round and sync them to the disk.
 
         Raises:
-            FederationError: it cannot be written.
+            FederationError: they cannot be written.
         """
-        line = json.dumps({"round": server_round, "release": asdict(release)}) + "\n"
+        plain = {name: (asdict(release), count) for name, (release, count) in releases.items()}
+        line = json.dumps({"round": server_round, "releases": plain}) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -190,12 +237,20 @@ class Mechanism:
         """Names of the clients of a round."""
         return choose_clients(roster, self.config, server_round)
 
+    def config_for(self, roster: Roster) -> Config:
+        """The configuration as clients are sent it."""
+        return self.config
+
     def bound(self, state: ServerState, groups: Groups) -> Bounded:
         """What of a contribution enters the sum."""
         return Bounded(groups)
 
     def release(
-        self, state: ServerState, combined: Mapping[str, Params], within: Sequence[bool]
+        self,
+        state: ServerState,
+        roster: Roster,
+        combined: Mapping[str, Params],
+        within: Sequence[bool],
     ) -> tuple[Mapping[str, Params], Groups]:
         """What the server step gets of a round, and what the next state keeps of the mechanism.
 
@@ -206,17 +261,17 @@ class Mechanism:
         """
         return combined, {}
 
-    def spent(self) -> tuple[float, float] | None:
+    def spent(self, roster: Roster) -> tuple[float, float] | None:
         """Epsilon and delta of what was released so far; None: no promise is made."""
         return None
 
-    def is_spent(self, num_clients: int) -> bool:
-        """Whether one more round would pass ``privacy.target_epsilon``."""
+    def is_spent(self, state: ServerState, roster: Roster) -> bool:
+        """Whether the round after `state` would pass ``privacy.target_epsilon``."""
         return False
 
 
-class ClientMechanism(Mechanism):
-    """The Gaussian mechanism on the sum of clipped contributions; see the module.
+class Accounted(Mechanism):
+    """A mechanism whose releases are written down.
 
     Args:
         path: of the log of releases.
@@ -225,6 +280,73 @@ class ClientMechanism(Mechanism):
     def __init__(self, config: Config, path: Path) -> None:
         super().__init__(config)
         self._log = ReleaseLog(path)
+        self._budgets: dict[object, Budget] = {}  # by noise multiplier and clients
+
+    @abstractmethod
+    def next_releases(self, roster: Roster, server_round: int) -> dict[str, tuple[Release, int]]:
+        """What a round is going to release, by client, and how often."""
+
+    def planned(self, roster: Roster) -> Budget:
+        """The run's budget. A run that goes on for more rounds keeps the noise it began with."""
+        config, sizes = self.config, _sizes(roster)
+        for releases in self._log.releases().values():
+            before = next(iter(releases)).noise_multiplier
+            config = replace(config, privacy=replace(config.privacy, noise_multiplier=before))
+        key = (config.privacy.noise_multiplier, tuple(sorted(sizes.items())))
+        if key not in self._budgets:
+            budget = plan_budget(config, sizes)
+            assert budget is not None
+            self._budgets[key] = budget
+        return self._budgets[key]
+
+    def spent(self, roster: Roster) -> tuple[float, float]:
+        """The largest epsilon of all clients."""
+        delta = self.planned(roster).delta
+        each = [epsilon(releases, delta) for releases in self._log.releases().values()]
+        return max(each, default=0.0), delta
+
+    def is_spent(self, state: ServerState, roster: Roster) -> bool:
+        """Whether the releases in the log and those of the next round pass the target."""
+        target = self.config.privacy.target_epsilon
+        if target is None:
+            return False
+        before, delta = self._log.releases(), self.planned(roster).delta
+        return any(
+            epsilon(before.get(name, Counter()) + Counter({release: count}), delta) > target
+            for name, (release, count) in self.next_releases(roster, state.round + 1).items()
+        )
+
+
+class RecordMechanism(Accounted):
+    """Clients' own DP-SGD (`training.private`), as the server accounts for it.
+
+    It believes the numbers of examples that clients announce, which are taken to be no secret. The
+    promise is the largest epsilon of all clients. A client is charged when it is asked, whether
+    its reply comes or not.
+    """
+
+    def choose(self, roster: Roster, server_round: int) -> list[str]:
+        """As the run's seed says; what each of them is going to spend is written down."""
+        self._log.append(server_round, self.next_releases(roster, server_round))
+        return super().choose(roster, server_round)
+
+    def config_for(self, roster: Roster) -> Config:
+        """With the noise that the target asks for."""
+        multiplier = self.planned(roster).noise_multiplier
+        privacy = replace(self.config.privacy, noise_multiplier=multiplier)
+        return replace(self.config, privacy=privacy)
+
+    def next_releases(self, roster: Roster, server_round: int) -> dict[str, tuple[Release, int]]:
+        """One release for each optimizer step of each client chosen."""
+        spending, sizes = self.planned(roster).spending, _sizes(roster)
+        return {
+            name: (spending[name], steps_per_round(self.config.training, sizes[name]))
+            for name in choose_clients(roster, self.config, server_round)
+        }
+
+
+class ClientMechanism(Accounted):
+    """The Gaussian mechanism on the sum of clipped contributions; see the module."""
 
     def choose(self, roster: Roster, server_round: int) -> list[str]:
         """Drawn in secret, unless everybody may see it: the run's seed is known to all clients."""
@@ -235,6 +357,10 @@ class ClientMechanism(Mechanism):
         if sampling == "fixed":
             return [names[i] for i in noise.fixed_sample(len(names), wanted)]
         return [names[i] for i in noise.poisson_sample(len(names), wanted / len(names))]
+
+    def next_releases(self, roster: Roster, server_round: int) -> dict[str, tuple[Release, int]]:
+        """One."""
+        return {"": (self.planned(roster).spending[""], 1)}
 
     def bound(self, state: ServerState, groups: Groups) -> Bounded:
         """The contribution clipped to C.
@@ -247,13 +373,17 @@ class ClientMechanism(Mechanism):
         return Bounded(clipped(groups, clip), norm <= clip, by_client and norm > _SLACK * clip)
 
     def release(
-        self, state: ServerState, combined: Mapping[str, Params], within: Sequence[bool]
+        self,
+        state: ServerState,
+        roster: Roster,
+        combined: Mapping[str, Params],
+        within: Sequence[bool],
     ) -> tuple[Mapping[str, Params], Groups]:
         """The noisy sums over the expected number of clients, or over N; and the next C."""
         num_clients, clip, noise = len(state.clients), self._clip(state), Noise()
-        release = self._next(num_clients)
-        self._log.append(state.round + 1, release)
-        expected, z = release.drawn, release.noise_multiplier
+        releases = self.next_releases(roster, state.round + 1)
+        self._log.append(state.round + 1, releases)
+        expected, z = releases[""][0].drawn, releases[""][0].noise_multiplier
         sums = {group: params or full_like(state.params, 0.0) for group, params in combined.items()}
         if len(within) != expected:  # of a mean; a client that has not replied adds zero
             share = len(within) / expected
@@ -270,43 +400,22 @@ class ClientMechanism(Mechanism):
             sums = {group: noise.on(sums[group], z * clip / divisors[group]) for group in sums}
         return sums, tensors
 
-    def spent(self) -> tuple[float, float]:
-        """Epsilon and delta of all releases in the log."""
-        releases = self._log.releases()
-        delta = self._delta(max((release.of for release in releases), default=1))
-        return (epsilon(releases, delta) if releases else 0.0), delta
-
-    def is_spent(self, num_clients: int) -> bool:
-        """Whether the releases in the log and one more pass the target."""
-        target = self.config.privacy.target_epsilon
-        if target is None:
-            return False
-        releases = [*self._log.releases(), self._next(num_clients)]
-        return epsilon(releases, self._delta(num_clients)) > target
-
-    def _delta(self, num_clients: int) -> float:
-        chosen = self.config.privacy.delta
-        return default_delta(num_clients) if chosen is None else chosen
-
-    def _next(self, num_clients: int) -> Release:
-        """The next release: a run that goes on for more rounds keeps the noise it began with."""
-        if before := self._log.releases():
-            return replace(before[0], drawn=num_sampled(self.config, num_clients), of=num_clients)
-        budget = plan_budget(self.config, num_clients)
-        assert budget is not None
-        return budget.release
-
     def _clip(self, state: ServerState) -> float:
         kept = state.tensors.get("privacy")
         return self.config.privacy.clip if kept is None else float(kept["clip"][0])
 
 
-def mechanism_of(config: Config, directory: Path) -> Mechanism:
+def mechanism_of(config: Config, path: Path) -> Mechanism:
     """The mechanism that a configuration asks for.
 
     Args:
-        directory: of what the server keeps beside its state; nothing is written before a release.
+        path: of the log of releases; nothing is written before the first.
     """
-    if config.privacy.unit == "client":
-        return ClientMechanism(config, directory / "releases.jsonl")
-    return Mechanism(config)
+    kinds = {"none": Mechanism, "client": ClientMechanism, "record": RecordMechanism}
+    kind: Any = kinds[config.privacy.unit]
+    made: Mechanism = kind(config) if kind is Mechanism else kind(config, path)
+    return made
+
+
+def _sizes(roster: Roster) -> Sizes:
+    return {name: client.info.num_examples for name, client in roster.items()}

@@ -143,16 +143,19 @@ def printable(text: str) -> str:
     return "".join(char for char in first[:_LONGEST_TEXT] if char.isprintable())
 
 
-def check_metrics(metrics: Mapping[str, float]) -> None:
+def check_metrics(metrics: Mapping[str, float], with_loss: bool = True) -> None:
     """Refuse metrics that lack a loss, are too many, or have names or values out of bounds.
 
     A round's metrics are kept in memory, written down, drawn and printed; so none may be long,
     not finite, or so large that a mean or a figure of them is not finite.
 
+    Args:
+        with_loss: whether a loss is needed; clients whose records are private do not tell theirs.
+
     Raises:
         FederationError: says which.
     """
-    if "loss" not in metrics:
+    if with_loss and "loss" not in metrics:
         raise FederationError("its metrics lack 'loss'")
     if len(metrics) > _MOST_METRICS:
         raise FederationError(f"it holds {len(metrics)} metrics, more than {_MOST_METRICS}")

@@ -107,6 +107,6 @@ def _mean_loss(
     metrics: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]
 ) -> float | None:
     total = sum(counts[name] for name in metrics)
-    if not total:
-        return None
+    if not total or any("loss" not in each for each in metrics.values()):
+        return None  # sites whose records are private do not tell
     return sum(metrics[name]["loss"] * counts[name] for name in sorted(metrics)) / total

@@ -1,6 +1,7 @@
 """Who takes part in a run, and who in a round of it."""
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fedllm_flwr.config import Config
@@ -30,9 +31,14 @@ Roster = dict[str, Client]
 
 def choose_clients(roster: Roster, config: Config, server_round: int) -> list[str]:
     """Names of the clients of a round: the same for the same seed and names."""
+    return choose_from(roster, config, server_round)
+
+
+def choose_from(names: Collection[str], config: Config, server_round: int) -> list[str]:
+    """As `choose_clients`, before more than their names is known."""
     seed = derive_seed(config.seed, "sampling", server_round)
-    wanted = num_sampled(config, len(roster))
-    return sorted(random.Random(seed).sample(sorted(roster), wanted))
+    wanted = num_sampled(config, len(names))
+    return sorted(random.Random(seed).sample(sorted(names), wanted))
 
 
 def check_roster(roster: Roster, config: Config) -> None:

@@ -4,6 +4,7 @@ A round is a list of exchanges: one in which clients train, and one, where it is
 all score the new adapter. Nothing here knows Flower, disks of clients, or where they run.
 """
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from fedllm_flwr.federation.server_copies import ServerCopies
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.updates.cast import wire_bytes
 from fedllm_flwr.federation.updates.transform import Chain, Passage
-from fedllm_flwr.params import Groups, Params, check_like, digest, moved
+from fedllm_flwr.params import Groups, Params, check_like, digest, full_like, moved
 from fedllm_flwr.plugins import COMBINERS
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
@@ -56,7 +57,7 @@ class Rounds:
         self.recorder = recorder
         self.copies = ServerCopies(copies, rule.contributes)
         self.chain = Chain.of(config)
-        self.mechanism = mechanism_of(config, copies)
+        self.mechanism = mechanism_of(config, copies / "releases.jsonl")
 
     def run(self, state: ServerState, channel: Channel, last: int, timeout_s: float) -> ServerState:
         """Do the rounds that are left, ``state.round + 1`` to `last`; the state after them.
@@ -68,10 +69,12 @@ class Rounds:
             FederationError: a round cannot be completed; the rounds before it are recorded.
         """
         for current in range(state.round + 1, last + 1):
-            if self.recorder.has_converged() or self.mechanism.is_spent(len(state.clients)):
+            if self.recorder.has_converged():
                 break
             started = time.monotonic()
             channel.settle()
+            if self.mechanism.is_spent(state, channel.roster):
+                break
             opened = self.open(state, channel.roster, current)
             report = opened.report
             self.recorder.on_start_round(current, report.sampled)
@@ -133,6 +136,8 @@ class Rounds:
         ranks = self._ranks(roster)
         ranks = {name: ranks[name] for name in names}
         assignments = self._assignments(state, ranks, server_round, learning_rate)
+        config = self.mechanism.config_for(roster)
+        assignments = {name: replace(each, config=config) for name, each in assignments.items()}
         bytes_down = sum(self.wire_bytes(each.tensors) for each in assignments.values())
         lying = [name for name in attackers(self.config, roster) if name in names]
         report = RoundReport(server_round, names, attackers=lying, bytes_down=bytes_down)
@@ -321,7 +326,7 @@ class OpenRound:
             report.lost[name] = acknowledged
         if not self.rounds.rule.aggregates:
             self.rounds.recorder.on_update(report.round, name, update.delta, acknowledged)
-        self.rounds.recorder.on_reply(report.round, name, update.metrics["loss"])
+        self.rounds.recorder.on_reply(report.round, name, update.metrics.get("loss", math.nan))
 
     def next_state(self) -> ServerState:
         """The server step.
@@ -333,11 +338,12 @@ class OpenRound:
         num_clients = len(state.clients)
         combined: dict[str, Params] = {}
         if not rounds.rule.any_rank:
-            combined["delta"] = self._combiner.combined()
+            nothing = full_like(rounds.shared(state.params, report.round), 0.0)
+            combined["delta"] = self._combiner.combined() or nothing
         combined |= {group: total.sum_over(num_clients) for group, total in self._sums.items()}
         adapters, shares = self._in_order()
         counts = Counts(len(report.metrics), num_clients, self._weight, adapters, shares)
-        released, tensors = rounds.mechanism.release(state, combined, self._within)
+        released, tensors = rounds.mechanism.release(state, self.roster, combined, self._within)
         new = rounds.rule.step(state, released, counts)
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
         report.cut = dict(self._combiner.cut)
@@ -354,8 +360,9 @@ class OpenRound:
             name: Acknowledged(report.round, state.clients[name].updates + 1)
             for name in report.metrics
         }
-        report.spent = rounds.mechanism.spent()
-        report.is_last = rounds.mechanism.is_spent(num_clients)
+        done = replace(state, round=report.round)
+        report.spent = rounds.mechanism.spent(self.roster)
+        report.is_last = rounds.mechanism.is_spent(done, self.roster)
         new = replace(
             new,
             round=report.round,
@@ -386,7 +393,7 @@ class OpenRound:
                 f"num_examples={update.num_examples} is not in 1..{announced}, the number "
                 "it announced"
             )
-        check_metrics(update.metrics)
+        check_metrics(update.metrics, with_loss=rounds.config.privacy.unit != "record")
         passage = Passage(name, report.round, rounds.config.seed)
         groups = dict(
             rounds.chain.server_end({"delta": update.delta, **update.contributed}, passage)

@@ -146,6 +146,25 @@ def score_examples(model: AdaptedModel, examples: Encoded, batch_tokens: int) ->
     return ExampleScores(log_probs, num_tokens, num_correct)
 
 
+def trained_log_probs(
+    model: AdaptedModel, examples: Encoded, rows: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of the supervised tokens of chosen rows, with gradients, and each row's number of them.
+
+    Returns:
+        (rows, positions), zero where there is nothing to learn; and (rows,).
+    """
+    inputs = collate_padded(examples, list(rows), model.pad_id)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    labels = inputs.pop("labels")
+    wanted = labels[:, 1:]
+    if model.selects_logits:
+        needed = needed_logits({"labels": labels})
+        wanted, inputs["logits_to_keep"] = needed["shift_labels"], needed["logits_to_keep"]
+    logits = model.peft(**inputs, use_cache=False).logits[:, : wanted.shape[1]]
+    return token_log_probs(logits, wanted), (wanted != IGNORED).sum(1)
+
+
 def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(target) at each position, (rows, positions); zero where the target is `IGNORED`."""
     flat = cross_entropy(

@@ -20,8 +20,7 @@ sampling     neighbours                   sensitivity  amplification         acc
 
 import importlib.util
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -71,11 +70,12 @@ def require_accountant(reason: str) -> None:
         )
 
 
-def epsilon(releases: Sequence[Release], delta: float) -> float:
-    """Epsilon at `delta` of all `releases` together; infinite where one has no noise."""
-    if any(release.noise_multiplier == 0 for release in releases):
+def epsilon(releases: Mapping[Release, int], delta: float) -> float:
+    """Epsilon at `delta` of all `releases` together, each so often; infinite without noise."""
+    made = {release: count for release, count in releases.items() if count}
+    if any(release.noise_multiplier == 0 for release in made):
         return math.inf
-    return _epsilon(tuple(sorted(Counter(releases).items(), key=repr)), delta)
+    return _epsilon(tuple(sorted(made.items(), key=repr)), delta) if made else 0.0
 
 
 @cache
@@ -91,7 +91,7 @@ def calibrated(release: Release, count: int, target_epsilon: float, delta: float
     import dp_accounting
 
     def spent(multiplier: float) -> float:
-        return epsilon([replace(release, noise_multiplier=multiplier)] * count, delta)
+        return epsilon({replace(release, noise_multiplier=multiplier): count}, delta)
 
     if spent(MOST_NOISE) > target_epsilon:
         raise ConfigError(

@@ -33,19 +33,20 @@ def clipped(groups: Groups, bound: float) -> dict[str, Params]:
     result = {group: dict(params) for group, params in groups.items()}
     if largest * scaled <= bound:
         return result
-    factor = bound / largest / scaled
-    coarsest = max(
+    factor = bound / scaled  # of values divided by the largest: nothing leaves the range
+    shrink = max(
         float(np.finfo(value.dtype).eps) for params in groups.values() for value in params.values()
     )
     while True:
         for group, params in groups.items():
             result[group] = {
-                name: (value.astype(np.float64) * factor).astype(value.dtype)
+                name: (value.astype(np.float64) / largest * factor).astype(value.dtype)
                 for name, value in params.items()
             }
         if joint_norm(result) <= bound:
             return result
-        factor *= 1 - coarsest
+        factor *= 1 - shrink  # rounding has taken it above the bound
+        shrink = min(0.5, 2 * shrink)
 
 
 def _scaled_norm(groups: Groups) -> tuple[float, float]:

@@ -53,8 +53,8 @@ def check_fit(config: Config) -> None:
     from fedllm_flwr.data.templates import render
 
     check_trackers(config.tracking)
-    if config.federation.num_clients is not None:
-        plan_budget(config, config.federation.num_clients)
+    if config.privacy.unit == "client" and config.federation.num_clients is not None:
+        plan_budget(config, dict.fromkeys(map(str, range(config.federation.num_clients)), 1))
     find_rule(config.algorithm)
     Chain.of(config)
     requested_tasks(config)
@@ -86,7 +86,8 @@ def check_fit(config: Config) -> None:
     kind = task_of(config).records
     _, clients = divided_data(config, kind)
     check_client_counts(config, clients.num_clients)
-    plan_budget(config, clients.num_clients)
+    if config.privacy.unit == "client":
+        plan_budget(config, dict.fromkeys(map(str, range(clients.num_clients)), 1))
     data = simulated_data(config, kind, tokenizer)
     require_clients_examples(config, data)
     check_token_ids(config, data.encoded, facts.vocabulary)

@@ -66,7 +66,9 @@ def make_plan(
         eval_every=config.evaluation.every,
         eval_metrics=evaluation.metrics if evaluation else (),
         client_eval=config.evaluation.clients,
-        privacy=describe_budget(config, len(roster)),
+        privacy=describe_budget(
+            config, {name: client.info.num_examples for name, client in roster.items()}
+        ),
     )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedllm_flwr.models.adapted_model import AdaptedModel
     from fedllm_flwr.params import Kept, Params
     from fedllm_flwr.training.batches import RoundBatches
+    from fedllm_flwr.training.private import ExampleLosses
     from fedllm_flwr.training.trainer import Penalty, Trained
 
 Scores = dict[str, float]
@@ -124,6 +125,8 @@ class TrainingTask(ABC):
     """Starts a run of the task with its defaults."""
     rows_per_example: ClassVar[int] = 1
     """Rows of tokens that one example adds to a micro-batch."""
+    has_example_losses: ClassVar[bool] = False
+    """Whether `example_losses` is there, which training that is private per record needs."""
     can_pack: ClassVar[bool] = False
     """Whether examples may go through the model end to end, without padding."""
     adapters: ClassVar[Mapping[str, str]] = {}
@@ -193,6 +196,14 @@ class TrainingTask(ABC):
             prepared: what `prepare` has returned.
             penalty: a term of the loss that depends on the adapter alone.
         """
+
+    def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
+        """Loss of each example by itself, which no other example has a part in."""
+        raise NotImplementedError
+
+    def drops_out(self, config: Config) -> bool:
+        """Whether training that is private per record takes ``lora.dropout``."""
+        return True
 
     def remarks(self, config: Config, data: "SimulatedData") -> list[str]:
         """What the user should know of a simulation's data, in lines."""

@@ -2,7 +2,8 @@
 
 import gc
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,3 +128,16 @@ def _checkpointing(model: AdaptedModel, training: TrainingConfig) -> dict[str, A
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     }
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off while training: the reference has none, and noise would pass for preference."""
+    before = {m: m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    try:
+        for module in before:
+            module.p = 0.0
+        yield
+    finally:
+        for module, p in before.items():
+            module.p = p

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedllm_flwr.data.kinds import RecordKind
     from fedllm_flwr.models.adapted_model import AdaptedModel
     from fedllm_flwr.params import Kept, Params
+    from fedllm_flwr.training.private import ExampleLosses
     from fedllm_flwr.training.trainer import Penalty, Trained
 
 
@@ -30,6 +31,7 @@ class Dpo(TrainingTask):
     """Preference alignment against a reference model that stays the same for the whole run."""
 
     name = "dpo"
+    has_example_losses = True
     command = "fedllm run task=dpo"
     rows_per_example = 2
     comparison = "compare_demo_dpo"
@@ -54,6 +56,11 @@ class Dpo(TrainingTask):
 
     def refusal(self, config: Config) -> str | None:
         """Options that one loss has and another has not."""
+        if config.privacy.unit == "record" and config.dpo.loss_type in ("aot", "aot_unpaired"):
+            return (
+                f"dpo.loss_type={config.dpo.loss_type} with privacy.unit=record: it sorts the "
+                "pairs of a batch, so that a pair's loss depends on others; use sigmoid."
+            )
         dpo, smoothed = config.dpo, ("robust", "exo_pair", "aot", "aot_unpaired")
         if dpo.label_smoothing and dpo.loss_type not in smoothed:
             return (
@@ -114,6 +121,16 @@ class Dpo(TrainingTask):
             callbacks,
             penalty,
         )
+
+    def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
+        """The loss ``dpo.loss_type`` of each pair."""
+        from fedllm_flwr.tasks.dpo.training import pair_losses
+
+        return pair_losses(work, prepared["reference"].tensors["values"])
+
+    def drops_out(self, config: Config) -> bool:
+        """Unless ``dpo.disable_dropout``."""
+        return not config.dpo.disable_dropout
 
     def held_out(
         self,

@@ -10,12 +10,37 @@ from transformers import TrainerCallback
 
 from fedllm_flwr.config.schema import DpoConfig, TrainingConfig
 from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.models.scoring import trained_log_probs
+from fedllm_flwr.tasks.base import LocalWork
 from fedllm_flwr.tasks.dpo.losses import LOSSES, ScoredPairs, share_above_zero
 from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
 from fedllm_flwr.tasks.preferences.reference import LogProbs
 from fedllm_flwr.tasks.preferences.training import AnswerRows, Answers, train_on_answers
 from fedllm_flwr.training.batches import MicroBatch, RoundBatches
+from fedllm_flwr.training.private import ExampleLosses
 from fedllm_flwr.training.trainer import Penalty, Trained
+
+
+def pair_losses(work: LocalWork, reference: LogProbs) -> ExampleLosses:
+    """Loss of each pair by itself, where it has one: all of `LOSSES` that do not sort their pairs.
+
+    The SFT term is the mean over a pair's own tokens. Dropout is not switched off here.
+
+    Args:
+        reference: as `train_dpo` takes it.
+    """
+    dpo = work.config.dpo
+
+    def losses(batch: MicroBatch) -> Tensor:
+        rows = [2 * i + side for side in (0, 1) for i in batch]
+        log_probs, tokens = trained_log_probs(work.model, work.examples.rows, rows)
+        given = torch.from_numpy(reference[batch]).T.flatten().to(log_probs.device)
+        parts = (log_probs.sum(1), given, tokens)
+        scored = ScoredPairs(*(part for row in parts for part in row.chunk(2)))
+        values = LOSSES[dpo.loss_type](scored, dpo.beta, dpo.label_smoothing)
+        return values - dpo.sft_weight * scored.chosen / scored.chosen_tokens
+
+    return losses
 
 
 def train_dpo(

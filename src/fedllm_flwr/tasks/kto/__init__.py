@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedllm_flwr.data.kinds import RecordKind
     from fedllm_flwr.models.adapted_model import AdaptedModel
     from fedllm_flwr.params import Kept, Params
+    from fedllm_flwr.training.private import ExampleLosses
     from fedllm_flwr.training.trainer import Penalty, Trained
 
 _IDEAL = (1.0, 4 / 3)  # of lambda_D n_D / (lambda_U n_U): the paper's equation 8
@@ -34,6 +35,7 @@ class Kto(TrainingTask):
     """Preference alignment without pairs, against a reference model as in DPO."""
 
     name = "kto"
+    has_example_losses = True
     command = "fedllm run task=kto"
     remembers = ("reference",)
     adapters: ClassVar[Mapping[str, str]] = {"reference": "kto.reference_adapter"}
@@ -118,8 +120,11 @@ class Kto(TrainingTask):
         reference = work.tensors.get("reference")
         batch_tokens = work.config.evaluation.batch_tokens
         cache = ReferenceCache(batch_tokens, work.remembered.get("reference"))
+        known = cache.of(work.model, reference, work.examples, work.drawn)
+        if work.config.privacy.unit == "record":  # which mixes no examples
+            return {"reference": known}
         return {
-            "reference": cache.of(work.model, reference, work.examples, work.drawn),
+            "reference": known,
             "mismatched": Kept({"values": mismatched_reference(work, reference)}),
         }
 
@@ -135,6 +140,16 @@ class Kto(TrainingTask):
 
         reference, mismatched = prepared["reference"].tensors, prepared["mismatched"].tensors
         return train_kto(work, reference["values"], mismatched["values"], callbacks, penalty)
+
+    def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
+        """Loss of each answer, compared with a reward of 0."""
+        from fedllm_flwr.tasks.kto.training import answer_losses
+
+        return answer_losses(work, prepared["reference"].tensors["values"])
+
+    def drops_out(self, config: Config) -> bool:
+        """No: the reference has none."""
+        return False
 
     def held_out(
         self,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fedllm_flwr.models.scoring import score_examples
+from fedllm_flwr.models.scoring import score_examples, trained_log_probs
 from fedllm_flwr.params import Params
 from fedllm_flwr.tasks.base import LocalWork
 from fedllm_flwr.tasks.kto.held_out import answer_scores
@@ -25,6 +25,7 @@ from fedllm_flwr.tasks.kto.losses import kto_loss, reference_point
 from fedllm_flwr.tasks.preferences.reference import LogProbs, reference_log_probs
 from fedllm_flwr.tasks.preferences.training import AnswerRows, Answers, train_on_answers
 from fedllm_flwr.training.batches import MicroBatch
+from fedllm_flwr.training.private import ExampleLosses
 from fedllm_flwr.training.trainer import Penalty, Trained
 
 
@@ -40,6 +41,22 @@ def mismatched_reference(work: LocalWork, reference: Params | None) -> LogProbs:
         for step in _steps(work)
     ]
     return np.stack(found)
+
+
+def answer_losses(work: LocalWork, reference: LogProbs) -> ExampleLosses:
+    """Loss of each answer by itself, with z0 = 0: its estimate would mix a step's examples.
+
+    Args:
+        reference: as `train_kto` takes it.
+    """
+
+    def losses(batch: MicroBatch) -> Tensor:
+        log_probs, _ = trained_log_probs(work.model, work.examples.rows, batch)
+        given = torch.from_numpy(reference[batch, 0]).to(log_probs.device)
+        wanted = torch.from_numpy(work.examples.desirable[batch]).to(log_probs.device)
+        return kto_loss(log_probs.sum(1) - given, wanted, 0.0, work.config.kto)
+
+    return losses
 
 
 def train_kto(

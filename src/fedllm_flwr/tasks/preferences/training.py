@@ -1,7 +1,7 @@
 """Training on whole answers: a loss of their log-probabilities under policy and reference."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedllm_flwr.training.trainer import (
     run,
     training_arguments,
     with_penalty,
+    without_dropout,
 )
 
 
@@ -90,7 +91,7 @@ def train_on_answers(
         data_collator=collate,
         callbacks=callbacks,
     )
-    with _without_dropout(model.peft) if disable_dropout else nullcontext():
+    with without_dropout(model.peft) if disable_dropout else nullcontext():
         return run(trainer, model)
 
 
@@ -130,16 +131,3 @@ class AnswerTrainer(BareTrainer):
         loss = self._loss(Answers(log_probs, (wanted != IGNORED).sum(1), reference), batch)
         share = len(batch) * self._batches.per_step / self._batches.items_per_step
         return with_penalty(loss * share, self._penalty, 1.0)
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout off while training: the reference has none, and noise would pass for preference."""
-    before = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
-    try:
-        for module in before:
-            module.p = 0.0
-        yield
-    finally:
-        for module, p in before.items():
-            module.p = p

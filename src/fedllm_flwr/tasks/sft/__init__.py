@@ -8,6 +8,7 @@ from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.tasks.base import HeldOut, LocalWork, Metric, Scores, TrainingTask
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import TrainerCallback
 
     from fedllm_flwr.data.client_data import SimulatedData
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from fedllm_flwr.data.sources import Records
     from fedllm_flwr.models.adapted_model import AdaptedModel
     from fedllm_flwr.params import Kept, Params
+    from fedllm_flwr.training.batches import MicroBatch
+    from fedllm_flwr.training.private import ExampleLosses
     from fedllm_flwr.training.trainer import Penalty, Trained
 
 
@@ -22,6 +25,7 @@ class Sft(TrainingTask):
     """Supervised fine-tuning on instructions, or on chats."""
 
     name = "sft"
+    has_example_losses = True
     command = "fedllm run"
     can_pack = True
     can_cut_left = True
@@ -82,6 +86,16 @@ class Sft(TrainingTask):
         from fedllm_flwr.tasks.sft.labels import require_scored
 
         require_scored(config.data, records)
+
+    def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
+        """Mean negative log-likelihood of an example's own answer tokens."""
+        from fedllm_flwr.models.scoring import trained_log_probs
+
+        def losses(batch: "MicroBatch") -> "Tensor":
+            log_probs, tokens = trained_log_probs(work.model, work.examples, batch)
+            return -log_probs.sum(1) / tokens
+
+        return losses
 
     def held_out(
         self,
