@@ -67,9 +67,18 @@ def every_other_record(name: str) -> list[str]:
 
 
 def make_site(
-    folder: Path, name: str, port: int, ca: Path | None, lines: Sequence[str] | None = None
+    folder: Path,
+    name: str,
+    port: int,
+    ca: Path | None,
+    lines: Sequence[str] | None = None,
+    node: str = "",
 ) -> Path:
-    """Its directory, and a data file of `lines` beside it; None: every other record of the demo."""
+    """Its directory, and a data file of `lines` beside it; None: every other record of the demo.
+
+    Args:
+        node: first lines of its node.toml.
+    """
     data = folder / f"{name}.jsonl"
     data.write_text("".join(every_other_record(name) if lines is None else lines), "utf-8")
     options = SiteOptions(
@@ -83,6 +92,8 @@ def make_site(
         policy=SMALL,
     )
     init_site(folder / name, options)
+    file = folder / name / "node.toml"
+    file.write_text(node + file.read_text("utf-8"), "utf-8")
     return folder / name
 
 
@@ -97,10 +108,12 @@ def running_federation(
     root: Path,
     sites: Mapping[str, Sequence[str] | None],
     link: Callable[[int], AbstractContextManager[int]] = directly,
+    nodes: Mapping[str, str] | None = None,
 ) -> Iterator[Federation]:
     """Server and registered sites with their records, started with their directories' scripts.
 
     Args:
+        nodes: first lines of the sites' node.toml, by name.
         link: makes a site's own way to a port of the server; the port where it begins.
     """
     server, base = root / "server", free_ports(5)
@@ -123,7 +136,8 @@ def running_federation(
         assert wait_for(lambda: listens(ports["fleet"]), 180)
         for name, lines in sites.items():
             port = stack.enter_context(link(ports["fleet"]))
-            site = make_site(root, name, port, server / "ca.crt", lines)
+            node = (nodes or {}).get(name, "")
+            site = make_site(root, name, port, server / "ca.crt", lines, node)
             done = run("fedllm", "server", "register", str(server), str(site / f"{name}.pub"))
             assert f"Registered {name}" in done.stdout, done.stderr
             stack.enter_context(started([str(site / "start-supernode.sh")], root))

@@ -7,7 +7,7 @@ s = alpha / r is the same for all adapters of a run and stands outside of these 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def is_b(name: str) -> bool:
     return (found := _FACTOR.fullmatch(name)) is not None and found[3] == "B"
 
 
-def pairs(adapter: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
+def pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Names of A and B of each module, in the order of modules.
 
     Raises:
@@ -46,6 +46,11 @@ def pairs(adapter: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
 def rank_of(adapter: Mapping[str, Array]) -> int:
     """The rank r that all modules of an adapter share; 0 for one without tensors."""
     return next((value.shape[0] for name, value in adapter.items() if is_a(name)), 0)
+
+
+def kept_rank(rank: int, share: float) -> int:
+    """The rank that is left of `rank`, at least 1."""
+    return max(1, int(share * rank))
 
 
 def cut(adapter: Mapping[str, Array], rank: int) -> Params:

@@ -27,6 +27,7 @@ FAMILY = {
     "flexlora": ["algorithm=flexlora", RANKS],
     "raflora": ["algorithm=flexlora", "algorithm.options.by_rank=true", RANKS],
     "hetlora": ["algorithm=hetlora", RANKS],
+    "hetlora_pruned": ["algorithm=hetlora", RANKS, "algorithm.options={gamma: 0.5, strength: 1.0}"],
     "flora": ["algorithm=flora", RANKS],
     "fedsa": ["algorithm=fedsa"],
     "ditto": ["algorithm=ditto"],

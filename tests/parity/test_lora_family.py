@@ -44,7 +44,8 @@ def step(name, state, adapters, shares=SHARES, **options):
         names = [n for n in state.params if rule.shares(n, state.round + 1)]
         terms = list(zip(shares, adapters, strict=True))
         combined["delta"] = {n: sum(p * (a[n] - state.params[n]) for p, a in terms) for n in names}
-    counts = Counts(len(adapters), len(adapters), sum(SIZES), adapters, shares)
+    names = [f"client-{i}" for i in range(len(adapters))]
+    counts = Counts(len(adapters), len(adapters), sum(SIZES), adapters, shares, names)
     return replace(rule.step(state, combined, counts), round=state.round + 1)
 
 
@@ -173,6 +174,39 @@ def test_hetlora_pads_and_weights_by_the_norms():
             b_sum[:, :rank] += size / sum(norms) * adapter[f"{module}.lora_B.weight"]
         np.testing.assert_allclose(new.params[f"{module}.lora_A.weight"], a_sum, atol=1e-12)
         np.testing.assert_allclose(new.params[f"{module}.lora_B.weight"], b_sum, atol=1e-12)
+
+
+def test_hetlora_prunes_the_ranks_whose_tail_has_shrunk():
+    """Clients 0 and 1 train from the same start; the tail of 0 has shrunk, that of 1 has grown."""
+    state = ServerState(0, draw(99))
+    factors = (0.5, 2.0)
+    adapters = []
+    for factor in factors:
+        adapter = {n: v.copy() for n, v in state.params.items()}
+        for name, value in adapter.items():
+            (value[2:] if "lora_A" in name else value[:, 2:])[:] *= factor
+        adapters.append(adapter)
+    new = step("hetlora", state, adapters, [0.5, 0.5], gamma=0.5, strength=0.1)
+    rule = find_rule(AlgorithmConfig(name="hetlora", options={"gamma": 0.5, "strength": 0.1}))
+    assert [rule.rank(new, f"client-{i}", RANK) for i in range(3)] == [2, RANK, RANK]
+    for module in MODULES:
+        kept = [cut(adapters[0], 2), adapters[1]]
+        norms = [np.linalg.norm(product(a, module)) for a in kept]
+        expected = norms[1] / sum(norms) * adapters[1][f"{module}.lora_B.weight"][:, 2:]
+        np.testing.assert_allclose(new.params[f"{module}.lora_B.weight"][:, 2:], expected)
+
+
+def test_hetloras_regulariser_is_in_the_loss():
+    rule = find_rule(AlgorithmConfig(name="hetlora", options={"gamma": 0.5, "strength": 0.3}))
+    adapter = draw(5)
+    parameters = {n: torch.nn.Parameter(torch.from_numpy(v)) for n, v in adapter.items()}
+    drift = DriftCorrection(parameters, rule.local_terms({"params": adapter}, {}), 0.1)
+    expected = 0.3 * sum(
+        np.linalg.norm(adapter[f"{m}.lora_B.weight"][:, 2:])
+        * np.linalg.norm(adapter[f"{m}.lora_A.weight"][2:])
+        for m in MODULES
+    )
+    assert drift.penalty().item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_dittos_personal_adapter_is_pulled_towards_the_global_one():

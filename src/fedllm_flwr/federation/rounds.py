@@ -133,8 +133,7 @@ class Rounds:
         learning_rate = cosine_learning_rate(
             self.config.training, server_round, self.config.federation.num_rounds
         )
-        ranks = self._ranks(roster)
-        ranks = {name: ranks[name] for name in names}
+        ranks = self._ranks(state, {name: roster[name] for name in names})
         assignments = self._assignments(state, ranks, server_round, learning_rate)
         config = self.mechanism.config_for(roster)
         assignments = {name: replace(each, config=config) for name, each in assignments.items()}
@@ -166,16 +165,17 @@ class Rounds:
 
     def questions(self, state: ServerState, roster: Roster) -> dict[str, Assignment]:
         """What all clients are sent to score the adapter of a state."""
-        ranks, run = self._ranks(roster), state.run if self.rule.personal else ""
+        ranks, run = self._ranks(state, roster), state.run if self.rule.personal else ""
         return {
             name: replace(assignment, sent=self._scored_with(assignment.sent, state), run=run)
             for name, assignment in self._assignments(state, ranks, state.round, 0.0).items()
         }
 
-    def _ranks(self, roster: Roster) -> dict[str, int]:
+    def _ranks(self, state: ServerState, roster: Roster) -> dict[str, int]:
         """Ranks of the clients' adapters; 0: that of the global one."""
         own = self.config.lora.r
-        return {name: client.info.rank % own for name, client in roster.items()}
+        most = {name: client.info.rank or own for name, client in roster.items()}
+        return {name: self.rule.rank(state, name, rank) % own for name, rank in most.items()}
 
     @staticmethod
     def _scored_with(sent: Groups, state: ServerState) -> Groups:
@@ -341,8 +341,10 @@ class OpenRound:
             nothing = full_like(rounds.shared(state.params, report.round), 0.0)
             combined["delta"] = self._combiner.combined() or nothing
         combined |= {group: total.sum_over(num_clients) for group, total in self._sums.items()}
-        adapters, shares = self._in_order()
-        counts = Counts(len(report.metrics), num_clients, self._weight, adapters, shares)
+        names = sorted(self._adapters)
+        adapters = [self._adapters[name][0] for name in names]
+        shares = [self._adapters[name][1] / self._weight for name in names]
+        counts = Counts(len(report.metrics), num_clients, self._weight, adapters, shares, names)
         released, tensors = rounds.mechanism.release(state, self.roster, combined, self._within)
         new = rounds.rule.step(state, released, counts)
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
@@ -379,11 +381,6 @@ class OpenRound:
         """The adapter that a client starts a round from, with what it draws itself."""
         sent = self.assignments[name]
         return {**self.state.params, **sent.params} if sent.seeded else sent.params
-
-    def _in_order(self) -> tuple[list[Params], list[float]]:
-        """The adapters of the clients that replied, in the order of their names, and the p_i."""
-        found = [self._adapters[name] for name in sorted(self._adapters)]
-        return [adapter for adapter, _ in found], [w / self._weight for _, w in found]
 
     def _combine(self, name: str, update: Update) -> Update:
         rounds, state, report = self.rounds, self.state, self.report

@@ -35,6 +35,7 @@ class Counts:
         adapters: w_i = w + D_i of the clients that replied, in the order of their names; only for a
             rule that `Rule.stacks`.
         shares: p_i, their weights, which sum to 1.
+        names: of these clients.
     """
 
     replied: int
@@ -42,6 +43,7 @@ class Counts:
     weight: float
     adapters: Sequence[Params] = ()
     shares: Sequence[float] = ()
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,10 @@ class Rule(ABC):
         encoded once.
         """
         return {}
+
+    def rank(self, state: ServerState, client: str, rank: int) -> int:
+        """The rank of a client's adapter in the next round, at most `rank`, what it may have."""
+        return rank
 
     @abstractmethod
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:

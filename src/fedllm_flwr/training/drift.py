@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from fedllm_flwr.factors import kept_rank, pairs
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.local_terms import LocalTerms
 
@@ -61,11 +62,19 @@ class DriftCorrection(TrainerCallback):
         self._skipped = False
 
     def penalty(self) -> torch.Tensor | None:
-        """mu/2 ||w_i - w||^2, where it is a part of the loss."""
-        if not (self._start and self._terms.as_openfedllm):
-            return None
-        squares = [(p - self._start[name]).square().sum() for name, p in self._parameters.items()]
-        return torch.stack(squares).sum() * (self._terms.mu / 2)
+        """mu/2 ||w_i - w||^2 where it is a part of the loss, and the tails of the factors."""
+        terms = []
+        if self._start and self._terms.as_openfedllm:
+            own = self._parameters.items()
+            squares = torch.stack([(p - self._start[name]).square().sum() for name, p in own])
+            terms.append(squares.sum() * (self._terms.mu / 2))
+        if self._terms.tail is not None:
+            strength, share = self._terms.tail
+            for name_a, name_b in pairs(self._parameters):
+                a, b = self._parameters[name_a], self._parameters[name_b]
+                k = kept_rank(len(a), share)
+                terms.append(strength * b[:, k:].norm() * a[k:].norm())
+        return torch.stack(terms).sum() if terms else None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct the gradient, clipped already, before the optimizer sees it."""

@@ -22,6 +22,8 @@ class LocalTerms:
         averages_gradient: whether the mean of the client's own gradients is wanted afterwards.
         trains: which tensors are trained, by name; None: all of them.
         anchor: what the proximal term pulls towards in the place of `start`.
+        tail: (strength, share): strength ||B[:, k:]|| ||A[k:]|| is a part of the loss, for each
+            module, with k = share x rank.
     """
 
     start: Params
@@ -31,6 +33,7 @@ class LocalTerms:
     averages_gradient: bool = False
     trains: Callable[[str], bool] | None = None
     anchor: Params | None = None
+    tail: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

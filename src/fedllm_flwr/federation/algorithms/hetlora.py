@@ -10,10 +10,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedllm_flwr.factors import module_norms, padded, pairs, rank_of
+from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.factors import cut, kept_rank, module_norms, padded, pairs, rank_of, rest
 from fedllm_flwr.federation.rule import Counts, Rule, Weighting
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.params import Groups
+from fedllm_flwr.params import Groups, Params
+from fedllm_flwr.training.local_terms import LocalTerms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +24,56 @@ class HetLoRA(Rule):
 
     pad fills up with zeros to rank r; client i gets the first r_i rows of A and columns of B. The
     weights q_i are those of a module, by the Frobenius norm of its product (the paper's sparsity
-    weights). The paper's self-pruning of ranks is not carried out: a client keeps its rank.
+    weights).
+
+    Self-pruning: with k = gamma r_i, clients add lambda ||B[:, k:]|| ||A[k:, :]|| to their loss. If
+    the sum of these over the modules is smaller after a round than before it, r_i <- k, and what is
+    beyond is cut off. The server decides it from what it has sent and got, so that nothing else
+    travels.
+
+    Args:
+        gamma: share of the rank that is kept; 1: ranks stay.
+        strength: lambda >= 0.
     """
+
+    gamma: float = 1.0
+    strength: float = 0.0
 
     weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples"}
     stacks: ClassVar[bool] = True
     any_rank: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not (0 < self.gamma <= 1 and self.strength >= 0):
+            raise ConfigError(
+                f"algorithm.options: gamma={self.gamma} is not above 0 and at most 1, or strength="
+                f"{self.strength} is below 0; use gamma=1 to keep all ranks."
+            )
+
+    def rank(self, state: ServerState, client: str, rank: int) -> int:
+        """What pruning has left of it."""
+        pruned = state.tensors.get("ranks", {}).get(client)
+        return rank if pruned is None else min(rank, int(pruned[0]))
+
+    def local_terms(self, received: Groups, memory: Groups) -> LocalTerms:
+        """The regulariser."""
+        tail = (self.strength, self.gamma) if self.strength and self.gamma < 1 else None
+        return replace(super().local_terms(received, memory), tail=tail)
+
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """A and B."""
+        """A and B, and the ranks."""
         rank = rank_of(state.params)
-        norms = [module_norms(adapter) for adapter in counts.adapters]
-        adapters = [padded(adapter, rank) for adapter in counts.adapters]
+        ranks = dict(state.tensors.get("ranks", {}))
+        adapters = []
+        for client, adapter in zip(counts.names, counts.adapters, strict=True):
+            own = rank_of(adapter)
+            kept = kept_rank(own, self.gamma)
+            if kept < own and _tail(adapter, kept) < _tail(cut(state.params, own), kept):
+                ranks[client] = np.array([kept], np.float64)
+                adapter = cut(adapter, kept)
+            adapters.append(adapter)
+        norms = [module_norms(adapter) for adapter in adapters]
+        adapters = [padded(adapter, rank) for adapter in adapters]
         params = {}
         for names in pairs(state.params):
             q = np.sqrt([squares[names[0]] for squares in norms])
@@ -41,4 +81,12 @@ class HetLoRA(Rule):
             for name in names:
                 terms = [w * a[name].astype(np.float64) for w, a in zip(q, adapters, strict=True)]
                 params[name] = np.sum(terms, axis=0)
-        return replace(state, params=params)
+        tensors = {**state.tensors, **({"ranks": ranks} if ranks else {})}
+        return replace(state, params=params, tensors=tensors)
+
+
+def _tail(adapter: Params, kept: int) -> float:
+    """sum over modules of ||B[:, k:]|| ||A[k:, :]||."""
+    tail = rest(adapter, kept)
+    sizes = {name: float(np.linalg.norm(v.astype(np.float64))) for name, v in tail.items()}
+    return sum(sizes[a] * sizes[b] for a, b in pairs(tail))
