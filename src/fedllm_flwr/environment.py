@@ -1,4 +1,4 @@
-"""What this package asks of the process it runs in; call it before the libraries are imported."""
+"""Settings of the process, such as telemetry and threads; call before libraries are imported."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read."""
+"""Exceptions whose message is written for the user."""
 
 
 class FedLLMError(Exception):

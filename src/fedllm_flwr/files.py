@@ -1,4 +1,4 @@
-"""Files that hold either their old or their new content, whatever happens."""
+"""Atomic file writes: a file holds either its old or its new content."""
 
 import os
 import secrets

@@ -1,4 +1,4 @@
-"""Things that are chosen by name: those of this package, and those that installed packages add.
+"""Registries of named parts: the package's own, and those of installed plug-ins.
 
 A package adds its own through an entry point of the registry's group, for example in its
 ``pyproject.toml``::

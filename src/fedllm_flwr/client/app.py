@@ -1,4 +1,4 @@
-"""The Flower ClientApp: a message comes in, its answer goes out. Importing it imports no torch."""
+"""The Flower ClientApp: answers the server's messages. Importing it does not import torch."""
 
 import logging
 import time

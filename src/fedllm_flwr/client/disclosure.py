@@ -63,7 +63,7 @@ def audited(
 
 
 def audit_folder(site_dir: Path) -> Path:
-    """Where a site's audit log is."""
+    """Directory of a site's audit log."""
     return site_dir.expanduser() / "audit"
 
 

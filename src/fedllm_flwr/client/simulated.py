@@ -1,4 +1,4 @@
-"""Where simulated clients keep their memory of a run: the simulation names the directory.
+"""Directory of simulated clients' memory of a run, named by the simulation.
 
 The directory lies in that of the run, and a note with its path goes with every message to a
 simulated client: its worker process may be older than the run, or run on another machine. A site

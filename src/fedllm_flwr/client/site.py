@@ -1,4 +1,4 @@
-"""The node that answers a message: a site with data of its own, or a simulated client."""
+"""The node that answers a message: a site with its own data, or a simulated client."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,12 +39,12 @@ class Site:
 
     @property
     def is_simulated(self) -> bool:
-        """Whether this is a part of the server's own data, not a site with its own."""
+        """Whether this node is a simulated client, whose data are part of the server's."""
         return "partition-id" in self.node_config
 
     @property
     def name(self) -> str:
-        """What the site is called."""
+        """Name of the site."""
         return str(self.node_config.get("client-name", f"client-{self.node_id}"))
 
     @cached_property
@@ -54,13 +54,13 @@ class Site:
 
     @property
     def state(self) -> SiteState:
-        """What a site with data of its own keeps on its disk."""
+        """On-disk state of a site with its own data."""
         from fedllm_flwr.data.remembered import cache_dir
 
         return site_state(self.node_config, cache_dir() / "sites")
 
     def memory_folder(self, name: str, run: str, content: RecordDict) -> Path:
-        """Where a client keeps its memory of a run.
+        """Directory of a client's memory of a run.
 
         A site derives it from its own node config; only a simulated client takes it from the
         message.

@@ -72,12 +72,12 @@ class SchemaField:
 
     @property
     def is_section(self) -> bool:
-        """Whether it holds keys, such as ``training``."""
+        """Whether this is a section of keys, such as ``training``."""
         return is_dataclass(without_none(self.hint)[0])
 
     @property
     def takes_fractions(self) -> bool:
-        """Whether it is a number that need not be whole."""
+        """Whether fractions are allowed."""
         return without_none(self.hint)[0] is float
 
     @property
@@ -124,7 +124,7 @@ def unknown_key(key: str) -> str:
 
 
 def closest_key(key: str) -> str | None:
-    """The key of the schema that `key` probably stands for; None if nothing is like it."""
+    """The key of the schema closest to `key`; None if none is close."""
     known = {name.lower(): name for name in schema_fields()}
     lowered = key.lower().replace("/", ".")
     section, _, leaf = lowered.rpartition(".")

@@ -62,25 +62,26 @@ def read_overrides(texts: Iterable[str], choices: Choices) -> list[Setting]:
     for text in texts:
         override = _parsed(text)
         key = override.key_or_group
+        field = schema_fields().get(key)
+        hint = without_none(field.hint)[0] if field else None
         if override.is_sweep_override():
-            raise ConfigError(_several_values(key, text))
-        new = _assignment(key, _meant(override, text), choices)
+            as_one = ""
+            if hint is str:
+                as_one = f", or write it as one text, {key}=\"'...'\""
+            elif get_origin(hint) is list or hint is Any:
+                as_one = f", or write it as one list, {key}=[...]"
+            raise ConfigError(
+                f"{shown(text)} lists several values: add --multirun to run each of them{as_one}."
+            )
+        value = override.value()
+        if field and field.takes_text and isinstance(value, int | float):
+            value = text.partition("=")[2].strip()  # digits as typed, as in revision=1e3
+        new = _assignment(key, value, choices)
         if key in read and read[key] != new:
             old = f"{key}={shown(read[key].value)}"
             raise ConfigError(f"{old} and {key}={shown(new.value)} exclude each other; keep one.")
         read[key] = new
     return list(read.values())
-
-
-def _several_values(key: str, text: str) -> str:
-    as_one = ""
-    if field := schema_fields().get(key):
-        hint, _ = without_none(field.hint)
-        if hint is str:
-            as_one = f", or write it as one text, {key}=\"'...'\""
-        elif get_origin(hint) is list or hint is Any:
-            as_one = f", or write it as one list, {key}=[...]"
-    return f"{shown(text)} lists several values: add --multirun to run each of them{as_one}."
 
 
 def expand_sweep(texts: Sequence[str], choices: Choices) -> list[list[str]]:
@@ -111,7 +112,10 @@ def _swept(text: str, choices: Choices) -> list[str]:
 
 
 def _parsed(text: str) -> Override:
-    """Parse one override; a bare value that Hydra's grammar rejects (blanks, brackets) is text."""
+    """Parse one override; a bare value that Hydra's grammar rejects (blanks, brackets) is text.
+
+    Refuses overrides that add or delete keys, or that configure Hydra itself.
+    """
     override = _by_hydra("=".join(map(str.strip, text.split("=", 1))))
     if override is None or not override.key_or_group:
         match = re.match(r"\s*([+~]{0,2})([\w./@:$-]+)\s*=", text)
@@ -130,19 +134,6 @@ def _parsed(text: str) -> Override:
                 f"cannot read {shown(text)!r}: write lists as {key}=[a,b] and text with special "
                 f"characters in quotes, {key}=\"'...'\"."
             )
-    _refuse_surgery(override, text)
-    return override
-
-
-def _by_hydra(text: str) -> Override | None:
-    try:
-        return OverridesParser.create().parse_override(text)
-    except (HydraException, ValueError):  # ValueError: a number of thousands of digits
-        return None
-
-
-def _refuse_surgery(override: Override, text: str) -> None:
-    """Refuse overrides that add or delete keys, or that configure Hydra itself."""
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
         raise ConfigError(
@@ -157,21 +148,20 @@ def _refuse_surgery(override: Override, text: str) -> None:
         raise ConfigError(f"{shown(text)}: every key is there already; write {key}=<value>.")
     if override.package is not None:
         raise ConfigError(f"{shown(text)}: a choice has one place; write {key}=<choice>.")
+    return override
+
+
+def _by_hydra(text: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError):  # ValueError: a number of thousands of digits
+        return None
 
 
 def quoted(value: str) -> str:
     r"""`value` as a quoted string of Hydra's grammar: \ is special before a quote only."""
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value.strip())
     return f"'{escaped}'"
-
-
-def _meant(override: Override, text: str) -> Any:
-    """The parsed value; a key that takes text gets digits as typed (revision=1e3)."""
-    value = override.value()
-    field = schema_fields().get(override.key_or_group)
-    if field and field.takes_text and isinstance(value, int | float):
-        return text.partition("=")[2].strip()
-    return value
 
 
 def _assignment(key: str, value: Any, choices: Choices) -> Setting:

@@ -222,7 +222,7 @@ class DataConfig:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class TaskConfig:
-    """What is trained, from which kind of records."""
+    """Training task: what is learnt, from which kind of records."""
 
     name: Annotated[str, Registered(TASKS)] = "sft"
     options: dict[str, Any] = Field(
@@ -469,7 +469,7 @@ class FederationConfig:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class CommunicationConfig:
-    """What travels."""
+    """Encoding of updates, and their transforms."""
 
     dtype: WireDtype = "bfloat16"
     transforms: list[Text] = Field(

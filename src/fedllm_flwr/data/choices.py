@@ -51,7 +51,10 @@ def encode_choices(
         for messages in conversations
         for candidate in _candidates(messages, labels, tokenizer, template)
     ]
-    split = [_split_answer(*encoded) for encoded in tokenise(candidates, tokenizer)]
+    split = []
+    for tokens, supervised in tokenise(candidates, tokenizer):
+        start = int(np.flatnonzero(~supervised)[-1]) + 1  # of the last answer
+        split.append((tokens[:start], tokens[start:]))
     groups = [split[i : i + len(labels)] for i in range(0, len(split), len(labels))]
     prompts, answers = [], []
     for group in groups:
@@ -81,9 +84,3 @@ def _candidates(
     before, _, after = answer.text.partition(_PLACE)
     end = after if one_begins_another(labels) else ""
     return [[*prompt, Segment(before + label + end, True)] for label in labels]
-
-
-def _split_answer(tokens: TokenArray, supervised: np.ndarray) -> tuple[TokenArray, TokenArray]:
-    """Prompt and last answer of one tokenised conversation."""
-    start = int(np.flatnonzero(~supervised)[-1]) + 1
-    return tokens[:start], tokens[start:]

@@ -32,7 +32,7 @@ _SITE_CACHE_FILES = 4  # lengths and templates that a server has asked for; each
 
 @dataclass(frozen=True)
 class ClientData:
-    """What a client trains on, and what it holds back when it is asked to evaluate."""
+    """A client's training examples, and the held-out ones for its evaluation."""
 
     name: str
     train: Examples

@@ -100,10 +100,17 @@ def encode(
     source: list[int] = []
     truncated = 0
     for i, (tokens, supervised) in enumerate(tokenise(rendered, tokenizer, max_length)):
-        example = _truncate(tokens, supervised, max_length, truncation, tokenizer.bos_token_id)
-        if example is not None:
-            truncated += len(example[0]) < len(tokens)
-            kept.append(example)
+        length = len(tokens)
+        if length > max_length:
+            if truncation == "drop":
+                continue
+            if truncation == "left" or (truncation == KEEP and not supervised[:max_length].any()):
+                bos = tokenizer.bos_token_id
+                tokens, supervised = _cut_left(tokens, supervised, max_length, bos)
+            tokens, supervised = tokens[:max_length], supervised[:max_length]
+        if supervised.any():
+            truncated += len(tokens) < length
+            kept.append((tokens, supervised))
             source.append(i)
     return flatten(kept, source, len(rendered), truncated)
 
@@ -134,19 +141,6 @@ def cut_start(tokens: TokenArray, max_length: int, bos: int | None) -> TokenArra
         return tokens
     kept_bos = tokens[:1] if len(tokens) and tokens[0] == bos else tokens[:0]
     return np.concatenate([kept_bos, tokens[len(tokens) - max_length + len(kept_bos) :]])
-
-
-def _truncate(
-    tokens: TokenArray, supervised: Mask, max_length: int, truncation: str, bos: int | None
-) -> tuple[TokenArray, Mask] | None:
-    """The example within ``max_length`` tokens, or None if it has to be left out."""
-    if len(tokens) > max_length:
-        if truncation == "drop":
-            return None
-        if truncation == "left" or (truncation == KEEP and not supervised[:max_length].any()):
-            tokens, supervised = _cut_left(tokens, supervised, max_length, bos)
-        tokens, supervised = tokens[:max_length], supervised[:max_length]
-    return (tokens, supervised) if supervised.any() else None
 
 
 def _cut_left(

@@ -1,4 +1,4 @@
-"""Unusable records and the reasons."""
+"""Unusable records and why they are left out."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

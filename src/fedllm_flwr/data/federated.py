@@ -22,7 +22,7 @@ Positions = NDArray[np.int64]  # of records among the usable ones of a source, a
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was read, and how it was divided."""
+    """Training and evaluation records of a run."""
 
     train: SourceReport
     evaluation: SourceReport | None  # None: no evaluation records, or held out of the training ones
@@ -119,7 +119,7 @@ def _column(name: str | None, key: str, required: bool) -> AttributeColumn | Non
 
 
 def _has_eval_source(data: DataConfig) -> bool:
-    """Whether evaluation records come from elsewhere than the training records."""
+    """Whether evaluation records come from a source of their own."""
     if data.eval_path is not None or data.path in EMBEDDED_DATA:
         return True
     if data.eval_split is None:

@@ -1,4 +1,4 @@
-"""Held-out records that are, or nearly are, training records."""
+"""Overlap of held-out and training records: equal and nearly equal ones."""
 
 import re
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ Shingle = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of `num_held_out` records are in the training records, word by word or nearly."""
+    """Number of held-out records that are in the training records, exactly or nearly."""
 
     num_held_out: int
     equal: int

@@ -1,4 +1,4 @@
-"""One data set as many clients, by the partitioners of flwr-datasets."""
+"""Divides one data set among clients, by the partitioners of flwr-datasets."""
 
 import contextlib
 import io

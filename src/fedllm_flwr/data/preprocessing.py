@@ -22,7 +22,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def keep(records: Iterable[Record], columns: ColumnsConfig) -> Preprocessed:
-    """Records as they are; whoever makes messages joins instruction and input by a space."""
+    """Records unchanged; instruction and input are joined by a space when messages are made."""
     return records
 
 
@@ -77,7 +77,7 @@ def is_transcript(text: object) -> bool:
 
 
 def _turns(transcript: str) -> list[dict[str, str]]:
-    """Every turn as it stands, without the one space after its speaker."""
+    """Every turn unchanged, without the space after its speaker."""
     _, *parts = _SPEAKER.split(transcript)
     return [
         {"role": _ROLES[speaker], "content": content}

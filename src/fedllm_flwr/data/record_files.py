@@ -72,7 +72,7 @@ def open_records(path: Path, split: str | None = None) -> list[RecordFile]:
 
 
 def _reader(path: Path) -> Callable[[BadLine], Iterator[Record]]:
-    """How a file is read, by its extension."""
+    """Reader of a file, by its extension."""
     extension = _extension(path)
     if extension is None:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; give one of: {FORMATS}")
@@ -139,7 +139,7 @@ def _not_utf8(path: Path, file: Any) -> DataError:
 
 
 class _TwiceError(Exception):
-    """A JSON object has two values for one name; which is meant cannot be told."""
+    """A JSON object with two values for one name, which is ambiguous."""
 
 
 def _record(pairs: list[tuple[str, Any]]) -> Record:
@@ -276,7 +276,7 @@ def _read_csv(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
 
 
 def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
-    """Refuse two columns of one name: which of them is meant cannot be told."""
+    """Refuse two columns of one name, which are ambiguous."""
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise DataError(
             f"{path}: {columns.count(twice[0])} columns are called {twice[0]!r}; give each its own "

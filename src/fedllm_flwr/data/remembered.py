@@ -1,4 +1,4 @@
-"""What is known about data files, kept on disk: digests of their content, facts about records."""
+"""On-disk memory of data files: digests of their content, and facts about their records."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ _SETTLED_S = 2.0  # since its last change, after which a file's time tells a fur
 
 
 def cache_dir() -> Path:
-    """Where data are kept between runs: $FEDLLM_CACHE, else the user's cache."""
+    """Directory of data kept between runs: $FEDLLM_CACHE, else the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fedllm-flwr"
     return Path(os.environ.get("FEDLLM_CACHE", default)).expanduser()
 

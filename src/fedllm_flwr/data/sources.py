@@ -1,4 +1,4 @@
-"""Where records come from: local files, hub data sets and the data embedded in the package."""
+"""Sources of records: local files, hub data sets and the data embedded in the package."""
 
 import json
 from array import array
@@ -47,7 +47,7 @@ _BATCH = 1000  # records
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of the records of one source: read = usable + everything left out."""
+    """Counts of one source's records: read = usable + all that were left out."""
 
     source: str
     read: int
@@ -153,7 +153,7 @@ def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of a source when it has been read once: all but the texts."""
+    """Facts about a source after one pass over it: everything but the texts."""
 
     report: SourceReport
     numbers: NDArray[np.int64]  # of the usable records, among all that are read

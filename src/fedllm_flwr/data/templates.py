@@ -11,7 +11,7 @@ from fedllm_flwr.plugins import TEMPLATES
 
 
 class Tokenizer(Protocol):
-    """What this package uses of a fast tokenizer of transformers."""
+    """Interface of a fast tokenizer of transformers, as far as this package uses it."""
 
     is_fast: Any
     chat_template: Any

@@ -1,4 +1,4 @@
-"""Encoded examples on disk: tokenised once, and mapped into memory by all that train on them."""
+"""Token cache on disk: examples are encoded once and memory-mapped by every process that trains."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ _ABANDONED_S = 86400.0  # after which a file that was never finished is removed
 
 @dataclass(frozen=True)
 class Codec(Generic[ExamplesT]):
-    """How records of one kind become examples, and examples a file."""
+    """Codec of one kind of records: records to examples, examples to a file and back."""
 
     name: str
     columns: tuple[str, ...]  # of a record: all that the tokens depend on

@@ -35,7 +35,8 @@ def tokenise(
             "the model's tokenizer is a slow (pure Python) one, without token positions; "
             "choose a model with a tokenizer.json"
         )
-    bos = _default_bos(tokenizer)
+    prepended: list[int] = tokenizer("a")["input_ids"][:1]
+    bos = tokenizer.bos_token_id if prepended == [tokenizer.bos_token_id] else None
     by_itself = _Marker(tokenizer)
     plain: PlainTokenizer | None = None  # for texts with marks, which are rare
     exchanged: _Marker | None = None
@@ -73,7 +74,15 @@ class _Marker:
 
     def mark(self, encoding: Any, parts: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Tokens and marks; segments are tokenised separately where a token spans two."""
-        return _mark(encoding, parts, self._prompt_ends) or _apart(parts, self._tokenizer)
+        if marked := _mark(encoding, parts, self._prompt_ends):
+            return marked
+        tokens: list[int] = []
+        supervised: list[bool] = []
+        encodings = _encodings([part.text for part in parts], self._tokenizer)
+        for part, own in zip(parts, encodings, strict=True):
+            tokens += own.ids
+            supervised += [part.supervised] * len(own.ids)
+        return tokens, supervised
 
 
 def _joined(parts: Sequence[Segment]) -> str:
@@ -88,7 +97,8 @@ def _shortened(parts: Sequence[Segment], room: int, tokenizer: Tokenizer) -> Seq
     """
     if max(len(part.text) for part in parts) <= 4 * (room + 1):
         return parts
-    keep = 2 * (room + 1) * _longest_token(tokenizer)
+    longest = max(map(len, tokenizer.get_vocab()))  # characters; of a byte-level vocabulary bytes
+    keep = 2 * (room + 1) * longest
     if max(len(part.text) for part in parts) <= 2 * keep:
         return parts
     return [
@@ -99,11 +109,6 @@ def _shortened(parts: Sequence[Segment], room: int, tokenizer: Tokenizer) -> Seq
     ]
 
 
-def _longest_token(tokenizer: Tokenizer) -> int:
-    """Characters of the longest token; in a byte-level vocabulary a character is a byte."""
-    return max(map(len, tokenizer.get_vocab()))
-
-
 def require_eos(tokenizer: Tokenizer) -> None:
     """Raise ModelError unless the EOS token's text is tokenised to the EOS id."""
     tokens = tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]
@@ -112,13 +117,6 @@ def require_eos(tokenizer: Tokenizer) -> None:
             f"the tokenizer turns its eos_token {tokenizer.eos_token!r} into {tokens}, not into "
             f"its id {tokenizer.eos_token_id}; mend the tokenizer's special tokens"
         )
-
-
-def _default_bos(tokenizer: Tokenizer) -> int | None:
-    """The BOS id if the tokenizer prepends one to every text, else None."""
-    first: list[int] = tokenizer("a")["input_ids"][:1]
-    bos: int | None = tokenizer.bos_token_id
-    return bos if first == [bos] else None
 
 
 def _encodings(texts: list[str], tokenizer: Tokenizer | PlainTokenizer) -> Any:
@@ -162,20 +160,6 @@ def _token_at(encoding: Any, position: int, length: int, num_tokens: int) -> int
         if index is not None:
             return index
     return num_tokens
-
-
-def _apart(
-    parts: Sequence[Segment], tokenizer: Tokenizer | PlainTokenizer
-) -> tuple[list[int], list[bool]]:
-    """Tokens and marks with every segment tokenised separately."""
-    tokens: list[int] = []
-    supervised: list[bool] = []
-    for part, encoding in zip(
-        parts, _encodings([part.text for part in parts], tokenizer), strict=True
-    ):
-        tokens += encoding.ids
-        supervised += [part.supervised] * len(encoding.ids)
-    return tokens, supervised
 
 
 class _PromptEnds:

@@ -1,1 +1,1 @@
-"""What an operator sets up before a real federation: the server's directory and each site's."""
+"""Deployment: directories of the server and the sites, and what runs in them."""

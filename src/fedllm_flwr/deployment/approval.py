@@ -47,7 +47,7 @@ class Request:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether nobody has decided yet."""
+        """Whether no decision has been made."""
         return not self.decision
 
     @property
@@ -64,7 +64,7 @@ class Requests:
         self.folder = folder
 
     def require(self, rule: str, config: Config, run: str, server: str, site: str) -> None:
-        """Let a run go on that may; note it as a request where nobody has decided.
+        """Return for an approved run; record a request where there is no decision yet.
 
         Args:
             rule: of the site's policy: every-run, new-settings or automatic.
@@ -179,7 +179,7 @@ class Requests:
 
 
 def in_words(settings: Mapping[str, Any]) -> list[str]:
-    """What a run's settings mean for a site, in three lines."""
+    """A run's settings, summarised for the site's operator in three lines."""
     model, lora, training = settings["model"], settings["lora"], settings["training"]
     federation, algorithm = settings["federation"], settings["algorithm"]
     variant = "" if algorithm["variant"] == "paper" else f" ({algorithm['variant']})"

@@ -23,7 +23,7 @@ _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,62})=(.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class SiteDataset:
-    """Where records of a site lie and how they are read; no server decides on any of it."""
+    """Location and format of a site's records; decided by the site only."""
 
     name: str  # "" for the only one of a site
     keys: Mapping[str, object]  # of the node config, without the prefix of a name

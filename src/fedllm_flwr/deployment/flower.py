@@ -82,7 +82,7 @@ def ask_flower(folder: Path, *command: str) -> tuple[dict[str, object], str]:
 
 
 def last_json(text: str) -> dict[str, object]:
-    """The JSON object that a command of Flower prints last, whatever stands before it."""
+    """The last JSON object that a command of Flower prints."""
     brace, rest = text.partition("{")[1:]
     try:
         answer: dict[str, object] = json.loads(brace + rest)

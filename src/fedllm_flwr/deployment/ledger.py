@@ -1,4 +1,4 @@
-"""Counts of the messages of each run to a site, and the one answer to its query, kept on disk.
+"""Request ledger of a site: counts of each run's messages, and the answer to its query.
 
 A run's settings are those of its first message. Numbers that depend on the site's data are told
 once: the same query gets the same answer again, a differing one none.

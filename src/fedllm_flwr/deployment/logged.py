@@ -1,4 +1,4 @@
-"""Run a program so that every line it prints gets a time and is kept in a rotated file, too.
+"""Runs a program, timestamps each line of its output and copies it to a rotated log file.
 
 ``python -m fedllm_flwr.deployment.logged logs/superlink.log sh start-superlink.sh``: output and
 errors go on to where they went before. Signals are handed to the program, and this process ends as

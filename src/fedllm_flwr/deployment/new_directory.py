@@ -1,4 +1,4 @@
-"""New directories for operators: all files or none, and nothing is overwritten."""
+"""Creates directories for operators, all files or none; never overwrites."""
 
 import contextlib
 import getpass
@@ -57,7 +57,7 @@ def filled(template: str, **values: str) -> str:
 
 
 def program_folder() -> str:
-    """Where flower-superlink and its like are: beside this Python, quoted for a shell."""
+    """Directory of Flower's programs, beside this Python, quoted for a shell."""
     return shlex.quote(str(Path(sys.executable).parent))
 
 

@@ -1,4 +1,4 @@
-"""A site's node config: what its SuperNode hands to the ClientApp, as Flower reads it."""
+"""A site's node config, as its SuperNode passes it to the ClientApp."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""What a site lets a server ask of it: ``policy.yaml``, read and enforced at the site.
+"""Site policy: limits on a server's requests, read from ``policy.yaml`` and enforced at the site.
 
 A site whose operator has written no policy has this one's defaults.
 """

@@ -1,4 +1,4 @@
-"""Flower's programs as a site and a server run them, each changed in one place.
+"""Wrappers of Flower's programs for sites and servers; each changes one thing.
 
 ``flwr-clientapp``: Flower's own unpacks the bundle that a server has sent and imports the app that
 it names, which may be code of the bundle. Here nothing is unpacked, and the app is the one that the
@@ -66,7 +66,7 @@ def confine(runtime: ModuleType) -> None:
 
 
 def is_confined() -> bool:
-    """Whether this process keeps the code of bundles away."""
+    """Whether this process cannot import code of bundles."""
     runtime = sys.modules.get(_RUNTIME)
     return getattr(runtime, "get_load_client_app_fn", None) is _installed
 

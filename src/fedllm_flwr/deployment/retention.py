@@ -1,4 +1,4 @@
-"""Removal of old runs from a SuperLink's database, where Flower keeps them for ever (flwr 1.31)."""
+"""Removes old runs from a SuperLink's database; Flower 1.31 keeps them forever."""
 
 import sqlite3
 from contextlib import closing

@@ -34,7 +34,7 @@ def check_site(
     max_length: int = TrainingConfig().max_length,
     dataset: str | None = None,
 ) -> list[str]:
-    """Read a site's data as training will, and say in lines what became of them.
+    """Read a site's data as training would, and report on them in lines.
 
     Args:
         model: directory whose tokenizer counts and renders; None: the site's own copy, else the
@@ -68,7 +68,7 @@ def check_site(
 def dataset_lines(
     dataset: SiteDataset, policy: Policy, tokenizer: Any, template: str, max_length: int
 ) -> list[str]:
-    """What the tasks that a policy allows make of a data set.
+    """Report of a data set for every task that the policy allows.
 
     Raises:
         DataError: none of them can use it.
@@ -121,7 +121,7 @@ def dataset_lines(
 
 
 def label_lines(records: Sequence[Any]) -> list[str]:
-    """How often each label occurs, or each answer where few different ones do."""
+    """Counts of each label, or of each answer where there are few different ones."""
     labels = Counter(record.label for record in records if record.label)
     what = "labels"
     if not labels and hasattr(records[0], "choice"):

@@ -55,7 +55,7 @@ _RESTART_S = 20  # seconds; a site counts as online for up to 60 s after its Sup
 
 @dataclass(frozen=True)
 class SiteOptions:
-    """What an operator says about a site."""
+    """An operator's choices for a site."""
 
     name: str
     data: str | Sequence[str]  # file or directory of records, or NAME=PATH for each of several
@@ -101,7 +101,7 @@ class SiteOptions:
 
     @property
     def health_address(self) -> str:
-        """Where the SuperNode answers health checks; several sites of a machine need not clash."""
+        """Address of the SuperNode's health checks; its port follows from the site's name."""
         port = self.health_port
         if port is None:
             port = _HEALTH_PORTS[zlib.crc32(self.name.encode()) % len(_HEALTH_PORTS)]
@@ -285,7 +285,7 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
 def _report(
     folder: Path, options: SiteOptions, found: Mapping[str, Mapping[str, SourceReport]]
 ) -> list[str]:
-    """What was read and made, and what to do next, in lines for the operator."""
+    """Report for the operator: data found, files made, next steps."""
     quoted = shlex.quote(str(folder))
     lines = []
     for name, reports in found.items():

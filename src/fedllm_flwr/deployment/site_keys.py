@@ -1,4 +1,4 @@
-"""Keys by which SuperNodes prove which sites they are: made, checked, registered and withdrawn."""
+"""Authentication keys of sites: creation, checks, registration and withdrawal."""
 
 import base64
 import contextlib
@@ -166,12 +166,12 @@ def unregister_site(directory: str | Path, name: str) -> list[str]:
 
 
 def _node_file(key: Path) -> Path:
-    """Where the id of a registered site's node is kept; Flower tells it only once."""
+    """File of a registered site's node id, which Flower shows only once."""
     return key.with_suffix(".node")
 
 
 def _failed(command: str, folder: Path, said: str) -> FederationError:
-    """What Flower's command has said, as an error."""
+    """Error from the output of Flower's command."""
     if "unavailable" in said.lower():
         return FederationError(
             f"the SuperLink of {folder} does not answer; start {folder}/start.sh first"

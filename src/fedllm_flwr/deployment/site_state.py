@@ -1,4 +1,4 @@
-"""A site's state on disk: that of its runs and its tokenised records, and how it is removed."""
+"""A site's state on disk: memory of its runs, tokenised records, and their removal."""
 
 import contextlib
 import secrets
@@ -46,11 +46,11 @@ class SiteState:
 
     @property
     def ledger(self) -> Path:
-        """What each run has asked."""
+        """Request ledger of each run."""
         return self.root / "ledger"
 
     def folder(self, run: str, client: str) -> Path:
-        """Where a client keeps its state of a run, whatever a server calls the run.
+        """Directory of a client's state of a run, safe for any name that a server sends.
 
         The name is quoted, and without the dots that would lead out of the folder.
         """

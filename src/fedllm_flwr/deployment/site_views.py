@@ -1,4 +1,4 @@
-"""What a site's operator sees and decides: requests of servers, and the audit log."""
+"""Operator's view of a site: requests to decide on, and the audit log."""
 
 import json
 from dataclasses import asdict

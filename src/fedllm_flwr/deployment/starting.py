@@ -1,4 +1,4 @@
-"""Start of a site's SuperNode with the options that `fedllm site init` has written down."""
+"""Starts a site's SuperNode with the options written by `fedllm site init`."""
 
 import os
 import sys

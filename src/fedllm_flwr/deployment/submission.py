@@ -1,4 +1,4 @@
-"""Submission of a run to a federation's server; its log is shown, and its outcome returned."""
+"""Submits a run to a federation's server, shows its log and returns its outcome."""
 
 import queue
 import shlex

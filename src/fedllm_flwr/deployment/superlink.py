@@ -1,4 +1,4 @@
-"""Flower's ``flower-superlink`` with more patience: for its own database, and after a restart.
+"""``flower-superlink`` with longer timeouts: for its own database, and after a restart.
 
 Flower gives a query of its SQLite file 5 s to get the lock; then the API call fails, and a
 SuperNode ends whose call it was. One reply of a gigabyte, whose removal is one transaction, holds

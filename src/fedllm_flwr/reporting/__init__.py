@@ -1,1 +1,1 @@
-"""What a run shows and leaves: console, metrics, figures, trackers, model card."""
+"""Reports of a run: console, metrics, figures, trackers, model card."""

@@ -84,7 +84,7 @@ class RoundTable:
         return f"{record['round']:>6}  {self._clients(record):<{self._clients_width}}{cells}"
 
     def failures(self, record: RoundRecord) -> list[str]:
-        """Why clients of this round gave no usable reply, who started anew, and what else was."""
+        """Reasons of missing replies and scores, clients that lost memory, ignored replies."""
         failures: Mapping[str, str] = record.get("failures") or {}
         lines = [f"{name}: {reason}" for name, reason in sorted(failures.items())]
         unscored: Mapping[str, str] = record.get("evaluation_failures") or {}
@@ -105,7 +105,9 @@ class RoundTable:
         share = f"{replied}/{sampled}"
         if len(failures) == 1:
             [(name, reason)] = failures.items()
-            how = _how(reason)
+            how = "left" if reason.startswith("no reply") else "failed"
+            if reason.startswith("update refused"):
+                how = "refused"
             room = self._clients_width - len(f"{share} (: {how})")
             if room < _MIN_NAME_WIDTH:
                 return f"{share} (1 {how})"
@@ -180,7 +182,7 @@ def path_lines(paths: Mapping[str, Path], width: int) -> list[str]:
 
 
 def next_lines(commands: Sequence[str], width: int) -> list[str]:
-    """What to do next."""
+    """Suggested next commands."""
     cells = [("" if i else "next", command) for i, command in enumerate(commands)]
     return _packed(cells, SEPARATOR, width)
 
@@ -218,10 +220,3 @@ def _megabytes(record: RoundRecord, _: float | None) -> str:
 
 def _time_left(seconds: float | None) -> str:
     return "-" if seconds is None or seconds < 0.5 else format_seconds(seconds)
-
-
-def _how(reason: str) -> str:
-    """One word for a reason."""
-    if reason.startswith("update refused"):
-        return "refused"
-    return "left" if reason.startswith("no reply") else "failed"

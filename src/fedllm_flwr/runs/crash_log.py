@@ -18,7 +18,7 @@ _OUT_OF_MEMORY = (
 
 
 def log_folder() -> Path:
-    """Where traces are kept: below $FEDLLM_CACHE, else the user's cache."""
+    """Directory of traces: below $FEDLLM_CACHE, else the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fedllm-flwr"
     return Path(os.environ.get("FEDLLM_CACHE", default)).expanduser() / "errors"
 

@@ -183,7 +183,7 @@ class PlannedRun:
 
     @property
     def directory(self) -> RunDirectory:
-        """Where the run writes."""
+        """Output directory of the run."""
         return RunDirectory(Path(str(self.config.output_dir)))
 
     @property

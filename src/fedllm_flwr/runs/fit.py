@@ -1,4 +1,4 @@
-"""The fit check: do configuration, model, tokenizer, data and adapter fit, before anything starts?
+"""The fit check: whether configuration, model, tokenizer, data and adapter fit together.
 
 Every engine and command calls it before a run directory exists: `check_fit` for a run (also for
 each run of a comparison or a sweep, and on the server of a deployment), `check_site_fit` for a
@@ -130,7 +130,7 @@ def check_evaluation_fit(config: Config, prompt: str, template: str | None) -> N
 
 
 def _check_model(config: Config) -> BaseFacts:
-    """What can be said of the base model and the adapter before there are data."""
+    """Checks of base model and adapter that need no data."""
     from fedllm_flwr.models.device import resolve_attention, resolve_device
 
     resolve_attention(config.model.attention, resolve_device(config.training.device))
@@ -182,7 +182,7 @@ def _foreign_token(config: Config, token: int, vocabulary: int) -> ModelError:
 
 
 def fit_warnings(config: Config, data: SimulatedData | None, held_out: Records | None) -> list[str]:
-    """What is odd about a run and may be meant, a line each for the plan.
+    """Warnings about a run's settings, one line each, for the plan.
 
     Args:
         data: of a simulation; None for a deployment, whose data lie with its sites.

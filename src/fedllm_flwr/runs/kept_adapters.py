@@ -1,4 +1,4 @@
-"""Which adapter a command means: a run's final or best one, that of a round, or PEFT's directory.
+"""Finds the adapter that a command names: final, best or of a round of a run, or a PEFT directory.
 
 Notation, for every command that takes an adapter::
 
@@ -84,7 +84,7 @@ class KeptAdapter:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What stands behind the ``@``."""
+    """The part after the ``@``."""
 
     best: bool = False
     round: int | None = None

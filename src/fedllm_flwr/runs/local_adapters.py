@@ -1,4 +1,4 @@
-"""The clients' own adapters of the local baseline, as the server gets to know them.
+"""Adapters of the local baseline's clients, kept by the server for scoring.
 
 The baseline compares them with the federation, so the server scores each on the central test set.
 They are kept in files by client and round: memory holds one of them.

@@ -40,7 +40,7 @@ class Holder:
 
     @property
     def was_killed(self) -> bool:
-        """Whether the process has ended without a word; False where another machine ran it."""
+        """Whether the process ended without a report; False for another machine's process."""
         if self.is_alive or self.error or self.host != socket.gethostname():
             return False
         try:
@@ -153,7 +153,7 @@ def current_round(directory: RunDirectory) -> CurrentRound | None:
 
 
 def _try(file: IO[str], kind: int) -> bool:
-    """Whether the lock could be had; a file system without locks refuses nobody."""
+    """Whether the lock was acquired; always true on a file system without locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

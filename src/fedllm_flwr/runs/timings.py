@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Timings of a run by phase."""
 
 import time
 from collections import defaultdict

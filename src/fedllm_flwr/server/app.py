@@ -1,4 +1,4 @@
-"""The Flower ServerApp for ``flwr run``: a run config comes in, a run directory is left."""
+"""The Flower ServerApp for ``flwr run``: from a run config to a run directory."""
 
 import logging
 import shlex

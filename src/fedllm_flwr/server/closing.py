@@ -1,4 +1,4 @@
-"""A run is closed: its summary is written, and the user is told of it and what to do next."""
+"""Closes a run: writes its summary, prints the result and the next steps."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def close_run(
 
 
 def _written(directory: RunDirectory, last_round: int) -> dict[str, Path]:
-    """What a finished run has written, by label."""
+    """Paths written by a finished run, by label."""
     if directory.adapter.is_dir():
         trained = {"adapter": directory.adapter}
     else:

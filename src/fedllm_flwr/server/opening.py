@@ -1,4 +1,4 @@
-"""A run is opened: its directory, lock and data; and what is said when it stops early."""
+"""Opens a run: directory, lock and data; reports how to resume when it stops early."""
 
 import contextlib
 import json

@@ -27,7 +27,7 @@ def make_plan(
     first_round: int,
     warnings: list[str],
 ) -> Plan:
-    """What will happen; `first_round` is above 1 when a stopped run goes on."""
+    """The plan of a run; `first_round` is above 1 for a resumed run."""
     model, evaluation, training = prepared.model, prepared.evaluation, config.training
     at_sites = config.federation.engine == "deployment"  # each client has data of its own
     natural = config.partition.name == "natural" and not at_sites

@@ -1,4 +1,4 @@
-"""Loading of what a server needs: data, model, held-out records and the initial adapter."""
+"""Loads the server's inputs: data, model, held-out records and the initial adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path

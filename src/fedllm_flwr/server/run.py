@@ -67,7 +67,14 @@ def run_on_grid(
     is_simulation = config.federation.engine != "deployment"
     if is_simulation:
         _, clients = divided_data(config, task_of(config).records)
-        _check_nodes(grid, clients.num_clients, command)
+        wanted, deadline = clients.num_clients, time.monotonic() + _NODES_S
+        while (nodes := len(list(grid.get_node_ids()))) < wanted and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if nodes != wanted:
+            raise ConfigError(
+                f"the data make {wanted} clients, but Flower's simulation has {nodes} nodes; run: "
+                f"{command} --federation-config 'num-supernodes={wanted}'"
+            )
     with open_run(config, console, time.monotonic(), str(run_id)) as (directory, timings):
         with timings.phase("start-up"):
             from fedllm_flwr.server.serve import serve
@@ -75,19 +82,3 @@ def run_on_grid(
             grid = SimulationGrid(grid, directory.client_states)
         serve(grid, config, directory, console, timings)
     return directory
-
-
-def _check_nodes(grid: Grid, num_clients: int, command: str) -> None:
-    """Refuse a simulation of Flower's with other nodes than the data make clients.
-
-    Raises:
-        ConfigError: with the command to paste.
-    """
-    deadline = time.monotonic() + _NODES_S
-    while (nodes := len(list(grid.get_node_ids()))) < num_clients and time.monotonic() < deadline:
-        time.sleep(0.2)
-    if nodes != num_clients:
-        raise ConfigError(
-            f"the data make {num_clients} clients, but Flower's simulation has {nodes} nodes; run: "
-            f"{command} --federation-config 'num-supernodes={num_clients}'"
-        )

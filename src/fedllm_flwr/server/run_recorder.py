@@ -1,4 +1,4 @@
-"""The record of a run while it goes on: evaluation, metrics log, checkpoints and the console."""
+"""Recorder of a run: evaluation, metrics log, checkpoints and console."""
 
 import contextlib
 import shutil

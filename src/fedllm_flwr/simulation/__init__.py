@@ -1,4 +1,4 @@
-"""Engines of a simulation: they start clients, and hand over the grid that reaches them."""
+"""Simulation engines: start clients and provide the grid that reaches them."""
 
 import contextlib
 from collections.abc import Iterator

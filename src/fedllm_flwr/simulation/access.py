@@ -1,4 +1,4 @@
-"""Who may use a run's Ray: whoever holds its token, and without a cluster only this machine.
+"""Access to a run's Ray: by token, and only from this machine where Ray is local.
 
 By itself Ray listens on all interfaces and runs what anybody sends. Its token is checked for every
 call (``RAY_AUTH_MODE=token``, https://docs.ray.io/en/latest/ray-security/token-auth.html).
@@ -30,7 +30,7 @@ _LONGEST_FOLDER = 24  # characters: a socket's path has at most 107, Ray adds ab
 
 @contextlib.contextmanager
 def private_ray() -> Iterator[Path]:
-    """Let the Ray that this process starts listen on loopback alone and ask for a fresh token.
+    """Make the Ray started by this process listen on loopback only and require a fresh token.
 
     Yields:
         An empty folder for Ray's sockets and logs. Ray makes its own writable for every user, so
@@ -42,7 +42,9 @@ def private_ray() -> Iterator[Path]:
     wanted = {MODE: "token", TOKEN: secrets.token_hex(_TOKEN_BYTES), SPANS_MACHINES: "0"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
-    folder = Path(tempfile.mkdtemp(prefix="fedllm-", dir=_short_folder()))
+    above = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    above = above if len(above) <= _LONGEST_FOLDER else "/tmp"  # else too deep for a socket
+    folder = Path(tempfile.mkdtemp(prefix="fedllm-", dir=above))
     try:
         _take_up_token()
         yield folder / "ray"
@@ -52,12 +54,6 @@ def private_ray() -> Iterator[Path]:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _short_folder() -> str:
-    """Where Ray's files go: RAY_TMPDIR, else the system's, which may be too deep for a socket."""
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return folder if len(folder) <= _LONGEST_FOLDER else "/tmp"
 
 
 def check_is_private(node_ip: str) -> None:

@@ -1,4 +1,4 @@
-"""Flower's `Grid` of a simulation, with what a simulation knows beyond it."""
+"""Flower's `Grid` of a simulation, extended by the directory of client memory."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ from fedllm_flwr.client.simulated import add_state_dir
 
 
 class SimulationGrid(Grid):
-    """Hands everything to another grid, and tells clients where they keep their memory of the run.
+    """Delegates to another grid, and adds to messages where clients keep their memory of the run.
 
     Args:
         state_dir: in which each client has a folder of its own.

@@ -56,7 +56,10 @@ def ray_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[G
             "num_gpus": config.federation.client_gpus,
         }
         backend = {"init_args": init_args, "client_resources": resources}
-        stack.enter_context(_flower_silent())
+        # Flower's log repeats as stack traces what the run reports itself.
+        log = logging.getLogger("flwr")
+        stack.callback(setattr, log, "disabled", log.disabled)
+        log.disabled = True
         yield stack.enter_context(_flower_engine(num_clients, backend, state_dir))
 
 
@@ -145,15 +148,3 @@ def _interrupts_postponed() -> Iterator[None]:
             signal.signal(number, handler)
     if received:
         raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _flower_silent() -> Iterator[None]:
-    """Keep Flower's log away: it repeats as stack traces what the run reports itself."""
-    logger = logging.getLogger("flwr")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before

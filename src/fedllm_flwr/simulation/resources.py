@@ -1,4 +1,4 @@
-"""What simulated clients ask of the machine, or of a Ray cluster, checked before they start.
+"""Checks that the machine, or a Ray cluster, has the resources of the simulated clients.
 
 Ray waits without end for a worker that fits nowhere.
 """
@@ -90,7 +90,10 @@ def _check_fit(federation: FederationConfig, resources: Mapping[str, float], who
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself retries a wrong address for minutes."""
+    """Refuse an address where no Ray cluster answers; Ray itself retries it for minutes.
+
+    A server of another kind, or a hung one, takes the connection and says nothing.
+    """
     match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
     if not match:
         return  # "auto" and its kind, which Ray looks up
@@ -98,16 +101,11 @@ def _check_answers(address: str) -> None:
         socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, error) from error
-    _check_speaks_grpc(address, match[1], match[2])
-
-
-def _check_speaks_grpc(address: str, host: str, port: str) -> None:
-    """A server of another kind, or a hung one, takes the connection and says nothing."""
-    import grpc
-
     if os.environ.get("RAY_USE_TLS", "0") != "0":
         return  # certificates are Ray's business
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    import grpc
+
+    target = f"[{match[1]}]:{match[2]}" if ":" in match[1] else f"{match[1]}:{match[2]}"
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)

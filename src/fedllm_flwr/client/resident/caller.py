@@ -1,4 +1,4 @@
-"""The ClientApp's side: hand a message to the resident trainer, which is started when needed."""
+"""ClientApp side: passes a message to the resident trainer and starts the trainer when needed."""
 
 import contextlib
 import fcntl
@@ -72,7 +72,7 @@ def _logged(content: RecordDict, kind: str, site: Site) -> RecordDict:
 def ask(
     path: Path, kind: str, content: RecordDict, site: Site, timeout_s: float | None
 ) -> RecordDict:
-    """The answer of the trainer on a socket, which is started if nobody answers there.
+    """Answer of the trainer at a socket; starts the trainer if none is running.
 
     Raises:
         EOFError: the trainer died over the message.

@@ -1,4 +1,4 @@
-"""The resident trainer: answers one message after the other, and keeps model and data between them.
+"""Resident trainer: answers messages one at a time and keeps model and data loaded between them.
 
 Flower starts a process for each message; importing torch and loading the base model then cost more
 than a round's training. This process stays: it is started by the first ClientApp that needs it,

@@ -140,7 +140,7 @@ def _saved(root: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
-    """Where a new comparison writes."""
+    """Output directory of a new comparison."""
     stamp, data = datetime.now().strftime("%m%d-%H%M"), compose(overrides).data.name
     root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{data}")).expanduser()
     if (root / SAVED).exists():

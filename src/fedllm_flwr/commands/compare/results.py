@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to, with their spread over seeds."""
+"""Results of a comparison's runs, with their spread over seeds."""
 
 import math
 from collections.abc import Sequence
@@ -146,7 +146,7 @@ def make_rows(outcomes: Sequence[FinishedRun], algorithms: Sequence[str]) -> lis
 
 
 def deciding_metric(outcomes: Sequence[FinishedRun]) -> str:
-    """What algorithms are compared by: accuracy where answers are classes, else the loss."""
+    """Metric that ranks algorithms: accuracy where answers are classes, else the loss."""
     scored = all("accuracy" in (outcome.summary["final"] or {}) for outcome in outcomes)
     return "accuracy" if outcomes and scored else "loss"
 

@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from fedllm_flwr.errors import ConfigError
 
@@ -35,7 +34,14 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--cache", metavar="DIR", help="of scored examples; default: ~/.cache")
     how.add_argument("--no-cache", action="store_true", help="score everything anew")
     _add_judging(parser)
-    _add_code(parser)
+    code = parser.add_argument_group("generated code (suite code)")
+    code.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run generated programs, contained as far as this machine allows",
+    )
+    code.add_argument("--samples", type=int, metavar="N", help="answers to a problem (default 1)")
+    code.add_argument("--temperature", type=float, metavar="T", help="default: 0, or 0.8 for N > 1")
     parser.add_argument(
         "--list",
         nargs="?",
@@ -64,28 +70,6 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     add("--answer-batch", type=int, default=16, metavar="N", help="answers at once; default 16")
 
 
-def _judging_extra(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options, as `RunOptions.extra` takes them.
-
-    Raises:
-        ConfigError, DataError: an option cannot be read.
-    """
-    from fedllm_flwr.evaluation.judging.open_ended import JudgeOptions
-
-    return JudgeOptions(
-        model=arguments.judge_model,
-        concurrency=arguments.judge_concurrency,
-        timeout_s=arguments.judge_timeout,
-        attempts=arguments.judge_attempts,
-        stream=arguments.judge_stream,
-        price=_price(arguments.judge_price),
-        reference=arguments.reference,
-        writer_url=arguments.writer_url,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.answer_batch,
-    ).as_extra()
-
-
 def _price(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
@@ -98,25 +82,6 @@ def _price(text: str | None) -> tuple[float, float] | None:
     return prompt, completion
 
 
-def _add_code(parser: argparse.ArgumentParser) -> None:
-    code = parser.add_argument_group("generated code (suite code)")
-    code.add_argument(
-        "--allow-code-execution",
-        action="store_true",
-        help="run generated programs, contained as far as this machine allows",
-    )
-    code.add_argument("--samples", type=int, metavar="N", help="answers to a problem (default 1)")
-    code.add_argument("--temperature", type=float, metavar="T", help="default: 0, or 0.8 for N > 1")
-
-
-def _code_extra(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "allow": arguments.allow_code_execution,
-        "samples": arguments.samples,
-        "temperature": arguments.temperature,
-    }
-
-
 def evaluate_arguments(arguments: argparse.Namespace) -> int:
     """Carry out the command; returns its exit status."""
     if arguments.list is not None:
@@ -125,15 +90,33 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
         print(list_suite(arguments.list) if arguments.list else list_suites())
         return 0
     from fedllm_flwr.commands.evaluate.command import EvaluateOptions, evaluate
+    from fedllm_flwr.evaluation.judging.open_ended import JudgeOptions
     from fedllm_flwr.evaluation.suites.samples import RunOptions
 
+    judging = JudgeOptions(
+        model=arguments.judge_model,
+        concurrency=arguments.judge_concurrency,
+        timeout_s=arguments.judge_timeout,
+        attempts=arguments.judge_attempts,
+        stream=arguments.judge_stream,
+        price=_price(arguments.judge_price),
+        reference=arguments.reference,
+        writer_url=arguments.writer_url,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.answer_batch,
+    )
+    code = {
+        "allow": arguments.allow_code_execution,
+        "samples": arguments.samples,
+        "temperature": arguments.temperature,
+    }
     root = arguments.data_root
     options = RunOptions(
         limit=arguments.limit,
         shots=arguments.shots,
         data_root=None if root is None else Path(root).expanduser(),
         batch_tokens=arguments.batch_tokens,
-        extra={**_judging_extra(arguments), "code": _code_extra(arguments)},
+        extra={**judging.as_extra(), "code": code},
     )
     evaluate(
         EvaluateOptions(

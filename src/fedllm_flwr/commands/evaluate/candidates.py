@@ -48,7 +48,11 @@ def collect(
     Raises:
         ConfigError: a directory holds no finished run or adapter, or bases differ.
     """
-    found = [*_of_runs(runs), *(_of_adapter(typed, base) for typed in adapters)]
+    found = _of_runs(runs)
+    for typed in adapters:
+        kept = find_adapter(typed, base)
+        row = kept.label if kept.run is None else _row(kept, kept.run.resolve().name)
+        found += _candidates(row, [kept])
     if compare is not None:
         found += _of_comparison(Path(compare).expanduser())
     if not found:
@@ -56,7 +60,8 @@ def collect(
             raise ConfigError("give what to evaluate: --run, --adapter, --compare or --base.")
         found = [Candidate(BASE, Config(model=base_model(base)))]
     if template is not None:
-        found = [_with_template(item, template) for item in found]
+        data = {"template": template}
+        found = [replace(item, config=changed(item.config, data=data)) for item in found]
     first = found[0]
     for other in found[1:]:
         _require_same_base(first, other)
@@ -65,7 +70,7 @@ def collect(
 
 
 def _of_runs(typed: Sequence[str]) -> list[Candidate]:
-    """Runs by the name of their algorithm where that tells them apart, else of their directory."""
+    """Candidates of runs, named after their algorithms, or directories where algorithms repeat."""
     found = [find_adapters(text) for text in typed]
     rows = [_row(some[0], some[0].config.algorithm.name) for some in found]
     if len(set(rows)) < len(rows):
@@ -105,17 +110,6 @@ def _of_comparison(root: Path) -> list[Candidate]:
             configs[run.path].seed,
         )
     ]
-
-
-def _of_adapter(typed: str, base: str | None) -> Candidate:
-    """An adapter directory as PEFT writes it, or what else names one adapter."""
-    kept = find_adapter(typed, base)
-    row = kept.label if kept.run is None else _row(kept, kept.run.resolve().name)
-    return Candidate(row, kept.config, kept, client=kept.client)
-
-
-def _with_template(candidate: Candidate, template: str) -> Candidate:
-    return replace(candidate, config=changed(candidate.config, data={"template": template}))
 
 
 def _require_same_base(one: Candidate, other: Candidate) -> None:

@@ -1,4 +1,4 @@
-"""The command: what to evaluate on what, and where the results go."""
+"""The command: selects models and tasks, scores them, and writes the results."""
 
 import json
 import re
@@ -57,7 +57,7 @@ _SHORTENED = {
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What the command line asks for."""
+    """Options of the command line."""
 
     runs: list[str] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
@@ -190,7 +190,7 @@ def _notes(
     tasks: Sequence[SuiteTask],
     request: EvaluateOptions,
 ) -> list[str]:
-    """What a reader of the scores should know of the prompts."""
+    """Notes on the prompts, for readers of the scores."""
     lines = [f"prompts: {request.prompt}"]
     local = next((item.config for item in candidates if item.row == LOCAL), None)
     if local is not None and any(item.client for item in candidates):

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from statistics import stdev
 from typing import Any
 
@@ -80,7 +82,9 @@ def compare_scores(
         rows.append(_row(name, members, each, columns, mean_of))
         if any(item.client for item in members):
             for label, choose in (("  best client", max), ("  worst client", min)):
-                rows.append(_row(label, members, each, columns, _extreme(choose)))
+                rows.append(
+                    _row(label, members, each, columns, partial(choose, key=attrgetter("value")))
+                )
     return ScoreTable(columns, rows)
 
 
@@ -142,7 +146,3 @@ def _row(
         if len(some) > 1
     }
     return ModelRow(name, found, scores, spread, len(members))
-
-
-def _extreme(choose: Callable[..., Estimate]) -> _Chooser:
-    return lambda items: choose(items, key=lambda item: item.value)

@@ -1,4 +1,4 @@
-"""The list of what can be evaluated; reads the suites' files and nothing else."""
+"""Lists suites and tasks; reads only the suites' files."""
 
 import textwrap
 

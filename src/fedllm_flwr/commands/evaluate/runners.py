@@ -1,4 +1,4 @@
-"""Who scores which kind of task: the ``runner`` of a suite, by name."""
+"""Runners: the function that scores a suite's tasks, by the name in ``suite.yaml``."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -46,7 +46,7 @@ def runner_of(task: SuiteTask) -> Runner:
 
 
 def why_not(task: SuiteTask, options: RunOptions) -> str | None:
-    """What a task lacks among the options; None if nothing."""
+    """Option that a task needs and that is missing; None if there is none."""
     if task.runner == "open_ended":
         from fedllm_flwr.evaluation.judging.open_ended import what_lacks
 
@@ -72,7 +72,7 @@ def check_runners(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
 
 
 def closing_lines(samples: Sequence[Samples]) -> list[str]:
-    """What a runner says of all that it did."""
+    """Closing lines of a runner about everything it did."""
     if any("judge" in item.notes for item in samples):
         from fedllm_flwr.evaluation.judging.open_ended import usage_line
 

@@ -1,4 +1,4 @@
-"""Scoring candidates on tasks: the base model loaded once, adapters swapped, nothing done twice."""
+"""Scores candidates on tasks: loads the base model once, swaps adapters, and caches samples."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ Scored = dict[str, dict[str, Samples]]
 
 @dataclass(frozen=True)
 class Scorer:
-    """How candidates are scored.
+    """Settings by which candidates are scored.
 
     Args:
         prompt: trained, raw or chat.
@@ -60,7 +60,15 @@ class Scorer:
                 self.report(candidate, task, "cached")
         if missing:
             with loaded(candidate) as adapted, torch_threads(cpu_count()):
-                model = self._text_model(candidate, adapted)
+                model = TextModel(
+                    adapted,
+                    prompt=self.prompt,
+                    template=candidate.config.data.template,
+                    batch_tokens=self.options.batch_tokens,
+                    seed=self.options.seed,
+                    source=model_source(candidate.config.model),
+                    adapter=None if candidate.adapter is None else candidate.adapter.path,
+                )
                 folder = self.work_dir / key_of(**self._identity(candidate))[:16]
                 options = replace(self.options, work_dir=folder)
                 for task in missing:
@@ -70,17 +78,6 @@ class Scorer:
                     found[task.name] = samples
                     self.report(candidate, task, f"{samples.seconds:.0f} s")
         return {name: samples for name, samples in found.items() if samples is not None}
-
-    def _text_model(self, candidate: Candidate, adapted: AdaptedModel) -> TextModel:
-        return TextModel(
-            adapted,
-            prompt=self.prompt,
-            template=candidate.config.data.template,
-            batch_tokens=self.options.batch_tokens,
-            seed=self.options.seed,
-            source=model_source(candidate.config.model),
-            adapter=None if candidate.adapter is None else candidate.adapter.path,
-        )
 
     def _key(self, candidate: Candidate, task: SuiteTask) -> str:
         harness = harness_version() if task.runner == "harness" else None
@@ -115,7 +112,7 @@ def loaded(candidate: Candidate) -> Iterator[AdaptedModel]:
 
 
 def base_identity(typed: str, source: str) -> str:
-    """Which weights a base model has: those of its files, or its name on the hub."""
+    """Identity of a base model's weights: a digest of its files, or its name on the hub."""
     folder = Path(source)
     if not folder.is_dir():
         return typed
@@ -124,7 +121,7 @@ def base_identity(typed: str, source: str) -> str:
 
 
 def adapter_identity(adapter: KeptAdapter | None) -> str:
-    """Which weights and settings an adapter has."""
+    """Identity of an adapter's weights and settings."""
     if adapter is None:
         return "base"
     return files_identity(adapter.files)

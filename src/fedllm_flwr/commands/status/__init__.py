@@ -1,1 +1,1 @@
-"""How a run or a federation stands, from its directory: ``fedllm status``."""
+"""``fedllm status``: state of a run or a federation, read from its directory."""

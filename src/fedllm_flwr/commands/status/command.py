@@ -57,7 +57,19 @@ def _print_state(directory: str | None, health: Sequence[str], as_json: bool) ->
             "--health host:port"
         )
     checks = [check_health("health", address) for address in health]
-    found = None if directory is None else _state_of(Path(directory).expanduser())
+    found: RunStatus | SeveralStatus | FederationStatus | None = None
+    if directory is not None:
+        folder = Path(directory).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{folder}: no such directory; give that of a run, a server or a site"
+            )
+        if holds_several(folder):
+            found = several_status(folder)
+        elif is_operators(folder):
+            found = federation_status(folder.resolve())
+        else:
+            found = run_status(folder)
     well = not any(check.problem for check in checks) and (found is None or found.is_well)
     if as_json:
         answers = [{"address": check.address, "problem": check.problem} for check in checks]
@@ -68,11 +80,3 @@ def _print_state(directory: str | None, health: Sequence[str], as_json: bool) ->
         print("\n".join(lines))
     ends = isinstance(found, RunStatus | SeveralStatus) and found.state != "running"
     return 0 if well else NOT_WELL, not ends
-
-
-def _state_of(folder: Path) -> RunStatus | SeveralStatus | FederationStatus:
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such directory; give that of a run, a server or a site")
-    if holds_several(folder):
-        return several_status(folder)
-    return federation_status(folder.resolve()) if is_operators(folder) else run_status(folder)

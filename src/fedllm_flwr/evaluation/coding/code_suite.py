@@ -10,8 +10,6 @@ from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.coding.problems import KINDS, Problem
 from fedllm_flwr.evaluation.sandbox.bubblewrap import (
     Limits,
-    Outcome,
-    Program,
     run_programs,
     why_refused,
 )
@@ -109,7 +107,16 @@ def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Sam
     rows = [written[i : i + chosen.samples] for i in range(0, len(written), chosen.samples)]
     notes: dict[str, Any] = {"cut": model.cut - cut_before, "examples_left_out": dropped}
     if chosen.allow:
-        samples, remarks = score(problems, rows, bare, _limits(task), chosen.jobs), [left_out]
+        samples, remarks = (
+            score(
+                problems,
+                rows,
+                bare,
+                replace(Limits(), **task.settings.get("limits", {})),
+                chosen.jobs,
+            ),
+            [left_out],
+        )
     else:
         samples, remarks = unscored(problems, rows), [left_out, NOT_RUN]
     notes["remark"] = "; ".join(filter(None, remarks))
@@ -132,7 +139,11 @@ def score(
         [problem.bare_program(text) if bare else problem.program(text) for text in texts]
         for problem, texts in zip(problems, answers, strict=True)
     ]
-    outcomes = _outcomes([program for row in programs for program in row], limits, jobs)
+    different = list(dict.fromkeys(program for row in programs for program in row))
+    outcomes = dict(zip(different, run_programs(different, limits, jobs), strict=True))
+    for outcome in outcomes.values():
+        if outcome.status == "refused":
+            raise ConfigError(f"--allow-code-execution: {outcome.message}.")
     samples = unscored(problems, answers)
     for sample, row in zip(samples, programs, strict=True):
         ended = [outcomes[program] for program in row]
@@ -151,22 +162,6 @@ def unscored(problems: Sequence[Problem], answers: Sequence[Sequence[str]]) -> l
         {"id": problem.id, "target": problem.target, "answers": list(texts)}
         for problem, texts in zip(problems, answers, strict=True)
     ]
-
-
-def _outcomes(
-    programs: Sequence[Program], limits: Limits, jobs: int | None
-) -> dict[Program, Outcome]:
-    """Every different program, run once."""
-    different = list(dict.fromkeys(programs))
-    outcomes = run_programs(different, limits, jobs)
-    for outcome in outcomes:
-        if outcome.status == "refused":
-            raise ConfigError(f"--allow-code-execution: {outcome.message}.")
-    return dict(zip(different, outcomes, strict=True))
-
-
-def _limits(task: SuiteTask) -> Limits:
-    return replace(Limits(), **task.settings.get("limits", {}))
 
 
 def read_problems(task: SuiteTask, options: RunOptions) -> tuple[list[Problem], str]:

@@ -63,8 +63,11 @@ def _harm_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
 
 
 def _mt_bench_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
+    """Ratings of both turns, and the mean of those that have one."""
     both = np.stack([verdicts["turn_1"], verdicts["turn_2"]])
-    return {**verdicts, "average": _mean_of_known(both)}
+    known = (~np.isnan(both)).sum(0)
+    mean = np.nansum(both, axis=0) / np.maximum(known, 1)
+    return {**verdicts, "average": np.where(known > 0, mean, np.nan)}
 
 
 def _pair_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
@@ -77,13 +80,6 @@ def _pair_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
         "tie_rate": np.where(known, ties, np.nan),
         "consistency": np.where(known, (first == second).astype(np.float64), np.nan),
     }
-
-
-def _mean_of_known(values: Values) -> Values:
-    """Mean over the first axis without NaN; NaN where there is nothing else."""
-    count = (~np.isnan(values)).sum(0)
-    total = np.nansum(values, axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 BENCHMARKS: dict[str, Benchmark] = {

@@ -52,13 +52,13 @@ class Ask:
 
     @property
     def temperature(self) -> float:
-        """The first reply is the most likely one; another like it would help nobody."""
+        """Greedy at first; sampled in further attempts, where the same reply would not help."""
         return 0.7 if self.attempt else 0.0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a judge said. Token counts are None where it did not say."""
+    """A judge's reply. Token counts are None where the endpoint reports none."""
 
     text: str
     finish_reason: str  # stop, length, `DECLINED`, `BROKEN`
@@ -85,7 +85,7 @@ class Endpoint:
 
     @property
     def shown_url(self) -> str:
-        """Where it is, without a password or what else a query may hold."""
+        """The URL without credentials and query."""
         parts = urlsplit(self.url or os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
         return shown(bare.geturl())
@@ -269,8 +269,11 @@ class EndpointJudge(Endpoint):
             except openai.BadRequestError as error:
                 if error.code in _DECLINES:
                     return Completion(_message(error), DECLINED)
-                if not self._adapts_to(error):
+                refused = error.code in ("unsupported_parameter", "unsupported_value")
+                parameter = str(error.param)
+                if not refused or parameter not in {"max_tokens", "temperature"} - self.dropped:
                     raise self.failure(error) from error
+                self.dropped.add(parameter)  # and ask again without it
             except openai.APIResponseValidationError:
                 return Completion("", BROKEN)
             except (openai.OpenAIError, AnswerRefusedError) as error:
@@ -292,15 +295,6 @@ class EndpointJudge(Endpoint):
             return Completion("", BROKEN)
         [choice, *_] = answer.choices
         return _reply(choice.message.content, choice.finish_reason, answer.usage)
-
-    def _adapts_to(self, error: "openai.BadRequestError") -> bool:
-        """Whether the model refuses a parameter that it can be asked without."""
-        refused = error.code in ("unsupported_parameter", "unsupported_value")
-        parameter = str(error.param)
-        if not refused or parameter not in {"max_tokens", "temperature"} - self.dropped:
-            return False
-        self.dropped.add(parameter)
-        return True
 
 
 async def _streamed(stream: Any) -> Completion:
@@ -326,7 +320,7 @@ def _reply(text: str | None, reason: str | None, usage: Any) -> Completion:
 
 
 def _message(error: BaseException) -> str:
-    """What the server says, on one line, shortened, printable and without the key."""
+    """The server's message: one line, shortened, printable, without the API key."""
     status = getattr(error, "status_code", None)
     body: Any = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None

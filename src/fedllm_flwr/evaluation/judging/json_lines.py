@@ -1,4 +1,4 @@
-"""JSON lines on disk that only grow: what was done stays done, whenever a process ends."""
+"""Append-only JSON lines on disk; records survive the end of the process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The open-ended suite: a model answers, a judge grades, a sample per question comes out."""
+"""The open-ended suite: a model answers, a judge grades, one sample per question."""
 
 import hashlib
 import os
@@ -45,7 +45,7 @@ _POSITIVE = {
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """How answers are written and graded.
+    """Options of writing and grading answers.
 
     Args:
         model: name at the endpoint; None: no judge, scores by rule alone.
@@ -69,7 +69,7 @@ class JudgeOptions:
     batch_size: int = 16
 
     def as_extra(self) -> dict[str, Any]:
-        """What goes into ``RunOptions.extra``.
+        """As a value of ``RunOptions.extra``.
 
         Raises:
             DataError: the reference file cannot be read.
@@ -112,7 +112,7 @@ class JudgeOptions:
         )
 
     def make_writer(self, model: "TextModel") -> Writer:
-        """What writes the answers of a model."""
+        """Writer of a model's answers."""
         if self.writer_url is None:
             return ModelWriter(model, self.max_new_tokens)
         endpoint = Endpoint(self.writer_url, self.concurrency, self.timeout_s, "--writer-url")
@@ -140,7 +140,7 @@ def check(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
 
 
 def what_lacks(name: str, options: RunOptions) -> str | None:
-    """What a task needs besides, and how it is given; None if nothing."""
+    """Option that a task still needs; None if there is none."""
     chosen = JudgeOptions.of(options)
     if chosen.model is None and not BENCHMARKS[name].rules:
         return "it needs --judge-model <name at OPENAI_BASE_URL>"
@@ -150,7 +150,7 @@ def what_lacks(name: str, options: RunOptions) -> str | None:
 
 
 def usage_line(notes: Sequence[Mapping[str, Any]]) -> str:
-    """What judging took over all models and tasks, those of earlier calls included."""
+    """Cost of judging over all models and tasks, earlier calls included."""
 
     def total(key: str) -> Any:
         return sum(item.get(key) or 0 for item in notes)
@@ -209,7 +209,16 @@ def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions
         batch_size=chosen.batch_size,
         progress=_Progress(task.name, "answers"),
     )
-    scores, notes = dict(rule_scores(benchmark, answered)), _answer_notes(answered)
+    scores, answers = (
+        dict(rule_scores(benchmark, answered)),
+        [a for x in answered for a in x.answers],
+    )
+    notes: dict[str, Any] = {
+        "prompts": len(answers),
+        "cut": sum(answer.prompt_cut > 0 for answer in answers),
+        "answer_tokens": sum(answer.num_tokens for answer in answers),
+        "answers_at_limit": sum(not answer.ended for answer in answers),
+    }
     if chosen.model is not None:
         more, about = _judged(benchmark, answered, chosen, options, options.work_dir)
         scores, notes = scores | more, notes | about
@@ -269,16 +278,6 @@ def _sample(answered: AnsweredQuestion, index: int, scores: dict[str, Values]) -
         "question": list(answered.question.turns),
         "answer": list(answered.texts),
         **{name: None if np.isnan(value) else value for name, value in numbers.items()},
-    }
-
-
-def _answer_notes(answered: Sequence[AnsweredQuestion]) -> dict[str, Any]:
-    answers = [answer for item in answered for answer in item.answers]
-    return {
-        "prompts": len(answers),
-        "cut": sum(answer.prompt_cut > 0 for answer in answers),
-        "answer_tokens": sum(answer.num_tokens for answer in answers),
-        "answers_at_limit": sum(not answer.ended for answer in answers),
     }
 
 

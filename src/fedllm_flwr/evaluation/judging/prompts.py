@@ -1,4 +1,4 @@
-"""What judges are asked: FastChat's prompts where they lie beside the data, or our own words."""
+"""Judge prompts: FastChat's where they lie beside the data, otherwise the package's own."""
 
 import hashlib
 import json
@@ -65,8 +65,17 @@ def load_prompts(own: Path, folder: Path | None) -> JudgePrompts:
     }
     file, source = (folder or own.parent) / "judge_prompts.jsonl", "own"
     if file.is_file():
-        texts |= _fastchat(file)
         source = "fastchat"
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
+            known = {row["name"]: (row["system_prompt"], row["prompt_template"]) for row in rows}
+            texts |= {name: known[theirs] for name, theirs in _FASTCHAT.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{file}: not FastChat's judge prompts ({error!r}); copy the file again, or delete "
+                "it."
+            ) from error
     for name, fields in _FIELDS.items():
         used = {field for _, field, _, _ in string.Formatter().parse(texts[name][1]) if field}
         if used != fields:
@@ -75,18 +84,3 @@ def load_prompts(own: Path, folder: Path | None) -> JudgePrompts:
                 f"{', '.join(sorted(used))}, expected {', '.join(sorted(fields))}."
             )
     return JudgePrompts(source, texts)
-
-
-def _fastchat(file: Path) -> dict[str, tuple[str, str]]:
-    try:
-        rows = [
-            json.loads(line)
-            for line in file.read_text(encoding="utf-8").split("\n")
-            if line.strip()
-        ]
-        known = {row["name"]: (row["system_prompt"], row["prompt_template"]) for row in rows}
-        return {name: known[theirs] for name, theirs in _FASTCHAT.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{file}: not FastChat's judge prompts ({error!r}); copy the file again, or delete it."
-        ) from error

@@ -26,7 +26,7 @@ _NEEDS_REFERENCE = ("math", "reasoning", "coding")
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """What a model is asked, turn by turn."""
+    """An open-ended question, turn by turn."""
 
     id: str  # within its set
     category: str
@@ -97,21 +97,16 @@ def alpaca_eval(file: Path) -> list[OpenQuestion]:
 
     The file is a JSON list, or JSON lines, with instruction and output, as AlpacaEval's are.
     """
-    return [
-        OpenQuestion(
-            str(i),
-            str(row.get("dataset", "")),
-            (_instruction(row),),
-            _OTHER_TEMPERATURE,
-            baseline=str(row["output"]),
+    found = []
+    for i, row in enumerate(_rows(file, "instruction", "output")):
+        asked = (
+            f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
         )
-        for i, row in enumerate(_rows(file, "instruction", "output"))
-    ]
-
-
-def _instruction(row: dict[str, Any]) -> str:
-    more = row.get("input")
-    return f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])
+        category, baseline = str(row.get("dataset", "")), str(row["output"])
+        found.append(
+            OpenQuestion(str(i), category, (str(asked),), _OTHER_TEMPERATURE, baseline=baseline)
+        )
+    return found
 
 
 def _rows(file: Path, *keys: str) -> Sequence[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Verdicts of a judge: what its replies say, each case asked once, kept on disk.
+"""Verdicts of a judge, parsed from its replies; each case is asked once and kept on disk.
 
 A reply is a rating, a choice between two answers, harmless or harmful. One that says none of these,
 or several at once, has no verdict, and the case is asked again. FastChat, whose format this is,
@@ -8,7 +8,7 @@ takes the first number in single brackets then, which may be a footnote.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -35,7 +35,7 @@ _HARMS = {"harmless": 1.0, "harmful": 0.0}
 
 
 class Scale(StrEnum):
-    """What a judge is asked for."""
+    """Scale of a judge's verdicts."""
 
     RATING = "rating"  # [[1]] to [[10]]
     PAIR = "pair"  # [[A]], [[B]] or [[C]]: 1 if the first answer is better, 0.5 for a tie
@@ -44,21 +44,16 @@ class Scale(StrEnum):
 
 def read_verdict(reply: str, scale: Scale) -> float | None:
     """The verdict in a reply; None where there is none, or more than one."""
-    pattern, value = _READERS[scale]
-    found = {value(text) for text in pattern.findall(reply)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _rating(text: str) -> float | None:
-    rating = float(text)
-    return rating if _LOWEST <= rating <= _HIGHEST else None
-
-
-_READERS: dict[Scale, tuple[re.Pattern[str], Callable[[str], float | None]]] = {
-    Scale.RATING: (_RATING, _rating),
-    Scale.PAIR: (_CHOICE, _CHOICES.__getitem__),
-    Scale.HARM: (_HARM, lambda text: _HARMS[text.lower()]),
-}
+    match scale:
+        case Scale.RATING:
+            found = {float(text) for text in _RATING.findall(reply)}
+        case Scale.PAIR:
+            found = {_CHOICES[text] for text in _CHOICE.findall(reply)}
+        case Scale.HARM:
+            found = {_HARMS[text.lower()] for text in _HARM.findall(reply)}
+    if len(found) != 1 or (scale is Scale.RATING and not _LOWEST <= min(found) <= _HIGHEST):
+        return None
+    return found.pop()
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a case: a number, or None if no reply had one."""
+    """Verdict on a case: a number, or None if no reply held one."""
 
     value: float | None
     attempts: int
@@ -84,7 +79,7 @@ class Verdict:
 
 @dataclass
 class Usage:
-    """What judging took; tokens of replies that came without counts are in `uncounted`."""
+    """Replies and tokens that judging took; replies without token counts are `uncounted`."""
 
     replies: int = 0
     prompt_tokens: int = 0
@@ -126,14 +121,19 @@ def judge_all(
     """
     keys = [case.key(judge.model) for case in cases]
     by_key = dict(zip(keys, cases, strict=True))
+    replies: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}  # in order of attempts
     with JsonLines(path) as file:
-        replies = _by_key(file.records, by_key)
+        for record in file.records:
+            if record["key"] in replies:
+                replies[record["key"]].append(record)
         _ask_missing(by_key, replies, judge, file, attempts, progress)
-    usage = Usage()
-    for found in replies.values():
-        for entry in found:
-            usage.add(entry)
-    return [_verdict(replies[key]) for key in keys], usage
+    usage, verdicts = Usage(), {}
+    for key, found in replies.items():
+        for record in found:
+            usage.add(record)
+        values = (record["verdict"] for record in found if record["verdict"] is not None)
+        verdicts[key] = Verdict(next(values, None), len(found))
+    return [verdicts[key] for key in keys], usage
 
 
 def _ask_missing(
@@ -149,7 +149,20 @@ def _ask_missing(
 
     def record(ask: Ask, reply: Completion) -> None:
         nonlocal settled
-        entry = _entry(ask, reply, judge.model, cases[ask.key].scale)
+        scale = cases[ask.key].scale
+        verdictless = reply.finish_reason in (DECLINED, BROKEN)
+        entry = {
+            "key": ask.key,
+            "attempt": ask.attempt,
+            "judge": judge.model,
+            "scale": scale.value,
+            "verdict": None if verdictless else read_verdict(reply.text, scale),
+            "reply": reply.text,
+            "finish_reason": reply.finish_reason,
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "asked": ask.messages,
+        }
         file.append([entry])
         replies[ask.key].append(entry)
         settled += _settled(replies[ask.key], attempts)
@@ -165,42 +178,10 @@ def _ask_missing(
             judge.ask(asks, record)
 
 
-def _by_key(
-    records: Sequence[dict[str, Any]], cases: Iterable[str]
-) -> dict[str, list[dict[str, Any]]]:
-    """The replies to each case, in the order of the attempts."""
-    replies: dict[str, list[dict[str, Any]]] = {key: [] for key in cases}
-    for record in records:
-        if record["key"] in replies:
-            replies[record["key"]].append(record)
-    return replies
-
-
 def _settled(replies: Sequence[dict[str, Any]], attempts: int) -> bool:
-    """Whether there is a verdict, or nothing more to be had."""
+    """Whether there is a verdict, or no further attempt is due."""
     if len(replies) >= attempts:
         return True
     return bool(replies) and (
         replies[-1]["verdict"] is not None or replies[-1]["finish_reason"] == DECLINED
     )
-
-
-def _verdict(replies: Sequence[dict[str, Any]]) -> Verdict:
-    values = [entry["verdict"] for entry in replies if entry["verdict"] is not None]
-    return Verdict(values[0] if values else None, len(replies))
-
-
-def _entry(ask: Ask, reply: Completion, judge: str, scale: Scale) -> dict[str, Any]:
-    verdictless = reply.finish_reason in (DECLINED, BROKEN)
-    return {
-        "key": ask.key,
-        "attempt": ask.attempt,
-        "judge": judge,
-        "scale": scale.value,
-        "verdict": None if verdictless else read_verdict(reply.text, scale),
-        "reply": reply.text,
-        "finish_reason": reply.finish_reason,
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
-        "asked": ask.messages,
-    }

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Segment, render_prompt
 from fedllm_flwr.data.tokens import TokenArray, tokenise
@@ -33,7 +31,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """What a model wrote."""
+    """A generated answer."""
 
     text: str
     num_tokens: int
@@ -151,7 +149,7 @@ class AnsweredQuestion:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What the judge reads."""
+        """Texts of the answers, for the judge."""
         return tuple(answer.text for answer in self.answers)
 
 
@@ -173,15 +171,26 @@ def answer_all(
         identity: of the model, its prompt and its limits: answers of another one are not used.
         seed: of sampled answers; each question and turn has its own sequence.
     """
-    keys = {question.id: _key(question, identity, seed) for question in questions}
+    keys = {}
+    for question in questions:
+        what = [question.id, question.turns, question.temperature, identity, seed]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        keys[question.id] = digest[:20]
+    by_length = sorted(questions, key=lambda question: -len(question.turns[0]))
     with JsonLines(path) as file:
         done = {record["key"]: record for record in file.records}
-        for batch in _batches(questions, batch_size):
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
             if any(keys[question.id] not in done for question in batch):
-                written = _write(batch, writer, seed)
                 fresh = [
-                    _record(keys[answered.question.id], answered)
-                    for answered in written
+                    {
+                        "key": keys[answered.question.id],
+                        "id": answered.question.id,
+                        "category": answered.question.category,
+                        "turns": answered.question.turns,
+                        "answers": [asdict(answer) for answer in answered.answers],
+                    }
+                    for answered in _write(batch, writer, seed)
                     if keys[answered.question.id] not in done
                 ]
                 file.append(fresh)
@@ -196,51 +205,20 @@ def answer_all(
     ]
 
 
-def _batches(questions: Sequence[OpenQuestion], size: int) -> list[list[OpenQuestion]]:
-    """Questions of like length together."""
-    order = np.argsort([-len(question.turns[0]) for question in questions], kind="stable")
-    ordered = [questions[i] for i in order.tolist()]
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
 def _write(batch: Sequence[OpenQuestion], writer: Writer, seed: int) -> list[AnsweredQuestion]:
     """All turns of a batch; a question of fewer turns leaves it earlier."""
     answers: dict[str, list[WrittenAnswer]] = {question.id: [] for question in batch}
     for turn in range(max(len(question.turns) for question in batch)):
         asked = [question for question in batch if turn < len(question.turns)]
-        requests = [
-            GenerationRequest(
-                _conversation(question, answers[question.id]),
-                question.temperature,
-                derive_seed(seed, "answer", question.id, turn),
-            )
-            for question in asked
-        ]
+        requests = []
+        for question in asked:
+            messages: Messages = []
+            for text, answer in zip(question.turns, answers[question.id], strict=False):
+                messages.append({"role": "user", "content": text})
+                messages.append({"role": "assistant", "content": answer.text})
+            messages.append({"role": "user", "content": question.turns[turn]})
+            own_seed = derive_seed(seed, "answer", question.id, turn)
+            requests.append(GenerationRequest(messages, question.temperature, own_seed))
         for question, answer in zip(asked, writer.write(requests), strict=True):
             answers[question.id].append(answer)
     return [AnsweredQuestion(question, tuple(answers[question.id])) for question in batch]
-
-
-def _conversation(question: OpenQuestion, answers: Sequence[WrittenAnswer]) -> Messages:
-    """The turns so far with their answers, and the next turn."""
-    messages: Messages = []
-    for turn, answer in zip(question.turns, answers, strict=False):
-        messages.append({"role": "user", "content": turn})
-        messages.append({"role": "assistant", "content": answer.text})
-    return [*messages, {"role": "user", "content": question.turns[len(answers)]}]
-
-
-def _key(question: OpenQuestion, identity: object, seed: int) -> str:
-    what: list[Any] = [question.id, question.turns, question.temperature, identity, seed]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _record(key: str, answered: AnsweredQuestion) -> dict[str, Any]:
-    question = answered.question
-    return {
-        "key": key,
-        "id": question.id,
-        "category": question.category,
-        "turns": question.turns,
-        "answers": [asdict(answer) for answer in answered.answers],
-    }

@@ -1,4 +1,4 @@
-"""Programs that nobody has read, run apart from everything else.
+"""Sandbox for generated programs.
 
     outcome = run_program("def twice(x): return 2 * x", tests="assert twice(3) == 6")
 

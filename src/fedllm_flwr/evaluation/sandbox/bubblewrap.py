@@ -58,7 +58,7 @@ _KEPT_OUTPUT = 4000  # bytes
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use, with all processes that it starts."""
+    """Resource limits of one program with all its processes."""
 
     wall_s: float = 60.0
     cpu_s: float = 10.0  # each process; in whole seconds
@@ -82,7 +82,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended; the message is empty for one that passed."""
+    """Outcome of a program; the message is empty for one that passed."""
 
     status: Status
     message: str = ""
@@ -120,7 +120,7 @@ def run_programs(
 
 
 def _run(program: Program, limits: Limits) -> Outcome:
-    """Start a program in a room of its own, watch it to its end, and leave nothing of it."""
+    """Run a program in a sandbox of its own until its end, and leave no process."""
     try:
         with _started(limits) as watch:
             return watch.until_the_end(program)
@@ -178,7 +178,7 @@ def _is_root() -> bool:
 
 
 def _users() -> int:
-    """A user namespace that has root and nobody, for root; its descriptor.
+    """Descriptor of a user namespace with the users root and nobody; for root only.
 
     A program runs as nobody there: no limit on processes would hold for root, in whatever
     namespace. It is nobody who reads Python then, in the room, whatever the ways to it outside.

@@ -1,4 +1,4 @@
-"""What the interpreter in the room runs: the program, then its tests. Imports nothing of ours.
+"""Code run inside the sandbox: the program, then its tests. Imports nothing of this package.
 
 Frames (eight bytes of length, then that much) come in on descriptor 3 and go out on descriptor 4.
 The first one out says that the limits hold. The first one in is a token with the program; the

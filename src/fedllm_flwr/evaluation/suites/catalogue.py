@@ -1,4 +1,4 @@
-"""The suites that there are, read from ``evaluation/<suite>/suite.yaml``.
+"""Catalogue of the suites, read from ``evaluation/<suite>/suite.yaml``.
 
 A ``suite.yaml`` holds ``title``, ``runner`` (default ``harness``), ``tasks`` and ``averages``. The
 keys of a task are the fields of `SuiteTask`, those of a metric the fields of `SuiteMetric`, and

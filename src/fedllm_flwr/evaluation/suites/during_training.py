@@ -1,4 +1,4 @@
-"""Suites at the central evaluations of a run, on a few examples."""
+"""Suites scored on a few examples at the central evaluations of a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -44,7 +44,13 @@ class HarnessTasks:
 
             started = time.monotonic()
             loaded = self._load(task, options, model.prompt)
-            asked = _HarnessModel(model, max(map(_answer_tokens, loaded.values())))
+            rooms = [
+                _decoding(one.config.generation_kwargs or {}).max_new_tokens
+                if one.config.output_type == "generate_until"
+                else _ROOM
+                for one in loaded.values()
+            ]
+            asked = _HarnessModel(model, max(rooms))
             found = evaluate(
                 asked,
                 {"tasks": loaded},
@@ -129,15 +135,8 @@ def _check_targets(task: SuiteTask, loaded: Any) -> None:
             )
 
 
-def _answer_tokens(task: Any) -> int:
-    """Tokens that an answer to a harness task may take."""
-    if task.config.output_type != "generate_until":
-        return _ROOM
-    return _decoding(task.config.generation_kwargs or {}).max_new_tokens
-
-
 class _HarnessModel:
-    """What the harness asks of a model (its class LM), answered by a `TextModel`.
+    """The harness' model interface (its class LM) over a `TextModel`.
 
     Args:
         room: tokens of the context that are kept free for an answer.

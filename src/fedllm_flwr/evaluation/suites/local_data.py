@@ -41,7 +41,7 @@ def _paths(task: SuiteTask, part: str, root: Path) -> list[Path]:
 
 
 def local_settings(task: SuiteTask, part: str, root: Path) -> dict[str, Any]:
-    """What makes a harness task read local files: its rows, and the splits that there are.
+    """Settings that make a harness task read local files: its rows and splits.
 
     Raises:
         DataError: names the file that is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""What scoring one model on one task leaves: a record per example."""
+"""Samples: the scored examples of one model on one task."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -37,7 +37,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How tasks are run.
+    """Options by which tasks are run.
 
     Args:
         limit: examples of each (harness) task, the first ones; None: all.

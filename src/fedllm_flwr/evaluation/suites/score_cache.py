@@ -1,4 +1,4 @@
-"""Scored examples on disk, so that the same model is never asked the same questions twice.
+"""Cache of scored examples on disk, by model and questions.
 
 An entry is found by all that decides on it: the base model's weights, the adapter's file, the
 task's definition and data, the prompt and the versions of the programs.
@@ -24,7 +24,7 @@ _PACKAGE = Path(__file__).parents[2]
 
 
 def default_cache() -> Path:
-    """Where entries go unless the user says otherwise."""
+    """Default directory of the cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "fedllm-flwr" / "evaluation"
 
@@ -36,7 +36,7 @@ class SamplesCache:
         self._directory = directory
 
     def get(self, key: str) -> Samples | None:
-        """What was stored; None if there is nothing, or nothing readable."""
+        """Stored samples; None if there are none, or they cannot be read."""
         if self._directory is None:
             return None
         try:
@@ -73,6 +73,10 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
     if root is not None:
         for name in task.files:
             data += sorted(root.glob(name.replace("{}", "*")))
+    if task.runner in ("harness", "code"):
+        extra = dict(options.extra.get(task.runner, {}))
+    else:
+        extra = {name: value for name, value in options.extra.items() if name != "code"}
     own = sorted((suites_dir() / task.suite).glob("*yaml"))
     return {
         "task": task,
@@ -82,7 +86,7 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
         "limit": options.limit,
         "shots": options.shots,
         "seed": options.seed,
-        "extra": _extra(task, options),
+        "extra": extra,
     }
 
 
@@ -95,13 +99,6 @@ def code_identity(package: Path = _PACKAGE) -> str:
     """
     parts = ("data", "models", "evaluation")
     return files_identity(file for part in parts for file in sorted((package / part).rglob("*.py")))
-
-
-def _extra(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
-    """The options of single runners that this task's runner may look at."""
-    if task.runner in ("harness", "code"):
-        return dict(options.extra.get(task.runner, {}))
-    return {name: value for name, value in options.extra.items() if name != "code"}
 
 
 def files_identity(paths: Iterable[Path]) -> str:

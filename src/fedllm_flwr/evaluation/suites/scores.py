@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedllm_flwr.evaluation.suites.catalogue import Average, SuiteMetric, SuiteTask
+from fedllm_flwr.evaluation.suites.catalogue import Average, SuiteTask
 from fedllm_flwr.evaluation.suites.samples import Sample
 from fedllm_flwr.evaluation.suites.statistics import Estimate, estimate, mean_of
 
@@ -14,7 +14,12 @@ def task_estimates(task: SuiteTask, samples: Sequence[Sample]) -> Estimates:
     """Every metric of a task for which there are examples."""
     found = {}
     for metric in task.metrics:
-        values = _values(metric, samples)
+        values: list[object] = [
+            sample[metric.column]
+            for sample in samples
+            if metric.column in sample
+            and (not metric.parts or str(sample.get("part", "")) in metric.parts)
+        ]
         if any(value is not None for value in values):
             purpose = " ".join([task.name, *metric.parts])
             found[metric.name] = estimate(metric.kind, values, purpose)
@@ -28,16 +33,3 @@ def average_estimate(average: Average, tasks: Mapping[str, Estimates]) -> Estima
     if len(present) < len(found):
         return None
     return replace(mean_of(present), num_examples=sum(item.num_examples for item in present))
-
-
-def _values(metric: SuiteMetric, samples: Sequence[Sample]) -> list[object]:
-    return [
-        sample[metric.column]
-        for sample in samples
-        if metric.column in sample
-        and (not metric.parts or any(_is_part(sample, name) for name in metric.parts))
-    ]
-
-
-def _is_part(sample: Sample, name: str) -> bool:
-    return str(sample.get("part", "")) == name

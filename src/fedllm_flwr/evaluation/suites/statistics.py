@@ -62,12 +62,12 @@ class IntervalEstimate:
 
     @property
     def over(self) -> str:
-        """What the interval covers."""
+        """Source of variation that the interval covers."""
         return "examples" if self.num_seeds == 1 else "seeds and examples"
 
 
 def clear_together(p_values: Sequence[float]) -> list[bool]:
-    """Which of several differences are not zero, at 5 % for all of them together (Holm 1979).
+    """Differences that are not zero, at 5 % family-wise (Holm 1979).
 
     From the smallest p-value on, p has to be at most 5 % / m, 5 % / (m - 1), ... until one is not.
     """
@@ -181,7 +181,7 @@ def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Float
 
 
 def _mean(sums: Floats) -> Floats:
-    """Mean of the numbers that there are; NaN for a resample that has none."""
+    """Mean of the known numbers; NaN for a resample without any."""
     means: Floats = np.full(len(sums), np.nan)
     np.divide(sums[:, 0], sums[:, 1], out=means, where=sums[:, 1] > 0)
     return means

@@ -50,7 +50,7 @@ class TextModel:
         return int(longest or self.adapted.tokenizer.model_max_length)
 
     def answer_room(self, wanted: int) -> int:
-        """Tokens of an answer that wants so many: half of what the model takes, at most."""
+        """Tokens reserved for an answer: as many as asked for, at most half of the context."""
         return min(wanted, self.max_length // 2)
 
     def render(self, messages: Messages) -> str:
@@ -80,7 +80,8 @@ class TextModel:
         """
         system = [turn for turn in messages[:1] if turn["role"] == "system"]
         rest = list(messages[len(system) :])
-        longest = self.max_length - room - self._overhead
+        overhead = self._num_tokens(self.render([{"role": "user", "content": "x"}]))
+        longest = self.max_length - room - overhead
         lengths = [self._num_tokens(turn["content"]) + 2 for turn in rest]
         total = sum(lengths) + sum(self._num_tokens(turn["content"]) for turn in system)
         dropped = 0
@@ -143,11 +144,6 @@ class TextModel:
         return before, after
 
     @cached_property
-    def _overhead(self) -> int:
-        """Tokens of a prompt besides its messages."""
-        return int(self._num_tokens(self.render([{"role": "user", "content": "x"}])))
-
-    @cached_property
     def _num_tokens(self) -> Any:
         @lru_cache(maxsize=100_000)
         def count(text: str) -> int:
@@ -156,7 +152,7 @@ class TextModel:
         return count
 
     def _spaced(self, prompt: str, answer: str) -> str:
-        """An answer with what stands before it; nothing where either side brings white space."""
+        """An answer with its leading white space; none is added where either side has some."""
         apart = prompt[-1:].isspace() or answer[:1].isspace()
         return (
             answer

@@ -111,7 +111,7 @@ def _relation(name: str) -> str:
 
 
 def _placed(text: str, entities: Iterable[Entity]) -> set[tuple[range, str]]:
-    """Where entities stand in a text, in words: each at its first place that is still free."""
+    """Positions of entities in a text, in words: each at its first free place."""
     words = text.lower().split()
     placed: dict[range, str] = {}
     for entity, kind in entities:
