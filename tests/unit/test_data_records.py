@@ -205,7 +205,7 @@ def test_half_a_surrogate_pair_is_a_fault() -> None:
 
 def test_importing_the_data_package_loads_no_model_library() -> None:
     modules = (
-        "choices, encode, federated, files, kinds, overlap, partition, records, "
+        "choices, encode, federated, kinds, overlap, partition, record_files, records, "
         "remembered, sources, templates, token_cache"
     )
     code = (

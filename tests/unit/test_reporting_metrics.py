@@ -124,7 +124,6 @@ def test_summary_adds_up() -> None:
         "bytes_up": 42,
         "bytes_down": 64,
         "failures": 2,
-        "cut": {},
     }
     assert summarise(records, {"training": 3.0, "start-up": 4.0})["seconds"] == 7.0
 
