@@ -16,7 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import TrackingConfig
-from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.errors import ConfigError, first_line
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.metrics import RoundRecord
 
@@ -84,7 +84,7 @@ def open_trackers(config: Config, run_dir: Path) -> Tracker:
         except Exception as error:  # each library has its own exceptions
             Trackers(opened).close(succeeded=False)
             raise ConfigError(
-                f"tracking.{name}=true: cannot start ({_first_line(error)}); {_REMEDIES[name]}."
+                f"tracking.{name}=true: cannot start ({first_line(error)}); {_REMEDIES[name]}."
             ) from error
     return Trackers(opened)
 
@@ -105,7 +105,7 @@ class Trackers:
                 logger.warning(
                     "tracking.%s: %s; no more is sent there, metrics.jsonl has everything",
                     name,
-                    _first_line(error),
+                    first_line(error),
                 )
 
     def close(self, succeeded: bool = True) -> None:
@@ -114,7 +114,7 @@ class Trackers:
             try:
                 tracker.close(succeeded)
             except Exception as error:
-                logger.warning("tracking.%s: %s", name, _first_line(error))
+                logger.warning("tracking.%s: %s", name, first_line(error))
         self._trackers = {}
 
 
@@ -246,11 +246,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 _MAKERS: dict[str, Callable[[Config, Path], Tracker]] = {
