@@ -165,7 +165,7 @@ def _json_type(value: object) -> str:
 def _read_lines(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
     """JSON lines."""
     is_empty = True
-    with _opened(path) as file:  # lines end at \n alone: U+2028 and its kind are legal in a string
+    with _opened(path) as file:  # lines end only at \n: U+2028 and its kind are legal in a string
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

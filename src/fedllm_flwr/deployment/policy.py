@@ -61,7 +61,7 @@ class Policy:
     max_messages_per_day: int | None = 5000
     max_state_gb: float | None = 20.0  # GB of state and tokens on disk
     state_days: float | None = 30.0  # after which the state of a run that is silent is removed
-    secret_draws: bool = True  # which records are in a step does not follow from the seed alone
+    secret_draws: bool = True  # which records are in a step follows not only from the seed
     datasets: tuple[str, ...] | None = None  # names of the site's data sets
     approval: str = EVERY_RUN  # which runs wait for the operator: see deployment/approval.py
 

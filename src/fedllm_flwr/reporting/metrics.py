@@ -17,7 +17,7 @@ A record is plain data: ``round`` and ``seconds``, and where they apply
   another round would spend more than ``privacy.target_epsilon``
 - ``phases``: seconds by phase since the previous record, its checkpoint included
 
-The best round and early stopping depend on these records alone, so that a resumed run decides as an
+The best round and early stopping depend only on these records, so that a resumed run decides as an
 uninterrupted one does.
 """
 

@@ -74,7 +74,7 @@ class RunRecorder(Recorder):
         self._first_round = first_round
         self._refused = dict(refused)
         self._counted = timings.earlier  # seconds by phase that records account for
-        self.local_adapters = LocalAdapters(directory.alone, prepared.initial)
+        self.local_adapters = LocalAdapters(directory.local_adapters, prepared.initial)
 
     def on_start_round(self, round: int, names: list[str]) -> None:
         """Show which clients are asked."""
