@@ -131,12 +131,20 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "time/round_seconds": record.get("seconds"),
         "comm/bytes_up": record.get("bytes_up"),
         "comm/bytes_down": record.get("bytes_down"),
+        "privacy/epsilon": record.get("epsilon"),
+        "train/aggregation_error": record.get("aggregation_error"),
     }
     for section in ("eval", "client_eval"):
         renamed |= {f"{section}/{key}": value for key, value in (record.get(section) or {}).items()}
     for name, metrics in (record.get("clients") or {}).items():
         client = name.replace("/", "_")
         renamed |= {f"clients/{client}/{key}": value for key, value in metrics.items()}
+    for key in ("update_norm", "update_cosine", "cut"):
+        for name, value in (record.get(key) or {}).items():
+            renamed[f"clients/{name.replace('/', '_')}/{key}"] = value
+    for name, scores in ((record.get("client_eval") or {}).get("clients") or {}).items():
+        client = name.replace("/", "_")
+        renamed |= {f"clients/{client}/eval/{key}": value for key, value in scores.items()}
     return {
         re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII): float(value)
         for name, value in renamed.items()

@@ -260,6 +260,9 @@ def _record(report: RoundReport, config: Config) -> RoundRecord:
         record["attackers"] = report.attackers
     if report.cut:
         record["cut"] = report.cut
+    for key, measured in (("update_norm", report.norms), ("update_cosine", report.cosines)):
+        if measured:
+            record[key] = dict(sorted(measured.items()))
     if report.refused:
         record["refused_updates"] = sorted(report.refused)
     if report.spent is not None:
