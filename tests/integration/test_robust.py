@@ -9,6 +9,7 @@ from fedllm_flwr.errors import ConfigError, RunInterrupted
 from tiny_runs import interrupting, outcome, resume, run_intercepted, run_tiny
 
 
+@pytest.mark.slow
 def test_centred_clipping_goes_on_with_its_centre_and_the_clients_momenta(tmp_path: Path) -> None:
     chosen = ("algorithm=fedadam", "algorithm.combiner=centred_clip", "federation.num_rounds=3")
     whole = run_tiny(tmp_path / "whole", *chosen)

@@ -48,6 +48,7 @@ def test_every_key_is_read(write: Write) -> None:
         "max_state_gb": 0.5,
         "state_days": 2.0,
         "secret_draws": False,
+        "only_secure": True,
         "approval": "new-settings",
     }
     others = [field.name for field in fields(Policy) if field.name not in values]
@@ -69,9 +70,8 @@ def test_what_is_left_out_has_the_safe_default(write: Write) -> None:
 
 
 def test_null_and_any_set_no_limit(write: Write) -> None:
-    names = [
-        field.name for field in fields(Policy) if field.name not in ("secret_draws", "approval")
-    ]
+    no_limits = ("secret_draws", "only_secure", "approval")
+    names = [field.name for field in fields(Policy) if field.name not in no_limits]
     policy = read_policy(write("".join(f"{name}: null\n" for name in names)))
     assert replace(policy, secret_draws=False, approval="automatic") == Policy.unlimited()
     policy.check(asked(training__max_steps=10**9, lora__r=4096, model__path="x/y"), round=10**6)
@@ -80,6 +80,13 @@ def test_null_and_any_set_no_limit(write: Write) -> None:
     assert read_policy(write("allowed_models: any\ntasks: any\n")).allowed_models is None
     with pytest.raises(ConfigError, match="secret_draws: null must be true or false"):
         read_policy(write("secret_draws: null"))
+
+
+def test_a_site_may_take_part_in_nothing_but_secure_aggregation() -> None:
+    policy = Policy(only_secure=True)
+    policy.check(asked(privacy__secure_aggregation=True), round=1)
+    with pytest.raises(RefusedError, match=r"privacy.secure_aggregation=false.*only_secure: true"):
+        policy.check(Config(), round=1)
 
 
 def test_policy_of_a_new_site_is_the_default_and_allows_the_defaults_of_a_run(write: Write) -> None:

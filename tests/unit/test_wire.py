@@ -241,11 +241,11 @@ def test_broken_or_foreign_configuration_is_refused(text: str) -> None:
 
 
 def test_option_of_a_newer_server_is_named() -> None:
-    newer = {**asdict(CONFIG), "privacy": {"epsilon": 3.0}}
+    newer = {**asdict(CONFIG), "tomorrow": {"key": 3.0}}
     question = ConfigRecord({"version": __version__, "config": json.dumps(newer)})
     content = RecordDict({"query": question})
 
-    with pytest.raises(FederationError, match=r"unknown key 'privacy'.*the same fedllm-flwr"):
+    with pytest.raises(FederationError, match=r"unknown key 'tomorrow'.*the same fedllm-flwr"):
         unpack_query(content)
 
 

@@ -39,6 +39,12 @@ def query(message: Message, context: Context) -> Message:
     return _reply("query", message, context)
 
 
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """The second exchange of a round under secure aggregation: shares of masks."""
+    return _reply("unmask", message, context)
+
+
 def _reply(kind: str, message: Message, context: Context) -> Message:
     """Simulated clients share the process that keeps the model; a site's is started afresh."""
     site = Site(dict(context.node_config), context.run_id, context.node_id)

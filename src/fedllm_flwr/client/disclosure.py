@@ -1,5 +1,6 @@
 """Entries of a site's audit log: who asked for what, and which numbers left the site."""
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from fedllm_flwr.client.requests import failed
 from fedllm_flwr.client.site import Site
 from fedllm_flwr.deployment.audit import WAITING, AuditLog, settings_digest
 from fedllm_flwr.errors import FederationError, FedLLMError
-from fedllm_flwr.federation.wire import unpack_config, unpack_failure, unpack_params
+from fedllm_flwr.federation.wire import MASKED, unpack_config, unpack_failure, unpack_params
 
 _VERDICTS = {"ApprovalPending": WAITING, "ApprovalDeclined": "declined"}
 
@@ -38,7 +39,8 @@ def audited(
     try:
         server_round, config = unpack_config(asked)
     except FederationError as error:
-        entry["unreadable"] = str(error)
+        if kind != "unmask":  # which has no settings, and answers the round before it
+            entry["unreadable"] = str(error)
     else:
         settings = asdict(config)
         entry |= {
@@ -78,6 +80,11 @@ def disclosed(reply: RecordDict) -> dict[str, Any]:
     records = said.get("num_examples", 0)
     left: dict[str, Any] = {"records": records, "values": 0, "bytes": 0, "norms": {}}
     for name, arrays in reply.array_records.items():
+        if said.get("dtype") == MASKED:  # a norm of masked words says nothing
+            left["values"] += sum(math.prod(array.shape) for array in arrays.values())
+            left["bytes"] += sum(len(array.data) for array in arrays.values())
+            left["masked"] = True
+            continue
         params = unpack_params(arrays, str(said.get("dtype", "")))
         squares = sum(float(np.square(value, dtype=np.float64).sum()) for value in params.values())
         left["norms"][name] = squares**0.5

@@ -14,6 +14,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
 from fedllm_flwr.federation.client_memory import ClientMemory
+from fedllm_flwr.federation.masked_round import code_of
 from fedllm_flwr.federation.messages import FROZEN, Assignment, Update
 from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.updates.transform import Chain, Passage
@@ -96,6 +97,13 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     _check_fit(data, model, config)
     received = assignment.tensors
     memory = ClientMemory.recall(assignment, state_dir, rule.remembers)
+    session = assignment.session
+    if session is not None and memory.lost:
+        text = (
+            "secure aggregation: it has lost what it kept of the run, and no server can take its "
+            "share out of a sum that it has not seen; the run goes on without it"
+        )
+        raise FederationError(text, text)
     by_record = config.privacy.unit == "record"
     if by_record:
         steps = steps_per_round(config.training, len(data.train))
@@ -158,7 +166,8 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
         optimizer=config.training.optimizer,
     )
     chain = Chain.of(config)
-    after = rule.finish(result, received, memory.tensors, chain.as_received)
+    as_received = chain.as_received if session is None else code_of(session).round_trip
+    after = rule.finish(result, received, memory.tensors, as_received)
     kept |= {kind: Kept(tensors) for kind, tensors in after.memory.items()}
     metrics = {"loss": trained.loss, **trained.metrics}
     personal = rule.personal_terms(received, memory.tensors)

@@ -19,14 +19,24 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.ledger import Ledger
 from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
 from fedllm_flwr.factors import rank_of
-from fedllm_flwr.federation.messages import FROZEN, Assignment, ClientInfo, Failure
+from fedllm_flwr.federation.masked_round import as_words
+from fedllm_flwr.federation.messages import (
+    FROZEN,
+    Assignment,
+    ClientInfo,
+    Failure,
+    MaskedUpdate,
+)
 from fedllm_flwr.federation.wire import (
     pack_failure,
     pack_info,
+    pack_masked,
+    pack_opened,
     pack_scores,
     pack_update,
     unpack_assignment,
     unpack_query,
+    unpack_unmask,
 )
 from fedllm_flwr.files import write_atomically
 
@@ -64,7 +74,23 @@ def train(content: RecordDict, site: Site) -> RecordDict:
         policy.check_kept(assignment.round, assignment.oldest_checkpoint)
         site.state.make_room(assignment.run, policy.state_days, policy.max_state_gb)
         check_unchanged(config, memory, site.state.digests)
-    return pack_update(train_locally(assignment, data, memory), config.communication.dtype)
+    if not config.privacy.secure_aggregation:
+        return pack_update(train_locally(assignment, data, memory), config.communication.dtype)
+    if (session := assignment.session) is None:
+        raise RefusedError("secure aggregation: the site refuses a round without keys")
+    secure = site.secure(data.name, content)
+    secure.check(session)
+    update = train_locally(assignment, data, memory)
+    words = as_words(update, session, len(data.train))
+    sealed = secure.mask(session, words)
+    return pack_masked(MaskedUpdate(words, sealed, update.num_examples, update.metrics))
+
+
+def unmask(content: RecordDict, site: Site) -> RecordDict:
+    """Answer the second exchange of a round under secure aggregation with shares of masks."""
+    question = unpack_unmask(content)
+    name = question.asked if site.is_simulated else site.name
+    return pack_opened(site.secure(name, content).unmask(question))
 
 
 def evaluate(content: RecordDict, site: Site) -> RecordDict:
@@ -88,7 +114,8 @@ def query(content: RecordDict, site: Site) -> RecordDict:
     if site.is_simulated:
         data = site.data(config)
         rank = site.rank(config, data.name) % config.lora.r
-        return pack_info(ClientInfo(data.name, len(data.train), __version__, rank=rank))
+        told = ClientInfo(data.name, len(data.train), __version__, rank=rank)
+        return pack_info(with_card(told, config, content, site))
     ledger, run_id = Ledger(site.state.ledger), str(site.run_id)
     info = ledger.answer(run_id)
     if info is None:
@@ -98,14 +125,23 @@ def query(content: RecordDict, site: Site) -> RecordDict:
         model = site.model_identity(config)
         rank = site.rank(config, data.name) % config.lora.r
         info = ClientInfo(data.name, len(data.train), __version__, model, rank)
+        info = with_card(info, config, content, site)
         ledger.keep_answer(run_id, info)
     return pack_info(info)
+
+
+def with_card(info: ClientInfo, config: Config, content: RecordDict, site: Site) -> ClientInfo:
+    """The answer to a query, with the keys of a run under secure aggregation."""
+    if not config.privacy.secure_aggregation:
+        return info
+    return replace(info, card=site.secure(info.name, content).card().to_text())
 
 
 HANDLERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
     "train": train,
     "evaluate": evaluate,
     "query": query,
+    "unmask": unmask,
 }
 
 

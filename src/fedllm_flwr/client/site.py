@@ -20,6 +20,7 @@ from fedllm_flwr.deployment.node import site_threads
 from fedllm_flwr.deployment.policy import Policy, site_policy
 from fedllm_flwr.deployment.site_state import SiteState, site_state
 from fedllm_flwr.errors import RefusedError
+from fedllm_flwr.federation.secure.site import SecureSite
 from fedllm_flwr.models.fingerprint import model_fingerprint
 from fedllm_flwr.tasks import task_of
 
@@ -71,6 +72,20 @@ class Site:
             return self.state.folder(run, name)
         noted = noted_state_dir(content)
         return SiteState(cache_dir() / "state").folder(run, name) if noted is None else noted / name
+
+    def secure(self, name: str, content: RecordDict) -> SecureSite:
+        """The client's part in secure aggregation.
+
+        A site signs with the key that its server has registered, where it has one.
+        """
+        run = str(self.run_id)
+        if self.is_simulated:
+            folder = self.memory_folder(name, "secure", content) / "secure"
+            return SecureSite(folder, folder / f"run-{run}", run, name)
+        key = Path(str(self.node_config.get("site-dir", ""))).expanduser() / f"{name}.key"
+        own = key if "site-dir" in self.node_config and key.is_file() else None
+        of_run = self.state.runs / f"secure-{run}"
+        return SecureSite(self.state.root / "secure", of_run, run, name, own)
 
     def own_config(self, config: Config, server_round: int = 0, run: str = "") -> Config:
         """The server's configuration with the values that only this site decides.

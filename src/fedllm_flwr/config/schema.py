@@ -514,6 +514,21 @@ class PrivacyConfig:
     clip_learning_rate: Real = Field(
         default=0.2, gt=0, description="of log(clip) with privacy.clip_quantile"
     )
+    secure_aggregation: Flag = Field(
+        default=False, description="the server learns the sum of the updates, and none of them"
+    )
+    secure_dropouts: Real = Field(
+        default=1 / 3,
+        ge=0,
+        lt=0.5,
+        description="secure aggregation: share of a round's clients that it survives the loss of",
+    )
+    secure_range: Real = Field(
+        default=4.0,
+        gt=0,
+        le=2**14,
+        description="secure aggregation: largest magnitude of a value, beyond which a client stops",
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

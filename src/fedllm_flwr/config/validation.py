@@ -33,6 +33,7 @@ def validate(config: Config) -> None:
     _check_robust(config)
     _check_privacy(config)
     _check_attack(config)
+    _check_secure(config)
     for name in config.communication.transforms:
         TRANSFORMS.check(name)
 
@@ -322,6 +323,54 @@ def _check_record_privacy(config: Config) -> None:
         raise ConfigError(
             f"task={config.task.name} with {promised}: it has no loss of an example by itself; use "
             "another task, or privacy.unit=client."
+        )
+
+
+def _check_secure(config: Config) -> None:
+    """What needs single updates, or changes them behind the sites' backs."""
+    if not config.privacy.secure_aggregation:
+        return
+    secure, algorithm = "privacy.secure_aggregation=true", config.algorithm
+    rule = ALGORITHMS.find(algorithm.name)
+    if not rule.aggregates or algorithm.name == "centralized":
+        raise ConfigError(f"{secure} has nothing to add up with algorithm={algorithm.name}.")
+    combiner = rule.combiner if algorithm.combiner == "auto" else algorithm.combiner
+    if combiner != "mean":
+        raise ConfigError(
+            f"algorithm.combiner={combiner} looks at single updates, which {secure} hides; use "
+            "algorithm.combiner=mean, or one of the two."
+        )
+    if config.communication.transforms:
+        raise ConfigError(
+            f"communication.transforms={shown(config.communication.transforms)} with {secure}: "
+            "masked sums are of fixed-point numbers as they are; set communication.transforms=[]."
+        )
+    if rule.stacks or rule.any_rank:
+        raise ConfigError(
+            f"algorithm={algorithm.name} needs the clients' adapters one by one, which {secure} "
+            "hides; use an algorithm that takes their mean."
+        )
+    if config.evaluation.aggregation_error:
+        raise ConfigError(
+            f"evaluation.aggregation_error=true needs single updates, which {secure} hides; set "
+            "evaluation.aggregation_error=null."
+        )
+    if config.privacy.unit == "client":
+        raise ConfigError(
+            f"privacy.unit=client with {secure}: noise that the sites add as shares is not there "
+            "yet, and the server cannot clip what it does not see; use one of the two, or "
+            "privacy.unit=record."
+        )
+    if config.attack.name in ("sign_flip", "scale", "gaussian", "alie"):
+        raise ConfigError(
+            f"attack={config.attack.name} changes single updates, which {secure} hides; use "
+            "attack=label_flip or backdoor."
+        )
+    clients = config.federation.num_clients or DEFAULT_NUM_CLIENTS
+    if num_sampled(config, clients) < 2:
+        raise ConfigError(
+            f"{secure} needs two clients a round at least, and a round has one, whose sum would be "
+            "its update; sample more clients."
         )
 
 

@@ -61,7 +61,8 @@ class Policy:
     max_messages_per_day: int | None = 5000
     max_state_gb: float | None = 20.0  # GB of state and tokens on disk
     state_days: float | None = 30.0  # after which the state of a run that is silent is removed
-    secret_draws: bool = True  # which records are in a step follows not only from the seed
+    secret_draws: bool = True  # which records are in a step does not follow from the seed alone
+    only_secure: bool = False  # only runs under secure aggregation
     datasets: tuple[str, ...] | None = None  # names of the site's data sets
     approval: str = EVERY_RUN  # which runs wait for the operator: see deployment/approval.py
 
@@ -69,7 +70,7 @@ class Policy:
     def unlimited(cls) -> "Policy":
         """The policy of a simulated client, whose data are the server's."""
         limits = {field.name: None for field in fields(cls) if field.name not in _RULES}
-        return cls(**limits, secret_draws=False, approval=AUTOMATIC)
+        return cls(**limits, secret_draws=False, only_secure=False, approval=AUTOMATIC)
 
     def check(self, config: Config, round: int, has_own_model: bool = False) -> None:
         """Refuse a request that exceeds a limit.
@@ -84,6 +85,9 @@ class Policy:
         """
         self._check_model(config.model, has_own_model)
         self._check_choice("tasks", "task", config.task.name)
+        if self.only_secure and not config.privacy.secure_aggregation:
+            relation = "its updates leave only under secure aggregation"
+            raise _refused("privacy.secure_aggregation=false", relation, "only_secure: true")
         for bound in tasks.task_of(config).bounds:
             value = value_of(config, bound.key)
             if not bound.low <= value <= bound.high:
@@ -430,8 +434,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "max_state_gb": _number,
     "state_days": _number,
     "secret_draws": _truth,
+    "only_secure": _truth,
 }
-_RULES = ("secret_draws", "approval")  # which null does not lift
+_RULES = ("secret_draws", "only_secure", "approval")  # which null does not lift
 _LISTS = ("allowed_models", "tasks", "optimizers", "target_modules", "datasets")
 
 

@@ -190,6 +190,7 @@ _WORDS = {
     "max_batch_size": "records of one step, at most: {}",
     "max_rounds": "rounds of a run, at most: {}",
     "max_lora_rank": "rank of the adapter, at most: {}",
+    "only_secure": "only runs under secure aggregation: {}",
     "secret_draws": "which records are drawn depends on a secret of yours: {}",
     "approval": "runs that wait for you: {}",
 }

@@ -168,7 +168,7 @@ def forget_runs(directory: str, run: str | None, everything: bool) -> list[str]:
     if run is None:
         lines = state.forget(None)
     else:
-        lines = state.forget([run, *Ledger(state.ledger).runs_of(run)])
+        lines = state.forget([run, f"secure-{run}", *Ledger(state.ledger).runs_of(run)])
         if not lines:
             there = ", ".join(folder.name for folder in _children(state.runs)) or "none"
             raise ConfigError(f"{run}: no state of such a run here; there are: {there}")

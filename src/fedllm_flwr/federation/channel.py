@@ -6,9 +6,13 @@ from enum import StrEnum
 from typing import Protocol
 
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.messages import Assignment, LocalScores, Update
+from fedllm_flwr.federation.messages import Assignment, LocalScores, MaskedUpdate, Update
 from fedllm_flwr.federation.roster import Roster
+from fedllm_flwr.federation.secure.site import Opened, Unmask
 from fedllm_flwr.params import Groups
+
+Request = Assignment | Unmask
+Answer = Update | MaskedUpdate | LocalScores | Opened
 
 
 class RequestKind(StrEnum):
@@ -16,6 +20,7 @@ class RequestKind(StrEnum):
 
     TRAIN = "train"
     EVALUATE = "evaluate"
+    UNMASK = "query.unmask"
 
 
 class NoReplyError(FederationError):
@@ -27,7 +32,7 @@ class Reply:
     """A client's answer to a request, or why there is none that can be used."""
 
     client: str
-    answer: Update | LocalScores | FederationError
+    answer: Answer | FederationError
 
 
 class Channel(Protocol):
@@ -43,7 +48,7 @@ class Channel(Protocol):
     def exchange(
         self,
         request: RequestKind,
-        assignments: Mapping[str, Assignment],
+        assignments: Mapping[str, Request],
         timeout_s: float,
         expected: Groups,
     ) -> Iterator[Reply]:

@@ -1,6 +1,6 @@
 """The clients behind a Flower grid, whatever engine or network carries its messages."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -8,13 +8,12 @@ from flwr.serverapp import Grid
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census
-from fedllm_flwr.federation.channel import NoReplyError, Reply, RequestKind
+from fedllm_flwr.federation.channel import Answer, NoReplyError, Reply, Request, RequestKind
 from fedllm_flwr.federation.exchange import receive, send, time_to_live
 from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
-from fedllm_flwr.federation.messages import Assignment, LocalScores, Update
-from fedllm_flwr.federation.replies import Asked, read_scores, read_update
+from fedllm_flwr.federation.replies import Asked, read_opened, read_scores, read_update
 from fedllm_flwr.federation.roster import Roster
-from fedllm_flwr.federation.wire import pack_assignments
+from fedllm_flwr.federation.wire import pack_requests
 from fedllm_flwr.params import Groups
 
 
@@ -38,11 +37,11 @@ class FlowerChannel:
         self.roster = self._census.settled()
 
     def messages(
-        self, request: RequestKind, assignments: Mapping[str, Assignment], timeout_s: float
+        self, request: RequestKind, assignments: Mapping[str, Request], timeout_s: float
     ) -> list[Message]:
         """Flower's messages to the named clients; their contents share what all are sent."""
         ttl = time_to_live(timeout_s)
-        contents = pack_assignments(assignments.values())
+        contents = pack_requests(assignments.values())
         return [
             Message(content, self.roster[name].node_id, request, ttl=ttl)
             for name, content in zip(assignments, contents, strict=True)
@@ -51,7 +50,7 @@ class FlowerChannel:
     def exchange(
         self,
         request: RequestKind,
-        assignments: Mapping[str, Assignment],
+        assignments: Mapping[str, Request],
         timeout_s: float,
         expected: Groups,
     ) -> Iterator[Reply]:
@@ -97,8 +96,15 @@ class FlowerChannel:
         return notes
 
 
-def _answer(request: RequestKind, message: Message) -> Update | LocalScores | FederationError:
+_READERS: dict[RequestKind, Callable[[Message], Answer]] = {
+    RequestKind.TRAIN: read_update,
+    RequestKind.EVALUATE: read_scores,
+    RequestKind.UNMASK: read_opened,
+}
+
+
+def _answer(request: RequestKind, message: Message) -> Answer | FederationError:
     try:
-        return read_update(message) if request is RequestKind.TRAIN else read_scores(message)
+        return _READERS[request](message)
     except FederationError as error:
         return error

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.federation.secure.graph import Session
+from fedllm_flwr.federation.secure.masks import Words
 from fedllm_flwr.params import Groups, Params
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -54,6 +56,7 @@ class Assignment:
             an older acknowledged round.
         seeded: digest of those tensors of the adapter that are not sent, because they stay as they
             were drawn from the run's seed; "" where all are.
+        session: of secure aggregation, with the keys of the round's clients.
     """
 
     round: int
@@ -65,6 +68,7 @@ class Assignment:
     acknowledged: Acknowledged = Acknowledged()
     oldest_checkpoint: int = 0
     seeded: str = ""
+    session: Session | None = None
 
     @property
     def tensors(self) -> Groups:
@@ -93,6 +97,23 @@ class Update:
 
 
 @dataclass(frozen=True)
+class MaskedUpdate:
+    """A client's answer after training under secure aggregation.
+
+    Args:
+        words: the masked vector: the update times the weight, what the algorithm asks for, the
+            weight (`federation.masked_round`).
+        sealed: by neighbour, shares that only it can read.
+        num_examples, metrics: as in `Update`.
+    """
+
+    words: Words
+    sealed: Mapping[str, bytes]
+    num_examples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class LocalScores:
     """A client's answer to the question how good the global adapter is on its held-out records."""
 
@@ -112,6 +133,7 @@ class ClientInfo:
     version: str
     model: str = ""  # base model of a site: embedded, id@commit, or sha256:... of its directory
     rank: int = 0
+    card: str = ""  # its keys for secure aggregation, see `secure.keys.KeyCard`
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,16 @@ from flwr.app import Message, RecordDict
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.exchange import failure_reason
-from fedllm_flwr.federation.messages import LocalScores, Update, check_metrics, printable
+from fedllm_flwr.federation.messages import (
+    LocalScores,
+    MaskedUpdate,
+    Update,
+    check_metrics,
+    printable,
+)
 from fedllm_flwr.federation.roster import Roster
-from fedllm_flwr.federation.wire import unpack_update
+from fedllm_flwr.federation.secure.site import Opened
+from fedllm_flwr.federation.wire import unpack_opened, unpack_update
 
 Content = TypeVar("Content")
 
@@ -52,7 +59,7 @@ class Asked:
         return name
 
 
-def read_update(reply: Message) -> Update:
+def read_update(reply: Message) -> Update | MaskedUpdate:
     """The update in a reply.
 
     Raises:
@@ -61,6 +68,17 @@ def read_update(reply: Message) -> Update:
     if reason := failure_reason(reply):
         raise FederationError(reason)
     return _decoded(reply.content, unpack_update)
+
+
+def read_opened(reply: Message) -> Opened:
+    """The shares in a reply.
+
+    Raises:
+        FederationError: the reply is an error or a refusal, or no shares can be read from it.
+    """
+    if reason := failure_reason(reply):
+        raise FederationError(reason)
+    return _decoded(reply.content, unpack_opened)
 
 
 def read_scores(reply: Message) -> LocalScores:

@@ -1,10 +1,12 @@
 """The rounds of a run: a plain loop over a rule, a channel to the clients and a recorder.
 
-A round is a list of exchanges: one in which clients train, and one, where it is asked for, in which
-all score the new adapter. Nothing here knows Flower, disks of clients, or where they run.
+A round is a list of exchanges: one in which clients train; under secure aggregation one in which
+masks are taken off the sum; and one, where it is asked for, in which all score the new adapter.
+Nothing here knows Flower, disks of clients, or where they run.
 """
 
 import math
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,19 +23,23 @@ from fedllm_flwr.factors import aggregation_error, cut, is_a, is_b
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
-from fedllm_flwr.federation.directions import UpdateDirections
+from fedllm_flwr.federation.masked_round import MaskedContributions, num_words
 from fedllm_flwr.federation.mechanism import mechanism_of
 from fedllm_flwr.federation.messages import (
     FROZEN,
     Acknowledged,
     Assignment,
     LocalScores,
+    MaskedUpdate,
     Update,
     check_metrics,
 )
 from fedllm_flwr.federation.recorder import Recorder, RoundReport
 from fedllm_flwr.federation.roster import Roster, check_roster
 from fedllm_flwr.federation.rule import Counts, Rule
+from fedllm_flwr.federation.secure.graph import Session
+from fedllm_flwr.federation.secure.keys import KeyCard
+from fedllm_flwr.federation.secure.site import Opened
 from fedllm_flwr.federation.server_copies import ServerCopies
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.updates.cast import wire_bytes
@@ -43,6 +49,8 @@ from fedllm_flwr.plugins import COMBINERS
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
 _MOST_KEPT = 2**30  # bytes of the adapters of a round that are kept for the aggregation error
+
+_MOST_DROPPED = 3  # rounds in succession, under secure aggregation
 
 
 class Rounds:
@@ -56,7 +64,10 @@ class Rounds:
         self.rule = rule
         self.config = config
         self.recorder = recorder
-        self.copies = ServerCopies(copies, rule.contributes)
+        self.secure = config.privacy.secure_aggregation
+        # No client's memory can be copied where no client's contribution is seen.
+        self.copies = ServerCopies(copies, {} if self.secure else rule.contributes)
+        self._dropped = 0  # rounds in succession
         self.chain = Chain.of(config)
         self.mechanism = mechanism_of(config, copies / "releases.jsonl")
 
@@ -85,7 +96,7 @@ class Rounds:
                 timeout_s,
                 self.expected(state.params, current),
             )
-            state = self.close(opened, replies, channel)
+            state = self.close(opened, replies, channel, timeout_s)
             report.seconds = time.monotonic() - started
             if self.config.evaluation.clients:
                 questions = self.questions(state, channel.roster)
@@ -137,16 +148,27 @@ class Rounds:
         ranks = self._ranks(state, {name: roster[name] for name in names})
         assignments = self._assignments(state, ranks, server_round, learning_rate)
         config = self.mechanism.config_for(roster)
-        assignments = {name: replace(each, config=config) for name, each in assignments.items()}
+        session = self._session(state, roster, names, server_round) if self.secure else None
+        assignments = {
+            name: replace(each, config=config, session=session)
+            for name, each in assignments.items()
+        }
         bytes_down = sum(self.wire_bytes(each.tensors) for each in assignments.values())
         lying = [name for name in attackers(self.config, roster) if name in names]
         report = RoundReport(server_round, names, attackers=lying, bytes_down=bytes_down)
-        return OpenRound(self, state, roster, assignments, report)
+        return OpenRound(self, state, roster, assignments, report, session)
 
     def close(
-        self, opened: "OpenRound", replies: Iterable[Reply], channel: Channel | None = None
+        self,
+        opened: "OpenRound",
+        replies: Iterable[Reply],
+        channel: Channel | None = None,
+        timeout_s: float | None = None,
     ) -> ServerState:
         """Combine the usable replies as they arrive, then take the server step.
+
+        Under secure aggregation a second exchange unmasks the sum; a round in which that fails is
+        dropped, and the state is that of before, one round later.
 
         Raises:
             FederationError: fewer than ``federation.min_replies`` replies can be used, or the
@@ -162,7 +184,35 @@ class Rounds:
         except FederationError:
             self.recorder.on_failed_round(opened.report)
             raise
+        if not self.secure:
+            return opened.next_state()
+        try:
+            assert channel is not None
+            limit = self.config.federation.round_timeout_s if timeout_s is None else timeout_s
+            opened.unmask(channel, limit)
+            opened.open_sum()
+        except FederationError as error:
+            return self._drop(opened, error)
+        self._dropped = 0
         return opened.next_state()
+
+    def _drop(self, opened: "OpenRound", error: FederationError) -> ServerState:
+        """The state before a round of which nothing can be kept, as that after it.
+
+        Raises:
+            FederationError: `_MOST_DROPPED` rounds in succession.
+        """
+        report, reason = opened.report, f"the round was dropped: {error}"
+        report.failures |= dict.fromkeys(report.metrics, reason)
+        report.metrics, report.num_examples = {}, {}
+        self._dropped += 1
+        if self._dropped >= _MOST_DROPPED:
+            self.recorder.on_failed_round(report)
+            raise FederationError(
+                f"round {report.round}: {self._dropped} rounds in succession were dropped; the "
+                f"last one: {error}"
+            ) from error
+        return replace(opened.state, round=report.round)
 
     def questions(self, state: ServerState, roster: Roster) -> dict[str, Assignment]:
         """What all clients are sent to score the adapter of a state."""
@@ -185,6 +235,9 @@ class Rounds:
 
     def expected(self, params: Params, server_round: int) -> Groups:
         """Names and shapes that travel back from a client that starts at `params`, by group."""
+        if self.secure:
+            size = num_words(self.shared(params, server_round), self.rule.contributes, params)
+            return {"masked": {"vector": np.broadcast_to(np.float32(0), (size,))}}
         groups = dict.fromkeys(self.rule.contributes, params)
         return self.chain.expected({"delta": self.shared(params, server_round), **groups})
 
@@ -206,10 +259,14 @@ class Rounds:
         """
         if self.config.privacy.unit == "client":
             return 1.0  # the bound of a contribution is that of its share in the sum
-        chosen = self.config.algorithm.weighting
-        weighting = self.rule.weighting[self.rule.variant] if chosen == "auto" else chosen
+        weighting = self.weighting()
         weights = {"examples": num_examples, "used": update.num_examples, "uniform": 1}
         return float(weights[weighting])
+
+    def weighting(self) -> str:
+        """What an update's weight in the mean is."""
+        chosen = self.config.algorithm.weighting
+        return self.rule.weighting[self.rule.variant] if chosen == "auto" else chosen
 
     def combiner(self, state: ServerState) -> Combiner:
         """A fresh combiner for the updates of the round after `state`."""
@@ -237,8 +294,29 @@ class Rounds:
     def bytes_per_client(self, state: ServerState) -> tuple[int, int]:
         """Bytes of tensors that a client is sent in a round, and that it sends."""
         (assignment,) = self._assignments(state, {"": 0}, state.round + 1, 0.0).values()
-        up = self.expected(state.params, state.round + 1)
-        return self.wire_bytes(assignment.tensors), self.wire_bytes(up)
+        return self.wire_bytes(assignment.tensors), self.bytes_up(state.params, state.round + 1)
+
+    def bytes_up(self, params: Params, server_round: int) -> int:
+        """Bytes of tensors that come back from a client that starts at `params`."""
+        up = self.expected(params, server_round)
+        if self.secure:  # words of the ring
+            return sum(wire_bytes(group, "float32") for group in up.values())
+        return self.wire_bytes(up)
+
+    def _session(
+        self, state: ServerState, roster: Roster, names: list[str], server_round: int
+    ) -> Session:
+        """A round's session of secure aggregation; every try of a round has another id."""
+        weighting = self.weighting()
+        sizes = [roster[name].info.num_examples for name in names]
+        return Session(
+            id=f"{state.run}/{server_round}/{secrets.token_hex(16)}",
+            cards={name: KeyCard.from_text(roster[name].info.card) for name in names},
+            weighting=weighting,
+            largest_weight=1.0 if weighting == "uniform" else float(max(sizes)),
+            dropouts=self.config.privacy.secure_dropouts,
+            bound=self.config.privacy.secure_range,
+        )
 
     def wire_bytes(self, groups: Groups) -> int:
         """Bytes that groups of tensors take on the wire."""
@@ -291,15 +369,21 @@ class OpenRound:
     roster: Roster
     assignments: dict[str, Assignment]
     report: RoundReport
+    session: Session | None = None
 
     def __post_init__(self) -> None:
+        self._masked: MaskedContributions | None = None
+        self._opened: dict[str, Params] = {}
+        if self.session is not None:
+            like, contributes = self.state.params, self.rounds.rule.contributes
+            shared = self.rounds.shared(like, self.report.round)
+            self._masked = MaskedContributions(self.session, shared, contributes, like)
         self._combiner = self.rounds.combiner(self.state)
         self._sums = {group: RunningMean() for group in self.rounds.rule.contributes}
         self._weight = 0.0
         self._within: list[bool] = []
         self._adapters: dict[str, tuple[Params, float]] = {}  # by client, with its weight
         self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
-        self._directions = UpdateDirections(self.state.params)
 
     def take(self, reply: Reply) -> None:
         """Validate a reply, all of it, and only then combine it with the others."""
@@ -307,11 +391,16 @@ class OpenRound:
         try:
             if isinstance(answer, FederationError):
                 raise answer
-            assert isinstance(answer, Update)
-            update = self._combine(name, answer)
+            update: Update | MaskedUpdate
+            if self._masked is not None:
+                update = self._add(name, answer, self._masked)
+            else:
+                if not isinstance(answer, Update):
+                    raise FederationError("an answer that was not asked for")
+                update = self._combine(name, answer)
         except FederationError as error:
             report.failures[name] = str(error)
-            if isinstance(answer, Update):
+            if isinstance(answer, Update | MaskedUpdate):
                 report.refused.add(name)
             if isinstance(error, NotFiniteError):
                 report.diverged.add(name)
@@ -320,13 +409,11 @@ class OpenRound:
             return
         report.metrics[name] = update.metrics
         report.num_examples[name] = update.num_examples
-        report.bytes_up += self.rounds.wire_bytes(
-            self.rounds.expected(self._start(name), report.round)
-        )
+        report.bytes_up += self.rounds.bytes_up(self._start(name), report.round)
         acknowledged = self.state.clients[name].round
-        if update.lost and acknowledged:
+        if isinstance(update, Update) and update.lost and acknowledged:
             report.lost[name] = acknowledged
-        if not self.rounds.rule.aggregates:
+        if isinstance(update, Update) and not self.rounds.rule.aggregates:
             self.rounds.recorder.on_update(report.round, name, update.delta, acknowledged)
         self.rounds.recorder.on_reply(report.round, name, update.metrics.get("loss", math.nan))
 
@@ -338,11 +425,13 @@ class OpenRound:
         """
         rounds, state, report = self.rounds, self.state, self.report
         num_clients = len(state.clients)
-        combined: dict[str, Params] = {}
-        if not rounds.rule.any_rank:
+        combined: dict[str, Params] = dict(self._opened)
+        if self._masked is None and not rounds.rule.any_rank:
             nothing = full_like(rounds.shared(state.params, report.round), 0.0)
             combined["delta"] = self._combiner.combined() or nothing
-        combined |= {group: total.sum_over(num_clients) for group, total in self._sums.items()}
+        if self._masked is None:
+            sums = {group: total.sum_over(num_clients) for group, total in self._sums.items()}
+            combined |= sums
         names = sorted(self._adapters)
         adapters = [self._adapters[name][0] for name in names]
         shares = [self._adapters[name][1] / self._weight for name in names]
@@ -351,7 +440,6 @@ class OpenRound:
         new = rounds.rule.step(state, released, counts)
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
         report.cut = dict(self._combiner.cut)
-        report.norms, report.cosines = self._directions.norms, self._directions.cosines()
         params = {name: value.astype(np.float32) for name, value in new.params.items()}
         try:
             check_like(params, state.params)
@@ -385,15 +473,55 @@ class OpenRound:
         sent = self.assignments[name]
         return {**self.state.params, **sent.params} if sent.seeded else sent.params
 
-    def _combine(self, name: str, update: Update) -> Update:
-        rounds, state, report = self.rounds, self.state, self.report
+    def unmask(self, channel: Channel, timeout_s: float) -> None:
+        """The second exchange: ask the clients whose vectors have come for shares of the masks.
+
+        Raises:
+            FederationError: too few vectors have come.
+        """
+        assert self._masked is not None
+        questions = self._masked.sum.questions()
+        for reply in channel.exchange(RequestKind.UNMASK, questions, timeout_s, {}):
+            try:
+                if isinstance(reply.answer, FederationError):
+                    raise reply.answer
+                if not isinstance(reply.answer, Opened):
+                    raise FederationError("an answer that was not asked for")
+                self._masked.sum.take(reply.client, reply.answer)
+            except FederationError as error:
+                self.report.ignored.append(f"{reply.client}: unmasking: {error}")
+
+    def open_sum(self) -> None:
+        """Take the masks off the sum.
+
+        Raises:
+            FederationError: too few shares have come, or the sum is none of honest clients.
+        """
+        assert self._masked is not None
+        announced = {name: client.info.num_examples for name, client in self.roster.items()}
+        num_clients = len(self.state.clients)
+        self._opened, self._weight = self._masked.combined(num_clients, announced)
+
+    def _add(self, name: str, update: object, masked: MaskedContributions) -> MaskedUpdate:
+        if not isinstance(update, MaskedUpdate):
+            raise FederationError("an update that is not masked")
+        self._check_counts(name, update)
+        masked.sum.add(name, update.words, update.sealed)
+        return update
+
+    def _check_counts(self, name: str, update: Update | MaskedUpdate) -> None:
         announced = self.roster[name].info.num_examples
         if not 1 <= update.num_examples <= announced:
             raise FederationError(
                 f"num_examples={update.num_examples} is not in 1..{announced}, the number "
                 "it announced"
             )
-        check_metrics(update.metrics, with_loss=rounds.config.privacy.unit != "record")
+        check_metrics(update.metrics, with_loss=self.rounds.config.privacy.unit != "record")
+
+    def _combine(self, name: str, update: Update) -> Update:
+        rounds, state, report = self.rounds, self.state, self.report
+        self._check_counts(name, update)
+        announced = self.roster[name].info.num_examples
         passage = Passage(name, report.round, rounds.config.seed)
         groups = dict(
             rounds.chain.server_end({"delta": update.delta, **update.contributed}, passage)
@@ -418,8 +546,6 @@ class OpenRound:
         delta = contribution.pop("delta")
         if not rounds.rule.any_rank:
             self._combiner.add(name, delta, weight)
-        if rounds.config.privacy.unit != "client":  # they are no release
-            self._directions.add(name, update.delta, weight)
         if self._keeps:
             self._adapters[name] = moved(like, delta), weight
         self._weight += weight

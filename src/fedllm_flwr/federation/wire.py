@@ -28,9 +28,13 @@ from fedllm_flwr.federation.messages import (
     Assignment,
     ClientInfo,
     Failure,
+    MaskedUpdate,
     Update,
     require_version,
 )
+from fedllm_flwr.federation.secure.graph import Session
+from fedllm_flwr.federation.secure.keys import KeyCard
+from fedllm_flwr.federation.secure.site import Opened, Unmask
 from fedllm_flwr.federation.updates.cast import STORED, decode, encode
 from fedllm_flwr.params import Params
 
@@ -39,10 +43,13 @@ _SERVER_ONLY = (
     *("output_dir", "resume", "tracking", "compare", "federation.ray_address"),
     *("evaluation.suites", "evaluation.data_root"),
 )
-_KINDS: dict[type, str] = {int: "whole number", float: "number", bool: "truth value", str: "text"}
+MASKED = "masked"  # in the place of a dtype: words of a ring
+_KINDS: dict[type, str] = {
+    **{int: "whole number", float: "number", bool: "truth value", str: "text", bytes: "bytes"}
+}
 _LONGEST_SHOWN = 100  # characters of a peer's wording
 
-_Value = TypeVar("_Value", int, float, bool, str)
+_Value = TypeVar("_Value", int, float, bool, str, bytes)
 
 
 @contextmanager
@@ -125,6 +132,15 @@ def pack_assignments(assignments: Iterable[Assignment]) -> Iterator[RecordDict]:
                 "acknowledged": ConfigRecord({"round": own.round, "updates": own.updates}),
             }
         )
+        if (session := assignment.session) is not None:
+            content["session"] = ConfigRecord(
+                {
+                    "id": session.id,
+                    "weighting": session.weighting,
+                    "largest_weight": session.largest_weight,
+                }
+            )
+            content["cards"] = ConfigRecord({n: c.to_text() for n, c in session.cards.items()})
         for name, params in assignment.tensors.items():
             if id(params) not in encoded:
                 encoded[id(params)] = params, pack_params(params, dtype)[0]
@@ -149,17 +165,97 @@ def unpack_assignment(content: RecordDict) -> Assignment:
         raise FederationError(f"{acknowledged} is not of round {server_round}")
     _arrays(content, "params")
     groups = {name: unpack_params(record, dtype) for name, record in content.array_records.items()}
+    config = _config(settings)
     return Assignment(
         round=server_round,
         params=groups.pop("params"),
         learning_rate=_non_negative(settings, "learning_rate"),
-        config=_config(settings),
+        config=config,
         sent=groups,
         run=_field(settings, "run", str),
         acknowledged=acknowledged,
         oldest_checkpoint=_field(settings, "oldest_checkpoint", int),
         seeded=_field(settings, "seeded", str),
+        session=_session(content, config),
     )
+
+
+def _session(content: RecordDict, config: Config) -> Session | None:
+    """That of a round under secure aggregation, with the bounds that the run's settings say."""
+    if not config.privacy.secure_aggregation or "session" not in content.config_records:
+        return None
+    about, cards = _settings(content, "session"), _settings(content, "cards")
+    return Session(
+        id=_field(about, "id", str),
+        cards={name: KeyCard.from_text(_field(cards, name, str)) for name in cards},
+        weighting=_field(about, "weighting", str),
+        largest_weight=_non_negative(about, "largest_weight"),
+        dropouts=config.privacy.secure_dropouts,
+        bound=config.privacy.secure_range,
+    )
+
+
+def pack_requests(requests: Iterable[Assignment | Unmask]) -> Iterator[RecordDict]:
+    """Requests of one exchange as records, in their order."""
+    some = list(requests)
+    assignments = pack_assignments(each for each in some if isinstance(each, Assignment))
+    for each in some:
+        yield pack_unmask(each) if isinstance(each, Unmask) else next(assignments)
+
+
+def pack_unmask(question: Unmask) -> RecordDict:
+    """An `Unmask` as records."""
+    about = {"session": question.session, "asked": question.asked}
+    return RecordDict(
+        {
+            "unmask": ConfigRecord({**about, "survivors": [*question.survivors]}),
+            "sealed": ConfigRecord(dict(question.sealed)),
+        }
+    )
+
+
+@_reading()
+def unpack_unmask(content: RecordDict) -> Unmask:
+    """The `Unmask` in a server's message."""
+    about = _settings(content, "unmask")
+    survivors = about["survivors"]
+    if not isinstance(survivors, list) or not all(isinstance(name, str) for name in survivors):
+        raise FederationError("its survivors are no list of names")
+    sealed = _bytes(_settings(content, "sealed"))
+    return Unmask(
+        session=_field(about, "session", str),
+        survivors=tuple(map(str, survivors)),
+        sealed=sealed,
+        asked=_field(about, "asked", str),
+    )
+
+
+def pack_opened(opened: Opened) -> RecordDict:
+    """An `Opened` as records."""
+    return RecordDict({"opened": ConfigRecord(dict(opened.shares))})
+
+
+@_reading()
+def unpack_opened(content: RecordDict) -> Opened:
+    """The `Opened` in a client's reply."""
+    return Opened(_bytes(_settings(content, "opened")))
+
+
+def pack_masked(update: MaskedUpdate) -> RecordDict:
+    """A `MaskedUpdate` as records; the words travel as int32."""
+    vector = ArrayRecord({"vector": WireArray(update.words.view(np.int32))})
+    return RecordDict(
+        {
+            "update": ConfigRecord({"dtype": MASKED, "num_examples": update.num_examples}),
+            "metrics": MetricRecord(dict(update.metrics)),
+            "masked": vector,
+            "sealed": ConfigRecord(dict(update.sealed)),
+        }
+    )
+
+
+def _bytes(record: ConfigRecord) -> dict[str, bytes]:
+    return {name: _field(record, name, bytes) for name in record}
 
 
 def pack_update(update: Update, dtype: str) -> RecordDict:
@@ -178,8 +274,8 @@ def pack_update(update: Update, dtype: str) -> RecordDict:
 
 
 @_reading()
-def unpack_update(content: RecordDict) -> Update:
-    """The `Update` in a client's reply.
+def unpack_update(content: RecordDict) -> Update | MaskedUpdate:
+    """The `Update` in a client's reply, or the `MaskedUpdate`.
 
     Raises:
         FederationError: the reply lacks a record or a field, or holds one of a wrong type.
@@ -189,12 +285,23 @@ def unpack_update(content: RecordDict) -> Update:
     metrics = content.metric_records.get("metrics")
     if metrics is None:
         raise FederationError("it lacks 'metrics'")
+    numbers = {name: float(cast(float, value)) for name, value in metrics.items()}
+    if dtype == MASKED:
+        words = _arrays(content, "masked")["vector"].numpy()
+        if words.dtype != np.int32 or words.ndim != 1:
+            raise FederationError("its masked vector is none")
+        return MaskedUpdate(
+            words=words.view(np.uint32),
+            sealed=_bytes(_settings(content, "sealed")),
+            num_examples=_field(settings, "num_examples", int),
+            metrics=numbers,
+        )
     _arrays(content, "delta")
     groups = {name: unpack_params(record, dtype) for name, record in content.array_records.items()}
     return Update(
         delta=groups.pop("delta"),
         num_examples=_field(settings, "num_examples", int),
-        metrics={name: float(cast(float, value)) for name, value in metrics.items()},
+        metrics=numbers,
         contributed=groups,
         lost=_field(settings, "lost", bool),
     )
@@ -241,6 +348,7 @@ def unpack_info(content: RecordDict) -> ClientInfo:
         version=_field(record, "version", str),
         model=_field(record, "model", str),
         rank=_field(record, "rank", int),
+        card=_field(record, "card", str),
     )
 
 

@@ -1,0 +1,95 @@
+"""Who masks with whom, how many answers a round needs, and what a round is about."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from fedllm_flwr.federation.secure.keys import KeyCard
+
+DEGREE = 40  # neighbours of a site; with fewer others, all of them
+
+
+@dataclass(frozen=True)
+class Session:
+    """One try of one round, as the server announces it to the sites.
+
+    Args:
+        id: differs for every try of every round of a run.
+        cards: of the sites that the round asks, by name.
+        weighting: ``examples``, ``used`` or ``uniform``.
+        largest_weight: no site's weight is above it.
+        dropouts: share of the sites that may drop out, below one half.
+        bound: largest magnitude of a value.
+    """
+
+    id: str
+    cards: Mapping[str, KeyCard]
+    weighting: str
+    largest_weight: float
+    dropouts: float
+    bound: float
+
+    def plain(self) -> dict[str, Any]:
+        """As data for JSON."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**values, "cards": {name: card.to_text() for name, card in self.cards.items()}}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "Session":
+        """What `plain` made.
+
+        Raises:
+            FederationError: a card is none.
+        """
+        cards = {name: KeyCard.from_text(text) for name, text in values["cards"].items()}
+        return cls(**{**values, "cards": cards})
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The sites of the round."""
+        return sorted(self.cards)
+
+    @property
+    def least(self) -> int:
+        """Survivors that a round needs, two at least: the sum of one site is its update."""
+        return max(2, len(self.cards) - math.floor(self.dropouts * len(self.cards)))
+
+    @cached_property
+    def _ring(self) -> list[str]:
+        """The sites in an order that neither a site nor its name decides."""
+
+        def place(name: str) -> bytes:
+            return hashlib.sha256(f"{self.id}\x1f{name}".encode()).digest()
+
+        return sorted(self.cards, key=place)
+
+    def neighbours(self, name: str) -> list[str]:
+        """The sites with which one masks, in name order; the relation is symmetric."""
+        others = [other for other in self.names if other != name]
+        if len(others) <= DEGREE:
+            return others
+        place, half = self._ring.index(name), DEGREE // 2
+        steps = [step for step in range(-half, half + 1) if step]
+        return sorted(self._ring[(place + step) % len(self._ring)] for step in steps)
+
+    def holders(self, name: str) -> dict[str, int]:
+        """Who holds shares of a site's seeds, itself among them, with the points of the shares."""
+        return {holder: i for i, holder in enumerate(sorted([*self.neighbours(name), name]), 1)}
+
+    def threshold(self, name: str) -> int:
+        """Shares that give a seed of a site.
+
+        Where all mask with all, as many as may be left. A neighbourhood can lose a larger share of
+        its sites than all together do, so that there it is more than half.
+        """
+        held = len(self.neighbours(name)) + 1
+        sparse = held < len(self.cards)
+        return held // 2 + 1 if sparse else held - math.floor(self.dropouts * held)
+
+
+def dropped(names: Iterable[str], survivors: Iterable[str]) -> list[str]:
+    """Those of `names` that are no survivors."""
+    return sorted(set(names) - set(survivors))

@@ -1,0 +1,154 @@
+"""Keys of a run: each site's X25519 key, signed with the key by which the site is known.
+
+X25519, HKDF-SHA256 and ECDSA are those of ``cryptography`` (OpenSSL), in constant time where it is.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
+
+from fedllm_flwr.errors import FederationError
+
+_PURPOSE = "fedllm-flwr secure aggregation 1"
+
+
+@dataclass(frozen=True)
+class KeyCard:
+    """What a site shows the others of a run.
+
+    Args:
+        identity: the public key by which the site is known, in the OpenSSH format.
+        public: the run's X25519 key, in hexadecimal.
+        signature: by the identity, of run, name and ``public``; in hexadecimal.
+    """
+
+    identity: str
+    public: str
+    signature: str
+
+    def to_text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "KeyCard":
+        """The card in a message.
+
+        Raises:
+            FederationError: it is none.
+        """
+        try:
+            card = cls(**json.loads(text))
+        except (ValueError, TypeError):
+            card = None
+        if card is None or not all(isinstance(value, str) for value in asdict(card).values()):
+            raise refused("a key card that is none")
+        return card
+
+
+def new_identity() -> bytes:
+    """A private key on P-384 in the OpenSSH format, as sites have them."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+
+
+def new_run_key() -> bytes:
+    """A private X25519 key, 32 bytes."""
+    return X25519PrivateKey.generate().private_bytes_raw()
+
+
+def make_card(identity: bytes, private: bytes, run: str, name: str) -> KeyCard:
+    """The card of a site for a run.
+
+    Raises:
+        FederationError: the identity is no ECDSA key.
+    """
+    try:
+        signer = load_ssh_private_key(identity, None)
+    except (ValueError, UnsupportedAlgorithm):
+        signer = None
+    if not isinstance(signer, ec.EllipticCurvePrivateKey):
+        raise refused("a site's own key that is no ECDSA key in the OpenSSH format")
+    public = X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw().hex()
+    known_by = signer.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    signature = signer.sign(_signed(run, name, public), ec.ECDSA(hashes.SHA256()))
+    return KeyCard(known_by, public, signature.hex())
+
+
+def check_card(card: KeyCard, run: str, name: str) -> None:
+    """Check that the identity on a card has signed its key for this run and name.
+
+    Raises:
+        FederationError: it has not.
+    """
+    try:
+        key = load_ssh_public_key(card.identity.encode())
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ValueError("no ECDSA key")
+        signature = bytes.fromhex(card.signature)
+        key.verify(signature, _signed(run, name, card.public), ec.ECDSA(hashes.SHA256()))
+        X25519PublicKey.from_public_bytes(bytes.fromhex(card.public))
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature):
+        what = f"the key of {name}, which its own key has not signed for this run"
+        raise refused(what) from None
+
+
+def check_known(cards: Mapping[str, KeyCard], known: Mapping[str, str]) -> dict[str, str]:
+    """The identities by name that a site knows after these cards; each name keeps its first.
+
+    Raises:
+        FederationError: a name comes with another identity, or two names with one.
+    """
+    after = dict(known)
+    for name, card in sorted(cards.items()):
+        if after.setdefault(name, card.identity) != card.identity:
+            raise refused(
+                f"another key of {name} than before; let the operators compare fingerprints, then "
+                "remove it from secure/known-sites.json of this site's state"
+            )
+    if len({after[name] for name in cards}) < len(cards):
+        raise refused("one key under two names")
+    return after
+
+
+def pair_secret(private: bytes, card: KeyCard) -> bytes:
+    """What two sites share in a run, 32 bytes.
+
+    Raises:
+        FederationError: the other key is one of small order.
+    """
+    try:
+        other = X25519PublicKey.from_public_bytes(bytes.fromhex(card.public))
+        return X25519PrivateKey.from_private_bytes(private).exchange(other)
+    except ValueError:
+        raise refused("a key that shares no secret") from None
+
+
+def derive(secret: bytes, *parts: str) -> bytes:
+    """A 32-byte key by HKDF-SHA256 from a secret, for the purpose that `parts` name."""
+    info = json.dumps([_PURPOSE, *parts]).encode()
+    return HKDF(hashes.SHA256(), 32, None, info).derive(secret)
+
+
+def _signed(run: str, name: str, public: str) -> bytes:
+    return json.dumps([_PURPOSE, "run key", run, name, public]).encode()
+
+
+def refused(what: str) -> FederationError:
+    """A site's refusal, for its log and for the server."""
+    text = f"secure aggregation: the site refuses {what}"
+    return FederationError(text, text)

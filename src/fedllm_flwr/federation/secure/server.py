@@ -1,0 +1,112 @@
+"""The server's part: it adds masked vectors up, and takes the masks off the sum, never off one."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation.secure.graph import Session, dropped
+from fedllm_flwr.federation.secure.masks import Words, add_mask
+from fedllm_flwr.federation.secure.shares import SHARE_BYTES, join
+from fedllm_flwr.federation.secure.site import Opened, Unmask
+
+_SEAL_BYTES = 16  # of AES-GCM's tag
+Seeds = dict[tuple[str, str], dict[int, bytes]]  # shares by the site and the seed's other end
+
+
+class MaskedSum:
+    """The sum of one round's masked vectors; memory holds one vector, whatever their number.
+
+    Args:
+        size: words of a vector.
+    """
+
+    def __init__(self, session: Session, size: int) -> None:
+        self.session = session
+        self._sum = np.zeros(size, np.uint32)
+        self._sealed: dict[str, Mapping[str, bytes]] = {}
+        self._shares: Seeds = defaultdict(dict)
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """The sites whose vectors have come."""
+        return tuple(sorted(self._sealed))
+
+    def add(self, name: str, words: Words, sealed: Mapping[str, bytes]) -> None:
+        """Take a site's vector and what it has sealed for its neighbours.
+
+        Raises:
+            FederationError: another size, or shares for others than its neighbours.
+        """
+        neighbours = self.session.neighbours(name)
+        size = SHARE_BYTES * (1 + len(neighbours)) + _SEAL_BYTES
+        if words.shape != self._sum.shape or words.dtype != np.uint32:
+            raise FederationError(f"a masked vector of {words.shape} words, not {self._sum.shape}")
+        if sorted(sealed) != neighbours or any(len(text) != size for text in sealed.values()):
+            raise FederationError("its sealed shares are not those for its neighbours")
+        self._sum += words
+        self._sealed[name] = sealed
+
+    def questions(self) -> dict[str, Unmask]:
+        """What each survivor is asked.
+
+        Raises:
+            FederationError: too few are left.
+        """
+        survivors, least = self.survivors, self.session.least
+        if len(survivors) < least:
+            raise FederationError(
+                f"{len(survivors)} of {len(self.session.cards)} sites have sent their vectors, and "
+                f"secure aggregation needs {least} (privacy.secure_dropouts="
+                f"{self.session.dropouts:g})"
+            )
+        return {
+            name: Unmask(
+                self.session.id,
+                survivors,
+                {
+                    sender: self._sealed[sender][name]
+                    for sender in survivors
+                    if sender in self.session.neighbours(name)
+                },
+                asked=name,
+            )
+            for name in survivors
+        }
+
+    def take(self, name: str, opened: Opened) -> None:
+        """Take a survivor's shares.
+
+        Raises:
+            FederationError: shares that it does not hold.
+        """
+        for of, text in opened.shares.items():
+            if of not in self.survivors or name not in self.session.holders(of):
+                raise FederationError("it has sent shares that it was not asked for")
+            seeds = [of, *dropped(self.session.neighbours(of), self.survivors)]
+            if len(text) != SHARE_BYTES * len(seeds):
+                raise FederationError("it has sent shares that it was not asked for")
+        for of, text in opened.shares.items():
+            point = self.session.holders(of)[name]
+            seeds = [of, *dropped(self.session.neighbours(of), self.survivors)]
+            for i, to in enumerate(seeds):
+                self._shares[of, to][point] = text[i * SHARE_BYTES : (i + 1) * SHARE_BYTES]
+
+    def unmasked(self) -> Words:
+        """The sum of the survivors' vectors.
+
+        Raises:
+            FederationError: too few shares of a seed, or shares that do not belong together.
+        """
+        for of in self.survivors:
+            lost = dropped(self.session.neighbours(of), self.survivors)
+            for to in (of, *lost):
+                shares, needed = self._shares[of, to], self.session.threshold(of)
+                if len(shares) < needed:
+                    raise FederationError(
+                        f"{len(shares)} sites have answered for the mask of {of}, and {needed} are "
+                        "needed to take it off the sum"
+                    )
+                add_mask(self._sum, join(shares, needed), -1 if to >= of else 1)
+        return self._sum

@@ -1,0 +1,227 @@
+"""A site's part: it masks its vector, and then helps to unmask the sum of those that came through.
+
+What it must not do twice it writes down before it answers: no two vectors under the same masks, no
+two lists of survivors for one round.
+"""
+
+import contextlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedllm_flwr.federation.secure.graph import Session, dropped
+from fedllm_flwr.federation.secure.keys import (
+    KeyCard,
+    check_card,
+    check_known,
+    derive,
+    make_card,
+    new_identity,
+    new_run_key,
+    pair_secret,
+    refused,
+)
+from fedllm_flwr.federation.secure.masks import Words, add_mask
+from fedllm_flwr.federation.secure.shares import SEED_BYTES, SHARE_BYTES, split
+from fedllm_flwr.files import write_atomically
+
+_NONCE = bytes(12)  # each key encrypts one text
+
+
+@dataclass(frozen=True)
+class Unmask:
+    """The second exchange's question.
+
+    Args:
+        survivors: the sites whose vectors are in the sum.
+        sealed: by survivor, what it has sealed for the site that is asked.
+        asked: the name of that site; simulated clients need it.
+    """
+
+    session: str
+    survivors: tuple[str, ...]
+    sealed: Mapping[str, bytes]
+    asked: str = ""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A site's answer: shares of the survivors' seeds.
+
+    Args:
+        shares: by survivor, a share of the seed of its own mask, then one of each seed that it has
+            in common with a neighbour that has dropped out, in name order.
+    """
+
+    shares: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class SecureSite:
+    """A site in one run.
+
+    Args:
+        folder: the site's own, for all runs: its identity, if it has no other, and whom it knows.
+        of_run: what is kept of this run.
+        run: Flower's id of the run, the same at all its sites.
+        identity: file of the site's registered key; None: one made in `folder`.
+    """
+
+    def __init__(
+        self, folder: Path, of_run: Path, run: str, name: str, identity: Path | None = None
+    ) -> None:
+        self._folder, self._of_run, self._run, self._name = folder, of_run, run, name
+        self._identity = identity or folder / "identity.key"
+
+    def card(self) -> KeyCard:
+        """The site's card of this run; its keys are made at the first call."""
+
+        def make() -> bytes:
+            identity = _secret(self._identity, new_identity)
+            return make_card(identity, self._private(), self._run, self._name).to_text().encode()
+
+        return KeyCard.from_text(_secret(self._of_run / "card.json", make).decode())
+
+    def check(self, session: Session) -> None:
+        """Refuse a round before any work is put into it.
+
+        Raises:
+            FederationError: a key that is swapped or not signed, too few sites, or a round that was
+                masked before.
+        """
+        if session.cards.get(self._name) != self.card():
+            raise refused("a round in which its own key is another")
+        if len(session.cards) < 2:
+            raise refused("a round of one site, whose sum would be its update")
+        if not 0 <= session.dropouts < 0.5:
+            raise refused(f"a round that may lose {session.dropouts:.0%} of its sites")
+        for name, card in sorted(session.cards.items()):
+            check_card(card, self._run, name)
+        known = self._folder / "known-sites.json"
+        before = _json(known)
+        if (after := check_known(session.cards, before)) != before:
+            write_atomically(known, json.dumps(after, indent=1).encode())
+        if session.id in self._used():
+            raise refused("a round that it has masked before")
+
+    def mask(self, session: Session, words: Words) -> dict[str, bytes]:
+        """Mask `words` in place; what it seals for each neighbour.
+
+        That is a share of the seed of its own mask, and one of each seed that it has in common with
+        a neighbour.
+
+        Raises:
+            FederationError: as `check`.
+        """
+        self.check(session)
+        me, private = self._name, self._private()
+        neighbours, holders = session.neighbours(me), session.holders(me)
+        common = {name: pair_secret(private, session.cards[name]) for name in neighbours}
+        seeds = {me: secrets.token_bytes(SEED_BYTES)}
+        seeds |= {name: derive(common[name], "mask", session.id) for name in neighbours}
+        threshold = session.threshold(me)
+        shares = {of: split(seed, threshold, holders.values()) for of, seed in seeds.items()}
+        bundles = {
+            name: b"".join(shares[of][point] for of in (me, *neighbours))
+            for name, point in holders.items()
+        }
+        self._of_run.mkdir(parents=True, exist_ok=True)
+        self._write("used.json", [*self._used(), session.id])
+        state = {"session": session.plain(), "own": bundles.pop(me).hex(), "list": None}
+        self._write("round.json", state)
+        for of, seed in seeds.items():
+            sign: Literal[1, -1] = 1 if of >= me else -1
+            add_mask(words, seed, sign)
+        return {
+            name: AESGCM(self._seal(common[name], session.id, me, name)).encrypt(_NONCE, text, None)
+            for name, text in bundles.items()
+        }
+
+    def unmask(self, question: Unmask) -> Opened:
+        """Shares of the survivors' own masks, and of those that they have with the dropped.
+
+        For no site both: of a dropped one's own mask, and of pairs of survivors, it says nothing.
+
+        Raises:
+            FederationError: the round was not masked here, a list of survivors that is no such, is
+                too short, or is another than before.
+        """
+        state = _json(self._of_run / "round.json")
+        if not state or question.session != state["session"]["id"]:
+            raise refused("to unmask a round that is not its last one")
+        session, survivors = Session.from_plain(state["session"]), [*question.survivors]
+        if survivors != sorted(set(survivors)) or not set(survivors) <= set(session.cards):
+            raise refused("a list of survivors that are not the round's sites")
+        if self._name not in survivors:
+            raise refused("to unmask a round that is said to lack its vector")
+        if len(survivors) < session.least:
+            raise refused(
+                f"a round of which {len(survivors)} sites are left; {session.least} are needed"
+            )
+        if state["list"] not in (None, survivors):
+            raise refused("a second, different list of survivors of a round")
+        self._write("round.json", {**state, "list": survivors})
+        shares: dict[str, bytes] = {}
+        for name in survivors:
+            if (text := self._bundle(session, state["own"], name, question)) is None:
+                continue
+            neighbours = session.neighbours(name)
+            if len(text) != SHARE_BYTES * (1 + len(neighbours)):
+                raise refused(f"shares of {name} that are too few or too many")
+            found = [text[i : i + SHARE_BYTES] for i in range(0, len(text), SHARE_BYTES)]
+            of = dict(zip(neighbours, found[1:], strict=True))
+            lost = dropped(neighbours, survivors)
+            shares[name] = b"".join([found[0], *(of[other] for other in lost)])
+        return Opened(shares)
+
+    def _bundle(self, session: Session, own: str, name: str, question: Unmask) -> bytes | None:
+        """The shares that this site holds of a survivor; None if it holds none."""
+        if name == self._name:
+            return bytes.fromhex(own)
+        if name not in session.neighbours(self._name) or name not in question.sealed:
+            return None
+        common = pair_secret(self._private(), session.cards[name])
+        key = self._seal(common, session.id, name, self._name)
+        try:
+            return AESGCM(key).decrypt(_NONCE, question.sealed[name], None)
+        except InvalidTag:
+            raise refused(f"shares that {name} has not sealed for it") from None
+
+    def _seal(self, common: bytes, session: str, sender: str, receiver: str) -> bytes:
+        return derive(common, "share", session, sender, receiver)
+
+    def _private(self) -> bytes:
+        return _secret(self._of_run / "key", new_run_key)
+
+    def _used(self) -> list[str]:
+        return list(_json(self._of_run / "used.json") or [])
+
+    def _write(self, name: str, content: object) -> None:
+        _write_secret(self._of_run / name, json.dumps(content).encode())
+
+
+def _secret(file: Path, make: Any) -> bytes:
+    """The content of a file that only this user reads; made at the first call."""
+    with contextlib.suppress(FileNotFoundError):
+        return file.read_bytes()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _write_secret(file, make())
+    return file.read_bytes()
+
+
+def _write_secret(file: Path, content: bytes) -> None:
+    write_atomically(file, content)
+    with contextlib.suppress(OSError):
+        file.chmod(0o600)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}

@@ -1,0 +1,159 @@
+"""Secure aggregation in whole runs: the adapter of a plain one, dropouts, refusals, resume."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+
+from fedllm_flwr.config.compose import compose
+from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
+from fedllm_flwr.federation.messages import Failure
+from fedllm_flwr.federation.state import load_state
+from fedllm_flwr.federation.wire import pack_failure, unpack_assignment, unpack_unmask
+from fedllm_flwr.params import Params
+from fedllm_flwr.runs.directory import RunDirectory
+from tiny_runs import ALGORITHMS, WrappedApp, outcome, records, resume, run_intercepted, run_tiny
+
+SECURE = ("privacy.secure_aggregation=true", "communication.dtype=float32")
+THREE = (*SECURE, "federation.sample_clients=3")
+
+
+def adapter(directory: RunDirectory | Path) -> Params:
+    path = directory if isinstance(directory, Path) else directory.path
+    return load_state(path / "checkpoints")[0].params
+
+
+def distance(one: Params, other: Params) -> float:
+    """L2 norm of the difference, relative to what LoRA's B, which starts at zero, has become."""
+    moved = {name: value for name, value in other.items() if "lora_B" in name}
+    length = sum(float(np.square(value).sum()) for value in moved.values()) ** 0.5
+    apart = sum(float(np.square(one[name] - value).sum()) for name, value in other.items()) ** 0.5
+    return apart / length
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    ["scaffold", *(pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS if a != "scaffold")],
+)
+def test_the_adapter_is_that_of_a_plain_run(algorithm: str, tmp_path: Path) -> None:
+    """As near as the fixed point is fine: of SGD, which does not enlarge what it rounds."""
+    chosen = (f"algorithm={algorithm}", "training.optimizer=sgd", "training.learning_rate=0.5")
+    plain = adapter(run_tiny(tmp_path / "plain", *chosen, "communication.dtype=float32"))
+    run = run_tiny(tmp_path / "secure", *chosen, *SECURE)
+    secure = adapter(run)
+    assert distance(secure, plain) < 1e-4
+    assert len(records(run)[-1]["clients"]) == 2
+    again = adapter(run_tiny(tmp_path / "again", *chosen, *SECURE))
+    assert all(np.array_equal(secure[name], again[name]) for name in secure)
+
+
+Reply = Callable[[Message, Context, Message], Message]
+
+
+def silent(client: int, kind: str, server_round: int) -> Reply:
+    """Client number `client` answers messages of a kind with a failure in a round."""
+    now = [0]
+
+    def after(message: Message, context: Context, reply: Message) -> Message:
+        if message.metadata.message_type == "train":
+            now[0] = unpack_assignment(message.content).round
+        mine = context.node_config["partition-id"] == client and now[0] == server_round
+        if mine and message.metadata.message_type == kind:
+            return Message(pack_failure(Failure("Gone", "it went away")), reply_to=message)
+        return reply
+
+    return after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["train", "query.unmask"])
+def test_one_of_three_may_drop_out_at_any_point(kind: str, tmp_path: Path) -> None:
+    app = WrappedApp(after=silent(1, kind, 2))
+    run = run_intercepted(tmp_path / "secure", app, *THREE)
+    last = records(run)[-1]
+    assert len(last["clients"]) == (2 if kind == "train" else 3)
+    assert ("ignored" in last) == (kind != "train")
+    plain = run_intercepted(
+        tmp_path / "plain",
+        WrappedApp(after=silent(1, kind, 2)),
+        "federation.sample_clients=3",
+        "communication.dtype=float32",
+    )
+    assert distance(adapter(run), adapter(plain)) < 0.03  # two steps of AdamW after the rounding
+
+
+def test_a_round_that_cannot_be_unmasked_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+    gone = [silent(client, "query.unmask", 2) for client in (0, 1)]
+
+    def after(message: Message, context: Context, reply: Message) -> Message:
+        for each in gone:
+            reply = each(message, context, reply)
+        return reply
+
+    chosen = (*THREE, "federation.num_rounds=3", "algorithm=scaffold")
+    run = run_intercepted(tmp_path / "run", WrappedApp(after=after), *chosen)
+    rounds = records(run)
+    assert rounds[2]["clients"] == {}
+    assert "1 sites have answered for the mask" in rounds[2]["failures"]["client-0"]
+    assert len(rounds[3]["clients"]) == 3
+    state = load_state(run.path / "checkpoints")[0]
+    assert [state.clients[name].updates for name in sorted(state.clients)] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_the_server_dies_in_the_second_exchange_and_the_run_goes_on(tmp_path: Path) -> None:
+    chosen = (*THREE, "algorithm=scaffold")
+    whole = run_tiny(tmp_path / "whole", *chosen)
+    seen: list[str] = []
+
+    def before(message: Message, context: Context) -> None:
+        if message.metadata.message_type == "query.unmask":
+            seen.append(unpack_unmask(message.content).session)
+            if len(seen) == 5:  # three of round 1, one of round 2
+                raise KeyboardInterrupt
+
+    with pytest.raises(RunInterrupted):
+        run_intercepted(tmp_path / "stopped", WrappedApp(before), *chosen)
+    found = outcome(resume(tmp_path / "stopped"))
+    assert found == outcome(whole)
+
+
+@pytest.mark.slow
+def test_no_message_shows_an_update(tmp_path: Path) -> None:
+    """What travels is one vector of words, which look like noise, and sealed shares."""
+    kinds: set[str] = set()
+
+    def after(message: Message, context: Context, reply: Message) -> Message:
+        kinds.update(reply.content.array_records)
+        for arrays in reply.content.array_records.values():
+            words = arrays["vector"].numpy().view(np.uint32)
+            spread = np.bincount(words >> 28, minlength=16) / len(words)
+            assert spread == pytest.approx(1 / 16, rel=0.2)
+        return reply
+
+    run_intercepted(tmp_path / "run", WrappedApp(after=after), *THREE, "federation.num_rounds=1")
+    assert kinds == {"masked"}
+
+
+@pytest.mark.slow
+def test_a_value_beyond_the_range_is_refused_by_the_client(tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=r"beyond privacy.secure_range=1e-06; raise it"):
+        run_tiny(tmp_path / "run", *THREE, "privacy.secure_range=0.000001")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm.combiner=median"], "looks at single updates"),
+        (["algorithm=local"], "nothing to add up with algorithm=local"),
+        (["algorithm=centralized"], "nothing to add up"),
+        (["attack=scale"], "attack=scale changes single updates"),
+        (["privacy.unit=client", "privacy.target_epsilon=3"], "privacy.unit=client with"),
+        (["federation.sample_clients=1"], "needs two clients a round"),
+    ],
+)
+def test_what_needs_single_updates_is_refused_by_name(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(["privacy.secure_aggregation=true", "federation.num_clients=10", *overrides])

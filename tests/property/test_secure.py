@@ -1,0 +1,348 @@
+"""Secure aggregation alone: sums bit for bit, what a server sees, what sites refuse."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as limited
+from hypothesis import strategies as st
+
+from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.federation.secure.fixed_point import FixedPoint
+from fedllm_flwr.federation.secure.graph import Session
+from fedllm_flwr.federation.secure.keys import KeyCard, make_card, new_identity, new_run_key
+from fedllm_flwr.federation.secure.masks import Words, add_mask
+from fedllm_flwr.federation.secure.server import MaskedSum
+from fedllm_flwr.federation.secure.shares import PRIME, join, split
+from fedllm_flwr.federation.secure.site import SecureSite, Unmask
+
+RUN, SIZE = "7", 300
+RNG = np.random.default_rng(0)
+
+
+class Federation:
+    """Sites and the session of a round of theirs, with a vector for each."""
+
+    def __init__(self, folder: Path, count: int, id: str = "run/1/a") -> None:
+        self.names = [f"site-{i:03}" for i in range(count)]
+        self.sites = {
+            name: SecureSite(folder / name, folder / name / RUN, RUN, name) for name in self.names
+        }
+        cards = {name: site.card() for name, site in self.sites.items()}
+        self.session = Session(id, cards, "examples", 100.0, 1 / 3, 4.0)
+        self.vectors = {n: RNG.integers(0, 2**32, SIZE, np.uint32) for n in self.names}
+
+    def masked(self, name: str) -> tuple[Words, dict[str, bytes]]:
+        words = self.vectors[name].copy()
+        return words, self.sites[name].mask(self.session, words)
+
+    def added(self, sending: list[str]) -> MaskedSum:
+        total = MaskedSum(self.session, SIZE)
+        for name in reversed(sending):
+            total.add(name, *self.masked(name))
+        return total
+
+    def plain(self, names: list[str]) -> Words:
+        return np.sum([self.vectors[name] for name in names], axis=0, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("count", "before_sending", "before_unmasking"),
+    [
+        (2, 0, 0), (3, 0, 0), (3, 1, 0), (3, 0, 1), (10, 0, 0), (10, 1, 0), (10, 0, 1),
+        (10, 3, 0), (10, 0, 3), (10, 1, 2),
+        pytest.param(60, 8, 6, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_the_sum_is_that_of_the_survivors_bit_for_bit(
+    count: int, before_sending: int, before_unmasking: int, tmp_path: Path
+) -> None:
+    federation = Federation(tmp_path, count)
+    away = list(RNG.permutation(federation.names)[: before_sending + before_unmasking])
+    sending = [name for name in federation.names if name not in away[:before_sending]]
+    total = federation.added(sending)
+    for name, question in total.questions().items():
+        if name not in away:
+            total.take(name, federation.sites[name].unmask(question))
+    np.testing.assert_array_equal(total.unmasked(), federation.plain(sending))
+
+
+def test_a_site_that_masked_and_whose_vector_was_lost_is_no_survivor(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 4)
+    federation.masked("site-002")
+    total = federation.added(["site-000", "site-001", "site-003"])
+    questions = total.questions()
+    for name, question in questions.items():
+        total.take(name, federation.sites[name].unmask(question))
+    with pytest.raises(FederationError, match="said to lack its vector"):
+        federation.sites["site-002"].unmask(questions["site-000"])
+    np.testing.assert_array_equal(
+        total.unmasked(), federation.plain(["site-000", "site-001", "site-003"])
+    )
+
+
+@pytest.mark.parametrize("missing", [4, 7])
+def test_one_answer_too_few_gives_nothing(missing: int, tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 10)
+    total = federation.added(federation.names)
+    for name, question in [*total.questions().items()][missing:]:
+        total.take(name, federation.sites[name].unmask(question))
+    with pytest.raises(FederationError, match="7 are needed to take it off"):
+        total.unmasked()
+
+
+def test_too_few_vectors_are_not_unmasked(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 10)
+    total = federation.added(federation.names[:6])
+    with pytest.raises(FederationError, match=r"6 of 10 sites have sent .* needs 7"):
+        total.questions()
+
+
+def chi_square(words: Words) -> float:
+    """Of the words' bytes against 256 equally likely values, in standard deviations."""
+    counts = np.bincount(words.view(np.uint8), minlength=256)
+    expected = words.nbytes / 256
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return (statistic - 255) / math.sqrt(2 * 255)
+
+
+def test_what_the_server_sees_of_one_vector_is_uniform(tmp_path: Path) -> None:
+    """Also for the vector of zeros, and also after everything but its own mask is known."""
+    federation = Federation(tmp_path, 3)
+    size = 2**17
+    seen = {}
+    for name in federation.names:
+        seen[name] = np.zeros(size, np.uint32)
+        federation.sites[name].mask(federation.session, seen[name])
+    assert chi_square(np.zeros(size, np.uint32)) > 1e4
+    for words in seen.values():
+        assert abs(chi_square(words)) < 5
+    assert abs(chi_square(seen["site-000"] - seen["site-001"])) < 5
+    assert abs(chi_square(sum(seen.values()))) < 5  # type: ignore[arg-type]  # own masks are left
+
+
+@given(
+    secret=st.binary(min_size=32, max_size=32),
+    threshold=st.integers(1, 8),
+    more=st.integers(0, 4),
+    other=st.binary(min_size=32, max_size=32),
+)
+@limited(max_examples=40, deadline=None)
+def test_shares_give_the_secret_and_one_less_gives_any(
+    secret: bytes, threshold: int, more: int, other: bytes
+) -> None:
+    shares = split(secret, threshold, range(1, threshold + more + 1))
+    chosen = dict(RNG.permutation(list(shares.items()))[: threshold + more])
+    held = {int(point): shares[int(point)] for point in chosen}
+    assert join(held, threshold) == secret
+    few = {point: shares[point] for point in sorted(held)[: threshold - 1]}
+    with pytest.raises(FederationError, match="are needed"):
+        join(few, threshold)
+    # Whatever the secret, one value of the missing share would be consistent with those held.
+    points = [(0, int.from_bytes(other, "big"))]
+    points += [(point, int.from_bytes(text, "big")) for point, text in few.items()]
+    missing = 100
+    value = 0
+    for x, y in points:
+        term = y
+        for z, _ in points:
+            if z != x:
+                term = term * (missing - z) * pow(x - z, -1, PRIME) % PRIME
+        value += term
+    few[missing] = (value % PRIME).to_bytes(33, "big")
+    assert join(few, threshold) == other
+
+
+def test_masks_cancel_and_streams_do_not_repeat() -> None:
+    words, one, other = (np.zeros(2**18 + 7, np.uint32) for _ in range(3))
+    add_mask(one, bytes(32))
+    add_mask(other, bytes(31) + b"\1")
+    assert not np.array_equal(one, other)
+    assert len(np.unique(one)) > 0.9 * one.size
+    words += one
+    add_mask(words, bytes(32), -1)
+    assert not words.any()
+
+
+Refusal = Callable[[Federation], None]
+
+
+def two_lists(federation: Federation) -> None:
+    questions = federation.added(federation.names).questions()
+    site = federation.sites["site-000"]
+    site.unmask(questions["site-000"])
+    site.unmask(questions["site-000"])  # the same one may be asked again
+    fewer = tuple(federation.names[:-1])
+    site.unmask(replace(questions["site-000"], survivors=fewer))
+
+
+def replayed(federation: Federation) -> None:
+    federation.masked("site-000")
+    federation.masked("site-000")
+
+
+def earlier_round(federation: Federation) -> None:
+    questions = federation.added(federation.names).questions()
+    later = replace(federation.session, id="run/2/b")
+    federation.sites["site-000"].mask(later, federation.vectors["site-000"].copy())
+    federation.sites["site-000"].unmask(questions["site-000"])
+
+
+def with_card(federation: Federation, name: str, card: KeyCard) -> None:
+    cards = {**federation.session.cards, name: card}
+    federation.sites["site-000"].check(replace(federation.session, cards=cards))
+
+
+def unsigned(federation: Federation) -> None:
+    card = federation.session.cards["site-001"]
+    with_card(federation, "site-001", replace(card, public=new_run_key().hex()))
+
+
+def swapped(federation: Federation) -> None:
+    with_card(federation, "site-001", federation.session.cards["site-002"])
+
+
+def of_another_run(federation: Federation) -> None:
+    card = make_card(new_identity(), new_run_key(), "8", "site-001")
+    with_card(federation, "site-001", card)
+
+
+def invented(federation: Federation) -> None:
+    federation.sites["site-000"].check(federation.session)
+    with_card(federation, "site-001", make_card(new_identity(), new_run_key(), RUN, "site-001"))
+
+
+def one_for_two(federation: Federation) -> None:
+    identity = new_identity()
+    cards = {n: make_card(identity, new_run_key(), RUN, n) for n in ("site-001", "site-002")}
+    cards = {"site-000": federation.session.cards["site-000"], **cards}
+    federation.sites["site-000"].check(replace(federation.session, cards=cards))
+
+
+def own_key(federation: Federation) -> None:
+    with_card(federation, "site-000", federation.session.cards["site-001"])
+
+
+def alone(federation: Federation) -> None:
+    cards = {"site-000": federation.session.cards["site-000"]}
+    federation.sites["site-000"].check(replace(federation.session, cards=cards))
+
+
+def left_alone(federation: Federation) -> None:
+    questions = federation.added(federation.names).questions()
+    question = replace(questions["site-000"], survivors=("site-000",))
+    federation.sites["site-000"].unmask(question)
+
+
+def stranger(federation: Federation) -> None:
+    questions = federation.added(federation.names).questions()
+    question = replace(questions["site-000"], survivors=(*federation.names, "site-zzz"))
+    federation.sites["site-000"].unmask(question)
+
+
+def other_shares(federation: Federation) -> None:
+    question = federation.added(federation.names).questions()["site-000"]
+    sealed = {**question.sealed, "site-001": question.sealed["site-002"]}
+    federation.sites["site-000"].unmask(replace(question, sealed=sealed))
+
+
+def never_masked(federation: Federation) -> None:
+    question = Unmask(federation.session.id, tuple(federation.names), {})
+    federation.sites["site-000"].unmask(question)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "said"),
+    [
+        (two_lists, "a second, different list of survivors"),
+        (replayed, "a round that it has masked before"),
+        (earlier_round, "a round that is not its last one"),
+        (unsigned, "the key of site-001, which its own key has not signed"),
+        (swapped, "the key of site-001, which its own key has not signed"),
+        (of_another_run, "the key of site-001, which its own key has not signed"),
+        (invented, "another key of site-001 than before"),
+        (one_for_two, "one key under two names"),
+        (own_key, "its own key is another"),
+        (alone, "a round of one site"),
+        (left_alone, "of which 1 sites are left; 2 are needed"),
+        (stranger, "survivors that are not the round's sites"),
+        (other_shares, "shares that site-001 has not sealed"),
+        (never_masked, "a round that is not its last one"),
+    ],
+)
+def test_a_site_refuses_a_hostile_server(hostile: Refusal, said: str, tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    with pytest.raises(FederationError, match=said) as caught:
+        hostile(federation)
+    assert caught.value.shareable == str(caught.value)
+
+
+def test_nothing_is_opened_of_a_dropped_site_s_own_mask_or_of_two_survivors(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 6)
+    total = federation.added(federation.names[:5])
+    for name, question in total.questions().items():
+        opened = federation.sites[name].unmask(question)
+        assert sorted(opened.shares) == federation.names[:5]
+        assert {len(text) for text in opened.shares.values()} == {2 * 33}  # its own, and one pair
+
+
+def test_a_server_takes_no_shares_that_were_not_asked_for(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 4)
+    total = federation.added(federation.names)
+    question = total.questions()["site-000"]
+    opened = federation.sites["site-000"].unmask(question)
+    for wrong in (
+        replace(opened, shares={"site-000": b"short"}),
+        replace(opened, shares={"site-000": bytes(66)}),
+        replace(opened, shares={"site-zzz": bytes(33)}),
+    ):
+        with pytest.raises(FederationError, match="not asked for"):
+            total.take("site-000", wrong)
+
+
+def test_neighbours_are_mutual_and_as_many_as_said(tmp_path: Path) -> None:
+    card = Federation(tmp_path, 2).session.cards["site-000"]
+    for count in (2, 20, 41, 42, 200):
+        cards = {f"site-{i:03}": card for i in range(count)}
+        session = Session("x", cards, "uniform", 1.0, 1 / 3, 1.0)
+        for name in session.names:
+            found = session.neighbours(name)
+            assert len(found) == min(count - 1, 40)
+            assert all(name in session.neighbours(other) for other in found)
+
+
+@given(
+    st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=30),
+    st.integers(2, 200),
+    st.floats(0.01, 1),
+)
+@limited(max_examples=60, deadline=None)
+def test_fixed_point_sums_stay_within_their_error_and_the_ring(
+    values: list[float], sites: int, factor: float
+) -> None:
+    code = FixedPoint(4.0, sites)
+    params = {"w": np.array(values, np.float32)}
+    total = np.zeros(len(values), np.uint32)
+    for _ in range(sites):
+        total += code.encode(params, factor)
+    found = code.decode(total, params, sites)["w"]
+    expected = sites * factor * params["w"].astype(np.float64)
+    np.testing.assert_allclose(found, expected, atol=sites * code.resolution * 0.51, rtol=0)
+
+
+def test_values_beyond_the_range_and_sums_that_cannot_be_are_refused() -> None:
+    code = FixedPoint(1.0, 10)
+    for value, kind, said in (
+        (1.5, FederationError, r"1.5, beyond privacy.secure_range=1"),
+        (np.nan, NotFiniteError, "NaN or Inf"),
+        (np.inf, NotFiniteError, "NaN or Inf"),
+    ):
+        with pytest.raises(kind, match=said):
+            code.encode({"w": np.array([0.0, value])})
+    words = np.array([2**31 - 5], np.uint32)
+    with pytest.raises(FederationError, match="exceeds what they may send"):
+        code.decode(words, {"w": np.zeros(1)}, 2)
