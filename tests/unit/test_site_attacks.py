@@ -24,6 +24,7 @@ from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ColumnsConfig, FederationConfig
 from fedllm_flwr.data.client_data import ClientData
+from fedllm_flwr.deployment.audit import AuditLog
 from fedllm_flwr.errors import FedLLMError
 from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure, Update
 from fedllm_flwr.federation.wire import (
@@ -36,6 +37,7 @@ from fedllm_flwr.federation.wire import (
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.tokenizer import EMBEDDED
 from fedllm_flwr.params import Params
+from fedllm_flwr.privacy.accounting import Release, default_delta, epsilon
 
 NUM_RECORDS = 100
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
@@ -519,3 +521,105 @@ def test_own_model_is_told_by_its_fingerprint(site: Site, tmp_path: Path) -> Non
     assert told[0] == told[1] != told[2]
     assert all(model.startswith("sha256:") and len(model) == 71 for model in told)
     assert announced(site, asking()).model == "embedded"
+
+
+# The site's own account of what its records are spent on
+
+PRIVATE = {"privacy__unit": "record", "privacy__noise_multiplier": 2.0}
+
+
+def account_folder(site: Site) -> Path:
+    return Path(str(site.node_config["state-dir"])) / "privacy"
+
+
+def spent_by_hand(rounds: int) -> float:
+    n = NUM_RECORDS
+    return epsilon({Release(2.0, "poisson", 16, n): 4 * rounds}, default_delta(n))
+
+
+def test_a_site_whose_budget_is_spent_refuses_by_itself(with_policy: Callable[..., Site]) -> None:
+    """The limit holds over runs, and a round that is asked for again is charged again."""
+    limit = spent_by_hand(3) + 1e-3
+    site = with_policy(f"max_epsilon: {limit}", "min_noise_multiplier: 1")
+    config = asking(**PRIVATE, data__validation_fraction=0)
+    for run, server_round in (("one", 1), ("one", 1), ("two", 1)):
+        trained(site if run == "one" else next_run(site), task(config, server_round, run=run))
+    reason = refused(answer("train", task(config, run="three"), next_run(next_run(site)))).reason
+    assert reason.startswith("the site refuses round 1: it would spend epsilon")
+    assert f"above its max_epsilon ({limit:g}; {spent_by_hand(3):.3g} is spent)" in reason
+    entries = AuditLog(account_folder(site)).read().entries
+    assert [entry["run"] for entry in entries] == ["one", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "reason"),
+    [
+        ("max_epsilon: 8", {}, "refuses privacy.unit=none"),
+        ("privacy: required", {}, "refuses privacy.unit=none"),
+        ("privacy: record", {**PRIVATE, "privacy__unit": "client"}, "refuses privacy.unit=client"),
+        ("min_noise_multiplier: 3", PRIVATE, "privacy.noise_multiplier=2"),
+        (
+            "max_epsilon: 8",
+            {**PRIVATE, "privacy__noise_multiplier": None, "privacy__target_epsilon": 1.0},
+            "privacy.noise_multiplier=null with privacy.unit=record",
+        ),
+        (
+            "privacy: required",
+            {**PRIVATE, "evaluation__clients": True},
+            "evaluation.clients=true with privacy.unit=record",
+        ),
+        ("max_epsilon: 8", {**PRIVATE, "privacy__noise_multiplier": 0.0}, "spend epsilon inf"),
+    ],
+)
+def test_a_policy_that_asks_for_privacy_refuses_less(
+    policy: str, changes: dict[str, object], reason: str, with_policy: Callable[..., Site]
+) -> None:
+    site = with_policy(policy)
+    assert reason in refused(answer("train", task(asking(**changes)), site)).reason
+    if "privacy" in policy or "epsilon" in policy:
+        scores = answer("evaluate", task(asking(**PRIVATE)), site)
+        assert "refuses to score" in refused(scores).reason
+    assert AuditLog(account_folder(site)).read().entries == []
+
+
+@pytest.mark.parametrize("how", ["edited", "shortened", "lost"])
+def test_an_account_that_was_tampered_with_is_refused_until_the_operator_decides(
+    how: str, with_policy: Callable[..., Site], tmp_path: Path
+) -> None:
+    site = with_policy("max_epsilon: 1000")
+    site = Site({**site.node_config, "site-dir": str(tmp_path)}, site.run_id, site.node_id)
+    config, folder = asking(**PRIVATE), account_folder(site)
+    for server_round in (1, 2):
+        trained(site, task(config, server_round, run="one"))
+    file = AuditLog(folder).files()[0]
+    lines = file.read_bytes().splitlines(keepends=True)
+    if how == "edited":
+        file.write_bytes(
+            b"".join(lines).replace(b'"noise_multiplier": 2.0', b'"noise_multiplier": 9.0')
+        )
+    elif how == "shortened":
+        file.write_bytes(lines[0])
+        (folder / "head.json").unlink()
+    else:
+        shutil.rmtree(folder)
+    reason = refused(answer("train", task(config, 3, run="one"), site)).reason
+    assert reason.startswith("its privacy account was lost or edited; its operator has to decide")
+    shutil.rmtree(folder, ignore_errors=True)
+    (tmp_path / "privacy-account.json").unlink()
+    trained(site, task(config, 3, run="one"))
+
+
+def test_the_operator_reads_the_account(
+    with_policy: Callable[..., Site], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = with_policy("max_epsilon: 20")
+    for server_round in (1, 2):
+        trained(site, task(asking(**PRIVATE), server_round, run="f00d"))
+    node = {**site.node_config, "site-dir": str(tmp_path)}
+    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in node.items())
+    (tmp_path / "node.toml").write_text(text)
+    assert cli.main(["site", "ledger", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("epsilon ")
+    assert " of 20, " in first
+    assert second.startswith("  run f00d  2 rounds per record, noise 2 x clip: epsilon ")

@@ -16,7 +16,9 @@ from flwr.app import RecordDict
 from fedllm_flwr import __version__
 from fedllm_flwr.client.site import Site
 from fedllm_flwr.config import Config
+from fedllm_flwr.deployment.datasets import asked_dataset
 from fedllm_flwr.deployment.ledger import Ledger
+from fedllm_flwr.deployment.privacy_account import account_of
 from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
 from fedllm_flwr.factors import rank_of
 from fedllm_flwr.federation.masked_round import as_words
@@ -67,13 +69,16 @@ def train(content: RecordDict, site: Site) -> RecordDict:
     """One round of local training: an `Assignment` comes, an `Update` goes back."""
     from fedllm_flwr.client.local_round import train_locally
 
-    assignment, data = accepted(content, site)
+    assignment, data, dataset = accepted(content, site)
     config, policy = assignment.config, site.policy
     memory = site.memory_folder(data.name, assignment.run, content)
     if not site.is_simulated:
         policy.check_kept(assignment.round, assignment.oldest_checkpoint)
         site.state.make_room(assignment.run, policy.state_days, policy.max_state_gb)
         check_unchanged(config, memory, site.state.digests)
+        account = account_of(site.node_config, site.state.root)
+        run, server_round = assignment.run, assignment.round
+        account.charge(config, dataset, len(data.train), policy, run, server_round)
     if not config.privacy.secure_aggregation:
         return pack_update(train_locally(assignment, data, memory), config.communication.dtype)
     if (session := assignment.session) is None:
@@ -97,7 +102,12 @@ def evaluate(content: RecordDict, site: Site) -> RecordDict:
     """Score the global adapter on the node's held-out examples; only numbers go back."""
     from fedllm_flwr.client.local_evaluation import evaluate_locally
 
-    assignment, data = accepted(content, site)
+    if site.policy.asks_for_privacy:
+        raise RefusedError(
+            "the site refuses to score: scores on its records are under no promise of privacy; set "
+            "evaluation.clients=false"
+        )
+    assignment, data, _ = accepted(content, site)
     memory = site.memory_folder(data.name, assignment.run, content)
     return pack_scores(evaluate_locally(assignment, data, memory), len(data.held_out))
 
@@ -145,13 +155,14 @@ HANDLERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
 }
 
 
-def accepted(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData]":
-    """A server's assignment with the site's own configuration, and the site's data.
+def accepted(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData, str]":
+    """A server's assignment with the site's own configuration, the data, and their name.
 
     Raises:
         FedLLMError: the policy forbids it, or the site's data cannot be used as asked.
     """
     assignment = unpack_assignment(content)
+    asked = assignment.config.data.site_dataset
     config = site.own_config(assignment.config, assignment.round, assignment.run)
     site.policy.check_tensors(assignment.params)
     data = site.data(config)
@@ -159,7 +170,8 @@ def accepted(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData]"
     site.policy.check_rank("rank of frozen factors", rank_of(assignment.sent.get(FROZEN, {})))
     if (rank := rank_of(assignment.params)) > (most := site.rank(config, data.name)):
         raise RefusedError(f"an adapter of rank {rank} for {data.name}, which trains rank {most}")
-    return replace(assignment, config=config), data
+    dataset = "" if site.is_simulated else asked_dataset(site.node_config, asked).name
+    return replace(assignment, config=config), data, dataset
 
 
 def check_unchanged(config: Config, memory: Path, digests: Path) -> None:

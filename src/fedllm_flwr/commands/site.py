@@ -9,7 +9,9 @@ def add_site(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: AddParser
 ) -> None:
     """``fedllm site <step>``; `add` makes a parser for one step."""
-    text = "a site of a real federation: init, start, requests, approve, decline, log, forget"
+    text = (
+        "a site of a real federation: init, start, requests, approve, decline, log, ledger, forget"
+    )
     site = commands.add_parser("site", help=text, description=text)
     steps = site.add_subparsers(required=True, metavar="step")
 
@@ -91,6 +93,9 @@ def add_site(
     step.add_argument("--run", help="only this run; its id, or the first digits")
     step.add_argument("--json", action="store_true", help="print the entries as JSON lines")
 
+    step = add(steps, "ledger", ledger, "what the records have been spent on, in epsilon")
+    step.add_argument("directory", help="directory of site init")
+
     step = add(steps, "forget", forget, "remove what a site keeps of its runs and records")
     step.add_argument("directory", help="directory of site init")
     step.add_argument("run", nargs="?", help="Flower's id of a run, or its folder in state/runs")
@@ -134,6 +139,14 @@ def log(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.deployment.site_views import print_log
 
     print_log(arguments.directory, arguments.run, arguments.json)
+    return 0
+
+
+def ledger(arguments: argparse.Namespace) -> int:
+    """Print the privacy account."""
+    from fedllm_flwr.deployment.privacy_account import ledger_lines
+
+    print("\n".join(ledger_lines(arguments.directory)))
     return 0
 
 

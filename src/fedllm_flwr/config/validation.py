@@ -215,6 +215,12 @@ def _check_privacy(config: Config) -> None:
             f"{promised} needs noise: give privacy.target_epsilon=<epsilon>, or "
             "privacy.noise_multiplier=<deviation of the noise / clip>."
         )
+    if multiplier is None and config.federation.engine == "deployment":
+        raise ConfigError(
+            f"privacy.noise_multiplier=null with {promised} and federation.engine=deployment: "
+            "sites decide on the noise before they say how many records they have; give "
+            "privacy.noise_multiplier."
+        )
     if multiplier == 0 and target is not None:
         raise ConfigError(
             f"privacy.noise_multiplier=0 keeps to no privacy.target_epsilon={target:g}; set "
@@ -297,12 +303,6 @@ def _check_record_privacy(config: Config) -> None:
         raise ConfigError(
             f"privacy.clip_quantile={privacy.clip_quantile:g} with {promised}: gradients are "
             "clipped to privacy.clip; set privacy.clip_quantile=null."
-        )
-    if privacy.noise_multiplier is None and config.federation.engine == "deployment":
-        raise ConfigError(
-            f"privacy.noise_multiplier=null with {promised} and federation.engine=deployment: "
-            "sites decide on the noise before they say how many records they have; give "
-            "privacy.noise_multiplier."
         )
     if config.lora.dora:
         raise ConfigError(

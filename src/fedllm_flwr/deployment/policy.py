@@ -22,6 +22,8 @@ OPTIMIZERS = ("adamw", "sgd")
 ANY = "any"
 EMBEDDED = "embedded"  # in allowed_models: the small model of the package
 OWN = "own"  # in allowed_models: the directory that node.toml names with model-path
+OPTIONAL, REQUIRED, BY_RECORD = "optional", "required", "record"
+"""Values of the policy's key ``privacy``: any run; one with a unit of privacy; with that unit."""
 LINEAR_LAYERS = (
     *("auto", "all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"),
     *("query_key_value", "Wqkv", "c_attn", "query", "key", "value", "dense"),
@@ -61,7 +63,10 @@ class Policy:
     max_messages_per_day: int | None = 5000
     max_state_gb: float | None = 20.0  # GB of state and tokens on disk
     state_days: float | None = 30.0  # after which the state of a run that is silent is removed
-    secret_draws: bool = True  # which records are in a step does not follow from the seed alone
+    privacy: str = OPTIONAL  # which promise of privacy a run has to make
+    max_epsilon: float | None = None  # spent on the records of a data set, over all runs
+    min_noise_multiplier: float | None = None  # of a run that promises privacy
+    secret_draws: bool = True  # which records are in a step follows not only from the seed
     only_secure: bool = False  # only runs under secure aggregation
     datasets: tuple[str, ...] | None = None  # names of the site's data sets
     approval: str = EVERY_RUN  # which runs wait for the operator: see deployment/approval.py
@@ -70,7 +75,13 @@ class Policy:
     def unlimited(cls) -> "Policy":
         """The policy of a simulated client, whose data are the server's."""
         limits = {field.name: None for field in fields(cls) if field.name not in _RULES}
-        return cls(**limits, secret_draws=False, only_secure=False, approval=AUTOMATIC)
+        return cls(
+            **limits,
+            privacy=OPTIONAL,
+            secret_draws=False,
+            only_secure=False,
+            approval=AUTOMATIC,
+        )
 
     def check(self, config: Config, round: int, has_own_model: bool = False) -> None:
         """Refuse a request that exceeds a limit.
@@ -99,10 +110,23 @@ class Policy:
         targets = config.lora.target_modules
         for target in targets if isinstance(targets, list) else [targets]:
             self._check_choice("target_modules", "lora.target_modules", target)
+        self._check_privacy(config)
         for name, (key, asked) in _LIMITS.items():
             value = asked(config, round)
             if value is not None:
                 self._check_limit(name, key, value)
+
+    @property
+    def asks_for_privacy(self) -> bool:
+        """Whether a run has to promise privacy."""
+        return self.privacy != OPTIONAL or self.max_epsilon is not None
+
+    def _check_privacy(self, config: Config) -> None:
+        unit = config.privacy.unit  # whose other keys `config.validation` looks after
+        least = "record" if self.privacy == BY_RECORD else "client or record"
+        if self.asks_for_privacy and unit not in least.split():
+            relation = "its policy asks for differential privacy"
+            raise _refused(f"privacy.unit={unit}", relation, f"privacy.unit={least}")
 
     def check_records(self, config: Config, num_train: int, num_held_out: int) -> None:
         """Refuse training or scores on too few of the site's records.
@@ -253,6 +277,12 @@ _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
         lambda config, round: max(config.federation.num_rounds, round),
     ),
     "max_lora_rank": ("lora.r", lambda config, _: config.lora.r),
+    "min_noise_multiplier": (
+        "privacy.noise_multiplier",
+        lambda config, _: (
+            None if config.privacy.unit == "none" else config.privacy.noise_multiplier or 0.0
+        ),
+    ),
     "max_rounds_kept": (  # of state, so that the server may go back to its checkpoints
         "checkpoint.every x (checkpoint.keep + 1)",
         lambda config, _: min(
@@ -423,7 +453,16 @@ def _whole_number(value: Any) -> int:
     return value
 
 
+def _promise(value: Any) -> str:
+    if value not in (OPTIONAL, REQUIRED, BY_RECORD):
+        raise ValueError(f"is no promise; use one of: {OPTIONAL}, {REQUIRED}, {BY_RECORD}")
+    return str(value)
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
+    "privacy": _promise,
+    "max_epsilon": _number,
+    "min_noise_multiplier": _number,
     "approval": _rule,
     "allowed_models": _models,
     "tasks": lambda value: _choices(*tasks.names())(value),
@@ -436,7 +475,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "secret_draws": _truth,
     "only_secure": _truth,
 }
-_RULES = ("secret_draws", "only_secure", "approval")  # which null does not lift
+_RULES = ("secret_draws", "only_secure", "approval", "privacy")  # which null does not lift
 _LISTS = ("allowed_models", "tasks", "optimizers", "target_modules", "datasets")
 
 

@@ -191,6 +191,9 @@ _WORDS = {
     "max_rounds": "rounds of a run, at most: {}",
     "max_lora_rank": "rank of the adapter, at most: {}",
     "only_secure": "only runs under secure aggregation: {}",
+    "privacy": "differential privacy of a run: {}",
+    "max_epsilon": "epsilon spent on your records over all runs, at most: {}",
+    "min_noise_multiplier": "noise of a private run, at least: {} x clip",
     "secret_draws": "which records are drawn depends on a secret of yours: {}",
     "approval": "runs that wait for you: {}",
 }

@@ -23,8 +23,9 @@ class SiteState:
 
     ``runs/<run>/<client>/`` holds what a client keeps between the rounds of a run (control
     variates, adapters of its own, reference log-probabilities), ``tokens/`` its tokenised records,
-    ``ledger/`` what it has been asked and has told (see `Ledger`), ``secret`` what decides with
-    the seed which records are drawn.
+    ``ledger/`` what it has been asked and has told (see `Ledger`), ``privacy/`` what its records
+    have been spent on (see `privacy_account`), ``secret`` what decides with the seed which records
+    are drawn.
     """
 
     root: Path
