@@ -47,6 +47,9 @@ def test_every_key_is_read(write: Write) -> None:
         "datasets": ("notes",),
         "max_state_gb": 0.5,
         "state_days": 2.0,
+        "privacy": "record",
+        "max_epsilon": 8.0,
+        "min_noise_multiplier": 1.5,
         "secret_draws": False,
         "only_secure": True,
         "approval": "new-settings",
@@ -66,11 +69,12 @@ def test_what_is_left_out_has_the_safe_default(write: Write) -> None:
     assert site_policy({"client-name": "by hand"}) == Policy(approval="automatic")
     assert Policy().allowed_models == ("embedded", "own")
     unbounded = {name for name, value in vars(Policy()).items() if value is None}
-    assert unbounded == {"datasets"}  # those of a new site are all meant to be used
+    # The data sets of a new site are all meant to be used, and privacy is the operator's choice.
+    assert unbounded == {"datasets", "max_epsilon", "min_noise_multiplier"}
 
 
 def test_null_and_any_set_no_limit(write: Write) -> None:
-    no_limits = ("secret_draws", "only_secure", "approval")
+    no_limits = ("secret_draws", "only_secure", "approval", "privacy")
     names = [field.name for field in fields(Policy) if field.name not in no_limits]
     policy = read_policy(write("".join(f"{name}: null\n" for name in names)))
     assert replace(policy, secret_draws=False, approval="automatic") == Policy.unlimited()
