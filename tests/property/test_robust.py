@@ -71,7 +71,7 @@ def naive_krum(points: Points, average: int | None = None) -> Points:
 
 def naive_geometric_median(points: Points) -> Points:
     v = points.mean(axis=0)
-    for _ in range(5):
+    for _ in range(100):
         weights = [1 / max(1e-6, float(np.linalg.norm(x - v))) for x in points]
         v = sum(w * x for w, x in zip(weights, points, strict=True)) / sum(weights)
     return v

@@ -100,8 +100,9 @@ def computed(run: Path, clients: dict[str, Path]) -> dict[str, Any]:
         (INSTRUCTIONS, ["algorithm=fedavg"], 3),
         (INSTRUCTIONS, ["algorithm=scaffold"], 10),
         (PAIRS, ["algorithm=fedavg"], 3),
+        (INSTRUCTIONS, ["algorithm=scaffold", "privacy.secure_aggregation=true"], 2),
     ],
-    ids=["fedavg", "scaffold-10-rounds", "dpo-3-rounds"],
+    ids=["fedavg", "scaffold-10-rounds", "dpo-3-rounds", "secure"],
 )
 def test_sites_train_as_simulated_clients_do(
     federation: Federation,

@@ -374,8 +374,10 @@ class RobustConfig:
         gt=0,
         description="norm_bound, centred_clip: L2 norm that is left; null: median of the round",
     )
-    steps: Whole = Field(
-        default=5, gt=0, description="geometric_median, centred_clip: iterations in a round"
+    steps: Whole | None = Field(
+        default=None,
+        gt=0,
+        description="iterations in a round; null: geometric_median 100, centred_clip 5",
     )
     smoothing: Real = Field(
         default=1e-6, gt=0, description="geometric_median: distance below which none is closer"
