@@ -23,7 +23,9 @@ from processes import wait_for
 DTYPES = st.sampled_from(["float32", "int16", "float64", "uint8"])
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 NAMES = st.text(min_size=1, max_size=8)
-VALUES = st.one_of(st.text(), st.integers(-(2**40), 2**40), st.booleans(), st.floats(-1e9, 1e9))
+VALUES = st.one_of(
+    *(st.text(), st.integers(-(2**40), 2**40), st.booleans(), st.floats(-1e9, 1e9), st.binary())
+)
 
 
 @st.composite

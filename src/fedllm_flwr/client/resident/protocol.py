@@ -7,6 +7,7 @@ order. Nothing on it is executed: no pickle, no code.
 import json
 import socket
 import struct
+from base64 import b64decode, b64encode
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -40,7 +41,14 @@ def send_frame(connection: socket.socket, fields: dict[str, Any], content: Recor
         "fields": fields,
         "arrays": arrays,
         "empty": [name for name, record in content.array_records.items() if not record],
-        "config": {name: dict(record) for name, record in content.config_records.items()},
+        "config": {
+            name: {key: value for key, value in record.items() if not isinstance(value, bytes)}
+            for name, record in content.config_records.items()
+        },
+        "bytes": {
+            name: {k: b64encode(v).decode() for k, v in record.items() if isinstance(v, bytes)}
+            for name, record in content.config_records.items()
+        },
         "metric": {name: dict(record) for name, record in content.metric_records.items()},
     }
     text = json.dumps(header).encode()
@@ -73,6 +81,8 @@ def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], RecordDict
             arrays.setdefault(record_name, {})[name] = array
         for record_name, named in arrays.items():
             content[record_name] = ArrayRecord(named)
+        for name, texts in header.get("bytes", {}).items():
+            header["config"][name] |= {key: b64decode(text) for key, text in texts.items()}
         for kind, make in _RECORDS.items():
             for name, values in header[kind].items():
                 content[name] = make(values)
