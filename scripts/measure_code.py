@@ -2,7 +2,8 @@
 
     python -m scripts.measure_code [ROOT]
 
-A private function counts as called once if its name occurs in one other place of the package.
+A private function counts as called once if its name occurs in one other place of the package and is
+called there; an entry of a table, or a callback, is counted separately.
 """
 
 import argparse
@@ -96,11 +97,15 @@ def report(root: Path) -> None:
     lengths = [Sized(str(f.relative_to(root)), len(t.splitlines())) for f, t in texts.items()]
     functions = [pair for file in files for pair in functions_of(file, root)]
     words = Counter(word for text in texts.values() for word in re.findall(r"\w+", text))
-    single = [
-        sized
-        for name, sized in functions
+    calls = Counter(
+        name for text in texts.values() for name in re.findall(r"(?<!def )\b(\w+)\(", text)
+    )
+    used_once = [
+        name
+        for name, _ in functions
         if name.startswith("_") and not name.startswith("__") and words[name] == 2
     ]
+    single = [name for name in used_once if calls[name]]
     basenames: dict[str, list[str]] = defaultdict(list)
     for file in files:
         if file.stem not in ("__init__", "__main__"):
@@ -118,7 +123,8 @@ def report(root: Path) -> None:
     print(f"parts at the top                 {len(parts)}")
     print(f"import depth                     {import_depth(files, root)}")
     print(f"functions                        {len(functions)}, median {median(sizes):g} lines")
-    print(f"private functions called once    {len(single)} ({len(single) / len(functions):.0%})")
+    print(f"private functions called once    {len(single)} ({len(single) / len(functions):.1%})")
+    print(f"  entries of tables, callbacks   {len(used_once) - len(single)}")
     print(f"files that share a basename      {sum(len(p) for p in shared.values())}")
     for name, paths in sorted(shared.items()):
         print(f"    {name}: {', '.join(paths)}")

@@ -1,6 +1,12 @@
 """Exceptions whose message is written for the user."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of a library's error message; the class's name where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class FedLLMError(Exception):
     """A condition the user can mend; its message names the key, the value and the remedy.
 

@@ -39,7 +39,7 @@ INEXACT = (
     "hetlora",
     "ditto",
 )  # FlexLoRA: 4 + 2 fit into rank 8
-BY_DEFAULT = ("ffa", "flora")
+BY_DEFAULT = ("flora",)
 SOME_SLOWLY = [
     name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY
 ]
@@ -104,7 +104,7 @@ def test_what_travels(tmp_path: Path) -> None:
     assert rank_of(final_state(directory).params) == whole.lora.r
 
 
-@pytest.mark.parametrize("name", ["fedsa", "ditto"])
+@pytest.mark.parametrize("name", ["fedsa", pytest.param("ditto", marks=pytest.mark.slow)])
 def test_personal_adapters_stay_at_the_clients_and_are_scored(name: str, tmp_path: Path) -> None:
     directory = run_tiny(tmp_path, *FAMILY[name], "federation.sample_clients=3")
     state = final_state(directory)

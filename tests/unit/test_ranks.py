@@ -1,5 +1,7 @@
 """Ranks of the clients' adapters: who has which, and what does not go together."""
 
+from pathlib import Path
+
 import pytest
 
 from fedllm_flwr.client.site import Site
@@ -68,9 +70,11 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded(
     ("algorithm", "rank", "said"),
     [("fedavg", 4, "use algorithm=flexlora, hetlora or flora"), ("flora", 16, "the run has")],
 )
-def test_ranks_that_sites_announce_are_checked(algorithm: str, rank: int, said: str) -> None:
+def test_ranks_that_sites_announce_are_checked(
+    algorithm: str, rank: int, said: str, tmp_path: Path
+) -> None:
     config = compose([f"algorithm={algorithm}"])
-    rounds = Rounds(find_rule(config.algorithm), config, Recorder(), None)  # type: ignore[arg-type]
+    rounds = Rounds(find_rule(config.algorithm), config, Recorder(), tmp_path)
     roster = {"a": Client(1, ClientInfo("a", 100, "0", rank=rank))}
     with pytest.raises(FederationError, match=said):
         rounds._check_ranks(roster)

@@ -157,6 +157,12 @@ def test_numbers_of_a_run() -> None:
     assert isinstance(clients, Table)
     column = list(clients.header).index("cut, mean")
     assert [row[column] for row in clients.rows] == ["0.2", "0.5"]
+    cut = chart(page, "cut").series[0]
+    assert [list(some or []) for some in (cut.low, cut.y, cut.high)] == [
+        [pytest.approx(0.1 * number) for number in (1, 2, 3)],
+        [pytest.approx((0.1 * number + 0.5) / 2) for number in (1, 2, 3)],
+        [0.5, 0.5, 0.5],
+    ]
     fairness = next(section for section in page.sections if section.title == "Fairness").blocks[0]
     assert isinstance(fairness, Table)
     assert [row[1] for row in fairness.rows] == ["0.500", "1.500", "1.000", "1.000", "0.500"]
@@ -165,7 +171,8 @@ def test_numbers_of_a_run() -> None:
 
 def test_privacy_that_was_spent() -> None:
     for epsilon, shown in ((2.9, "ε 2.9"), (None, "ε unbounded")):
-        records = [record(1, epsilon=epsilon, delta=1e-5)]
+        clients = {"a": {"num_examples": 3}}  # per record, no client tells its loss
+        records = [record(1, epsilon=epsilon, delta=1e-5, loss=None, clients=clients)]
         figures = run_page(RunFacts("a", Config(), records)).figures
         assert next(item.value for item in figures if item.label == "privacy spent") == shown
 

@@ -23,7 +23,9 @@ RECORDS: list[dict[str, Any]] = [
         "seconds": 3.0,
         "bytes_up": 7,
         "bytes_down": 9,
-        "client_eval": {"loss": 1.75},
+        "client_eval": {"loss": 1.75, "clients": {"st-mary's/A": {"loss": 1.75}}},
+        "update_norm": {"st-mary's/A": 0.5},
+        "epsilon": 2.5,
     },
 ]
 
@@ -40,6 +42,9 @@ def test_scalars_are_flat_and_missing_ones_left_out() -> None:
         "client_eval/loss": 1.75,
         "clients/st-mary_s_A/loss": 1.25,
         "clients/st-mary_s_A/steps": 10.0,
+        "clients/st-mary_s_A/update_norm": 0.5,
+        "clients/st-mary_s_A/eval/loss": 1.75,
+        "privacy/epsilon": 2.5,
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedllm_flwr.config.schema import changed
 from fedllm_flwr.federation.channel import NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.messages import Assignment, LocalScores, Update
 from fedllm_flwr.federation.recorder import Recorder
@@ -117,3 +118,27 @@ def test_an_open_round_counts_what_it_has_taken(tmp_path: Path) -> None:
     opened.take(Reply("bee", NoReplyError("asleep")))
     assert list(opened.report.metrics) == ["ant"]
     assert opened.report.failures == {"bee": "asleep"}
+
+
+def test_a_report_has_norms_and_cosines_of_updates_but_not_of_private_ones(tmp_path: Path) -> None:
+    rounds, roster = rounds_of(tmp_path), roster_of()
+    privacy = {"unit": "client", "sampling": "visible", "noise_multiplier": 0.0}
+    private = Rounds(rounds.rule, changed(rounds.config, privacy=privacy), Recorder(), tmp_path)
+    for made in (rounds, private):
+        opened = made.open(made.begin(ServerState(0, START), roster), roster, 1)
+        updates = {name: work(name, opened.assignments[name]) for name in TARGETS}
+        for name, update in updates.items():
+            opened.take(Reply(name, update))
+        opened.next_state()
+        if made is private:
+            assert opened.report.norms == opened.report.cosines == {}
+            continue
+        flat = {
+            n: np.concatenate([v.ravel() for v in u.delta.values()]) for n, u in updates.items()
+        }
+        mean = sum(SIZES[name] * value for name, value in flat.items())
+        for name, value in flat.items():
+            norm = np.linalg.norm(value)
+            assert opened.report.norms[name] == pytest.approx(norm)
+            exact = value @ mean / norm / np.linalg.norm(mean)
+            assert opened.report.cosines[name] == pytest.approx(exact, abs=0.1)

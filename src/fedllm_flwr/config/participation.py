@@ -33,4 +33,5 @@ def describe_local(config: Config) -> str:
         "all": "in every round",
         "sampled": "only in the rounds in which a federation would have chosen it",
     }
-    return f"mean over clients that train alone, each {rounds[chosen]} (participation={chosen})"
+    clients = "mean over the clients of the local baseline"
+    return f"{clients}, each {rounds[chosen]} (participation={chosen})"

@@ -64,7 +64,14 @@ def parse_transcripts(records: Iterable[Record], columns: ColumnsConfig) -> Prep
     """HH-RLHF: transcripts in the columns of preference pairs become lists of turns."""
     names = [name for name in (columns.prompt, columns.chosen, columns.rejected) if name]
     for row in records:
-        turns = {name: _turns(row[name]) for name in names if is_transcript(row.get(name))}
+        turns: dict[str, list[dict[str, str]]] = {}
+        for name in names:
+            if is_transcript(row.get(name)):  # the one space after a speaker is dropped
+                _, *parts = _SPEAKER.split(row[name])
+                turns[name] = [
+                    {"role": _ROLES[speaker], "content": content}
+                    for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+                ]
         prompt = turns.get(columns.prompt or "")
         if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # calls for the answer
             prompt.pop()
@@ -74,12 +81,3 @@ def parse_transcripts(records: Iterable[Record], columns: ColumnsConfig) -> Prep
 def is_transcript(text: object) -> bool:
     """Whether a text starts with a speaker of HH-RLHF."""
     return isinstance(text, str) and _SPEAKER.match(text) is not None
-
-
-def _turns(transcript: str) -> list[dict[str, str]]:
-    """Every turn unchanged, without the space after its speaker."""
-    _, *parts = _SPEAKER.split(transcript)
-    return [
-        {"role": _ROLES[speaker], "content": content}
-        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
-    ]

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fedllm_flwr.errors import DataError
+from fedllm_flwr.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -165,7 +165,7 @@ def _json_type(value: object) -> str:
 def _read_lines(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
     """JSON lines."""
     is_empty = True
-    with _opened(path) as file:  # lines end at \n alone: U+2028 and its kind are legal in a string
+    with _opened(path) as file:  # lines end only at \n: U+2028 and its kind are legal in a string
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -295,7 +295,7 @@ def _read_parquet(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
             for rows in file.iter_batches(_ROWS):
                 yield from rows.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
+        raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
 
 
 def read_dataset(rows: "datasets.Dataset", on_bad_line: BadLine = refuse) -> Iterator[Record]:
@@ -310,7 +310,7 @@ def _open_saved(path: Path, split: str | None) -> "datasets.Dataset":
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets and pyarrow raise many kinds; all mean the same here
-        raise DataError(f"{path}: not a readable saved data set ({_first_line(error)})") from None
+        raise DataError(f"{path}: not a readable saved data set ({first_line(error)})") from None
     if isinstance(saved, datasets.Dataset):
         return saved
     if split not in saved:
@@ -361,7 +361,3 @@ def _names_split(file: Path, split: str) -> bool:
 def _names(files: list[Path]) -> str:
     more = ", ..." if len(files) > _NAMED else ""
     return ", ".join(file.name for file in files[:_NAMED]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -37,7 +37,7 @@ from fedllm_flwr.data.remembered import (
     remembered,
     stamps,
 )
-from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.errors import ConfigError, DataError, first_line
 from fedllm_flwr.plugins import PREPROCESSING
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -439,5 +439,4 @@ def _load_hub(data: DataConfig, split: str) -> tuple[str, Any]:
             f"download it once on a connected machine"
         ) from None
     except Exception as error:  # datasets raises many kinds; all mean that the set is unusable
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise DataError(f"{source}: cannot be loaded ({reason})") from None
+        raise DataError(f"{source}: cannot be loaded ({first_line(error)})") from None

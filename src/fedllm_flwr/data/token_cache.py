@@ -26,7 +26,7 @@ from fedllm_flwr.plugins import TEMPLATES
 logger = logging.getLogger(__name__)
 
 ExamplesT = TypeVar("ExamplesT")
-Rows = Sequence[tuple[Any, ...]]  # values of a codec's columns
+ColumnValues = Sequence[tuple[Any, ...]]  # values of a codec's columns
 
 FORMAT_VERSION = 4  # raise it whenever the same inputs give other tokens or other arrays
 _RECORDS = 2000  # that are encoded at once
@@ -40,7 +40,7 @@ class Codec(Generic[ExamplesT]):
 
     name: str
     columns: tuple[str, ...]  # of a record: all that the tokens depend on
-    encode: Callable[[Rows, Tokenizer, str, int, str], ExamplesT]
+    encode: Callable[[ColumnValues, Tokenizer, str, int, str], ExamplesT]
     # The rows that a file holds, and counts of what became of the records, by name.
     pack: Callable[[ExamplesT], tuple[Encoded, dict[str, int]]]
     unpack: Callable[[Encoded, dict[str, int]], ExamplesT]

@@ -31,7 +31,7 @@ _SERVERS_OWN = ("start_timeout_s",)  # keys of the section federation that need 
 class Request:
     """A server's request to run with certain settings, and the decision of the site's operator.
 
-    ``id`` follows from the run and its settings, so that a decision is about these settings alone.
+    ``id`` follows from the run and its settings, so that a decision is only about these settings.
     """
 
     id: str

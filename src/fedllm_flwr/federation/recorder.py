@@ -18,7 +18,8 @@ class RoundReport:
     clients that have started anew, each with the round of which its memory is lost; ``cut`` is
     the share of each client's update that a robust combiner has left out. ``spent`` is epsilon and
     delta after the round, where privacy is promised; ``is_last``: another round would spend more
-    than ``privacy.target_epsilon``.
+    than ``privacy.target_epsilon``. ``norms`` and ``cosines`` are those of the updates, see
+    `directions.UpdateDirections`.
     """
 
     round: int
@@ -31,6 +32,8 @@ class RoundReport:
     diverged: set[str] = field(default_factory=set)  # those of the failures with NaN or Inf
     lost: dict[str, int] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    cosines: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     num_scored: dict[str, int] = field(default_factory=dict)
     score_failures: dict[str, str] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from fedllm_flwr.factors import aggregation_error, cut, is_a, is_b
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
+from fedllm_flwr.federation.directions import UpdateDirections
 from fedllm_flwr.federation.masked_round import MaskedContributions, num_words
 from fedllm_flwr.federation.mechanism import mechanism_of
 from fedllm_flwr.federation.messages import (
@@ -384,6 +385,7 @@ class OpenRound:
         self._within: list[bool] = []
         self._adapters: dict[str, tuple[Params, float]] = {}  # by client, with its weight
         self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
+        self._directions = UpdateDirections(self.state.params)
 
     def take(self, reply: Reply) -> None:
         """Validate a reply, all of it, and only then combine it with the others."""
@@ -440,6 +442,7 @@ class OpenRound:
         new = rounds.rule.step(state, released, counts)
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
         report.cut = dict(self._combiner.cut)
+        report.norms, report.cosines = self._directions.norms, self._directions.cosines()
         params = {name: value.astype(np.float32) for name, value in new.params.items()}
         try:
             check_like(params, state.params)
@@ -546,6 +549,8 @@ class OpenRound:
         delta = contribution.pop("delta")
         if not rounds.rule.any_rank:
             self._combiner.add(name, delta, weight)
+        if rounds.config.privacy.unit != "client":  # they are no release
+            self._directions.add(name, update.delta, weight)
         if self._keeps:
             self._adapters[name] = moved(like, delta), weight
         self._weight += weight

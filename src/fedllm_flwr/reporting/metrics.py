@@ -12,12 +12,14 @@ A record is plain data: ``round`` and ``seconds``, and where they apply
   ``ignored``: replies that belong to no client; ``cut``: by client, the share of its update that a
   robust combiner has left out; ``refused_updates``: those of the failures that came and could not
   be used; ``attackers``: those of a simulation that the round has asked
+- ``update_norm``, ``update_cosine``: by client, the norm of its update and the cosine of it to the
+  weighted mean of all, but for privacy per client, where they would be no release
 - ``failed``: the run stopped in this round
 - ``epsilon``, ``delta``: what was spent so far, where privacy is promised; ``budget_spent``:
   another round would spend more than ``privacy.target_epsilon``
 - ``phases``: seconds by phase since the previous record, its checkpoint included
 
-The best round and early stopping depend on these records alone, so that a resumed run decides as an
+The best round and early stopping depend only on these records, so that a resumed run decides as an
 uninterrupted one does.
 """
 

@@ -5,8 +5,8 @@ from statistics import fmean
 
 from fedllm_flwr.federation.messages import PERSONAL
 from fedllm_flwr.reporting.metrics import RoundRecord
+from fedllm_flwr.tasks.base import Scores
 
-Scores = dict[str, float]
 OWN_RECORDS = "own records"
 
 

@@ -19,7 +19,7 @@ from fedllm_flwr.tasks.base import Panel, TrainingTask
 # Okabe and Ito (2008): distinguishable with any kind of colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 Curve = Sequence[tuple[int, float, float, float]]  # (round, mean, low, high)
-Bar = tuple[float, float, float]  # value, low, high
+ScoreBar = tuple[float, float, float]  # value, low, high
 
 
 _STYLE = {
@@ -162,7 +162,7 @@ def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
 
 def plot_bars(
     names: Sequence[str],
-    groups: Mapping[str, Sequence[Bar | None]],
+    groups: Mapping[str, Sequence[ScoreBar | None]],
     chances: Sequence[float | None],
     path: Path,
     title: str,

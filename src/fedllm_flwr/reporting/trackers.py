@@ -16,7 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import TrackingConfig
-from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.errors import ConfigError, first_line
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.metrics import RoundRecord
 
@@ -84,7 +84,7 @@ def open_trackers(config: Config, run_dir: Path) -> Tracker:
         except Exception as error:  # each library has its own exceptions
             Trackers(opened).close(succeeded=False)
             raise ConfigError(
-                f"tracking.{name}=true: cannot start ({_first_line(error)}); {_REMEDIES[name]}."
+                f"tracking.{name}=true: cannot start ({first_line(error)}); {_REMEDIES[name]}."
             ) from error
     return Trackers(opened)
 
@@ -105,7 +105,7 @@ class Trackers:
                 logger.warning(
                     "tracking.%s: %s; no more is sent there, metrics.jsonl has everything",
                     name,
-                    _first_line(error),
+                    first_line(error),
                 )
 
     def close(self, succeeded: bool = True) -> None:
@@ -114,7 +114,7 @@ class Trackers:
             try:
                 tracker.close(succeeded)
             except Exception as error:
-                logger.warning("tracking.%s: %s", name, _first_line(error))
+                logger.warning("tracking.%s: %s", name, first_line(error))
         self._trackers = {}
 
 
@@ -131,12 +131,20 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "time/round_seconds": record.get("seconds"),
         "comm/bytes_up": record.get("bytes_up"),
         "comm/bytes_down": record.get("bytes_down"),
+        "privacy/epsilon": record.get("epsilon"),
+        "train/aggregation_error": record.get("aggregation_error"),
     }
     for section in ("eval", "client_eval"):
         renamed |= {f"{section}/{key}": value for key, value in (record.get(section) or {}).items()}
     for name, metrics in (record.get("clients") or {}).items():
         client = name.replace("/", "_")
         renamed |= {f"clients/{client}/{key}": value for key, value in metrics.items()}
+    for key in ("update_norm", "update_cosine", "cut"):
+        for name, value in (record.get(key) or {}).items():
+            renamed[f"clients/{name.replace('/', '_')}/{key}"] = value
+    for name, scores in ((record.get("client_eval") or {}).get("clients") or {}).items():
+        client = name.replace("/", "_")
+        renamed |= {f"clients/{client}/eval/{key}": value for key, value in scores.items()}
     return {
         re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII): float(value)
         for name, value in renamed.items()
@@ -246,11 +254,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 _MAKERS: dict[str, Callable[[Config, Path], Tracker]] = {

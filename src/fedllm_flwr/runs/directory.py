@@ -98,7 +98,7 @@ class RunDirectory:
         return self.path / "known"
 
     @property
-    def alone(self) -> Path:
+    def local_adapters(self) -> Path:
         """The clients' own adapters (algorithm=local), by client and round."""
         return self.path / "alone"
 

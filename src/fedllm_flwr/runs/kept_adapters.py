@@ -230,7 +230,7 @@ def _of_clients(
             note = "" if number is None else _note(directory, config, number)
         if number is None or number not in kept:
             raise ConfigError(f"{typed}: round {number} is not kept; kept: {_kept(directory)}.")
-        label, folders = f"round {number}", directory.alone
+        label, folders = f"round {number}", directory.local_adapters
     found = []
     if label.startswith("round"):
         state = read_state(state_file(directory.checkpoints, number or 0))

@@ -74,7 +74,7 @@ class RunRecorder(Recorder):
         self._first_round = first_round
         self._refused = dict(refused)
         self._counted = timings.earlier  # seconds by phase that records account for
-        self.local_adapters = LocalAdapters(directory.alone, prepared.initial)
+        self.local_adapters = LocalAdapters(directory.local_adapters, prepared.initial)
 
     def on_start_round(self, round: int, names: list[str]) -> None:
         """Show which clients are asked."""
@@ -260,6 +260,9 @@ def _record(report: RoundReport, config: Config) -> RoundRecord:
         record["attackers"] = report.attackers
     if report.cut:
         record["cut"] = report.cut
+    for key, measured in (("update_norm", report.norms), ("update_cosine", report.cosines)):
+        if measured:
+            record[key] = dict(sorted(measured.items()))
     if report.refused:
         record["refused_updates"] = sorted(report.refused)
     if report.spent is not None:

@@ -64,7 +64,7 @@ def check_is_private(node_ip: str) -> None:
     """
     if node_ip != LOOPBACK:
         raise FederationError(
-            f"Ray listens on {node_ip} and not on this machine alone, because it was imported "
+            f"Ray listens on {node_ip} and not only on this machine, because it was imported "
             f"before the run; set {SPANS_MACHINES}=0 before Python starts, or use "
             "federation.engine=inprocess."
         )

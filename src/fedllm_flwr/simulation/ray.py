@@ -15,7 +15,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.errors import FederationError
+from fedllm_flwr.errors import FederationError, first_line
 from fedllm_flwr.simulation.access import private_ray
 from fedllm_flwr.simulation.grid import SimulationGrid
 from fedllm_flwr.simulation.resources import join_cluster, start_ray
@@ -115,11 +115,9 @@ def _flower_engine(num_clients: int, backend: Any, state_dir: Path) -> Iterator[
 
 
 def _engine_failed(error: BaseException) -> FederationError:
-    text = str(error.__cause__ or error).strip()
-    reason = text.splitlines()[0] if text else type(error).__name__
     return FederationError(
-        f"the Ray engine failed ({reason}); run `fedllm doctor`, or use "
-        "federation.engine=inprocess."
+        f"the Ray engine failed ({first_line(error.__cause__ or error)}); run `fedllm doctor`, "
+        "or use federation.engine=inprocess."
     )
 
 

@@ -48,10 +48,10 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     return path
 
 
-Examples = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # task -> model -> samples
+SamplesByTask = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # task -> model -> samples
 
 
-def evaluation_page(name: str, about: Mapping[str, Any], examples: Examples) -> Page:
+def evaluation_page(name: str, about: Mapping[str, Any], examples: SamplesByTask) -> Page:
     """The whole page: the tables of the command, their headline scores drawn, and examples."""
     records: Sequence[Mapping[str, Any]] = about["results"]
     models = list(dict.fromkeys(record["model"] for record in records))
@@ -86,7 +86,7 @@ def evaluation_page(name: str, about: Mapping[str, Any], examples: Examples) -> 
             *sections,
             Section("What to know", [Text(about["notes"])]),
             Section("Every metric", [Folded("All, with 95 % intervals", [Table(header, body)])]),
-            Section("Examples", [_task(task, about, some) for task, some in examples.items()]),
+            Section("SamplesByTask", [_task(task, about, some) for task, some in examples.items()]),
         ],
     )
 
@@ -151,7 +151,7 @@ def _text(value: Any) -> str:
     return shorten(value if isinstance(value, str) else json.dumps(value), _LONGEST)
 
 
-def _examples(folder: Path, about: Mapping[str, Any]) -> Examples:
+def _examples(folder: Path, about: Mapping[str, Any]) -> SamplesByTask:
     """The first examples of each task by model, of ``predictions/``."""
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for model, place in about["predictions"].items():

@@ -52,7 +52,15 @@ class Scorer:
         return scored
 
     def _candidate(self, candidate: Candidate, tasks: Sequence[SuiteTask]) -> dict[str, Samples]:
-        keys = {task.name: self._key(candidate, task) for task in tasks}
+        identity = self._identity(candidate)
+        keys = {
+            task.name: key_of(
+                **identity,
+                task=task_identity(task, self.options),
+                harness=harness_version() if task.runner == "harness" else None,
+            )
+            for task in tasks
+        }
         found = {name: self.cache.get(key) for name, key in keys.items()}
         missing = [task for task in tasks if found[task.name] is None]
         for task in tasks:
@@ -69,7 +77,7 @@ class Scorer:
                     source=model_source(candidate.config.model),
                     adapter=None if candidate.adapter is None else candidate.adapter.path,
                 )
-                folder = self.work_dir / key_of(**self._identity(candidate))[:16]
+                folder = self.work_dir / key_of(**identity)[:16]
                 options = replace(self.options, work_dir=folder)
                 for task in missing:
                     self.report(candidate, task, "running")
@@ -78,11 +86,6 @@ class Scorer:
                     found[task.name] = samples
                     self.report(candidate, task, f"{samples.seconds:.0f} s")
         return {name: samples for name, samples in found.items() if samples is not None}
-
-    def _key(self, candidate: Candidate, task: SuiteTask) -> str:
-        harness = harness_version() if task.runner == "harness" else None
-        identity = self._identity(candidate)
-        return key_of(**identity, task=task_identity(task, self.options), harness=harness)
 
     def _identity(self, candidate: Candidate) -> dict[str, Any]:
         """All that decides on a model's answers to a question."""

@@ -124,7 +124,14 @@ def every_metric(comparison: ScoreTable) -> list[list[str]]:
 def _scores(comparison: ScoreTable, columns: Sequence[ScoreColumn]) -> list[list[str]]:
     table = [["", *(column.task for column in columns)], ["", *(c.metric for c in columns)]]
     for row in comparison.rows:
-        table.append([row.name, *(_cell(row, column) for column in columns)])
+        cells = [row.name]
+        for column in columns:
+            if column in row.scores:
+                low, high = row.scores[column].interval
+                cells.append(f"{row.scores[column].value:.3f} ± {(high - low) / 2:.3f}")
+            else:
+                cells.append("-")
+        table.append(cells)
     if any(column.chance is not None for column in columns):
         chances = ["-" if c.chance is None else f"{c.chance:.3f}" for c in columns]
         table.append(["by chance", *chances])
@@ -148,14 +155,6 @@ def _differences(
         mark = ("*" if score.num_seeds > 1 else "†") if clear else " "
         cells[key] = f"{score.value:+.3f} ± {(high - low) / 2:.3f} {mark}"
     return cells
-
-
-def _cell(row: ModelRow, column: ScoreColumn) -> str:
-    if column not in row.scores:
-        return "-"
-    score = row.scores[column]
-    low, high = score.interval
-    return f"{score.value:.3f} ± {(high - low) / 2:.3f}"
 
 
 def _interval(score: IntervalEstimate | None) -> str:

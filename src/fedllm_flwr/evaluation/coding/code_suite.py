@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.errors import ConfigError, DataError, first_line
 from fedllm_flwr.evaluation.coding.problems import KINDS, Problem
 from fedllm_flwr.evaluation.sandbox.bubblewrap import (
     Limits,
@@ -205,10 +205,9 @@ def _rows(task: SuiteTask, options: RunOptions) -> list[Row]:
             dict(row) for split in splits for row in datasets.load_dataset(hub, *name, split=split)
         ]
     except Exception as error:  # datasets and the hub raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{task.name}: {hub} cannot be loaded: {reason[:200]}; give local files with "
-            "--data-root."
+            f"{task.name}: {hub} cannot be loaded: {first_line(error)[:200]}; give local files "
+            "with --data-root."
         ) from error
 
 

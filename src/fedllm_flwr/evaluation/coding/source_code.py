@@ -14,12 +14,8 @@ def code_of(answer: str, function: str = "") -> str:
     An answer without a block is code as a whole; an unclosed block goes to the end.
     """
     blocks: list[str] = _BLOCK.findall(answer)
-    if not blocks:
-        return _between_marks(answer)
-    return next((block for block in blocks if function and defines(block, function)), blocks[0])
-
-
-def _between_marks(answer: str) -> str:
+    if blocks:
+        return next((block for block in blocks if function and defines(block, function)), blocks[0])
     for mark, end in zip(_MARKS, _ENDS, strict=True):
         if mark in answer:
             answer = answer.partition(mark)[2]

@@ -205,7 +205,7 @@ class Endpoint:
         http = importlib.import_module(type(response).__module__.partition(".")[0])
         ends, stream, limit_s = time.monotonic() + self.timeout_s, response.stream, self.timeout_s
 
-        class Bounded(http.AsyncByteStream):  # type: ignore[misc, name-defined]
+        class BoundedBody(http.AsyncByteStream):  # type: ignore[misc, name-defined]
             async def __aiter__(self) -> AsyncIterator[bytes]:
                 read = 0
                 async for part in stream:
@@ -219,7 +219,7 @@ class Endpoint:
             async def aclose(self) -> None:
                 await stream.aclose()
 
-        response.stream = Bounded()
+        response.stream = BoundedBody()
 
 
 @dataclass

@@ -48,7 +48,7 @@ class JudgeOptions:
     """Options of writing and grading answers.
 
     Args:
-        model: name at the endpoint; None: no judge, scores by rule alone.
+        model: name at the endpoint; None: no judge, scores by rule only.
         concurrency: requests to an endpoint at once.
         attempts: how often a judge is asked for a verdict in all.
         price: in some currency per million prompt and completion tokens.

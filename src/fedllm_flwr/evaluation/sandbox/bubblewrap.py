@@ -139,7 +139,9 @@ def _started(limits: Limits) -> Iterator["_Watch"]:
     theirs = [tasks[0], results[1], output[1], filter_[0], about[1]]
     process: subprocess.Popen[bytes] | None = None
     try:
-        users = _users() if _is_root() else None
+        # A root whose id is another one outside is an ordinary user who is root in a namespace.
+        own, outside, _ = Path("/proc/self/uid_map").read_text("utf-8").split()[:3]
+        users = _users() if os.getuid() == 0 and own == outside else None
         theirs += [] if users is None else [users]
         room = _room(users, limits.file_bytes, info=about[1], rules=filter_[0])
         order = {
@@ -169,12 +171,6 @@ def _started(limits: Limits) -> Iterator["_Watch"]:
             _wait_for_room(os.read(about[0], 4096))
         for descriptor in (*ours, *theirs):
             os.close(descriptor)
-
-
-def _is_root() -> bool:
-    """Whether this is the machine's root, and not an ordinary user who is root in a namespace."""
-    own, outside, _ = Path("/proc/self/uid_map").read_text("utf-8").split()[:3]
-    return os.getuid() == 0 and own == outside
 
 
 def _users() -> int:
@@ -326,20 +322,17 @@ class _Watch:
             with contextlib.suppress(BlockingIOError, BrokenPipeError):
                 self.unsent = self.unsent[os.write(self.tasks, self.unsent) :]
         if self.output in ready:
-            self._take_output()
+            text = os.read(self.output, 65536)
+            if not text:
+                self.output = -1
+            self.printed = (self.printed + text)[-_KEPT_OUTPUT:]
+            self.printed_bytes += len(text)
+            if self.printed_bytes > self.limits.output_bytes:
+                raise _EndError("failed", f"printed more than {self.limits.output_bytes} bytes")
         if self.results in ready:
             self._take_frames(texts)
         elif ended in ready and self.output not in ready:  # all that was told has been read
             raise self._end_by_itself()
-
-    def _take_output(self) -> None:
-        text = os.read(self.output, 65536)
-        if not text:
-            self.output = -1
-        self.printed = (self.printed + text)[-_KEPT_OUTPUT:]
-        self.printed_bytes += len(text)
-        if self.printed_bytes > self.limits.output_bytes:
-            raise _EndError("failed", f"printed more than {self.limits.output_bytes} bytes")
 
     def _take_frames(self, texts: list[str]) -> None:
         data = os.read(self.results, 65536)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.errors import DataError
+from fedllm_flwr.errors import DataError, first_line
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask, suites_dir
 from fedllm_flwr.evaluation.suites.local_data import local_settings
 from fedllm_flwr.evaluation.suites.requested import harness_version
@@ -60,12 +60,21 @@ class HarnessTasks:
                 apply_chat_template=True,
                 fewshot_as_multiturn=True,
             )
-        samples = [
-            _sample(task, name, logged) for name in loaded for logged in found["samples"][name]
-        ]
+        # One sample per example: values by a named filter are called ``<metric>,<filter>``.
+        samples: dict[str, Sample] = {}
+        for name in loaded:
+            for logged in found["samples"][name]:
+                sample = _sample(task, name, logged)
+                filtered = sample.pop("filter")
+                known = ("id", "part", "target", "answer", "log_likelihoods")
+                renamed = {
+                    (key if key in known or filtered == "none" else f"{key},{filtered}"): value
+                    for key, value in sample.items()
+                }
+                samples.setdefault(sample["id"], {}).update(renamed)
         prompt = found["samples"][next(iter(loaded))][0]["arguments"][0][0]
         notes = {"prompts": asked.prompts, "cut": asked.cut, "examples_left_out": asked.left_out}
-        return Samples(_joined_filters(samples), prompt, notes, time.monotonic() - started)
+        return Samples(list(samples.values()), prompt, notes, time.monotonic() - started)
 
     def _load(self, task: SuiteTask, options: RunOptions, prompt: str) -> dict[str, Any]:
         key = (task.suite, task.name, options.data_root, options.shots, prompt)
@@ -93,14 +102,14 @@ def _load(task: SuiteTask, options: RunOptions, overrides: dict[str, Any]) -> di
     except DataError:
         raise
     except Exception as error:  # datasets and the hub raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = (
             "give local files with --data-root"
             if options.data_root is None
             else f"look at its files in {options.data_root}: {', '.join(task.files)}"
         )
         raise DataError(
-            f"{task.name}: its data ({task.source}) cannot be loaded: {reason[:200]}; {remedy}."
+            f"{task.name}: its data ({task.source}) cannot be loaded: "
+            f"{first_line(error)[:200]}; {remedy}."
         ) from error
     for found in loaded.values():
         _check_targets(task, found)
@@ -218,20 +227,6 @@ def _sample(task: SuiteTask, part: str, logged: dict[str, Any]) -> Sample:
         "log_likelihoods" if likelihoods else "answer": _plain(answer),
         **kept,
     }
-
-
-def _joined_filters(samples: list[Sample]) -> list[Sample]:
-    """One record per example: values by a named filter are called ``<metric>,<filter>``."""
-    found: dict[str, Sample] = {}
-    for sample in samples:
-        name = sample.pop("filter")
-        known = ("id", "part", "target", "answer", "log_likelihoods")
-        renamed = {
-            (key if key in known or name == "none" else f"{key},{name}"): value
-            for key, value in sample.items()
-        }
-        found.setdefault(sample["id"], {}).update(renamed)
-    return list(found.values())
 
 
 def _plain(value: Any) -> Any:

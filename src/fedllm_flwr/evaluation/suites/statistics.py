@@ -2,7 +2,7 @@
 
 A resample draws as many examples as there are, with replacement (Efron 1979); it is a row of
 counts, one per example. Every score is a function of the counts, so that thousands of resamples are
-a matrix product. The counts depend on the seed and the number of examples alone: two models scored
+a matrix product. The counts depend only on the seed and the number of examples: two models scored
 on the same examples see the same resamples, and the difference of their scores is a paired one.
 
 A bootstrap over examples says nothing of what another seed of training would have given. Where

@@ -15,7 +15,6 @@ from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.generation import Decoding, as_text, generate
 from fedllm_flwr.models.scoring import Question, Score, score
 
-PROMPTS = ("trained", "raw", "chat")
 _PLACE = "\N{SYMBOL FOR UNIT SEPARATOR}"
 
 

@@ -199,7 +199,7 @@ def _curves(records: Sequence[RoundRecord], task: TrainingTask) -> list[Block]:
     trained = [record for record in records if record.get("loss") is not None]
     lines = []
     if trained:
-        each = [[m["loss"] for m in record["clients"].values()] for record in trained]
+        each = [[m.get("loss") for m in record["clients"].values()] for record in trained]
         ends = [[loss for loss in losses if loss is not None] for losses in each]
         lines.append(
             Series(
@@ -311,6 +311,7 @@ def _clients(facts: RunFacts, records: Sequence[RoundRecord]) -> list[Block]:
     lines = [
         Series(name, [number for number, _ in some], [metrics.get("loss") for _, metrics in some])
         for name, some in sorted(series.items())
+        if any(metrics.get("loss") is not None for _, metrics in some)
     ]
     if len(lines) > 1:
         blocks.append(Chart("Training loss of each client", lines, log=spans_decades(lines)))
@@ -433,7 +434,15 @@ def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[B
     """Every number by round that is not shown elsewhere, so that new measures appear here."""
     shown = {"loss", *(key for panel in task.panels for key in panel.keys)}
     known = {f"eval {key}".replace("_", " ") for key in shown}
-    return [
+    charts: list[Block] = []
+    by_client = {key: key.replace("_", " ") for record in records for key in _by_client(record)}
+    for key, title in by_client.items():
+        points = [(r["round"], [*r[key].values()]) for r in records if key in _by_client(r)]
+        rounds = [number for number, _ in points]
+        mean, low, high = ([choose(v) for _, v in points] for choose in (fmean, min, max))
+        line = Series("mean of clients", rounds, mean, low, high)
+        charts.append(Chart(title, [line], note="Band: lowest to highest client."))
+    return charts + [
         Chart(name.replace("eval ", "held-out "), [Series(name, *zip(*points, strict=True))])
         for name, points in scalar_series(records)
         if name not in known and len(points) > 1
