@@ -10,6 +10,17 @@ from fedllm_flwr.tasks.base import Scores
 OWN_RECORDS = "own records"
 
 
+def client_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
+    """Rows of a closing table below what training started from: the best and the worst of clients
+    that train their own adapters, by loss, and the scores on the clients' own records.
+    """
+    each: Mapping[str, Scores] = records[-1].get("local", {}) if records else {}
+    ranked = sorted(each, key=lambda name: each[name]["loss"])
+    ends = {"best": ranked[0], "worst": ranked[-1]} if ranked else {}
+    rows = [(f"{label} ({name})", each[name]) for label, name in ends.items()]
+    return rows + own_records_rows(records)
+
+
 def own_records_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
     """Mean, worst and best client by loss: with the global adapter, and with its own if it has one.
 

@@ -133,6 +133,11 @@ def closing_table(rows: Sequence[tuple[str, Metrics]]) -> list[str]:
     return lines
 
 
+def result_label(algorithm: str) -> str:
+    """Label of the result of a run in its closing table."""
+    return {"local": "local (mean)", "centralized": "centralized"}.get(algorithm, "federated")
+
+
 def summary_rows(
     summary: Mapping[str, Any], extra: Sequence[tuple[str, Metrics]], label: str, first: str
 ) -> list[tuple[str, Metrics]]:

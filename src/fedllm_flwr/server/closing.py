@@ -5,14 +5,12 @@ from pathlib import Path
 from fedllm_flwr.config import Config
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import name_of_start, read_metrics, summarise, write_summary
-from fedllm_flwr.reporting.personal import own_records_rows
-from fedllm_flwr.reporting.table import is_past_best
+from fedllm_flwr.reporting.personal import client_rows
+from fedllm_flwr.reporting.table import is_past_best, result_label
 from fedllm_flwr.runs.directory import RunDirectory, best_round
 from fedllm_flwr.runs.report import environment, report_or_warning, write_run_report
 from fedllm_flwr.runs.timings import Timings
 from fedllm_flwr.tasks import task_of
-
-_LABELS = {"local": "local (mean)", "centralized": "centralized"}
 
 
 def close_run(
@@ -38,19 +36,12 @@ def close_run(
         next_commands += [] if at_sites else [f"{task.command} algorithm={other}"]
     else:
         next_commands = [f"{task.command} algorithm=fedavg"]
-    # Where clients train their own adapters: the best and the worst of them, by loss.
-    each: dict[str, dict[str, float]] = records[-1].get("local", {}) if records else {}
-    ranked = sorted(each, key=lambda name: each[name]["loss"])
-    ends = {"best": ranked[0], "worst": ranked[-1]} if ranked else {}
     console.closing(
         summary,
         _written(directory, summary["rounds"]),
-        rows=[
-            *((f"{label} ({name})", each[name]) for label, name in ends.items()),
-            *own_records_rows(records),
-        ],
+        rows=client_rows(records),
         next_commands=next_commands,
-        label=_LABELS.get(config.algorithm.name, "federated"),
+        label=result_label(config.algorithm.name),
         first=name_of_start(config.init_adapter),
         since_resumed=seconds if timings.earlier else None,
     )

@@ -3,7 +3,7 @@
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const HEIGHT = 270, MARGIN = { left: 62, right: 14, top: 10, bottom: 40 }, COLORS = 10;
-  const DASHES = ["", "7 4", "2 3", "9 3 2 3", "14 4"], MARKED = 30, FEW = 10, WIDE = 4;
+  const DASHES = ["", "7 4", "2 3", "9 3 2 3", "14 4"], MARKED = 30, SEVERAL = 4, FEW = 10, WIDE = 4;
 
   function node(parent, name, attributes = {}, text = null) {
     const made = parent.namespaceURI === SVG || name === "svg"
@@ -38,6 +38,9 @@
     return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
   }
 
+  // The number of a line's colour and dashes.
+  const look = (line, index) => line.color ?? index;
+
   class Chart {
     constructor(figure, data, kept = {}) {
       this.figure = figure;
@@ -52,6 +55,7 @@
     setData(data) {
       this.data = data;
       this.plot.replaceChildren();
+      this.plot.classList.toggle("several", data.series.length > SEVERAL);
       this.plot.classList.toggle("many", data.series.length > FEW);
       this.area = node(this.plot, "div", { tabindex: 0, role: "group", "aria-roledescription": "chart" });
       this.area.setAttribute("aria-label",
@@ -75,7 +79,7 @@
       if (this.data.series.length < 2) return;
       const list = node(this.plot, "ul", { class: "legend" });
       this.data.series.forEach((line, i) => {
-        const button = node(node(list, "li", { class: "item" }), "button", { type: "button", class: `ink${i % COLORS}` });
+        const button = node(node(list, "li", { class: "item" }), "button", { type: "button", class: `ink${look(line, i) % COLORS}` });
         node(button, "span", {}, line.name);
         const press = () => button.setAttribute("aria-pressed", !this.hidden.has(line.name));
         button.addEventListener("click", () => {
@@ -111,7 +115,7 @@
     }
 
     lines() {
-      return this.data.series.map((line, index) => ({ ...line, index })).filter((line) => !this.hidden.has(line.name));
+      return this.data.series.map((line, index) => ({ ...line, index, hue: look(line, index) })).filter((line) => !this.hidden.has(line.name));
     }
 
     draw() {
@@ -170,16 +174,16 @@
     band(parent, line) {
       if (!line.low || !line.high) return;
       const edge = [...this.points(line, line.high), ...this.points(line, line.low).reverse()];
-      if (edge.length > 2) node(parent, "path", { class: `band fill${line.index % COLORS}`, d: `M${edge.join("L")}Z` });
+      if (edge.length > 2) node(parent, "path", { class: `band fill${line.hue % COLORS}`, d: `M${edge.join("L")}Z` });
     }
 
     curve(parent, line) {
       const path = this.points(line, line.y);
       if (!path.length) return;
-      const drawn = node(parent, "path", { class: `curve ink${line.index % COLORS}`, d: `M${path.join("L")}`, "data-name": line.index });
-      if (this.data.series.length <= FEW) drawn.setAttribute("stroke-dasharray", DASHES[line.index % DASHES.length]);
+      const drawn = node(parent, "path", { class: `curve ink${line.hue % COLORS}`, d: `M${path.join("L")}`, "data-name": line.index });
+      if (this.data.series.length <= FEW) drawn.setAttribute("stroke-dasharray", DASHES[line.hue % DASHES.length]);
       if (path.length <= MARKED && this.data.series.length <= FEW)
-        for (const [cx, cy] of path) node(parent, "circle", { cx, cy, r: 2.6, class: `fill${line.index % COLORS}` });
+        for (const [cx, cy] of path) node(parent, "circle", { cx, cy, r: 2.6, class: `fill${line.hue % COLORS}` });
     }
 
     pointers(svg) {
@@ -257,7 +261,7 @@
       node(this.marks, "path", { class: "cursor", d: `M${this.X(nearest)} ${MARGIN.top}V${HEIGHT - MARGIN.bottom}` });
       this.readout.append(`${this.data.xLabel} ${shown(nearest)}`);
       for (const item of found.slice(0, FEW)) {
-        node(this.marks, "circle", { cx: this.X(item.x), cy: this.Y(item.y), r: 4, class: `fill${item.line.index % COLORS}` });
+        node(this.marks, "circle", { cx: this.X(item.x), cy: this.Y(item.y), r: 4, class: `fill${item.line.hue % COLORS}` });
         this.readout.append(`  ·  ${item.line.name} `);
         node(this.readout, "b", {}, shown(item.y));
         if (item.low !== null && item.low !== undefined && item.low !== item.high) this.readout.append(` (${shown(item.low)} to ${shown(item.high)})`);

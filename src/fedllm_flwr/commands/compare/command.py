@@ -255,9 +255,8 @@ def report_page(root: Path, found: Tabulated | None = None) -> Page:
     """
     options, overrides = _saved(root)
     if found is None:
-        found = Tabulated.of(
-            _jobs_on_disk(root), _algorithms(options.get("algorithm", "all"), overrides)
-        )
+        algorithms = _algorithms(options.get("algorithm", "all"), overrides)
+        found = Tabulated.of(_jobs_on_disk(root, algorithms), algorithms)
     if found is None:
         raise ConfigError(f"{root}: no run of this comparison has finished yet.")
     own = [f"{key}={value}" for key, value in options.items() if key != "output_dir"]
@@ -265,11 +264,11 @@ def report_page(root: Path, found: Tabulated | None = None) -> Page:
     return comparison_page(facts, found, shlex.join(["fedllm", "compare", *own, *overrides]))
 
 
-def _jobs_on_disk(root: Path) -> list[Job]:
-    """The runs in a comparison's directory, which may have been moved, by seed."""
+def _jobs_on_disk(root: Path, algorithms: Sequence[str]) -> list[Job]:
+    """The runs in a comparison's directory, which may have been moved, as `make_jobs` orders."""
     jobs = []
     for path in sorted((root / "runs").glob("*/config.yaml")):
         config = replace(load_run(path.parent, str(path.parent)), output_dir=str(path.parent))
         name = path.parent.name.rpartition("-seed")[0]
         jobs.append(Job(name, config.seed, config=config))
-    return sorted(jobs, key=lambda job: job.seed)
+    return sorted(jobs, key=lambda job: (job.seed, algorithms.index(job.algorithm)))

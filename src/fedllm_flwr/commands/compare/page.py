@@ -1,10 +1,11 @@
 """The comparison as a report: what its table says, with intervals and curves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from fedllm_flwr.commands.compare.results import ComparisonRow, FinishedRun, Tabulated, curves
-from fedllm_flwr.commands.compare.table import lines_of
+from fedllm_flwr.commands.compare.table import lines_of, own_records_lines
 from fedllm_flwr.reporting.html.page import (
     Bar,
     Block,
@@ -52,6 +53,7 @@ def comparison_page(facts: RunFacts, found: Tabulated, command: str) -> Page:
                 "Paired differences to local",
                 _differences(rows, [line[header.index(f"{metric} vs local")] for line in body]),
             ),
+            Section("On the clients' own records", _own_records(found)),
             Section("Curves", _curves(found)),
             Section("Runs", [_runs(outcomes, metric, title)]),
             Section("Configuration", configuration(facts)),
@@ -76,8 +78,8 @@ def _headline(rows: Sequence[ComparisonRow], metric: str) -> str:
     difference = next(row.against_local for row in rows if row.name == best)
     if difference is not None and difference.half_width is not None:
         sentence += (
-            f" It is {difference.mean:+.3f} ± {difference.half_width:.3f} from local (95 %, paired "
-            "by seed)."
+            f" Its difference to local is {difference.mean:+.3f} ± {difference.half_width:.3f} "
+            "(95 %, paired by seed)."
         )
     return sentence
 
@@ -104,6 +106,15 @@ def _differences(rows: Sequence[ComparisonRow], texts: Sequence[str]) -> list[Bl
     return [Table(["", "difference"], drawn, note="Whiskers: 95 % t interval.")] if drawn else []
 
 
+def _own_records(found: Tabulated) -> list[Block]:
+    """Scores on the clients' own held-out records, where they were asked for."""
+    rows = found.on_own_records()
+    if not rows:
+        return []
+    header, *body = own_records_lines(rows)
+    return [Table(["", *header[1:]], body)]
+
+
 def _curves(found: Tabulated) -> list[Block]:
     """The deciding score by round, and against the means over seeds of what it cost.
 
@@ -114,8 +125,15 @@ def _curves(found: Tabulated) -> list[Block]:
     title = all_metrics()[metric].card_title.capitalize()
     by_round = curves(outcomes, metric)
     lines = [
-        Series(name, *([point[i] for point in curve] for i in range(4)))
-        for name, curve in by_round.items()
+        Series(
+            name,
+            x=[number for number, *_ in curve],
+            y=[mean for _, mean, _, _ in curve],
+            low=[low for _, _, low, _ in curve],
+            high=[high for *_, high in curve],
+            color=color,
+        )
+        for color, (name, curve) in enumerate(by_round.items())
     ]
     log = metric == "loss" and spans_decades(lines)
     note = "Lines: mean over seeds. Bands: lowest to highest seed."
@@ -132,7 +150,7 @@ def _curves(found: Tabulated) -> list[Block]:
             ]
             spent = [fmean(some[x] for some in by_record if x in some) for x in line.x]
             if spent and spent[-1] > 0:
-                spent_lines.append(Series(line.name, spent, line.y, line.low, line.high))
+                spent_lines.append(replace(line, x=spent))
         if spent_lines:
             blocks.append(Chart(f"{title} against {label}", spent_lines, label, log=log))
     return blocks

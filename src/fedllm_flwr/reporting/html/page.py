@@ -38,19 +38,23 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart, with a band from `low` to `high` where these are given."""
+    """A line of a chart, with a band from `low` to `high` where these are given.
+
+    Lines of one name in several charts share a `color`, the number of one; None: by place.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
     low: Sequence[float | None] | None = None
     high: Sequence[float | None] | None = None
+    color: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, six significant digits."""
         numbers = {"x": self.x, "y": self.y, "low": self.low, "high": self.high}
         rounded = {key: _rounded(values) for key, values in numbers.items() if values is not None}
-        return {"name": self.name, **rounded}
+        return {"name": self.name, "color": self.color, **rounded}
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from fedllm_flwr.reporting.html.page import (
     spans_decades,
 )
 from fedllm_flwr.reporting.metrics import RoundRecord, best_record, name_of_start, summarise
-from fedllm_flwr.reporting.table import summary_rows
+from fedllm_flwr.reporting.personal import client_rows
+from fedllm_flwr.reporting.table import result_label, summary_rows
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds
 from fedllm_flwr.tasks import all_metrics, task_of
 from fedllm_flwr.tasks.base import TrainingTask
 
-LABELS = {"local": "local (mean)", "centralized": "centralized"}
 _LABEL = "label:"  # column of clients.csv
 MEGABYTES = "megabytes moved, both ways"
 _MOST_EVENTS = 200
@@ -115,22 +115,19 @@ def _title(score: str) -> str:
 
 def _score_rows(facts: RunFacts, summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The rows of the closing table."""
-    each: Mapping[str, Any] = facts.records[-1].get("local", {}) if facts.records else {}
-    ranked = sorted(each, key=lambda name: each[name]["loss"])
-    ends = {"best": ranked[0], "worst": ranked[-1]} if ranked else {}
-    extra = [(f"{label} ({name})", each[name]) for label, name in ends.items()]
-    label = LABELS.get(facts.config.algorithm.name, "federated")
-    return summary_rows(summary, extra, label, name_of_start(facts.config.init_adapter))
+    label = result_label(facts.config.algorithm.name)
+    first = name_of_start(facts.config.init_adapter)
+    return summary_rows(summary, client_rows(facts.records), label, first)
 
 
 def _headline(facts: RunFacts, rows: Sequence[tuple[str, Mapping[str, Any]]], score: str) -> str:
     done = max((int(record["round"]) for record in facts.records), default=0)
-    found = [(name, metrics[score]) for name, metrics in rows if metrics.get(score) is not None]
-    trained = [item for item in found if item[0] == LABELS.get(facts.config.algorithm.name)]
-    trained = trained or [item for item in found if item[0] == "federated"]
-    if not trained or found[0] == trained[0]:
+    found = {name: metrics[score] for name, metrics in rows if metrics.get(score) is not None}
+    first = name_of_start(facts.config.init_adapter)
+    label = result_label(facts.config.algorithm.name)
+    if done == 0 or not {first, label} <= found.keys():
         return f"{done} of {facts.config.federation.num_rounds} rounds are done."
-    (first, before), (_, after) = found[0], trained[0]
+    before, after = found[first], found[label]
     decimals = all_metrics()[score].card_decimals
     return (
         f"After {done} rounds the {_title(score)} on held-out records is {after:.{decimals}f}; "
@@ -443,7 +440,10 @@ def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[B
         line = Series("mean of clients", rounds, mean, low, high)
         charts.append(Chart(title, [line], note="Band: lowest to highest client."))
     return charts + [
-        Chart(name.replace("eval ", "held-out "), [Series(name, *zip(*points, strict=True))])
+        Chart(
+            name.replace("eval ", "held-out "),
+            [Series(name, [number for number, _ in points], [value for _, value in points])],
+        )
         for name, points in scalar_series(records)
         if name not in known and len(points) > 1
     ]
