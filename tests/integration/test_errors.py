@@ -86,10 +86,10 @@ def test_there_are_enough_and_of_every_command() -> None:
 
 PROCESSES = [
     "run --num-rounds 3",
-    "run model=custom model.path=./short_context",
-    "run output_dir=folder",
     "status folder",
-    "evaluate --base embedded --suite finence",
+    pytest.param("run model=custom model.path=./short_context", marks=pytest.mark.slow),
+    pytest.param("run output_dir=folder", marks=pytest.mark.slow),
+    pytest.param("evaluate --base embedded --suite finence", marks=pytest.mark.slow),
 ]
 
 

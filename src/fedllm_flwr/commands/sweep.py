@@ -97,7 +97,11 @@ def _carry_out(root: Path, runs: Sequence[SweptRun], quiet: bool) -> dict[str, s
                 f"fedllm run --multirun {command}"
             ) from interrupt
         finally:
-            write_atomically(root / _TABLE, _as_csv(_rows(runs, errors)).encode())
+            rows, text = _rows(runs, errors), io.StringIO()
+            writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(root / _TABLE, text.getvalue().encode())
     return errors
 
 
@@ -144,14 +148,6 @@ def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
     found = list(dict.fromkeys(name for row in rows for name in row))
     last = [name for name in (*table_metrics(), "error") if name in found]
     return ["run", *(name for name in found if name not in ("run", *last)), *last]
-
-
-def _as_csv(rows: Sequence[Mapping[str, str]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _as_text(rows: Sequence[Mapping[str, str]]) -> str:

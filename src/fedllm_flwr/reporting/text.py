@@ -1,7 +1,7 @@
 """Numbers, sizes, durations and names as text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def fixed(value: float | None, decimals: int) -> str:
@@ -61,6 +61,13 @@ def shorten_middle(text: str, width: int) -> str:
 def one_line(text: str) -> str:
     """`text` on one line, without control characters: safe to print on a terminal."""
     return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, header first; all columns but the first are aligned to the right."""
+    names, *body = lines
+    rule = ["---", *["---:"] * (len(names) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *body))
 
 
 def _scaled(count: int, units: tuple[str, ...]) -> str:

@@ -17,7 +17,6 @@ from fedllm_flwr.commands.compare.table import (
     as_csv,
     as_markdown,
     as_text,
-    markdown,
     own_records_lines,
 )
 from fedllm_flwr.config import Config
@@ -29,7 +28,7 @@ from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.html.page import Page
 from fedllm_flwr.reporting.html.render import render
-from fedllm_flwr.reporting.text import format_seconds
+from fedllm_flwr.reporting.text import format_seconds, markdown_table
 from fedllm_flwr.runs.directory import foreign_files
 from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.runs.report import REPORT, report_or_warning, run_facts
@@ -76,8 +75,9 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int
     saved = json.dumps({"options": options, "overrides": own, "runs": names}, indent=2)
     write_atomically(root / SAVED, saved.encode())
     workers = config.compare.jobs or max(1, cpu_count() // config.federation.client_cpus)
-    done = sum(job.done for job in jobs)
-    runs = f"{len(jobs)} runs ({_seeds(config.compare.seeds)}), {done} done, {workers} at a time"
+    done, count = sum(job.done for job in jobs), config.compare.seeds
+    repeats = f"{count} seed{'s' * (count != 1)}"
+    runs = f"{len(jobs)} runs ({repeats}), {done} done, {workers} at a time"
     print(f"comparing {', '.join(algorithms)}\n  {runs}   output  {root}", flush=True)
     try:
         failed = _carry_out(jobs, workers)
@@ -105,10 +105,6 @@ def _refuse_sweeps(options: dict[str, str], overrides: Sequence[str]) -> None:
             key = text.partition("=")[0]
             remedy = counted if key == "seed" else "a comparison takes one value; choose one."
             raise ConfigError(f"{text}: {remedy}")
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -181,24 +177,20 @@ def _carry_out(jobs: Sequence[Job], workers: int) -> int:
         left = (time.monotonic() - started) / ended * still
         remaining = f"{format_seconds(left)} left" if still else ""
         name = f"[{before + ended:>{len(str(total))}}/{total}] {job.algorithm} seed {job.seed}"
-        print(f"  {name:<32} {_outcome(job, error):<40} {remaining}".rstrip(), flush=True)
+        outcome = "failed"
+        if error is None:
+            final = json.loads(job.directory.summary.read_text(encoding="utf-8"))["final"] or {}
+            outcome = "   ".join(
+                f"{key} {final[key]:.3f}"
+                for key, metric in tasks.all_metrics().items()
+                if metric.round_width and key in final
+            )
+        print(f"  {name:<32} {outcome:<40} {remaining}".rstrip(), flush=True)
         if error is not None:
             print_error(f"{job.algorithm} seed {job.seed}: {error}")
 
     carry_out(jobs, workers, report)
     return failed
-
-
-def _outcome(job: Job, error: str | None) -> str:
-    if error is not None:
-        return "failed"
-    final = json.loads(job.directory.summary.read_text(encoding="utf-8"))["final"] or {}
-    shown = [
-        f"{name} {final[name]:.3f}"
-        for name, metric in tasks.all_metrics().items()
-        if metric.round_width and name in final
-    ]
-    return "   ".join(shown)
 
 
 def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
@@ -212,7 +204,7 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     seeds = len({outcome.job.seed for outcome in outcomes})
     text, own = as_markdown(rows, metric, found.note), found.on_own_records()
     if own:
-        text += f"\n{markdown(own_records_lines(own))}\n"
+        text += f"\n{markdown_table(own_records_lines(own))}\n"
     write_atomically(root / "compare.md", text.encode())
     write_atomically(root / "compare.csv", as_csv(rows).encode())
     caption = "Lines: " + (f"mean over {seeds} seeds" if seeds > 1 else "one seed")

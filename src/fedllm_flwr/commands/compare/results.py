@@ -141,7 +141,10 @@ def make_rows(outcomes: Sequence[FinishedRun], algorithms: Sequence[str]) -> lis
             continue
         rows.append(_row(name, runs, local))
         if name == "local":
-            rows += _extremes(runs)
+            for label, choose in (("  best client", min), ("  worst client", max)):
+                each = [run.records[-1]["local"].values() for run in runs]
+                chosen = [choose(some, key=lambda scores: float(scores["loss"])) for some in each]
+                rows.append(ComparisonRow(label, _spreads(chosen)))
     return rows
 
 
@@ -183,18 +186,6 @@ def _spreads(scores: Sequence[dict[str, float]]) -> dict[str, Spread]:
         for metric in table_metrics()
         if all(metric in score for score in scores)
     }
-
-
-def _extremes(runs: Sequence[FinishedRun]) -> list[ComparisonRow]:
-    """The best and the worst client of each seed, ranked by loss."""
-    rows = []
-    for name, choose in (("  best client", min), ("  worst client", max)):
-        chosen = []
-        for run in runs:
-            each = run.records[-1]["local"].values()
-            chosen.append(choose(each, key=lambda scores: float(scores["loss"])))
-        rows.append(ComparisonRow(name, _spreads(chosen)))
-    return rows
 
 
 def _against(runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -> Difference | None:

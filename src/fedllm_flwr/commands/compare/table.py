@@ -4,8 +4,9 @@ import csv
 import io
 from collections.abc import Sequence
 
-from fedllm_flwr.commands.compare.results import ComparisonRow, Difference, Spread
+from fedllm_flwr.commands.compare.results import ComparisonRow, Spread
 from fedllm_flwr.evaluation.suites.statistics import clear_together
+from fedllm_flwr.reporting.text import markdown_table
 from fedllm_flwr.tasks import all_metrics, table_metrics
 
 
@@ -27,12 +28,18 @@ def lines_of(rows: Sequence[ComparisonRow], metric: str) -> list[list[str]]:
 
 
 def _cells(row: ComparisonRow, scores: Sequence[str], clear: bool) -> list[str]:
+    difference, found = "-", row.against_local
+    if found is not None and found.half_width is None:
+        difference = f"{found.mean:+.3f}"
+    elif found is not None:
+        star = " *" if clear else "  "
+        difference = f"{found.mean:+.3f} ± {found.half_width:.3f}{star}"
     return [
         row.name,
         _spread(row.final.get("loss"), 3),
         _spread(row.best_loss, 3),
         *(_spread(row.final.get(name), all_metrics()[name].card_decimals) for name in scores),
-        _difference(row.against_local, clear),
+        difference,
         "-" if row.steps is None else f"{row.steps:.0f}",
         "-" if row.megabytes is None else f"{row.megabytes:.1f}",
         "-" if row.seconds is None else f"{row.seconds:.0f}",
@@ -64,16 +71,9 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    names, *body = table
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def as_markdown(rows: Sequence[ComparisonRow], metric: str, note: str) -> str:
     """A Markdown table with a note below it."""
-    return f"{markdown(lines_of(rows, metric))}\n\n{note}\n"
+    return f"{markdown_table(lines_of(rows, metric))}\n\n{note}\n"
 
 
 def as_csv(rows: Sequence[ComparisonRow]) -> str:
@@ -100,12 +100,3 @@ def _spread(spread: Spread | None, decimals: int) -> str:
         return "-"
     mean = f"{spread.mean:.{decimals}f}"
     return mean if spread.deviation is None else f"{mean} ± {spread.deviation:.{decimals}f}"
-
-
-def _difference(difference: Difference | None, clear: bool) -> str:
-    if difference is None:
-        return "-"
-    if difference.half_width is None:
-        return f"{difference.mean:+.3f}"
-    star = " *" if clear else "  "
-    return f"{difference.mean:+.3f} ± {difference.half_width:.3f}{star}"

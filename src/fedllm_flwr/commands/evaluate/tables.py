@@ -8,6 +8,7 @@ from typing import Any
 from fedllm_flwr.commands.evaluate.candidates import BASE
 from fedllm_flwr.commands.evaluate.comparison import LOCAL, ModelRow, ScoreColumn, ScoreTable
 from fedllm_flwr.evaluation.suites.statistics import IntervalEstimate, clear_together
+from fedllm_flwr.reporting.text import markdown_table
 
 _WIDEST = 6  # columns side by side
 _EVERY = "Every metric, with its 95 % interval"
@@ -29,9 +30,11 @@ def as_text(comparison: ScoreTable) -> str:
 def as_markdown(comparison: ScoreTable, notes: Sequence[str]) -> str:
     """Headline scores, then every metric."""
     parts = ["# Evaluation"]
-    parts += [f"## {title}\n\n{_markdown(table)}" for title, table in headline_tables(comparison)]
+    parts += [
+        f"## {title}\n\n{markdown_table(table)}" for title, table in headline_tables(comparison)
+    ]
     parts.append("\n".join(f"- {note}" for note in notes))
-    parts.append(f"## {_EVERY}\n\n{_markdown(every_metric(comparison))}")
+    parts.append(f"## {_EVERY}\n\n{markdown_table(every_metric(comparison))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,9 +165,3 @@ def _interval(score: IntervalEstimate | None) -> str:
         return "-"
     low, high = score.interval
     return f"{score.value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _markdown(table: list[list[str]]) -> str:
-    names, *body = table
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -177,8 +177,17 @@ def read_problems(task: SuiteTask, options: RunOptions) -> tuple[list[Problem], 
     shots = [row for row in rows if row.get("task_id") in shown][:count]
     if first is not None:
         rows = [row for row in rows if first <= row["task_id"] <= last]
-    rows, left_out = _runnable(rows)
-    rows = rows[: options.limit]
+    # Problems of DS-1000 need their library.
+    libraries = {row["metadata"]["library"] for row in rows if "library" in row.get("metadata", {})}
+    absent = sorted(
+        name
+        for name in libraries
+        if importlib.util.find_spec(_MODULES.get(name, name.lower())) is None
+    )
+    kept = [row for row in rows if row.get("metadata", {}).get("library") not in absent]
+    missing = len(rows) - len(kept)
+    left_out = f"{missing} problems left out, without {', '.join(absent)}" if missing else ""
+    rows = kept[: options.limit]
     try:
         problems = [KINDS[task.settings["kind"]](row, shots) for row in rows]
     except KeyError as error:
@@ -212,19 +221,6 @@ def _rows(task: SuiteTask, options: RunOptions) -> list[Row]:
 
 
 _MODULES = {"Pytorch": "torch", "Sklearn": "sklearn"}
-
-
-def _runnable(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """Rows whose library (of DS-1000) is installed."""
-    libraries = {row["metadata"]["library"] for row in rows if "library" in row.get("metadata", {})}
-    absent = sorted(
-        name
-        for name in libraries
-        if importlib.util.find_spec(_MODULES.get(name, name.lower())) is None
-    )
-    kept = [row for row in rows if row.get("metadata", {}).get("library") not in absent]
-    missing = len(rows) - len(kept)
-    return kept, f"{missing} problems left out, without {', '.join(absent)}" if missing else ""
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:

@@ -140,13 +140,8 @@ def estimate(kind: str, values: Sequence[Any], purpose: str) -> Estimate:
         purpose: decides on the resamples, together with the number of examples.
     """
     columns, score = _prepared(kind, values)
-    ones = np.ones((1, len(columns)))
-    value = float(score(ones @ columns)[0])
-    return Estimate(value, _resampled(columns, score, purpose), len(columns))
-
-
-def _resampled(columns: Floats, score: Callable[[Floats], Floats], purpose: str) -> Floats:
     count = len(columns)
+    value = float(score(np.ones((1, count)) @ columns)[0])
     rng = np.random.default_rng(derive_seed(0, "bootstrap", purpose, count))
     block = max(1, _BLOCK // count)
     parts = []
@@ -156,7 +151,7 @@ def _resampled(columns: Floats, score: Callable[[Floats], Floats], purpose: str)
         drawn += np.arange(rows)[:, None] * count
         counts = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
         parts.append(score(counts.astype(np.float64) @ columns))
-    return np.concatenate(parts)
+    return Estimate(value, np.concatenate(parts), count)
 
 
 def _prepared(kind: str, values: Sequence[Any]) -> tuple[Floats, Callable[[Floats], Floats]]:
