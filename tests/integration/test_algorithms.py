@@ -1,5 +1,6 @@
 """Every algorithm on the tiny model: what clients send, recomputed naively, is the new adapter."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from flwr.app import Context, Message
 
 from fedllm_flwr.federation.messages import Update
 from fedllm_flwr.federation.tensor_files import load_params
-from fedllm_flwr.federation.wire import unpack_assignment, unpack_info, unpack_update
+from fedllm_flwr.federation.wire import unpack_assignment, unpack_update
+from fedllm_flwr.runs.directory import RunDirectory
 from tiny_runs import ADAPTER, ALGORITHMS, NUM_CLIENTS, WrappedApp, outcome, run_intercepted
 
 VARIANTS = ("paper", pytest.param("openfedllm", marks=pytest.mark.slow))
@@ -25,22 +27,24 @@ SETTINGS = {
 
 
 class Recorder(WrappedApp):
-    """The real client app; keeps the clients' updates by round and the sizes they announce."""
+    """The real client app; keeps the clients' updates by round."""
 
     def __init__(self) -> None:
         super().__init__(after=self._record)
         self.updates: dict[int, list[tuple[int, Update]]] = {}
-        self.sizes: dict[int, int] = {}
 
     def _record(self, message: Message, context: Context, reply: Message) -> Message:
-        kind, node_id = message.metadata.message_type, context.node_id
-        if kind == "query":
-            self.sizes[node_id] = unpack_info(reply.content).num_examples
-        if kind == "train":
-            server_round = unpack_assignment(message.content).round
-            update = unpack_update(reply.content)
-            self.updates.setdefault(server_round, []).append((node_id, update))
+        assert message.metadata.message_type == "train"  # no client is asked who it is
+        server_round = unpack_assignment(message.content).round
+        update = unpack_update(reply.content)
+        self.updates.setdefault(server_round, []).append((context.node_id, update))
         return reply
+
+
+def sizes(directory: RunDirectory) -> dict[int, int]:
+    """Records by node, as the run's table of clients has them."""
+    with directory.clients.open(encoding="utf-8") as file:
+        return {i: int(row["examples"]) for i, row in enumerate(csv.DictReader(file), start=1)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -60,7 +64,7 @@ def test_adapter_follows_from_the_updates(algorithm: str, variant: str, tmp_path
         updates = recorder.updates[server_round]
         assert len(updates) == 2
         assert any(np.abs(flat(update.delta)).max() > 1e-4 for _, update in updates)
-        server.step(weighted_mean(algorithm, variant, updates, recorder.sizes))
+        server.step(weighted_mean(algorithm, variant, updates, sizes(directory)))
         found = flat(states[server_round]["params"])
         np.testing.assert_allclose(found, server.w, rtol=1e-6, atol=1e-7)
         server.w = found.astype(np.float64)  # as the next round starts: in float32

@@ -70,10 +70,9 @@ def _raising(*names: str) -> WrappedApp:
 
     def before(message: Message, context: Context) -> None:
         mine = f"client-{context.node_id - 1}" in names
-        is_training = message.metadata.message_type == "train"
-        broken = "no number: disk on fire" if mine and is_training else 0
-        # The client reads partition-id as a number inside its own error handling.
-        context.node_config["partition-id"] = broken or context.node_id - 1
+        if mine and message.metadata.message_type == "train":
+            # The client reads its place as a number inside its own error handling.
+            message.content["simulation"]["client"] = "no number: disk on fire"
 
     return WrappedApp(before)
 

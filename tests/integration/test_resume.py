@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message
 
 from fedllm_flwr.commands import main as cli
 from fedllm_flwr.config.compose import compose
@@ -23,7 +22,6 @@ from tiny_runs import (
     ADAPTER,
     ALGORITHMS,
     TINY,
-    WrappedApp,
     interrupting,
     outcome,
     records,
@@ -75,12 +73,15 @@ def test_interrupt_in_the_first_round_keeps_the_start(whole_run: WholeRun, tmp_p
     assert outcome(resume(tmp_path / "stopped")) == outcome(whole_run("algorithm=fedavg"))
 
 
-def test_interrupt_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:
-    def before(message: Message, context: Context) -> None:
+def test_interrupt_before_the_first_checkpoint_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("fedllm_flwr.server.run_recorder.evaluate", interrupted)
     with pytest.raises(RunInterrupted, match=r"^interrupted; nothing was kept"):
-        run_intercepted(tmp_path / "stopped", WrappedApp(before))
+        run_tiny(tmp_path / "stopped")
     assert not (tmp_path / "stopped").exists()
 
 

@@ -117,6 +117,16 @@ def test_clients_are_disjoint_and_cover_the_data(make: Callable[..., Config]) ->
     assert sorted(everything) == sorted(training)
 
 
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_the_server_knows_how_many_examples_each_client_has(
+    evaluate: bool, make: Callable[..., Config]
+) -> None:
+    config = make(41, 8, evaluate=evaluate)
+    clients = [simulated_client(config, TOKENIZER, i) for i in range(8)]
+    sizes = client.client_sizes(config, simulated_data(config, TOKENIZER))
+    assert list(sizes.items()) == [(data.name, len(data.train)) for data in clients]
+
+
 def test_the_held_out_part_is_seeded_and_disjoint(make: Callable[..., Config]) -> None:
     config = make(100, 4, evaluate=True)
     for i in range(4):

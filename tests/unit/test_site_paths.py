@@ -7,7 +7,7 @@ import pytest
 from flwr.app import RecordDict
 
 from fedllm_flwr.client.requests import answer
-from fedllm_flwr.client.simulated import add_state_dir
+from fedllm_flwr.client.simulated import add_note
 from fedllm_flwr.client.site import Site
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
@@ -37,7 +37,7 @@ def test_only_a_simulated_client_takes_its_state_folder_from_a_message(tmp_path:
     """A note of the simulation in a server's message does not move the state of a site."""
     noted, own = tmp_path / "noted", tmp_path / "own"
     content = RecordDict()
-    add_state_dir(content, noted / "clients")
+    add_note(content, noted / "clients", 0)
     noted.mkdir()
     node = {"client-name": "ward", "state-dir": str(own)}
 
@@ -52,7 +52,7 @@ def test_simulated_client_of_another_machine_keeps_its_state_there(
     """As a worker of a Ray cluster without a shared file system, which has no such run."""
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
     content = RecordDict()
-    add_state_dir(content, tmp_path / "elsewhere" / "clients")
+    add_note(content, tmp_path / "elsewhere" / "clients", 0)
     site = Site({"partition-id": 0}, 1, 7)
 
     folder = site.memory_folder("client-0", "run", content)

@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 from fedllm_flwr.client.disclosure import audited
 from fedllm_flwr.client.requests import answer, failed
 from fedllm_flwr.client.resident.caller import answer_by_resident
+from fedllm_flwr.client.simulated import noted_index
 from fedllm_flwr.client.site import Site
 from fedllm_flwr.deployment.node import choose_gpus
 from fedllm_flwr.deployment.programs import is_confined
@@ -47,7 +48,10 @@ def unmask(message: Message, context: Context) -> Message:
 
 def _reply(kind: str, message: Message, context: Context) -> Message:
     """Simulated clients share the process that keeps the model; a site's is started afresh."""
-    site = Site(dict(context.node_config), context.run_id, context.node_id)
+    node_config = dict(context.node_config)
+    if "partition-id" in node_config and (index := noted_index(message.content)) is not None:
+        node_config["partition-id"] = index
+    site = Site(node_config, context.run_id, context.node_id)
     if site.is_simulated:
         return Message(answer(kind, message.content, site), reply_to=message)
     started = time.monotonic()

@@ -1,20 +1,23 @@
-"""Directory of simulated clients' memory of a run, named by the simulation.
+"""What a simulation notes in its messages: who the client is, and where it keeps its memory.
 
-The directory lies in that of the run, and a note with its path goes with every message to a
-simulated client: its worker process may be older than the run, or run on another machine. A site
-reads no such note, see `Site.memory_folder`.
+The server divides its own data among simulated clients, so that it knows all of them without asking
+(`federation.census.known`); a node of the simulation is whichever client a message names. The
+directory of the clients' memory lies in that of the run, and travels with each message: a worker
+process may be older than the run, or run on another machine. A site reads no such note, see
+`Site.memory_folder`.
 """
 
 from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
 
-_RECORD, _KEY = "simulation", "state_dir"
+_RECORD, _STATE_DIR, _INDEX = "simulation", "state_dir", "client"
 
 
-def add_state_dir(content: RecordDict, state_dir: Path) -> None:
-    """Note in a message to a simulated client where clients keep their memory of the run."""
-    content[_RECORD] = ConfigRecord({_KEY: str(state_dir.resolve())})
+def add_note(content: RecordDict, state_dir: Path, index: int) -> None:
+    """Note in a message which of the run's clients it is for, and where they keep their memory."""
+    noted: dict[str, str | int] = {_STATE_DIR: str(state_dir.resolve()), _INDEX: index}
+    content[_RECORD] = ConfigRecord(noted)  # type: ignore[arg-type]  # a dict of a narrower type
 
 
 def noted_state_dir(content: RecordDict) -> Path | None:
@@ -24,5 +27,12 @@ def noted_state_dir(content: RecordDict) -> Path | None:
     """
     if _RECORD not in content.config_records:
         return None
-    state_dir = Path(str(content.config_records[_RECORD][_KEY]))
+    state_dir = Path(str(content.config_records[_RECORD][_STATE_DIR]))
     return state_dir if state_dir.parent.is_dir() else None
+
+
+def noted_index(content: RecordDict) -> str | None:
+    """Which of the run's clients a message is for; None where it does not say."""
+    if _RECORD not in content.config_records:
+        return None
+    return str(content.config_records[_RECORD][_INDEX])

@@ -164,10 +164,21 @@ def require_examples(config: Config, whose: str, count: int) -> None:
 def require_clients_examples(config: Config, data: SimulatedData) -> None:
     """As `require_examples`, of all clients of a simulation and then of each."""
     require_examples(config, "any client", len(data.encoded))
-    kept = np.zeros(len(data.source.train), np.bool_)
-    kept[data.encoded.source] = True
-    for name, rows in zip(data.partition.names, data.partition.indices, strict=True):
-        require_examples(config, name, int(kept[rows].sum()))
+    for name, count in client_sizes(config, data).items():
+        require_examples(config, name, count)
+
+
+def client_sizes(config: Config, data: SimulatedData) -> dict[str, int]:
+    """Number of training examples of each client, in the order of the clients' indices."""
+    names, place = data.partition.names, np.full(len(data.source.train), -1)
+    for index, rows in enumerate(data.partition.indices):
+        place[rows] = index
+    owners = place[data.encoded.source]
+    counts = np.bincount(owners[owners >= 0], minlength=len(names))
+    return {
+        name: int(count) - _num_held_out(config, int(count))
+        for name, count in zip(names, counts, strict=True)
+    }
 
 
 def simulated_client(
@@ -220,13 +231,18 @@ def data_identity(config: Config, digests: Path | None = None) -> str:
     return path_digest(Path(str(config.data.path)).expanduser(), digests)
 
 
+def _num_held_out(config: Config, count: int) -> int:
+    """Examples that a client with `count` of them holds back to score adapters on."""
+    if not config.evaluation.clients or count < 2:
+        return 0
+    return max(1, round(count * config.data.validation_fraction))
+
+
 def _with_held_out(
     name: str, encoded: Examples, mine: NDArray[np.int64], config: Config, secret: str = ""
 ) -> ClientData:
     """Hold a seeded part back, at least one example, if clients are asked to evaluate."""
-    count = 0
-    if config.evaluation.clients and len(mine) > 1:
-        count = max(1, round(len(mine) * config.data.validation_fraction))
+    count = _num_held_out(config, len(mine))
     whole = ClientData(name, encoded, encoded, secret)
     generator = np.random.default_rng(derive_seed(config.seed, "held out", whole.draw_name(count)))
     chosen = np.sort(generator.permutation(len(mine))[:count])

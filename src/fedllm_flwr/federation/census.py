@@ -1,4 +1,7 @@
-"""Who takes part: each node is asked for its name, at the start and when a new one appears."""
+"""Who takes part: each node is asked for its name, at the start and when a new one appears.
+
+Simulated clients are known without (`known`).
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +15,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.exchange import failure_reason, may_answer_later, send, time_to_live
 from fedllm_flwr.federation.inbox import NO_TENSORS, Inbox, open_inbox, patiently
-from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE, printable
+from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE, ClientInfo, printable
 from fedllm_flwr.federation.roster import Client, Roster
 from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info
 from fedllm_flwr.params import LARGEST_WEIGHT
@@ -238,6 +241,27 @@ class Census:
                     f"a second node is called {name}; it waits until the first is gone"
                 )
             self._doubles[name] = client
+
+
+def known(grid: Grid, config: Config, sizes: Mapping[str, int]) -> Census:
+    """All clients of a simulation, which the server knows from its own data: no node is asked.
+
+    Args:
+        sizes: number of training examples by client, in the order of the clients' places.
+
+    Raises:
+        FederationError: the simulation has not made a node for each in time.
+    """
+    deadline = time.monotonic() + config.federation.start_timeout_s
+    while len(nodes := sorted(patiently(lambda: list(grid.get_node_ids())))) < len(sizes):
+        if time.monotonic() >= deadline:
+            raise FederationError(_too_few(Census(grid, config), len(sizes), len(sizes)))
+        time.sleep(_POLL_FIRST_S)
+    clients = {
+        name: Client(node_id, ClientInfo(name, size, __version__))
+        for node_id, (name, size) in zip(nodes, sizes.items(), strict=False)
+    }
+    return Census(grid, config, clients)
 
 
 def discover(

@@ -54,13 +54,14 @@ def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
     its place, or no ids at all if the batch was too large; the in-memory grid leaves it out.
     """
     batch = list(messages)
+    node_ids = [message.metadata.dst_node_id for message in batch]
     message_ids = _push(grid, batch)
     if len(message_ids) != len(batch):
         accepted = set(message_ids)
         own_ids = [message.metadata.message_id for message in batch]
         message_ids = [own_id if own_id in accepted else "" for own_id in own_ids]
-    pairs = zip(message_ids, batch, strict=True)
-    return {message_id: message.metadata.dst_node_id for message_id, message in pairs if message_id}
+    pairs = zip(message_ids, node_ids, strict=True)
+    return {message_id: node_id for message_id, node_id in pairs if message_id}
 
 
 def _push(grid: Grid, batch: list[Message]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import (
+    client_sizes,
     divided_data,
     encode_records,
     losses,
@@ -34,6 +35,7 @@ class Prepared:
 
     num_clients: int  # that must be there
     clients: list[ClientStats]  # of a simulation; sites describe themselves
+    sizes: dict[str, int]  # training examples by simulated client, in the order of their indices
     warnings: list[str]  # what was left out of the data, or cut
     model: AdaptedModel
     evaluation: HeldOut | None
@@ -54,11 +56,13 @@ def prepare(config: Config) -> Prepared:
     if config.federation.engine == "deployment":
         records = load_evaluation_data(config, kind)
         clients: list[ClientStats] = []
+        sizes: dict[str, int] = {}
         warnings = fit_warnings(config, None, records)
     else:
         data = simulated_data(config, kind, load_tokenizer(config.model))
         require_clients_examples(config, data)
         records, clients = data.source.eval, describe(data.partition, data.source.train)
+        sizes = client_sizes(config, data)
         train = data.source.report.train
         any_left_out = train.empty or train.equal or train.bad or train.duplicates
         warnings = data.source.report.lines() if any_left_out else []
@@ -77,7 +81,7 @@ def prepare(config: Config) -> Prepared:
             "evaluation.suites are scored with the held-out records, and there are none; give "
             "data.eval_path and evaluation.central=true, or use fedllm evaluate afterwards."
         )
-    return Prepared(num_clients, clients, warnings, model, evaluation, initial, sent, suites)
+    return Prepared(num_clients, clients, sizes, warnings, model, evaluation, initial, sent, suites)
 
 
 def _sent(config: Config, model: AdaptedModel) -> Groups:

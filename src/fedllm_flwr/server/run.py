@@ -79,6 +79,6 @@ def run_on_grid(
         with timings.phase("start-up"):
             from fedllm_flwr.server.serve import serve
         if is_simulation:
-            grid = SimulationGrid(grid, directory.client_states)
+            grid = SimulationGrid(grid, clients.num_clients, directory.client_states)
         serve(grid, config, directory, console, timings)
     return directory

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.site_keys import registered_sites
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.federation.census import discover
+from fedllm_flwr.federation.census import discover, known
 from fedllm_flwr.federation.roster import check_roster, unlike_models
 from fedllm_flwr.federation.round_store import folder_name
 from fedllm_flwr.federation.state import ServerState, load_state
@@ -59,10 +59,13 @@ def serve(
         else:
             state, warnings = load_state(directory.checkpoints)
         is_deployment = config.federation.engine == "deployment"
-        console.status("waiting for the sites" if is_deployment else "starting the clients")
-        # The app of a deployment runs in the directory that `fedllm server init` has made.
-        registered = registered_sites(Path.cwd()) if is_deployment else {}
-        census = discover(grid, config, prepared.num_clients, console.status, registered)
+        if is_deployment:
+            console.status("waiting for the sites")
+            # The app of a deployment runs in the directory that `fedllm server init` has made.
+            registered = registered_sites(Path.cwd())
+            census = discover(grid, config, prepared.num_clients, console.status, registered)
+        else:
+            census = known(grid, config, prepared.sizes)
         roster = dict(sorted(census.clients.items()))
         check_roster(roster, config)
         sizes = {name: client.info.num_examples for name, client in roster.items()}

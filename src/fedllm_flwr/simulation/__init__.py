@@ -25,10 +25,11 @@ def simulated_clients(config: Config, num_clients: int, state_dir: Path) -> Iter
     """
     if config.federation.engine == "inprocess":
         from fedllm_flwr.client.app import app
-        from fedllm_flwr.simulation.grid import SimulationGrid
+        from fedllm_flwr.simulation.grid import MOST_NODES, SimulationGrid
         from fedllm_flwr.simulation.inprocess import InProcessGrid
 
-        yield SimulationGrid(InProcessGrid(app, num_clients), state_dir)
+        nodes = InProcessGrid(app, min(num_clients, MOST_NODES))
+        yield SimulationGrid(nodes, num_clients, state_dir)
         return
     from fedllm_flwr.simulation.ray import ray_clients
 

@@ -1,28 +1,45 @@
 """Flower's `Grid` of a simulation, extended by the directory of client memory."""
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedllm_flwr.client.simulated import add_state_dir
+from fedllm_flwr.client.simulated import add_note
+
+_POLL_S = 0.02
+
+MOST_NODES = 64
+"""Nodes of a simulation at most: Flower looks through all of them ten times a second."""
 
 
 class SimulationGrid(Grid):
-    """Delegates to another grid, and adds to messages where clients keep their memory of the run.
+    """Shows every simulated client as a node, and reaches it through one of another grid's.
+
+    Each message notes which client it is for, so that a node is whichever client it names; any
+    number of clients needs no more nodes than answer at the same time.
 
     Args:
+        num_clients: clients 1 to `num_clients`, by the ids that this grid gives them.
         state_dir: in which each client has a folder of its own.
         check: called before the other grid is used; raises where the run cannot go on.
     """
 
     def __init__(
-        self, grid: Grid, state_dir: Path, check: Callable[[], None] = lambda: None
+        self,
+        grid: Grid,
+        num_clients: int,
+        state_dir: Path,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._grid = grid
+        self._num_clients = num_clients
         self._state_dir = state_dir
         self._check = check
+        self._nodes: list[int] = []
+        self._asked: dict[str, int] = {}  # clients by message
 
     def set_run(self, run: object) -> None:
         """As the other grid."""
@@ -45,28 +62,47 @@ class SimulationGrid(Grid):
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """As the other grid."""
+        """Ids of all clients, once the other grid has its nodes."""
         self._check()
-        return self._grid.get_node_ids()
+        self._nodes = self._nodes or sorted(self._grid.get_node_ids())
+        return list(range(1, self._num_clients + 1)) if self._nodes else []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the other grid; each message names the directory of the clients' memory."""
+        """As the other grid; each message names its client and the directory of their memory."""
         self._check()
-        return self._grid.push_messages(self._noted(messages))
+        batch = list(messages)
+        clients = [message.metadata.dst_node_id for message in batch]
+        message_ids = list(self._grid.push_messages([self._addressed(one) for one in batch]))
+        self._asked |= dict(zip((one.metadata.message_id for one in batch), clients, strict=True))
+        return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the other grid."""
+        """As the other grid; each reply comes from its client."""
         self._check()
-        return self._grid.pull_messages(message_ids)
+        for reply in self._grid.pull_messages(message_ids):
+            client = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if client is not None:
+                reply.metadata.__dict__["_src_node_id"] = client  # Flower's are read-only
+            yield reply
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """As the other grid; each message names the directory of the clients' memory."""
-        self._check()
-        return self._grid.send_and_receive(self._noted(messages), timeout=timeout)
+        """As the other grid; each message names its client and the directory of their memory."""
+        message_ids = set(self.push_messages(messages))
+        end = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while message_ids and (end is None or time.monotonic() < end):
+            arrived = list(self.pull_messages(message_ids))
+            message_ids -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                time.sleep(_POLL_S)
+        return replies
 
-    def _noted(self, messages: Iterable[Message]) -> Iterable[Message]:
-        for message in messages:
-            add_state_dir(message.content, self._state_dir)
-            yield message
+    def _addressed(self, message: Message) -> Message:
+        client = message.metadata.dst_node_id
+        add_note(message.content, self._state_dir, client - 1)
+        node_id = self._nodes[(client - 1) % len(self._nodes)]
+        message.metadata.__dict__["_dst_node_id"] = node_id
+        return message

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError, first_line
 from fedllm_flwr.simulation.access import private_ray
-from fedllm_flwr.simulation.grid import SimulationGrid
+from fedllm_flwr.simulation.grid import MOST_NODES, SimulationGrid
 from fedllm_flwr.simulation.resources import join_cluster, start_ray
 
 _INTERRUPTED = 130  # exit status
@@ -86,7 +86,8 @@ def _flower_engine(num_clients: int, backend: Any, state_dir: Path) -> Iterator[
 
     def run_engine() -> None:
         try:
-            run_simulation(server_app, client_app, num_clients, backend_config=backend)
+            nodes = min(num_clients, MOST_NODES)
+            run_simulation(server_app, client_app, nodes, backend_config=backend)
         except (Exception, SystemExit) as error:
             errors.append(error)
         grids.put(None)
@@ -101,7 +102,7 @@ def _flower_engine(num_clients: int, backend: Any, state_dir: Path) -> Iterator[
         grid = grids.get()
         check_engine()
         assert grid is not None
-        yield SimulationGrid(grid, state_dir, check_engine)
+        yield SimulationGrid(grid, num_clients, state_dir, check_engine)
     except BaseException:
         served.set()
         try:
