@@ -5,9 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner, NaturalIdPartitioner
 
 from fedllm_flwr.config.schema import PartitionConfig
-from fedllm_flwr.data.partition import Partition, describe, partition
+from fedllm_flwr.data.partition import Partition, _shuffled, describe, partition
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.sources import Records
 from fedllm_flwr.errors import ConfigError
@@ -100,6 +102,16 @@ def test_size_gives_shares_of_a_power_law() -> None:
     sizes = [len(part) for part in rows(divided)]
     assert sum(sizes) == 550
     np.testing.assert_allclose(sizes, [10 * (i + 1) for i in range(10)], atol=5)
+
+
+@pytest.mark.parametrize("name", ["iid", "natural"])
+def test_clients_are_those_of_flwr_datasets(name: str) -> None:
+    train = [f"k{i * 7 % 11}" for i in range(101)]
+    order = _shuffled(train, PartitionConfig(name=name, column="topic"), seed=5)
+    theirs = IidPartitioner(11) if name == "iid" else NaturalIdPartitioner("key")
+    theirs.dataset = Dataset.from_dict({"row": order, "key": [train[i] for i in order]})
+    mine = partition(train, PartitionConfig(name=name, column="topic"), 11, seed=5)
+    assert rows(mine) == [theirs.load_partition(i)["row"][:] for i in range(11)]
 
 
 def test_natural_clients_are_the_sorted_values() -> None:

@@ -91,7 +91,14 @@ def partition(
             )
         names = [f"client-{i}" for i in range(count)]
     order = _shuffled(keys, config, seed)
-    return Partition(names, _divided(order, config, len(names), seed))
+    if config.name == "iid":  # as IidPartitioner, which takes 2 ms a client
+        return Partition(names, np.array_split(order, len(names)))
+    if config.name == "natural":  # as NaturalIdPartitioner, which reads all records for each client
+        values = np.unique(np.array(keys, dtype=object), return_inverse=True)[1]
+        by_value = np.argsort(values, kind="stable")
+        ends = np.flatnonzero(np.diff(values[by_value])) + 1
+        return Partition(names, np.split(by_value, ends))
+    return Partition(names, _divided(keys, order, config, len(names), seed))
 
 
 def describe(partition: Partition, train: Records) -> list[ClientStats]:
@@ -111,16 +118,14 @@ def describe(partition: Partition, train: Records) -> list[ClientStats]:
     ]
 
 
-def _shuffled(keys: list[str], config: PartitionConfig, seed: int) -> "datasets.Dataset":
-    """Columns row and key for a partitioner.
+def _shuffled(keys: list[str], config: PartitionConfig, seed: int) -> NDArray[np.int64]:
+    """The rows in the order in which a partitioner sees them.
 
     Every partitioner but the natural one cuts contiguous pieces, of all records or of each class,
     and files are often sorted by source or subject. So all records are shuffled for iid and size;
     for the cuts within classes the records of each class change places with each other, which
     leaves the sequence of keys, and thereby all sizes and counts, as it was.
     """
-    import datasets
-
     rows = np.arange(len(keys))
     if config.name != "natural":
         rows = np.random.default_rng(derive_seed(seed, "partition")).permutation(len(keys))
@@ -129,14 +134,17 @@ def _shuffled(keys: list[str], config: PartitionConfig, seed: int) -> "datasets.
         shuffled, rows = rows, np.empty_like(rows)
         by_class = np.argsort(classes, kind="stable")  # places of each class, in the file's order
         rows[by_class] = shuffled[np.argsort(classes[shuffled], kind="stable")]
-    return datasets.Dataset.from_dict({"row": rows, "key": [keys[i] for i in rows]})
+    return rows
 
 
 def _divided(
-    order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int
+    keys: list[str], rows: NDArray[np.int64], config: PartitionConfig, num_clients: int, seed: int
 ) -> list[NDArray[np.int64]]:
     """Rows of each client, by one of flwr-datasets' partitioners."""
+    import datasets
     from flwr_datasets import partitioner as partitioners
+
+    order = datasets.Dataset.from_dict({"row": rows, "key": [keys[i] for i in rows]})
 
     def by(partitioner: Any) -> list[NDArray[np.int64]]:
         partitioner.dataset = order
@@ -147,10 +155,6 @@ def _divided(
             return [np.array(rows, np.int64) for rows in parts]
 
     match config.name:
-        case "iid":
-            return by(partitioners.IidPartitioner(num_clients))
-        case "natural":
-            return by(partitioners.NaturalIdPartitioner("key"))
         case "size":  # client i holds a share proportional to (i + 1) ** alpha
             try:
                 return by(

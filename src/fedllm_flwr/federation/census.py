@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.ranks import rank_of_client
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.exchange import failure_reason, may_answer_later, send, time_to_live
 from fedllm_flwr.federation.inbox import NO_TENSORS, Inbox, open_inbox, patiently
@@ -257,10 +258,10 @@ def known(grid: Grid, config: Config, sizes: Mapping[str, int]) -> Census:
         if time.monotonic() >= deadline:
             raise FederationError(_too_few(Census(grid, config), len(sizes), len(sizes)))
         time.sleep(_POLL_FIRST_S)
-    clients = {
-        name: Client(node_id, ClientInfo(name, size, __version__))
-        for node_id, (name, size) in zip(nodes, sizes.items(), strict=False)
-    }
+    clients = {}
+    for node_id, (name, size) in zip(nodes, sizes.items(), strict=False):
+        rank = rank_of_client(config, name) % config.lora.r
+        clients[name] = Client(node_id, ClientInfo(name, size, __version__, rank=rank))
     return Census(grid, config, clients)
 
 
