@@ -64,6 +64,8 @@ def serve(
             # The app of a deployment runs in the directory that `fedllm server init` has made.
             registered = registered_sites(Path.cwd())
             census = discover(grid, config, prepared.num_clients, console.status, registered)
+        elif config.privacy.secure_aggregation:  # the clients' keys are not the server's to know
+            census = discover(grid, config, prepared.num_clients)
         else:
             census = known(grid, config, prepared.sizes)
         roster = dict(sorted(census.clients.items()))
