@@ -331,7 +331,11 @@ def _fairness(records: Sequence[RoundRecord]) -> list[Block]:
     each: list[tuple[int, Mapping[str, Mapping[str, float]]]] = [
         (record["round"], found)
         for record in records
-        if (found := record.get("local") or (record.get("client_eval") or {}).get("clients"))
+        if (
+            found := record.get("local")
+            if alone
+            else (record.get("client_eval") or {}).get("clients")
+        )
     ]
     if not each:
         return []
