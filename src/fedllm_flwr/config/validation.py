@@ -408,8 +408,7 @@ def _check_ranks(config: Config) -> None:
                 f"{lora.alpha}: alpha of the client, {lora.alpha * rank / lora.r:g}, is no whole "
                 f"number; set lora.alpha={2 * lora.r}."
             )
-    is_private = config.privacy.unit == "client"
-    special = lora.ranks or lora.dora or lora.rslora or is_private or algorithm.combiner != "auto"
+    special = lora.ranks or lora.dora or lora.rslora or algorithm.combiner != "auto"
     if not special:  # nothing to ask of the algorithm
         return
     kind = ALGORITHMS.find(algorithm.name)
@@ -429,11 +428,6 @@ def _check_ranks(config: Config) -> None:
         raise ConfigError(
             f"lora.rslora=true does not go with algorithm={algorithm.name}: its scale depends on "
             "the rank of each adapter; use lora.rslora=false and another lora.alpha."
-        )
-    if kind.stacks and is_private:
-        raise ConfigError(
-            f"privacy.unit=client does not go with algorithm={algorithm.name}, whose server step "
-            "sees each client's adapter and not their noisy sum; use algorithm=ffa."
         )
     if kind.stacks and algorithm.combiner != "auto":
         raise ConfigError(
