@@ -164,6 +164,21 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _audit(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedllm_flwr.runs.kept_adapters import find_adapter
+
+    if arguments.records < 1:
+        raise ConfigError(f"--records must be > 0, got {arguments.records}.")
+    kept = find_adapter(arguments.run)
+    from fedllm_flwr.commands.audit import audit
+
+    for line in audit(kept, Path(arguments.run).expanduser(), arguments.records):
+        print(line, flush=True)
+    return 0
+
+
 def _status(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.commands.status.command import status
 
@@ -240,6 +255,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("output", help="directory to write")
     merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=_ONTO)
     merge.add_argument("--base", metavar="MODEL", help=_BASE)
+
+    text = "what an adapter gives away of its training records: membership inference"
+    audited = _add(commands, "audit", _audit, text)
+    audited.add_argument("run", help="directory of a simulated run of task=sft")
+    text = "records of either kind that are scored; default 2000"
+    audited.add_argument("--records", type=int, default=2000, help=text)
 
     text = "benchmark suites on base and adapters"
     add_evaluation(_add(commands, "evaluate", evaluate_arguments, text))
