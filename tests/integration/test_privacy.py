@@ -51,6 +51,20 @@ def test_options_go_with_a_promise(option: str, unit: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        "privacy.unit=record privacy.secure_aggregation=true federation.sample_clients=3",
+        "privacy.unit=record algorithm=fedex",
+        "privacy.unit=client algorithm=ffa",
+    ],
+)
+def test_neighbouring_options_go_with_a_promise(options: str, tmp_path: Path) -> None:
+    run = run_tiny(tmp_path / "run", "privacy.target_epsilon=8", *options.split())
+    assert 7 < records(run)[2]["epsilon"] <= 8
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_ends_at_its_target(tmp_path: Path) -> None:
     from tiny_runs import resume
 

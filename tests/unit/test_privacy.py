@@ -137,6 +137,8 @@ REFUSED = {
     "privacy.sampling=poisson federation.min_replies=1": "federation.min_replies=1 with",
     "algorithm=scaffold privacy.clip_quantile=0.5": "privacy.clip_quantile=0.5 with",
     "algorithm.combiner=median": "algorithm.combiner=median with privacy.unit=client",
+    "algorithm=flora": "privacy.unit=client does not go with algorithm=flora",
+    "privacy.secure_aggregation=true": "privacy.unit=client with privacy.secure_aggregation=true",
     f"{RECORD} lora.dora=true": "lora.dora=true with privacy.unit=record",
     f"{RECORD} task=dpo dpo.loss_type=aot": "it sorts the pairs of a batch",
     f"{RECORD} training.packing=true": "training.packing=true with privacy.unit=record",

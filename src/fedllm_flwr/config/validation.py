@@ -244,12 +244,6 @@ def _check_client_privacy(config: Config) -> None:
             f"algorithm={algorithm.name} with {promised}: no client's contribution is hidden among "
             "others'; choose an algorithm that aggregates several, or privacy.unit=record."
         )
-    if rule.stacks or rule.any_rank:
-        raise ConfigError(
-            f"algorithm={algorithm.name} with {promised}: its server step sees clients' adapters "
-            "one by one, and not the noisy sum alone; use fedavg, ffa, rolora or another algorithm "
-            "on their mean, or privacy.unit=record."
-        )
     if algorithm.weighting not in ("auto", "uniform"):
         raise ConfigError(
             f"algorithm.weighting={algorithm.weighting} with {promised}: a client with many "
