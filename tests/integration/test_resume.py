@@ -160,6 +160,7 @@ def test_what_may_change_changes_no_bit_of_the_adapter(tmp_path: Path, whole_run
         "evaluation.suite_limit": "1",
         "evaluation.data_root": str(tmp_path),
         "tracking.figures": "true",
+        "tracking.report": "true",
         "tracking.tensorboard": "false",
         "tracking.wandb": "false",
         "tracking.mlflow": "false",

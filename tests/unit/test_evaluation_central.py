@@ -122,21 +122,21 @@ def test_training_on_an_answer_shows_in_every_score(config: Config, tmp_path: Pa
 
 
 def test_a_client_scores_what_it_holds_back(
-    make_config: MakeConfig, random_examples: MakeExamples
+    make_config: MakeConfig, random_examples: MakeExamples, tmp_path: Path
 ) -> None:
     config, held_out = make_config(), random_examples(6)
     model = load_model(config)
     task = Assignment(1, model.initial, 1e-2, config)
-    scores = evaluate_locally(task, ClientData("a", random_examples(1), held_out))
+    scores = evaluate_locally(task, ClientData("a", random_examples(1), held_out), tmp_path)
     tokens = score_examples(model, held_out, 2048)
     expected = {"loss": tokens.loss, "token_accuracy": tokens.token_accuracy}
     assert scores == pytest.approx(expected)
 
 
 def test_a_client_that_holds_nothing_back(
-    make_config: MakeConfig, random_examples: MakeExamples
+    make_config: MakeConfig, random_examples: MakeExamples, tmp_path: Path
 ) -> None:
     config, nothing = make_config(), random_examples(1).take(np.empty(0, np.int64))
     task = Assignment(1, load_model(config).initial, 1e-2, config)
     with pytest.raises(DataError, match=r"desk-1 holds no examples back.*validation_fraction"):
-        evaluate_locally(task, ClientData("desk-1", random_examples(1), nothing))
+        evaluate_locally(task, ClientData("desk-1", random_examples(1), nothing), tmp_path)

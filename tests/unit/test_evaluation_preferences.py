@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -257,7 +258,7 @@ def quoted(text: str) -> str:
     return "\n".join("> " + line for line in text.splitlines()) or "> "
 
 
-def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel) -> None:
+def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel, tmp_path: Path) -> None:
     pairs, adapter, reference = random_pairs(9), random_adapter(model), random_adapter(model, 2)
     data = ClientData("a", random_pairs(3, seed=1), pairs)
     for given_reference in (None, reference):
@@ -268,7 +269,7 @@ def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel) -> N
             config,
             sent={} if given_reference is None else {"reference": given_reference},
         )
-        scores = evaluate_locally(task, data)
+        scores = evaluate_locally(task, data, tmp_path)
         model.load(adapter)
         policy = one_by_one(model.peft, pairs)
         expected_reference = reference_log_probs(model, given_reference, pairs.rows, 1).reshape(
@@ -278,8 +279,10 @@ def test_clients_score_their_own_pairs(config: Config, model: AdaptedModel) -> N
         assert scores == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_client_that_holds_nothing_back(config: Config, model: AdaptedModel) -> None:
+def test_a_client_that_holds_nothing_back(
+    config: Config, model: AdaptedModel, tmp_path: Path
+) -> None:
     pairs = random_pairs(3)
     data = ClientData("desk-3", pairs, pairs.take(np.empty(0, np.int64)))
     with pytest.raises(DataError, match=r"^desk-3 holds no examples back; raise data\.validation"):
-        evaluate_locally(Assignment(1, model.initial, 0.0, config), data)
+        evaluate_locally(Assignment(1, model.initial, 0.0, config), data, tmp_path)

@@ -38,7 +38,8 @@ def test_replies_come_from_the_clients_that_were_asked(tmp_path: Path) -> None:
     assert {name: client.info.num_examples for name, client in roster.items()} == SIZES
 
     wanted = [roster[f"client-{i}"].node_id for i in (9, 0, 6)]  # two of them behind one node
-    node_ids = send(grid, [Message(RecordDict(), node_id, "train") for node_id in wanted])
+    shared = RecordDict()
+    node_ids = send(grid, [Message(shared, node_id, "train") for node_id in wanted])
     assert list(node_ids.values()) == wanted
     replies = list(receive(open_inbox(grid), node_ids, 10.0))
     assert [reply.metadata.src_node_id for reply in replies] == wanted

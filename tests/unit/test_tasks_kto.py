@@ -229,12 +229,16 @@ def log_probs(config: Config, params: Params | None, rows: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_a_client_scores_its_own_answers(with_reference: bool, config: Config) -> None:
+def test_a_client_scores_its_own_answers(
+    with_reference: bool, config: Config, tmp_path: Path
+) -> None:
     held_out, params = random_answers(9, seed=3), adapter(config, 1)
     reference = adapter(config, 2) if with_reference else None
     sent = {} if reference is None else {"reference": reference}
     scores = evaluate_locally(
-        Assignment(1, params, 0.0, config, sent), ClientData("a", random_answers(3), held_out)
+        Assignment(1, params, 0.0, config, sent),
+        ClientData("a", random_answers(3), held_out),
+        tmp_path,
     )
     mixed = held_out.mismatched(np.arange(9), 64)
     ratio, others = (

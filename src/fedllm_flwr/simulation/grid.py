@@ -102,6 +102,7 @@ class SimulationGrid(Grid):
 
     def _addressed(self, message: Message) -> Message:
         client = message.metadata.dst_node_id
+        message.content = RecordDict(dict(message.content))  # messages may share theirs
         add_note(message.content, self._state_dir, client - 1)
         node_id = self._nodes[(client - 1) % len(self._nodes)]
         message.metadata.__dict__["_dst_node_id"] = node_id
