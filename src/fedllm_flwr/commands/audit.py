@@ -82,10 +82,11 @@ def _verdict(attacks: dict[str, Attack]) -> Iterator[str]:
     base = attacks["base"].auc
     if not base.low <= 0.5 <= base.high:
         yield (
-            "note: the base model alone tells both kinds apart; they differ by themselves, and "
-            "'calibrated' is the attack to read"
+            "note: the base model alone tells both kinds apart; they differ by themselves, and an "
+            "attack counts only above the base model's interval"
         )
-    above = [name for name in ("loss", "min-k", "calibrated") if attacks[name].auc.low > 0.5]
+    guessing = max(0.5, base.high if base.low > 0.5 else 0.5)
+    above = [name for name in ("loss", "min-k", "calibrated") if attacks[name].auc.low > guessing]
     yield f"above guessing: {', '.join(above)}" if above else "no attack is above guessing"
 
 
