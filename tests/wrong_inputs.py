@@ -279,6 +279,9 @@ ADAPTERS = [
         ("output that exists", "finished folder", "folder exists"),
         ("output below a file", "finished notes.jsonl/merged", "notes.jsonl is a file"),
     ),
+    *_rows("audit", ("no run", "folder", "folder: holds no run")),
+    *_rows("report", ("no run", "folder", "folder: neither a run (config.yaml)")),
+    *_rows("watch", ("no run", "folder", "folder: neither a run (config.yaml)")),
 ]
 EVALUATE = _rows(
     "evaluate",
