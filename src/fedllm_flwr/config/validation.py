@@ -244,6 +244,12 @@ def _check_client_privacy(config: Config) -> None:
             f"algorithm={algorithm.name} with {promised}: no client's contribution is hidden among "
             "others'; choose an algorithm that aggregates several, or privacy.unit=record."
         )
+    if rule.stacks:
+        raise ConfigError(
+            f"{promised} does not go with algorithm={algorithm.name}, whose server step takes the "
+            "clients' adapters one by one and not their noisy sum; use algorithm=ffa, or "
+            "privacy.unit=record."
+        )
     if algorithm.weighting not in ("auto", "uniform"):
         raise ConfigError(
             f"algorithm.weighting={algorithm.weighting} with {promised}: a client with many "
