@@ -37,6 +37,7 @@ INEXACT = (
     "lora_fair",
     "raflora",
     "hetlora",
+    "hetlora_pruned",
     "ditto",
 )  # FlexLoRA: 4 + 2 fit into rank 8
 BY_DEFAULT = ("flora",)
