@@ -16,8 +16,7 @@ _RECORD, _STATE_DIR, _INDEX = "simulation", "state_dir", "client"
 
 def add_note(content: RecordDict, state_dir: Path, index: int) -> None:
     """Note in a message which of the run's clients it is for, and where they keep their memory."""
-    noted: dict[str, str | int] = {_STATE_DIR: str(state_dir.resolve()), _INDEX: index}
-    content[_RECORD] = ConfigRecord(noted)  # type: ignore[arg-type]  # a dict of a narrower type
+    content[_RECORD] = ConfigRecord({_STATE_DIR: str(state_dir.resolve()), _INDEX: index})
 
 
 def noted_state_dir(content: RecordDict) -> Path | None:

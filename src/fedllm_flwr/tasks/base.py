@@ -198,8 +198,11 @@ class TrainingTask(ABC):
         """
 
     def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
-        """Loss of each example by itself, which no other example has a part in."""
-        raise NotImplementedError
+        """Loss of each example by itself, which no other example has a part in.
+
+        A task without it is refused under ``privacy.unit=record`` before a run starts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no losses of single examples")
 
     def drops_out(self, config: Config) -> bool:
         """Whether training that is private per record takes ``lora.dropout``."""
