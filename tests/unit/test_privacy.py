@@ -16,7 +16,7 @@ from fedllm_flwr.config import changed
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import ConfigError, NotFiniteError
 from fedllm_flwr.federation.channel import NoReplyError, Reply
-from fedllm_flwr.federation.mechanism import ClientMechanism, plan_budget
+from fedllm_flwr.federation.mechanism import ClientMechanism, plan_budget, split_noise
 from fedllm_flwr.federation.messages import Update
 from fedllm_flwr.federation.recorder import Recorder, RoundReport
 from fedllm_flwr.federation.rounds import Rounds
@@ -110,6 +110,16 @@ def test_epsilon_equals_the_closed_form_of_gaussians():
     assert delta(ours) <= 1e-5 < delta(0.99 * ours)
 
 
+@pytest.mark.parametrize(("multiplier", "clients"), [(0.5, 20), (1.0, 100), (4.9, 50)])
+def test_a_sum_and_its_indicators_are_one_gaussian_mechanism(multiplier, clients):
+    """Andrew et al. 2021, theorem 1; indicators, shifted by a half, have sensitivity 1/2."""
+    deviation, raised = split_noise(multiplier, clients)
+    assert deviation == clients / 20  # as tensorflow_federated's adaptive_clip_noise_params
+    parts = {Release(raised, "visible", 1, 1): 1, Release(2 * deviation, "visible", 1, 1): 1}
+    whole = epsilon({Release(multiplier, "visible", 1, 1): 1}, 1e-5)
+    assert epsilon(parts, 1e-5) == pytest.approx(whole, rel=2e-3)
+
+
 @pytest.mark.parametrize("sampling", ["fixed", "poisson", "visible"])
 def test_calibrated_noise_spends_the_target_and_no_more(sampling):
     release = Release(0.0, sampling, 4, 100)
@@ -134,7 +144,7 @@ REFUSED = {
     "algorithm=local": "algorithm=local with privacy.unit=client",
     "algorithm=centralized": "algorithm=centralized with privacy.unit=client",
     "evaluation.clients=true": "evaluation.clients=true with privacy.unit=client",
-    "privacy.sampling=poisson federation.min_replies=1": "federation.min_replies=1 with",
+    "federation.min_replies=1": "federation.min_replies=1 with privacy.sampling=poisson",
     "algorithm=scaffold privacy.clip_quantile=0.5": "privacy.clip_quantile=0.5 with",
     "algorithm.combiner=median": "algorithm.combiner=median with privacy.unit=client",
     "algorithm=flora": "privacy.unit=client does not go with algorithm=flora",

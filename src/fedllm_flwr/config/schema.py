@@ -503,9 +503,9 @@ class PrivacyConfig:
         default=None, gt=0, lt=1, description="null: 1 / n^1.1 with n clients, or records"
     )
     sampling: Literal["fixed", "poisson", "visible"] = Field(
-        default="fixed",
-        description="unit=client: clients of a round, drawn in secret: fixed: so many | poisson: "
-        "each by itself | visible: as the seed says, which amplifies nothing",
+        default="poisson",
+        description="unit=client: clients of a round, drawn in secret: poisson: each by itself | "
+        "fixed: so many | visible: as the seed says, which amplifies nothing",
     )
     clip_quantile: Real | None = Field(
         default=None,

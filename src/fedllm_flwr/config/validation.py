@@ -264,7 +264,8 @@ def _check_client_privacy(config: Config) -> None:
     if privacy.sampling == "poisson" and federation.min_replies is not None:
         raise ConfigError(
             f"federation.min_replies={federation.min_replies} with privacy.sampling=poisson: the "
-            "number of clients of a round varies, down to none; set federation.min_replies=null."
+            "number of clients of a round varies, down to none; set federation.min_replies=null, "
+            "or privacy.sampling=fixed."
         )
     if privacy.clip_quantile is not None and rule.contributes:
         raise ConfigError(

@@ -19,8 +19,7 @@ The server is trusted: it sees the contributions. The promise is to whoever sees
 With ``privacy.clip_quantile`` C follows a quantile of the norms (Andrew et al. 2021,
 "Differentially Private Learning with Adaptive Clipping"): b = 1/m (sum_i [norm_i <= C] +
 N(0, (m/20)^2)) and C <- C exp(-eta_C (b - quantile)). The indicators, shifted by a half, have
-sensitivity 1/2. The noise on the sum is raised to z_D = (z^-2 - (2 m/20)^-2)^(-1/2), so that both
-together are one Gaussian mechanism with multiplier z (their theorem 1).
+sensitivity 1/2; the noise on the sum is raised for them (`split_noise`).
 """
 
 import json
@@ -138,6 +137,20 @@ def _check_quantile(config: Config, spending: Mapping[str, Release]) -> None:
                 f"its own noise takes multipliers below {bound:.3g}; sample more clients, or set "
                 "privacy.clip_quantile=null."
             )
+
+
+def split_noise(multiplier: float, expected: float) -> tuple[float, float]:
+    """Noise of an adaptive clip: deviation on the sum of indicators, noise multiplier of the sum.
+
+    Both releases together are one Gaussian mechanism with `multiplier`, z: z^-2 = z_D^-2 +
+    (2 s)^-2, where indicators, shifted by a half, have sensitivity 1/2 (Andrew et al. 2021,
+    theorem 1).
+
+    Args:
+        expected: clients of a round; more than 10 x `multiplier`, see `plan_budget`.
+    """
+    deviation = expected * _INDICATOR_NOISE
+    return deviation, (multiplier**-2 - (2 * deviation) ** -2) ** -0.5
 
 
 def describe_budget(config: Config, sizes: Sizes) -> tuple[str, str] | None:
@@ -390,8 +403,7 @@ class ClientMechanism(Accounted):
             sums["delta"] = {name: value * share for name, value in sums["delta"].items()}
         quantile, tensors = self.config.privacy.clip_quantile, {}
         if quantile is not None:
-            deviation = expected * _INDICATOR_NOISE if z else 0.0
-            z = (z**-2 - (2 * deviation) ** -2) ** -0.5 if z else 0.0
+            deviation, z = split_noise(z, expected) if z else (0.0, 0.0)
             total = sum(within) - len(within) / 2 + deviation * float(noise.normal((1,))[0])
             step = self.config.privacy.clip_learning_rate * (total / expected + 0.5 - quantile)
             tensors = {"privacy": {"clip": np.array([clip * math.exp(-step)])}}
