@@ -136,10 +136,16 @@ COMBINERS: Registry[Any] = Registry(
 )
 """Subclasses of `federation.combine.Combiner`."""
 
+_COMPRESS = "fedllm_flwr.federation.updates.compress"
 TRANSFORMS: Registry[Any] = Registry(
     "communication.transforms",
     "fedllm_flwr.transforms",
-    {"clip": "fedllm_flwr.federation.updates.clip:Clip"},
+    {
+        "clip": "fedllm_flwr.federation.updates.clip:Clip",
+        "int8": f"{_COMPRESS}:Int8",
+        "int4": f"{_COMPRESS}:Int4",
+        "top_k": f"{_COMPRESS}:TopK",
+    },
 )
 """Subclasses of `federation.updates.UpdateTransform`."""
 

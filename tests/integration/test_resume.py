@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedllm_flwr.commands import main as cli
@@ -15,6 +16,7 @@ from fedllm_flwr.config.compose import compose
 from fedllm_flwr.config.describe import keys
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, RunInterrupted
 from fedllm_flwr.federation.state import load_state, newest_round
+from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.runs.directory import _FREE_TO_CHANGE
 from fedllm_flwr.server.run import run_simulation
@@ -56,6 +58,28 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
     assert sorted(found) == sorted(expected)
     assert found == expected
     assert [record["round"] for record in found["metrics"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "transform", ["int8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int4", "top_k"))]
+)
+def test_compressed_updates_go_on_with_what_was_left_out(
+    transform: str, whole_run: WholeRun, tmp_path: Path
+) -> None:
+    chosen = ("algorithm=scaffold", f"communication={transform}", "federation.sample_clients=3")
+    whole = whole_run(*chosen)
+    with pytest.raises(RunInterrupted):
+        run_intercepted(tmp_path / "stopped", interrupting(2, after=1), *chosen)
+    assert outcome(resume(tmp_path / "stopped")) == outcome(whole)
+    control = load_params(max(whole.glob("checkpoints/round-*")))[0]["state.control"]
+    kept = [load_params(max(folder.glob("*.safetensors")))[0] for folder in whole.glob("clients/*")]
+    for name, value in control.items():
+        mean = sum(each["control"][name] for each in kept) / len(kept)
+        np.testing.assert_allclose(value, mean, atol=1e-6)
+    assert all(np.abs(value).max() > 0 for each in kept for value in each["residual"].values())
+    up = sum(record["bytes_up"] for record in records(whole)[1:])
+    down = sum(record["bytes_down"] for record in records(whole)[1:])
+    assert up / down < {"int8": 0.55, "int4": 0.3, "top_k": 0.25}[transform]
 
 
 @pytest.mark.slow

@@ -179,11 +179,14 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     if decay := worker_momentum(config):
         delta = with_momentum(delta, memory.tensors.get(MOMENTUM), decay)
         kept[MOMENTUM] = Kept(delta)
-    passage = Passage(data.name, assignment.round, config.seed)
+    passage = Passage(data.name, assignment.round, config.seed, memory.tensors)
     shared = {n: v for n, v in delta.items() if rule.shares(n, assignment.round)}
-    groups = dict(chain.client_end({"delta": shared, **after.contributions}, passage))
+    own_groups = {"delta": shared, **after.contributions}
+    leaving, left = chain.client_end(own_groups, passage)
+    kept |= {kind: Kept(tensors) for kind, tensors in left.items()}
+    groups = dict(leaving)
     if rule.contributes and chain.links:  # memory moves by what arrives, as the server's copy does
-        arriving = chain.arriving(groups, passage)
+        arriving = chain.arriving(groups, own_groups, passage)
         for group, kind in rule.contributes.items():
             own = memory.tensors.get(kind) or {n: np.zeros_like(v) for n, v in params.items()}
             kept[kind] = Kept(add(own, arriving[group]))

@@ -475,7 +475,12 @@ class CommunicationConfig:
 
     dtype: WireDtype = "bfloat16"
     transforms: list[Text] = Field(
-        default_factory=list, description="further update transforms, of installed packages"
+        default_factory=list,
+        description="int8 | int4 | top_k: compress updates on their way up, with error feedback; "
+        "also those of installed packages",
+    )
+    top_k: Real = Field(
+        default=0.05, gt=0, le=1, description="top_k: share of a tensor's values that travel"
     )
 
 

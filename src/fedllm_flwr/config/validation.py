@@ -34,8 +34,7 @@ def validate(config: Config) -> None:
     _check_privacy(config)
     _check_attack(config)
     _check_secure(config)
-    for name in config.communication.transforms:
-        TRANSFORMS.check(name)
+    _check_transforms(config)
 
 
 def _check_training(config: Config) -> None:
@@ -294,6 +293,34 @@ def _check_attack(config: Config) -> None:
     if attack.target is not None and attack.target not in labels:
         raise ConfigError(
             f"attack.target={shown(attack.target)} is not among data.labels={shown(labels)}."
+        )
+
+
+def _check_transforms(config: Config) -> None:
+    """What compression does not go with."""
+    names = config.communication.transforms
+    for name in names:
+        TRANSFORMS.check(name)
+    compressing = [name for name in names if name in ("int8", "int4", "top_k")]
+    if not compressing:
+        return
+    chosen = f"communication.transforms={shown(names)}"
+    if len(compressing) > 1:
+        raise ConfigError(f"{chosen}: an update is compressed once; choose one.")
+    if config.privacy.unit == "client":
+        raise ConfigError(
+            f"{chosen} with privacy.unit=client: what error feedback adds to a later update, the "
+            "clip takes away again; set communication.transforms=[]."
+        )
+    if config.attack.name in ("sign_flip", "scale", "gaussian", "alie"):
+        raise ConfigError(
+            f"{chosen} with attack={config.attack.name}: simulated attackers change updates that "
+            "are not compressed; set communication.transforms=[]."
+        )
+    if config.lora.ranks or ALGORITHMS.find(config.algorithm.name).any_rank:
+        raise ConfigError(
+            f"{chosen} needs updates of one shape; with algorithm={config.algorithm.name} and "
+            "lora.ranks set communication.transforms=[]."
         )
 
 

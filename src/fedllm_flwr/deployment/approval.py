@@ -191,6 +191,7 @@ def in_words(settings: Mapping[str, Any]) -> list[str]:
     amount = f"{steps} steps" if steps > 0 else f"{training['num_epochs']:g} passes over the data"
     modules = lora["target_modules"]
     where = modules if isinstance(modules, str) else ", ".join(map(str, modules))
+    dtype, transforms = settings["communication"]["dtype"], settings["communication"]["transforms"]
     leaves = ["the change of the adapter"]
     if algorithm["name"] == "scaffold":
         leaves.append("that of a control variate")
@@ -202,7 +203,7 @@ def in_words(settings: Mapping[str, Any]) -> list[str]:
         f"{precision}, {federation['num_rounds']} rounds x {amount} of {batch} records",
         f"LoRA of rank {lora['r']} on {where}, learning rate {training['learning_rate']:g}, at "
         f"most {training['max_length']} tokens, template {settings['data']['template']}",
-        f"leaves you: {', '.join(leaves)}, as {settings['communication']['dtype']}",
+        f"leaves you: {', '.join(leaves)}, as {' '.join((*transforms, dtype))}",
     ]
 
 

@@ -239,8 +239,12 @@ class Rounds:
         if self.secure:
             size = num_words(self.shared(params, server_round), self.rule.contributes, params)
             return {"masked": {"vector": np.broadcast_to(np.float32(0), (size,))}}
+        return self.chain.expected(self.uncompressed(params, server_round))
+
+    def uncompressed(self, params: Params, server_round: int) -> Groups:
+        """Names and shapes of what a client contributes, before any transform."""
         groups = dict.fromkeys(self.rule.contributes, params)
-        return self.chain.expected({"delta": self.shared(params, server_round), **groups})
+        return {"delta": self.shared(params, server_round), **groups}
 
     def shared(self, params: Params, server_round: int) -> Params:
         """Those tensors of `params` whose change travels back in a round."""
@@ -526,11 +530,12 @@ class OpenRound:
         self._check_counts(name, update)
         announced = self.roster[name].info.num_examples
         passage = Passage(name, report.round, rounds.config.seed)
+        like = self._start(name)
+        sent = {"delta": update.delta, **update.contributed}
         groups = dict(
-            rounds.chain.server_end({"delta": update.delta, **update.contributed}, passage)
+            rounds.chain.server_end(sent, rounds.uncompressed(like, report.round), passage)
         )
         update = replace(update, delta=groups.pop("delta"), contributed=groups)
-        like = self._start(name)
         check_like(update.delta, rounds.shared(like, report.round))
         changes = rounds.copies.accept(
             name,

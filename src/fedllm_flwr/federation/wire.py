@@ -93,7 +93,8 @@ def unpack_params(record: ArrayRecord, dtype: str) -> Params:
     params: Params = {}
     for name, array in record.items():
         values = array.numpy()
-        if not isinstance(values, np.ndarray) or values.dtype != STORED[dtype]:
+        known = isinstance(values, np.ndarray) and values.dtype in (STORED[dtype], np.uint8)
+        if not known:
             found = getattr(values, "dtype", type(values).__name__)
             raise FederationError(f"'{_shown(name)}' has dtype {found}, announced as {dtype}")
         params[name] = decode(values, dtype)

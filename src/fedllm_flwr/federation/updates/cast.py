@@ -1,5 +1,7 @@
 """The cast to the dtype of the wire and back, the last link of every chain. NumPy only.
 
+Bytes (uint8), which a transform has made of a tensor, travel as they are.
+
 NumPy and Flower know no bfloat16, so its bits stand in int16, and are decoded before any
 arithmetic.
 """
@@ -38,6 +40,8 @@ def encode(name: str, values: Array, dtype: str) -> Array:
     Raises:
         FederationError: a finite value is too large for float16.
     """
+    if values.dtype == np.uint8:  # what a transform has compressed
+        return values
     if dtype == "bfloat16":
         return to_bfloat16_bits(values)
     with np.errstate(over="ignore"):
@@ -49,7 +53,9 @@ def encode(name: str, values: Array, dtype: str) -> Array:
 
 
 def decode(values: Array, dtype: str) -> Array:
-    """Wire dtype to float32, without a copy where there is nothing to convert."""
+    """Wire dtype to float32, without a copy where there is nothing to convert; bytes stay."""
+    if values.dtype == np.uint8:
+        return values
     if dtype == "bfloat16":
         return from_bfloat16_bits(values)
     return values.astype(np.float32, copy=False)
@@ -62,4 +68,7 @@ def round_trip(params: Params, dtype: str) -> Params:
 
 def wire_bytes(params: Params, dtype: str) -> int:
     """Bytes of tensor data that `params` take on the wire."""
-    return sum(int(v.size) for v in params.values()) * WIRE_BYTES[dtype]
+    return sum(
+        int(value.size) * (1 if value.dtype == np.uint8 else WIRE_BYTES[dtype])
+        for value in params.values()
+    )

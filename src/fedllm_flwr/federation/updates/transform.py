@@ -8,7 +8,7 @@ packages add names; their order follows from their stages, not from the order of
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -30,11 +30,15 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Passage:
-    """Which update passes: of which client and round, and the run's seed for draws."""
+    """Which update passes: of which client and round, and the run's seed for draws.
+
+    ``memory`` is what the client remembers by kind; at the server there is none.
+    """
 
     client: str
     round: int
     seed: int
+    memory: Groups = field(default_factory=dict)
 
 
 class UpdateTransform(ABC):
@@ -49,12 +53,24 @@ class UpdateTransform(ABC):
     def client_end(self, groups: Groups, passage: Passage) -> Groups:
         """What leaves the client in the place of `groups`: ``delta`` and what the rule adds.
 
-        Tensors are float32 or float64 by name. Names and shapes may differ from the adapter's if
-        `expected` says so.
+        Tensors are float32 or float64 by name. Names, shapes and dtype may differ from the
+        adapter's if `expected` says so; uint8 travels as it is.
         """
 
-    def server_end(self, groups: Groups, passage: Passage) -> Groups:
+    def remembered(self, before: Groups, after: Groups, passage: Passage) -> Groups:
+        """What the client keeps for its next round, by kind.
+
+        Args:
+            before: the groups that were given to `client_end`.
+            after: what it made of them.
+        """
+        return {}
+
+    def server_end(self, groups: Groups, like: Groups, passage: Passage) -> Groups:
         """What the server goes on with; has to undo whatever changes names or shapes.
+
+        Args:
+            like: tensors with the names and shapes of the result.
 
         Raises:
             FederationError: `groups` cannot be what the other end makes. The client can have sent
@@ -88,23 +104,28 @@ class Chain:
         links = tuple(kind(config) for kind in sorted(kinds, key=lambda kind: kind.stage))
         return cls(links, config.communication.dtype)
 
-    def client_end(self, groups: Groups, passage: Passage) -> Groups:
-        """`groups` as they leave the client, but for the cast, which the wire does."""
+    def client_end(self, groups: Groups, passage: Passage) -> tuple[Groups, Groups]:
+        """`groups` as they leave the client, but for the cast, and what it keeps, by kind."""
+        kept: dict[str, Params] = {}
         for link in self.links:
-            groups = link.client_end(groups, passage)
+            before, groups = groups, link.client_end(groups, passage)
+            kept |= link.remembered(before, groups, passage)
+        return groups, kept
+
+    def server_end(self, groups: Groups, like: Groups, passage: Passage) -> Groups:
+        """`groups` as the server goes on with them, with the names and shapes of `like`."""
+        shapes = []
+        for link in self.links:
+            shapes.append(like)
+            like = link.expected(like)
+        for link, before in zip(reversed(self.links), reversed(shapes), strict=True):
+            groups = link.server_end(groups, before, passage)
         return groups
 
-    def server_end(self, groups: Groups, passage: Passage) -> Groups:
-        """`groups` as the server goes on with them."""
-        for link in reversed(self.links):
-            groups = link.server_end(groups, passage)
-        return groups
-
-    def arriving(self, sent: Groups, passage: Passage) -> Groups:
+    def arriving(self, sent: Groups, like: Groups, passage: Passage) -> Groups:
         """What the server goes on with when `sent`, the client's end, has left."""
-        return self.server_end(
-            {group: self.as_received(params) for group, params in sent.items()}, passage
-        )
+        received = {group: self.as_received(params) for group, params in sent.items()}
+        return self.server_end(received, like, passage)
 
     def expected(self, groups: Groups) -> Groups:
         """Names and shapes that travel for an update like `groups`."""

@@ -1,0 +1,211 @@
+"""Compression of updates on their way up, with error feedback. NumPy only.
+
+A tensor travels as bytes: whole numbers and a scale per block (`Int8`, `Int4`), or its largest
+values and their places (`TopK`). What compression has left out of ``delta`` is kept at the client
+and added to its next update (error feedback; Karimireddy et al. 2019, "Error Feedback Fixes
+SignSGD", https://arxiv.org/abs/1901.09847, Algorithm 2). It is client memory: after a lost reply it
+starts from what the last acknowledged round left.
+
+What a rule sends beside ``delta`` is compressed without: it is the change of a memory that moves by
+what has arrived (`client.local_round`), so that what was left out comes with the next change.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+import numpy as np
+
+from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.federation.updates.transform import Passage, Stage, UpdateTransform
+from fedllm_flwr.params import Array, Groups, Params, derive_seed, subtract
+
+BLOCK = 128
+"""Values that share a scale: a quarter of a bit for each of them."""
+RESIDUAL = "residual"
+"""Kind of client memory: what compression has left out of the client's updates so far."""
+
+
+class Compression(UpdateTransform):
+    """A tensor as bytes and back; subclasses say how."""
+
+    stage = Stage.COMPRESS
+
+    @abstractmethod
+    def compressed(self, values: Array, seed: int) -> Array:
+        """The bytes, as uint8 of shape ``(num_bytes(values.size),)``, of flat float32 `values`."""
+
+    @abstractmethod
+    def restored(self, encoded: Array, size: int) -> Array:
+        """float32 values, `size` of them, from bytes of the right number.
+
+        Raises:
+            FederationError: no `compressed` makes such bytes.
+        """
+
+    @abstractmethod
+    def num_bytes(self, size: int) -> int:
+        """Bytes of a tensor of `size` values."""
+
+    def client_end(self, groups: Groups, passage: Passage) -> Groups:
+        """Every tensor as bytes, ``delta`` together with what earlier rounds have left out of it.
+
+        Raises:
+            NotFiniteError: a value is NaN or infinite.
+        """
+        groups = {**groups, "delta": _corrected(groups["delta"], passage.memory)}
+        found: dict[str, Params] = {}
+        for group, params in groups.items():
+            found[group] = {}
+            for name, values in params.items():
+                flat = np.asarray(values, np.float32).ravel()
+                if not np.isfinite(flat).all():
+                    raise NotFiniteError(f"{name!r} holds NaN or Inf")
+                parts = (passage.seed, "compression", passage.client, passage.round, group, name)
+                found[group][name] = self.compressed(flat, derive_seed(*parts))
+        return found
+
+    def server_end(self, groups: Groups, like: Groups, passage: Passage) -> Groups:
+        """The tensors with the shapes that they had."""
+        return {
+            group: {
+                name: self._read(name, value, like.get(group, {})) for name, value in params.items()
+            }
+            for group, params in groups.items()
+        }
+
+    def remembered(self, before: Groups, after: Groups, passage: Passage) -> Groups:
+        """What has been left out so far, also of tensors that do not travel in this round."""
+        delta = _corrected(before["delta"], passage.memory)
+        arrived = self.server_end({"delta": after["delta"]}, before, passage)["delta"]
+        left = passage.memory.get(RESIDUAL, {})
+        return {RESIDUAL: {**left, **subtract(delta, arrived)}}
+
+    def expected(self, groups: Groups) -> Groups:
+        """Bytes, a vector for each tensor."""
+        return {
+            group: {
+                name: np.broadcast_to(np.uint8(0), (self.num_bytes(value.size),))
+                for name, value in params.items()
+            }
+            for group, params in groups.items()
+        }
+
+    def _read(self, name: str, encoded: Array, like: Mapping[str, Array]) -> Array:
+        if name not in like:
+            raise FederationError(f"{name[:100]!r} is not a tensor of this adapter")
+        shape, size = like[name].shape, like[name].size
+        if encoded.dtype != np.uint8 or encoded.shape != (self.num_bytes(size),):
+            raise FederationError(
+                f"{name!r} has {encoded.size} values of {encoded.dtype}, expected "
+                f"{self.num_bytes(size)} bytes"
+            )
+        return self.restored(encoded, size).reshape(shape)
+
+
+def _corrected(delta: Params, memory: Groups) -> Params:
+    left = memory.get(RESIDUAL, {})
+    return {
+        name: value + left[name] if name in left and left[name].shape == value.shape else value
+        for name, value in delta.items()
+    }
+
+
+class Int8(Compression):
+    """Whole numbers in -127..127 and a float32 scale per `BLOCK` values, 8.25 bits a value.
+
+    Values are rounded up or down at random so that their expectation is the value itself (QSGD;
+    Alistarh et al. 2017, https://arxiv.org/abs/1610.02132), with the largest of the block as norm.
+    """
+
+    levels: ClassVar[int] = 127
+
+    def num_bytes(self, size: int) -> int:
+        return self.code_bytes(size) + 4 * _num_blocks(size)
+
+    def compressed(self, values: Array, seed: int) -> Array:
+        blocks = np.zeros((_num_blocks(values.size), BLOCK), np.float32)
+        blocks.ravel()[: values.size] = values
+        scales = np.abs(blocks).max(axis=1) / np.float32(self.levels)
+        draws = np.random.default_rng(seed).random(blocks.shape, np.float32)
+        steps = np.divide(
+            blocks, scales[:, None], out=np.zeros_like(blocks), where=scales[:, None] > 0
+        )
+        codes = np.clip(np.floor(steps + draws), -self.levels, self.levels).astype(np.int8)
+        packed = self.pack(codes.ravel()[: values.size])
+        return np.concatenate([packed, scales.astype("<f4").view(np.uint8)])
+
+    def restored(self, encoded: Array, size: int) -> Array:
+        end = self.code_bytes(size)
+        scales = np.frombuffer(encoded[end:].tobytes(), "<f4")
+        codes = self.unpack(encoded[:end])[:size].astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it is checked
+            return cast(Array, codes * np.repeat(scales, BLOCK)[:size])
+
+    def code_bytes(self, size: int) -> int:
+        """Bytes of the whole numbers."""
+        return size
+
+    def pack(self, codes: Array) -> Array:
+        """int8 codes as bytes."""
+        return codes.view(np.uint8)
+
+    def unpack(self, packed: Array) -> Array:
+        """Codes from bytes, perhaps one too many."""
+        return packed.view(np.int8)
+
+
+class Int4(Int8):
+    """As `Int8`, in -7..7, two in a byte: 4.25 bits a value."""
+
+    levels = 7
+
+    def code_bytes(self, size: int) -> int:
+        return (size + 1) // 2
+
+    def pack(self, codes: Array) -> Array:
+        nibbles = np.zeros(2 * self.code_bytes(codes.size), np.uint8)
+        nibbles[: codes.size] = codes + np.int8(8)
+        return cast(Array, nibbles[::2] | nibbles[1::2] << np.uint8(4))
+
+    def unpack(self, packed: Array) -> Array:
+        nibbles = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=1).ravel()
+        return nibbles.astype(np.int8) - np.int8(8)
+
+
+class TopK(Compression):
+    """The ``communication.top_k`` share of a tensor's values that are largest, and their places.
+
+    Each takes four bytes as float32 and four as its place, ascending. Stich et al. 2018,
+    "Sparsified SGD with Memory", https://arxiv.org/abs/1809.07599.
+    """
+
+    def kept(self, size: int) -> int:
+        """Values of a tensor of `size` that travel; at least one."""
+        return min(size, max(1, round(self.config.communication.top_k * size)))
+
+    def num_bytes(self, size: int) -> int:
+        return 8 * self.kept(size)
+
+    def compressed(self, values: Array, seed: int) -> Array:
+        kept = self.kept(values.size)
+        places = np.sort(np.argsort(-np.abs(values), kind="stable")[:kept])
+        largest = values[places].astype("<f4").view(np.uint8)
+        return np.concatenate([places.astype("<u4").view(np.uint8), largest])
+
+    def restored(self, encoded: Array, size: int) -> Array:
+        half = encoded.size // 2
+        places = np.frombuffer(encoded[:half].tobytes(), "<u4")
+        if places.size and (
+            int(places[-1]) >= size or (np.diff(places.astype(np.int64)) < 1).any()
+        ):
+            raise FederationError(
+                "the places of its values are not ascending, or not in the tensor"
+            )
+        values = np.zeros(size, np.float32)
+        values[places] = np.frombuffer(encoded[half:].tobytes(), "<f4")
+        return values
+
+
+def _num_blocks(size: int) -> int:
+    return -(-size // BLOCK)
