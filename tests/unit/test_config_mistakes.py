@@ -110,7 +110,10 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["communication.transforms=[int8,top_k]"], ["compressed once", "choose one"]),
     (["communication=int8", "algorithm=flora"], ["[int8]", "algorithm=flora", "one shape"]),
     (["communication=int4", "attack=alie"], ["[int4]", "attack=alie"]),
-    (["communication=top_k", "communication.top_k=0"], ["communication.top_k must be in (0, 1]", "0.0"]),
+    (
+        ["communication=top_k", "communication.top_k=0"],
+        ["communication.top_k must be in (0, 1]", "0.0"],
+    ),
     (
         ["communication=top_k", "privacy.unit=client", "privacy.noise_multiplier=1"],
         ["[top_k]", "privacy.unit=client", "error feedback"],
