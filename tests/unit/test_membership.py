@@ -1,5 +1,6 @@
 """Measures of membership inference on scores whose answer is known, and the command on a run."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -43,16 +44,28 @@ def test_an_overfitted_run_leaks_and_a_private_one_does_not(
     overfit = (
         *("federation.sample_clients=3", "federation.num_rounds=4", "data.max_samples=120"),
         *("training.max_steps=25", "training.batch_size=16", "training.learning_rate=1e-2"),
-        *("data.eval_max_samples=300", "evaluation.every=0", "lora.dropout=0"),
+        *("evaluation.every=0", "lora.dropout=0", "privacy.canaries=100", "privacy.delta=1e-5"),
     )
-    said = []
+    found = []
     for name, privacy in (("plain", ()), ("private", ("unit=record", "target_epsilon=2"))):
         run = run_tiny(tmp_path / name, *overfit, *(f"privacy.{key}" for key in privacy))
         assert cli.main(["audit", str(run.path)]) == 0
-        said.append(capsys.readouterr().out.splitlines()[-1])
-        assert (run.path / "audit.json").is_file()
-    assert said[0].startswith("above guessing: loss, min-k")
-    assert said[1] == "no attack is above guessing"
+        found.append((capsys.readouterr().out, json.loads((run.path / "audit.json").read_text())))
+    (said, plain), (said_of_private, private) = found
+    assert "above guessing: loss, min-k" in said
+    assert "no attack is above guessing" in said_of_private
+    for audited in (plain, private):  # a random split: the base model tells nothing
+        assert audited["attacks"]["base"]["auc"]["low"] < 0.5
+        assert audited["attacks"]["base"]["auc"]["high"] > 0.5
+    assert plain["canaries"]["exposure"]["low"] > 6
+    assert plain["canaries"]["epsilon_above"] > 2
+    assert private["canaries"]["auc"]["low"] < 0.5 < private["canaries"]["auc"]["high"]
+    assert private["canaries"]["exposure"]["low"] < 1.44
+    assert private["canaries"]["epsilon_above"] < private["spent"]["epsilon"] <= 2
+    one, noisy = plain["updates"]["one"], private["updates"]["one"]
+    assert one["own"]["low"] > 0.7 > 0.3 > one["control"]["high"]
+    assert noisy["own"]["high"] < 0.1
+    assert "1 record" in said
 
 
 def test_what_cannot_be_attacked_is_refused_in_one_line(

@@ -21,8 +21,8 @@ from fedllm_flwr.tasks.base import LocalWork
 from fedllm_flwr.training.batches import RoundBatches
 from fedllm_flwr.training.private import (
     ExampleLosses,
-    _catching,
     add_clipped,
+    catching,
     per_example,
     poisson_batches,
 )
@@ -55,7 +55,7 @@ def test_gradients_of_examples_are_those_of_each_alone_and_of_opacus(
     make = {"sft": random_examples, "dpo": random_pairs, "kto": random_answers}[task]
     model, losses, rows_per_example = prepared(config, make(12))
     parameters = model.trainable()
-    with _catching(model, parameters) as rows:
+    with catching(model, parameters) as rows:
         values, gradients = per_example(model, rows, losses, BATCH, rows_per_example)
     assert gradients.keys() == parameters.keys()
     for place, example in enumerate(BATCH):

@@ -256,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=_ONTO)
     merge.add_argument("--base", metavar="MODEL", help=_BASE)
 
-    text = "what an adapter gives away of its training records: membership inference"
+    text = "what a run gives away of its records: membership, canaries, gradients"
     audited = _add(commands, "audit", _audit, text)
     audited.add_argument("run", help="directory of a simulated run of task=sft")
     text = "records of either kind that are scored; default 2000"

@@ -521,6 +521,12 @@ class PrivacyConfig:
     clip_learning_rate: Real = Field(
         default=0.2, gt=0, description="of log(clip) with privacy.clip_quantile"
     )
+    canaries: Whole = Field(
+        default=0,
+        ge=0,
+        description="simulations of task=sft: records with random codes, each planted with chance "
+        "1/2, from which fedllm audit bounds epsilon from below",
+    )
     secure_aggregation: Flag = Field(
         default=False, description="the server learns the sum of the updates, and none of them"
     )

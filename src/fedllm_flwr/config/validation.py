@@ -205,6 +205,11 @@ def _check_robust(config: Config) -> None:
 def _check_privacy(config: Config) -> None:
     """Options that a promise of privacy does not hold with."""
     privacy = config.privacy
+    if privacy.canaries and (config.task.name != "sft" or config.federation.engine == "deployment"):
+        raise ConfigError(
+            f"privacy.canaries={privacy.canaries} are planted in the records of simulated clients "
+            "of task=sft; set privacy.canaries=0."
+        )
     if privacy.unit == "none":
         return
     promised = f"privacy.unit={privacy.unit}"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.data.canaries import planted
 from fedllm_flwr.data.federated import (
     FederatedData,
     load_federated_data,
@@ -70,7 +71,7 @@ class _Keyed:
     def of(cls, config: Config, kind: RecordKind, tokenizer: Tokenizer | None = None) -> "_Keyed":
         """The key for a configuration's records, or with a tokenizer for its examples."""
         parts = [config.task, config.data, config.partition, config.federation.num_clients]
-        parts += [config.seed, config.attack]
+        parts += [config.seed, config.attack, config.privacy.canaries]
         for path in (config.data.path, config.data.eval_path):
             parts.append(None if path is None else stamps(Path(path).expanduser()))
         if tokenizer is not None:
@@ -82,6 +83,7 @@ class _Keyed:
 def _divided(keyed: _Keyed) -> tuple[FederatedData, Partition]:
     config = keyed.config
     source = load_federated_data(config, keyed.kind)
+    source = replace(source, train=planted(config, keyed.kind, source.train))
     count = config.federation.num_clients
     return source, partition(source.train["client"], config.partition, count, config.seed)
 

@@ -60,14 +60,10 @@ def load_federated_data(config: Config, kind: RecordKind) -> FederatedData:
         ConfigError: options that cannot work.
     """
     data, folder = config.data, cache_dir() / "records"
-    label = _column(data.columns.label, "data.columns.label", required=True)
-    client = _column(data.client_column, "data.client_column", required=True)
-    if config.partition.column is not None:
-        client = _column(config.partition.column, "partition.column", required=True)
-    source = open_source(data, kind, label=label, client=client)
+    source, client = _training_source(config, kind)
     scan = scanned(source, folder)
     chosen = _sample(scan.report.usable, data.max_samples, config.seed, "max_samples")
-    if _has_eval_source(data):
+    if has_eval_source(data):
         test, report, num_held = *_load_evaluation(config, kind, client), 0
     else:
         chosen, held = _hold_out(chosen, data, config.seed)
@@ -77,9 +73,28 @@ def load_federated_data(config: Config, kind: RecordKind) -> FederatedData:
     return FederatedData(source.records(scan, chosen, folder), test, counts)
 
 
+def load_unused_data(config: Config, kind: RecordKind) -> Records:
+    """The usable training records that ``data.max_samples`` leaves out, drawn by the seed."""
+    source, folder = _training_source(config, kind)[0], cache_dir() / "records"
+    scan = scanned(source, folder)
+    count = scan.report.usable
+    chosen = _sample(count, config.data.max_samples, config.seed, "max_samples")
+    return source.records(scan, np.setdiff1d(np.arange(count), chosen), folder)
+
+
+def _training_source(config: Config, kind: RecordKind) -> tuple[Source, AttributeColumn | None]:
+    """Where a simulation's training records lie, and their column of clients."""
+    data = config.data
+    label = _column(data.columns.label, "data.columns.label", required=True)
+    client = _column(data.client_column, "data.client_column", required=True)
+    if config.partition.column is not None:
+        client = _column(config.partition.column, "partition.column", required=True)
+    return open_source(data, kind, label=label, client=client), client
+
+
 def load_evaluation_data(config: Config, kind: RecordKind) -> Records | None:
     """The evaluation records of a server whose training data lie with its sites, if it has any."""
-    if not _has_eval_source(config.data):
+    if not has_eval_source(config.data):
         return None
     client = _column(config.data.client_column, "data.client_column", required=False)
     return _load_evaluation(config, kind, client)[0]
@@ -118,7 +133,7 @@ def _column(name: str | None, key: str, required: bool) -> AttributeColumn | Non
     return None if name is None else AttributeColumn(name, key, required)
 
 
-def _has_eval_source(data: DataConfig) -> bool:
+def has_eval_source(data: DataConfig) -> bool:
     """Whether evaluation records come from a source of their own."""
     if data.eval_path is not None or data.path in EMBEDDED_DATA:
         return True

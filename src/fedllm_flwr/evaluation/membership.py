@@ -23,7 +23,6 @@ from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.inputs import by_length
 from fedllm_flwr.models.scoring import trained_log_probs
-from fedllm_flwr.params import Params
 
 Values = NDArray[np.float64]
 
@@ -54,11 +53,8 @@ class Attack:
     tpr: Interval
 
 
-def attack_scores(
-    model: AdaptedModel, params: Params, records: Encoded, batch_tokens: int
-) -> dict[str, Values]:
-    """What each attack gives each record, (records,); the model is left with `params` in it."""
-    model.load(params)
+def attack_scores(model: AdaptedModel, records: Encoded, batch_tokens: int) -> dict[str, Values]:
+    """What each attack gives each record under the adapter in `model`, (records,)."""
     found = _answer_log_probs(model, records, batch_tokens)
     with model.peft.disable_adapter():
         base = _answer_log_probs(model, records, batch_tokens)
@@ -74,7 +70,13 @@ def judge(
     members: Mapping[str, Values], others: Mapping[str, Values], seed: int
 ) -> dict[str, Attack]:
     """Every attack's success on the scores of members and of non-members."""
-    return {name: _attack(members[name], others[name], seed) for name in members}
+    return {name: attack(members[name], others[name], seed) for name in members}
+
+
+def mean_of(values: Values, seed: int) -> Interval:
+    """The mean and its 95 % interval over the values."""
+    drawn = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
+    return Interval(float(values.mean()), *_interval(values[drawn].mean(1)))
 
 
 @torch.inference_mode()
@@ -94,7 +96,8 @@ def _answer_log_probs(
     return means, lowest
 
 
-def _attack(members: Values, others: Values, seed: int) -> Attack:
+def attack(members: Values, others: Values, seed: int) -> Attack:
+    """Success of one score."""
     rng = np.random.default_rng(seed)
     resampled = [
         (
@@ -105,11 +108,18 @@ def _attack(members: Values, others: Values, seed: int) -> Attack:
     ]
     return Attack(
         *(
-            Interval(measure(members, others), *np.quantile(values, (0.025, 0.975)).tolist())
+            Interval(
+                measure(members, others),
+                *_interval([measure(*sample) for sample in resampled]),
+            )
             for measure in (area_under_curve, found_at_few_errors)
-            for values in [[measure(*sample) for sample in resampled]]
         )
     )
+
+
+def _interval(values: Values | list[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975)).tolist()
+    return low, high
 
 
 def area_under_curve(members: Values, others: Values) -> float:

@@ -16,7 +16,7 @@ term, SCAFFOLD's c - c_i (c_i is a function of this client's noisy gradients, c 
 released), the optimizer, and whatever the client sends or remembers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ from torch.nn.functional import linear
 from transformers import TrainerCallback
 
 from fedllm_flwr.config import Config
+from fedllm_flwr.config.schema import PrivacyConfig
 from fedllm_flwr.errors import ModelError, NotFiniteError
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.device import micro_batch_size
@@ -101,26 +102,22 @@ def train_privately(
     optimizer = kind(parameters.values(), lr=learning_rate, weight_decay=training.weight_decay)
     arguments: Any = SimpleNamespace(fp16=False)  # what `DriftCorrection` asks for
     nothing: Any = None
-    noise, deviation = Noise(), privacy.noise_multiplier * privacy.clip
-    total, seen = 0.0, 0
+    noise, total, seen = Noise(), 0.0, 0
     torch.manual_seed(seed)
     model.peft.train()
     with (
         nullcontext() if drops_out else without_dropout(model.peft),
         _checkpointing(model, training.gradient_checkpointing),
-        _catching(model, parameters) as rows,
+        catching(model, parameters) as rows,
     ):
         for step in batches.batches:
-            sums = {name: torch.zeros_like(p, dtype=torch.float) for name, p in parameters.items()}
-            for batch in _micro_batches(step, source, size):
-                values, gradients = per_example(model, rows, losses, batch, rows_per_example)
-                add_clipped(sums, gradients, source[batch], privacy.clip)
-                total, seen = total + float(values.sum()), seen + len(batch)
+            parts = _micro_batches(step, source, size)
+            noisy, loss = noisy_sum(
+                model, parameters, rows, losses, parts, source, privacy, noise, rows_per_example
+            )
+            total, seen = total + loss, seen + len(step)
             for name, parameter in parameters.items():
-                noisy = sums[name].double().cpu()
-                if deviation:
-                    noisy += deviation * torch.from_numpy(noise.normal(tuple(parameter.shape)))
-                parameter.grad = (noisy / batches.items_per_step).to(parameter)
+                parameter.grad = (noisy[name] / batches.items_per_step).to(parameter)
             if (term := penalty()) is not None:
                 term.backward()  # type: ignore[no-untyped-call]
             if training.max_grad_norm:
@@ -132,6 +129,39 @@ def train_privately(
                 callback.on_optimizer_step(arguments, nothing, nothing)
             optimizer.zero_grad()
     return Trained(total / max(1, seen), len(batches))
+
+
+def noisy_sum(
+    model: AdaptedModel,
+    parameters: dict[str, nn.Parameter],
+    rows: "Rows",
+    losses: ExampleLosses,
+    batches: Iterable[MicroBatch],
+    source: NDArray[np.int64],
+    privacy: PrivacyConfig,
+    noise: Noise,
+    rows_per_example: int,
+) -> tuple[dict[str, Tensor], float]:
+    """What a step releases: the clipped gradients of its records and the noise, summed in float64.
+
+    Args:
+        batches: the step's examples; those of a record in one batch.
+
+    Returns:
+        By tensor name, on the CPU; and the sum of the examples' losses, which is not private.
+    """
+    assert privacy.noise_multiplier is not None
+    deviation, total = privacy.noise_multiplier * privacy.clip, 0.0
+    sums = {name: torch.zeros_like(p, dtype=torch.float) for name, p in parameters.items()}
+    for batch in batches:
+        values, gradients = per_example(model, rows, losses, batch, rows_per_example)
+        add_clipped(sums, gradients, source[batch], privacy.clip)
+        total += float(values.sum())
+    noisy = {name: value.double().cpu() for name, value in sums.items()}
+    if deviation:
+        for value in noisy.values():
+            value += deviation * torch.from_numpy(noise.normal(tuple(value.shape)))
+    return noisy, total
 
 
 @dataclass
@@ -215,7 +245,7 @@ class _Linear(torch.autograd.Function):
 
 
 @contextmanager
-def _catching(model: AdaptedModel, parameters: dict[str, nn.Parameter]) -> Iterator[Rows]:
+def catching(model: AdaptedModel, parameters: dict[str, nn.Parameter]) -> Iterator[Rows]:
     """While the context lasts, a backward pass leaves the gradient of each row in the result."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     modules = {

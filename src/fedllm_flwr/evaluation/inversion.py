@@ -1,0 +1,153 @@
+"""Gradient inversion: which tokens of a batch can be read off the adapter's gradient?
+
+The first layer's adapted matrices all see one input, x_t = f(token t), where f is known and does
+not depend on the position (rotary embeddings come later). The gradient of a LoRA matrix A there is
+
+    dL/dA = sum_t (B^T g_t) x_t^T,
+
+so that its rows lie in the span of the inputs x_t. The attack ranks all tokens of the vocabulary by
+the share of f(token) that lies in the span of those rows: one for exact members of it. This is the
+first step of DAGER (Petrov et al. 2024). Gradients of full matrices determine the span; those of
+rank-r matrices do only where a batch has few tokens.
+
+The measure: of the n tokens that are a batch's own (tokens of at most half of all records, so that
+the template does not count), the share among the n highest. The control is the same ranking against
+the tokens of another batch, which is what frequent tokens alone would give.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedllm_flwr.config import Config
+from fedllm_flwr.data.encode import Encoded
+from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.privacy.noise import Noise
+from fedllm_flwr.training.private import ExampleLosses, catching, noisy_sum
+
+_COMMON = 0.5  # share of all records from which on a token belongs to the template
+_RANK = 1e-4  # singular values below this share of the largest one are rounding
+_CHUNK = 4096  # tokens of the vocabulary in one forward pass
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the module whose input is wanted."""
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """The adapted modules that see the embeddings of tokens, and what they see of each.
+
+    Args:
+        names: of the modules' LoRA matrices A that are trained, by PEFT state-dict name.
+        inputs: f(token) of the whole vocabulary, rows of norm one, (tokens, in).
+    """
+
+    names: list[str]
+    inputs: Tensor
+
+
+@torch.inference_mode()
+def first_layer(model: AdaptedModel) -> FirstLayer:
+    """The modules that see the same input as the first adapted one of a forward pass."""
+    layers: list[Any] = [module for module in model.peft.modules() if hasattr(module, "lora_A")]
+    seen: list[tuple[Any, Tensor]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
+        for layer in layers
+    ]
+    model.peft.eval()
+    model.peft(torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    for hook in hooks:
+        hook.remove()
+    first = seen[0][1]
+    together = [module for module, x in seen if x.shape == first.shape and torch.equal(x, first)]
+    names = {id(parameter): name for name, parameter in model.trainable().items()}
+    matrices = [module.lora_A["default"].weight for module in together]
+
+    def stop(module: nn.Module, args: Any) -> None:
+        inputs.append(args[0][:, 0].float().cpu())
+        raise _ReachedError
+
+    embeddings: Any = model.peft.get_input_embeddings()
+    inputs: list[Tensor] = []
+    hook = together[0].register_forward_pre_hook(stop)
+    try:
+        size = len(embeddings.weight)
+        for start in range(0, size, _CHUNK):
+            tokens = torch.arange(start, min(size, start + _CHUNK), device=model.device)[:, None]
+            try:
+                model.peft(tokens)
+            except _ReachedError:
+                continue
+    finally:
+        hook.remove()
+    every = torch.nn.functional.normalize(torch.cat(inputs), dim=1)
+    return FirstLayer([names[id(matrix)] for matrix in matrices if id(matrix) in names], every)
+
+
+def tokens_recovered(
+    model: AdaptedModel,
+    losses: ExampleLosses,
+    records: Encoded,
+    layer: FirstLayer,
+    batches: Sequence[list[int]],
+    config: Config,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Attack the gradient of one step on each batch, as a client would send it.
+
+    With ``privacy.unit=record`` that is the noisy sum of the clipped gradients; else the gradient
+    of the mean loss.
+
+    Args:
+        batches: at least two, of examples of `records`.
+
+    Returns:
+        Share of each batch's own tokens that is recovered, and the control's, both (batches,).
+    """
+    tokens_of = [set(records[i][0].tolist()) for i in range(len(records))]
+    counts = np.bincount([token for each in tokens_of for token in each], minlength=1)
+    common = set(np.flatnonzero(counts > _COMMON * len(records)).tolist())
+    own = [set[int]().union(*(tokens_of[i] for i in batch)) - common for batch in batches]
+    shares, controls = [], []
+    for place, batch in enumerate(batches):
+        ranking = _ranking(_gradient(model, losses, records, batch, config), layer, common)
+        shares.append(_found(ranking, own[place]))
+        controls.append(_found(ranking, own[(place + 1) % len(batches)]))
+    return np.array(shares), np.array(controls)
+
+
+def _gradient(
+    model: AdaptedModel, losses: ExampleLosses, records: Encoded, batch: list[int], config: Config
+) -> dict[str, Tensor]:
+    parameters = model.trainable()
+    model.peft.eval()
+    if config.privacy.unit == "record":
+        with catching(model, parameters) as rows:
+            noisy, _ = noisy_sum(
+                *(model, parameters, rows, losses, [batch], np.arange(len(records))),
+                *(config.privacy, Noise(), 1),
+            )
+        return noisy
+    model.peft.zero_grad()
+    losses(batch).mean().backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.double().cpu() for name, p in parameters.items() if p.grad is not None}
+
+
+def _ranking(gradient: dict[str, Tensor], layer: FirstLayer, common: set[int]) -> NDArray[np.int64]:
+    """All tokens but the common ones, the likeliest first."""
+    rows = torch.cat([gradient[name] for name in layer.names])  # (modules x r, in)
+    _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+    basis = basis[sizes > _RANK * sizes[0]].float()
+    inside = (layer.inputs @ basis.T).square().sum(1).numpy()
+    inside[list(common)] = -1.0
+    return np.argsort(-inside, kind="stable")[: len(inside) - len(common)]
+
+
+def _found(ranking: NDArray[np.int64], own: set[int]) -> float:
+    return len(own.intersection(ranking[: len(own)].tolist())) / max(1, len(own))
