@@ -85,11 +85,17 @@ class Run:
         """A row per round, under the names that experiment trackers get: ``train/loss``, ..."""
         import pandas
 
-        from fedllm_flwr.reporting.trackers import scalars
+        from fedllm_flwr.reporting.trackers import scalars, totals
 
+        records = self.records
+        spent = totals(records)
         rows = [
-            {"round": record["round"], **scalars({**record, "clients": {}})}
-            for record in self.records
+            {
+                "round": record["round"],
+                **{k: v for k, v in scalars(record).items() if not k.startswith("client/")},
+                **{name: values[place] for name, values in spent.items()},
+            }
+            for place, record in enumerate(records)
         ]
         return pandas.DataFrame(rows).set_index("round")
 

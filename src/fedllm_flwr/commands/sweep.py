@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from fedllm_flwr.config import Config
+from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import compose, expand_sweep
 from fedllm_flwr.errors import ConfigError, FedLLMError, RunInterrupted
 from fedllm_flwr.files import write_atomically
@@ -66,6 +66,7 @@ def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = Fal
         swept = [text for text in combination if text not in overrides]
         path = str(root / f"{number}-{','.join(swept)}".replace("/", "_"))
         values = dict(text.split("=", 1) for text in swept)
+        config = changed(config, tracking={"group": config.tracking.group or root.name})
         runs.append(SweptRun(",".join(swept), values, config=replace(config, output_dir=path)))
     names = [run.directory.path.name for run in runs]
     saved = {"overrides": [*overrides], "config_dir": config_dir, "runs": names}

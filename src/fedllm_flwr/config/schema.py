@@ -597,7 +597,14 @@ class TrackingConfig:
     tensorboard: Flag = Field(default=False, description="write TensorBoard files")
     wandb: Flag = Field(default=False, description="log to Weights & Biases")
     mlflow: Flag = Field(default=False, description="log to MLflow")
+    trackio: Flag = Field(default=False, description="log to trackio's local store")
     project: Text = Field(default="fedllm-flwr", description="project or experiment name there")
+    group: Text | None = Field(
+        default=None, description="group of runs there; null: a comparison's or sweep's directory"
+    )
+    tags: list[Text] = Field(
+        default_factory=list, description="besides algorithm, data, model and task"
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

@@ -3,22 +3,32 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm_flwr.files import write_atomically
+from fedllm_flwr.reporting.measures import (
+    DRIFT,
+    ClientSpread,
+    client_spread,
+    costs,
+    deciding_score,
+    unrelated_cosine,
+)
 from fedllm_flwr.reporting.metrics import RoundRecord
 from fedllm_flwr.reporting.text import one_line, shorten
 from fedllm_flwr.tasks.base import Panel, TrainingTask
 
 # Okabe and Ito (2008): distinguishable with any kind of colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-Curve = Sequence[tuple[int, float, float, float]]  # (round, mean, low, high)
+Curve = Sequence[tuple[float, float, float, float]]  # (round or cost, mean, low, high)
 ScoreBar = tuple[float, float, float]  # value, low, high
 
 
@@ -44,28 +54,46 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
 def plot_curves(records: Sequence[RoundRecord], path: Path, title: str, task: TrainingTask) -> None:
-    """Loss per round, the task's panels and the aggregation error, where they are known.
+    """Loss and scores by round, what a score has cost, client drift and fairness, where known.
 
     Raises:
         FederationError: the file cannot be written.
     """
-    panels = [panel for panel in task.panels if _series(records, "eval", panel.keys[0])]
-    errors = [
-        (item["round"], item["aggregation_error"])
-        for item in records
-        if "aggregation_error" in item
+    drawn: list[Callable[[Any], None]] = [
+        lambda axis: _plot_losses(axis, records, task.loss_unit),
+        *(
+            partial(_plot_scores, panel=panel, records=records)
+            for panel in task.panels
+            if _series(records, "eval", panel.keys[0])
+        ),
     ]
-    count = len(panels) + bool(errors)
-    with figure_file(path, (6.5 + 4.0 * count, 4.0)) as figure:
+    score = deciding_score(records)
+    scored = [
+        (i, r["eval"][score]) for i, r in enumerate(records) if score in (r.get("eval") or {})
+    ]
+    for label, spent in costs(records).items():
+        if len(scored) > 1 and spent[-1] > 0:
+            points = [(spent[i], value) for i, value in scored]
+            drawn.append(partial(_plot_cost, points=points, score=score, label=label))
+    if errors := [
+        (r["round"], r["aggregation_error"]) for r in records if "aggregation_error" in r
+    ]:
+        drawn.append(partial(_plot_errors, errors=errors))
+    for key in DRIFT:
+        if values := [(r["round"], [*r[key].values()]) for r in records if r.get(key)]:
+            drawn.append(partial(_plot_drift, key=key, values=values))
+    if spreads := [(r["round"], found) for r in records if (found := client_spread(r))]:
+        drawn.append(partial(_plot_fairness, spreads=spreads))
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+    with figure_file(path, (2.5 + 4.0 * columns, 4.0 * rows)) as figure:
         figure.suptitle(shorten(one_line(title), 100), fontsize=12)
-        axes = figure.subplots(1, 1 + count, squeeze=False)[0]
-        _plot_losses(axes[0], records, task.loss_unit)
-        for axis, panel in zip(axes[1:], panels, strict=False):
-            _plot_scores(axis, panel, records)
-        if errors:
-            _plot_errors(axes[-1], errors)
-        for axis in axes:
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, draw in zip(axes, drawn, strict=False):
             _round_axis(axis)
+            draw(axis)
+        for axis in axes[len(drawn) :]:
+            axis.set_axis_off()
 
 
 def plot_comparison(
@@ -73,6 +101,7 @@ def plot_comparison(
     path: Path,
     ylabel: str = "loss on held-out records (nats/token)",
     caption: str = "",
+    xlabel: str = "round",
 ) -> None:
     """One line with a band per name, such as the algorithms of a comparison.
 
@@ -118,7 +147,8 @@ def plot_comparison(
             axis.grid(True, axis="y", which="minor", color="#eeeeee", linewidth=0.5)
             ylabel += ", log scale"
         axis.set_ylabel(ylabel)
-        _round_axis(axis)
+        axis.set_xlabel(xlabel)
+        axis.xaxis.get_major_locator().set_params(integer=xlabel == "round")
         if caption:
             figure.supxlabel(caption, fontsize=8.5, color="#444444", wrap=True)
         _label_ends(axis, ends)
@@ -282,6 +312,51 @@ def _plot_errors(axis: Any, errors: Sequence[tuple[int, float]]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title("Aggregation error", loc="left")
     axis.set_ylabel("distance / norm of the mean product BA")
+
+
+def _plot_cost(axis: Any, points: Sequence[tuple[float, float]], score: str, label: str) -> None:
+    axis.plot(*zip(*points, strict=True), color=PALETTE[1], **_marks(len(points)))
+    if score == "loss" and min(value for _, value in points) > 0:
+        axis.set_yscale("log")
+    axis.set_title(f"{score.capitalize()} against {label.split()[0]}", loc="left")
+    axis.set_xlabel(label)
+    axis.set_ylabel(f"{score} on held-out records")
+
+
+def _plot_band(axis: Any, rounds: Sequence[int], values: Sequence[Sequence[float]]) -> None:
+    """The mean of clients, and a band from the lowest to the highest."""
+    mean, low, high = ([choose(each) for each in values] for choose in (fmean, min, max))
+    axis.plot(rounds, mean, color=PALETTE[0], label="mean of clients", **_marks(len(rounds)))
+    label = "lowest to highest client"
+    axis.fill_between(rounds, low, high, color=PALETTE[0], alpha=0.18, linewidth=0, label=label)
+
+
+def _plot_drift(axis: Any, key: str, values: Sequence[tuple[int, Sequence[float]]]) -> None:
+    rounds = [number for number, _ in values]
+    _plot_band(axis, rounds, [each for _, each in values])
+    if key == "update_cosine":
+        unrelated = [unrelated_cosine(len(each)) for _, each in values]
+        axis.plot(rounds, unrelated, ":", color=PALETTE[6], label="unrelated directions")
+        axis.set_title("Client drift", loc="left")
+        axis.set_ylabel("cosine of an update to the round's mean")
+    else:
+        axis.set_ylim(bottom=0)
+        axis.set_title("Size of the updates", loc="left")
+        axis.set_ylabel("norm of an update")
+    axis.legend(fontsize=9)
+
+
+def _plot_fairness(axis: Any, spreads: Sequence[tuple[int, ClientSpread]]) -> None:
+    rounds = [number for number, _ in spreads]
+    _plot_band(axis, rounds, [[*spread.values.values()] for _, spread in spreads])
+    worst = [spread.worst for _, spread in spreads]
+    axis.plot(rounds, worst, "--", color=PALETTE[1], label="worst client", **_marks(len(rounds)))
+    metric = spreads[-1][1].metric
+    if metric == "loss" and min(min(spread.values.values()) for _, spread in spreads) > 0:
+        axis.set_yscale("log")
+    axis.set_title("Fairness", loc="left")
+    axis.set_ylabel(f"{metric.replace('_', ' ')} of each client")
+    axis.legend(fontsize=9)
 
 
 def _round_axis(axis: Any) -> None:

@@ -1,15 +1,18 @@
-"""TensorBoard, Weights & Biases and MLflow, through their own libraries."""
+"""TensorBoard, Weights & Biases, MLflow and trackio, through their own libraries."""
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import re
+import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -18,9 +21,15 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import TrackingConfig
 from fedllm_flwr.errors import ConfigError, first_line
 from fedllm_flwr.files import write_atomically
+from fedllm_flwr.reporting.measures import DRIFT, MEGABYTES, SECONDS, client_spread, costs
 from fedllm_flwr.reporting.metrics import RoundRecord
 
-TRACKERS = ("tensorboard", "wandb", "mlflow")  # keys of the section, and names of the packages
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+)  # keys of the section, and names of the packages
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +38,13 @@ _TRACKER_IDS = "trackers.json"  # in the run's directory
 
 
 class Tracker(Protocol):
-    """Receives the scalars of each round."""
+    """One tracker's run."""
 
-    def log(self, record: RoundRecord) -> None:
-        """Send the scalars of one round."""
+    def log(self, round: int, values: Mapping[str, float]) -> None:
+        """Send the scalars of one round, by name."""
+
+    def add_files(self, files: Sequence[Path]) -> None:
+        """Attach figures and reports to the run."""
 
     def close(self, succeeded: bool = True) -> None:
         """Flush, and mark the run as finished or failed."""
@@ -48,9 +60,10 @@ def check_trackers(tracking: TrackingConfig) -> None:
     """
     for name in TRACKERS:
         if getattr(tracking, name) and importlib.util.find_spec(name) is None:
+            extra = "trackio" if name == "trackio" else "tracking"
             raise ConfigError(
                 f"tracking.{name}=true, but {name} is not installed; "
-                "pip install 'fedllm-flwr[tracking]', or leave it out."
+                f"pip install 'fedllm-flwr[{extra}]', or leave it out."
             )
     parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
     proxied = parts.scheme in getproxies() and not proxy_bypass(parts.hostname or "")
@@ -68,8 +81,8 @@ def check_trackers(tracking: TrackingConfig) -> None:
         ) from error
 
 
-def open_trackers(config: Config, run_dir: Path) -> Tracker:
-    """All trackers of ``config.tracking`` as one; a resumed run continues in the tracker's run.
+def open_trackers(config: Config, run_dir: Path) -> "Trackers":
+    """All trackers of ``config.tracking``; a resumed run continues in the tracker's run.
 
     Raises:
         ConfigError: a library is missing, or a tracker cannot start (not logged in, no server).
@@ -89,18 +102,45 @@ def open_trackers(config: Config, run_dir: Path) -> Tracker:
     return Trackers(opened)
 
 
+def attach_files(config: Config, run_dir: Path, files: Sequence[Path]) -> str:
+    """Attach files to the trackers' runs of a run that has ended; a line on what failed, or ""."""
+    try:
+        trackers = open_trackers(config, run_dir)
+    except ConfigError as error:
+        return f"warning: figures and report are not attached, {error}"
+    trackers.add_files(files)
+    trackers.close()
+    return ""
+
+
 class Trackers:
     """Several trackers as one. A tracker that fails is dropped, and the run goes on."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
 
-    def log(self, record: RoundRecord) -> None:
-        """Send the scalars of one round to every tracker."""
+    def log(self, records: Sequence[RoundRecord]) -> None:
+        """Send the scalars of the last of a run's records to every tracker."""
+        if self._trackers:
+            spent = {name: values[-1] for name, values in totals(records).items()}
+            number, values = int(records[-1]["round"]), scalars(records[-1]) | spent
+            self._each(lambda tracker: tracker.log(number, values))
+
+    def add_files(self, files: Sequence[Path]) -> None:
+        """Attach those of the files that exist."""
+        there = [file for file in files if file.is_file()]
+        self._each(lambda tracker: tracker.add_files(there))
+
+    def close(self, succeeded: bool = True) -> None:
+        """Close every tracker."""
+        self._each(lambda tracker: tracker.close(succeeded))
+        self._trackers = {}
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(record)
-            except Exception as error:
+                call(tracker)
+            except Exception as error:  # each library has its own exceptions
                 del self._trackers[name]
                 logger.warning(
                     "tracking.%s: %s; no more is sent there, metrics.jsonl has everything",
@@ -108,18 +148,9 @@ class Trackers:
                     first_line(error),
                 )
 
-    def close(self, succeeded: bool = True) -> None:
-        """Close every tracker."""
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.close(succeeded)
-            except Exception as error:
-                logger.warning("tracking.%s: %s", name, first_line(error))
-        self._trackers = {}
-
 
 def scalars(record: RoundRecord) -> dict[str, float]:
-    """Numbers of a record by slash-separated name, such as ``clients/banking/loss``.
+    """Numbers of a record by slash-separated name, such as ``client/banking/loss``.
 
     Names consist of letters, digits, spaces and ``_-./``, which every tracker accepts; other
     characters become underscores.
@@ -128,27 +159,41 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         "train/loss": record.get("loss"),
         "train/learning_rate": record.get("learning_rate"),
         "train/failures": len(record["failures"]) if "failures" in record else None,
-        "time/round_seconds": record.get("seconds"),
-        "comm/bytes_up": record.get("bytes_up"),
-        "comm/bytes_down": record.get("bytes_down"),
-        "privacy/epsilon": record.get("epsilon"),
         "train/aggregation_error": record.get("aggregation_error"),
+        "privacy/epsilon": record.get("epsilon"),
+        "system/round_seconds": record.get("seconds"),
+        "system/bytes_up": record.get("bytes_up"),
+        "system/bytes_down": record.get("bytes_down"),
+        "client_eval/loss": (record.get("client_eval") or {}).get("loss"),
     }
-    for section in ("eval", "client_eval"):
-        renamed |= {f"{section}/{key}": value for key, value in (record.get(section) or {}).items()}
-    for name, metrics in (record.get("clients") or {}).items():
-        client = name.replace("/", "_")
-        renamed |= {f"clients/{client}/{key}": value for key, value in metrics.items()}
-    for key in ("update_norm", "update_cosine", "cut"):
+    renamed |= {f"eval/{key}": value for key, value in (record.get("eval") or {}).items()}
+    scored = record.get("local") or (record.get("client_eval") or {}).get("clients") or {}
+    for prefix, found in (("", record.get("clients") or {}), ("eval/", scored)):
+        for name, metrics in found.items():
+            client = f"client/{name.replace('/', '_')}/{prefix}"
+            renamed |= {f"{client}{key}": value for key, value in metrics.items()}
+    for key in (*DRIFT, "cut"):
         for name, value in (record.get(key) or {}).items():
-            renamed[f"clients/{name.replace('/', '_')}/{key}"] = value
-    for name, scores in ((record.get("client_eval") or {}).get("clients") or {}).items():
-        client = name.replace("/", "_")
-        renamed |= {f"clients/{client}/eval/{key}": value for key, value in scores.items()}
+            renamed[f"client/{name.replace('/', '_')}/{key}"] = value
+    for key in DRIFT:
+        if values := [*(record.get(key) or {}).values()]:
+            renamed |= {f"drift/{key}_mean": fmean(values), f"drift/{key}_lowest": min(values)}
+    if (spread := client_spread(record)) is not None:
+        for part in ("mean", "best", "worst", "range", "deviation"):
+            renamed[f"fairness/{spread.metric}_{part}"] = getattr(spread, part)
     return {
         re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII): float(value)
         for name, value in renamed.items()
         if isinstance(value, int | float)
+    }
+
+
+def totals(records: Sequence[RoundRecord]) -> dict[str, list[float]]:
+    """What the rounds up to each record have cost, to draw any score against."""
+    spent = costs(records)
+    return {
+        "system/total_megabytes": spent[MEGABYTES],
+        "system/total_seconds": spent[SECONDS],
     }
 
 
@@ -157,12 +202,21 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-        self._writer.add_text("config", f"```\n{json.dumps(asdict(config), indent=2)}\n```")
+        if "tensorboard" not in _tracker_ids(run_dir):
+            self._writer.add_text("config", f"```\n{json.dumps(asdict(config), indent=2)}\n```")
+            _keep_tracker_id(run_dir, "tensorboard", run_dir.name)
 
-    def log(self, record: RoundRecord) -> None:
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, global_step=record["round"])
+    def log(self, round: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=round)
         self._writer.flush()
+
+    def add_files(self, files: Sequence[Path]) -> None:
+        from matplotlib.image import imread
+
+        for file in files:
+            if file.suffix == ".png":
+                self._writer.add_image(f"figures/{file.stem}", imread(file), dataformats="HWC")
 
     def close(self, succeeded: bool = True) -> None:
         self._writer.close()
@@ -175,6 +229,8 @@ class _Wandb:
         self._run = wandb.init(
             project=config.tracking.project,
             name=run_dir.name,
+            group=config.tracking.group,
+            tags=_tags(config),
             dir=str(run_dir),
             config=asdict(config),
             id=_tracker_ids(run_dir).get("wandb"),
@@ -183,8 +239,18 @@ class _Wandb:
         )
         _keep_tracker_id(run_dir, "wandb", self._run.id)
 
-    def log(self, record: RoundRecord) -> None:
-        self._run.log({**scalars(record), "round": record["round"]}, step=record["round"])
+    def log(self, round: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "round": round}, step=round)
+
+    def add_files(self, files: Sequence[Path]) -> None:
+        import wandb
+
+        for file in files:
+            if file.suffix == ".png":
+                self._run.log({f"figures/{file.stem}": wandb.Image(str(file))})
+            artifact = wandb.Artifact(f"{self._run.id}-{file.stem}", type=file.suffix[1:])
+            artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
 
     def close(self, succeeded: bool = True) -> None:
         self._run.finish(exit_code=0 if succeeded else 1)
@@ -208,7 +274,9 @@ class _MLflow:
             project = config.tracking.project
             found = self._client.get_experiment_by_name(project)
             experiment = found.experiment_id if found else self._client.create_experiment(project)
-            created = self._client.create_run(experiment, run_name=run_dir.name)
+            tags = dict.fromkeys(_tags(config), "true")
+            tags |= {"group": config.tracking.group} if config.tracking.group else {}
+            created = self._client.create_run(experiment, run_name=run_dir.name, tags=tags)
             self._run_id: str = created.info.run_id
             _keep_tracker_id(run_dir, "mlflow", self._run_id)
             params = [
@@ -220,18 +288,60 @@ class _MLflow:
             self._run_id = earlier
             self._client.update_run(earlier, status="RUNNING")
 
-    def log(self, record: RoundRecord) -> None:
+    def log(self, round: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        metrics = [
-            Metric(name, value, now_ms, record["round"]) for name, value in scalars(record).items()
-        ]
+        metrics = [Metric(name, value, now_ms, round) for name, value in values.items()]
         for start in range(0, len(metrics), 1000):  # MLflow's limit per request
             self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
 
+    def add_files(self, files: Sequence[Path]) -> None:
+        for file in files:
+            self._client.log_artifact(self._run_id, str(file))
+
     def close(self, succeeded: bool = True) -> None:
         self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")
+
+
+class _Trackio:
+    """Logs to trackio's local store; to a server where TRACKIO_SERVER_URL or _SPACE_ID says so."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import trackio
+
+        earlier = _tracker_ids(run_dir).get("trackio")
+        # trackio knows a run by its name, and runs in other folders may have the same.
+        name = earlier or f"{run_dir.name}-{secrets.token_hex(3)}"
+        with contextlib.redirect_stdout(None):  # it prints how to start its dashboard
+            self._run = trackio.init(
+                project=config.tracking.project,
+                name=name,
+                group=config.tracking.group,
+                config=_flat(asdict(config)) | {"tags": _tags(config)},
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        _keep_tracker_id(run_dir, "trackio", name)
+
+    def log(self, round: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values}, step=round)
+
+    def add_files(self, files: Sequence[Path]) -> None:
+        for file in files:
+            self._run.log_artifact(file, name=f"{self._run.name}-{file.stem}", type=file.suffix[1:])
+
+    def close(self, succeeded: bool = True) -> None:
+        with contextlib.redirect_stdout(None):
+            self._run.finish()
+
+
+def _tags(config: Config) -> list[str]:
+    """What a list of runs is filtered by."""
+    chosen = [config.algorithm.name, config.data.name, config.model.name, config.task.name]
+    return [*chosen, *config.tracking.tags]
 
 
 def _tracker_ids(run_dir: Path) -> dict[str, str]:
@@ -260,9 +370,11 @@ _MAKERS: dict[str, Callable[[Config, Path], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "mlflow": _MLflow,
+    "trackio": _Trackio,
 }
 _REMEDIES = {
     "tensorboard": "set tracking.tensorboard=false",
     "wandb": "wandb login, set WANDB_MODE=offline, or tracking.wandb=false",
     "mlflow": "look at MLFLOW_TRACKING_URI, or set tracking.mlflow=false",
+    "trackio": "look at TRACKIO_DIR and TRACKIO_SERVER_URL, or set tracking.trackio=false",
 }

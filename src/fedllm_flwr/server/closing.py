@@ -7,6 +7,7 @@ from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import name_of_start, read_metrics, summarise, write_summary
 from fedllm_flwr.reporting.personal import client_rows
 from fedllm_flwr.reporting.table import is_past_best, result_label
+from fedllm_flwr.reporting.trackers import attach_files
 from fedllm_flwr.runs.directory import RunDirectory, best_round
 from fedllm_flwr.runs.report import environment, report_or_warning, write_run_report
 from fedllm_flwr.runs.timings import Timings
@@ -23,6 +24,9 @@ def close_run(
     if config.tracking.report and (
         warning := report_or_warning(lambda: write_run_report(directory))
     ):
+        console.note(warning)
+    files = [directory.curves, directory.path / "clients.png", directory.report]
+    if warning := attach_files(config, directory.path, files):
         console.note(warning)
     at_sites = config.federation.engine == "deployment"
     if at_sites:  # a server's app runs in its own directory, and who reads its log in another

@@ -31,7 +31,7 @@ from fedllm_flwr.reporting.metrics import (
     read_metrics,
     summarise,
 )
-from fedllm_flwr.reporting.trackers import Tracker, open_trackers
+from fedllm_flwr.reporting.trackers import open_trackers
 from fedllm_flwr.runs.adapter_files import recover, save_best
 from fedllm_flwr.runs.directory import RunDirectory, best_round
 from fedllm_flwr.runs.local_adapters import LocalAdapters
@@ -69,7 +69,7 @@ class RunRecorder(Recorder):
         resumed = first_round - 1 if first_round > 1 else None
         self._log = MetricsLog(directory.metrics, resumed)
         self.records: list[RoundRecord] = read_metrics(directory.metrics)
-        self._tracker: Tracker = open_trackers(config, directory.path)
+        self._trackers = open_trackers(config, directory.path)
         self._started = time.monotonic()
         self._first_round = first_round
         self._refused = dict(refused)
@@ -187,7 +187,7 @@ class RunRecorder(Recorder):
 
     def close(self, succeeded: bool) -> None:
         """End the trackers."""
-        self._tracker.close(succeeded)
+        self._trackers.close(succeeded)
 
     def _add(self, record: RoundRecord) -> None:
         now = dict(self.timings.seconds)
@@ -198,7 +198,7 @@ class RunRecorder(Recorder):
             record["refused"], self._refused = self._refused, {}
         self.records.append(record)
         self._log.append(record)
-        self._tracker.log(record)
+        self._trackers.log(self.records)
         done = record["round"] - self._first_round + 1
         per_round = (time.monotonic() - self._started) / max(1, done)
         left = per_round * (self._config.federation.num_rounds - record["round"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedllm_flwr import tasks
 from fedllm_flwr.commands.compare.jobs import Job, carry_out, make_jobs
 from fedllm_flwr.commands.compare.page import comparison_page
-from fedllm_flwr.commands.compare.results import Tabulated, curves
+from fedllm_flwr.commands.compare.results import Tabulated, cost_curves, curves
 from fedllm_flwr.commands.compare.table import (
     aligned,
     as_csv,
@@ -214,6 +214,9 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     caption += " local: mean over its clients' own adapters." if is_local else ""
     label = f"{metric} on held-out records"
     plot_comparison(curves(outcomes, metric), root / "compare.png", label, caption)
+    for cost, against in cost_curves(found).items():  # compare-megabytes.png, compare-seconds.png
+        path = root / f"compare-{cost.split()[0]}.png"
+        plot_comparison(against, path, label, caption, cost)
     print(f"\n{as_text(rows, metric)}\n{found.note}")
     if own:
         print(f"\n{aligned(own_records_lines(own))}\n")

@@ -43,7 +43,14 @@ def make_jobs(
         for seed in range(config.seed, config.seed + config.compare.seeds):
             path = root / "runs" / f"{name}-seed{seed}"
             federation = replace(config.federation, engine="inprocess")
-            seeded = replace(config, seed=seed, output_dir=str(path), federation=federation)
+            tracking = replace(config.tracking, group=config.tracking.group or root.name)
+            seeded = replace(
+                config,
+                seed=seed,
+                output_dir=str(path),
+                federation=federation,
+                tracking=tracking,
+            )
             jobs.append(Job(name, seed, config=seeded))
     return sorted(jobs, key=lambda job: (job.seed, algorithms.index(job.algorithm)))
 

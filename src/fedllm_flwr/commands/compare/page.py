@@ -1,10 +1,14 @@
 """The comparison as a report: what its table says, with intervals and curves."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from statistics import fmean
 
-from fedllm_flwr.commands.compare.results import ComparisonRow, FinishedRun, Tabulated, curves
+from fedllm_flwr.commands.compare.results import (
+    ComparisonRow,
+    FinishedRun,
+    Tabulated,
+    cost_curves,
+    curves,
+)
 from fedllm_flwr.commands.compare.table import lines_of, own_records_lines
 from fedllm_flwr.reporting.html.page import (
     Bar,
@@ -18,7 +22,7 @@ from fedllm_flwr.reporting.html.page import (
     Table,
     spans_decades,
 )
-from fedllm_flwr.reporting.html.run import MEGABYTES, RunFacts, again, configuration, costs
+from fedllm_flwr.reporting.html.run import RunFacts, again, configuration
 from fedllm_flwr.reporting.text import fixed, format_seconds
 from fedllm_flwr.tasks import all_metrics
 
@@ -116,44 +120,21 @@ def _own_records(found: Tabulated) -> list[Block]:
 
 
 def _curves(found: Tabulated) -> list[Block]:
-    """The deciding score by round, and against the means over seeds of what it cost.
-
-    As in the table, nothing of the baselines travels.
-    """
-    outcomes, metric = found.outcomes, found.metric
-    travels = {row.name for row in found.rows if row.megabytes}
-    title = all_metrics()[metric].card_title.capitalize()
-    by_round = curves(outcomes, metric)
-    lines = [
-        Series(
-            name,
-            x=[number for number, *_ in curve],
-            y=[mean for _, mean, _, _ in curve],
-            low=[low for _, _, low, _ in curve],
-            high=[high for *_, high in curve],
-            color=color,
-        )
-        for color, (name, curve) in enumerate(by_round.items())
-    ]
-    log = metric == "loss" and spans_decades(lines)
+    """The deciding score by round, and against the means over seeds of what it cost."""
+    by_round = curves(found.outcomes, found.metric)
+    colors = {name: number for number, name in enumerate(by_round)}
+    title = all_metrics()[found.metric].card_title.capitalize()
     note = "Lines: mean over seeds. Bands: lowest to highest seed."
-    blocks: list[Block] = [Chart(f"{title} by round", lines, log=log, note=note)]
-    for label in costs([]):
-        spent_lines = []
-        for line in lines:
-            if label == MEGABYTES and line.name not in travels:
-                continue
-            runs = [outcome for outcome in outcomes if outcome.job.algorithm == line.name]
-            by_record = [
-                dict(zip([r["round"] for r in run.records], costs(run.records)[label], strict=True))
-                for run in runs
-            ]
-            spent = [fmean(some[x] for some in by_record if x in some) for x in line.x]
-            if spent and spent[-1] > 0:
-                spent_lines.append(replace(line, x=spent))
-        if spent_lines:
-            blocks.append(Chart(f"{title} against {label}", spent_lines, label, log=log))
-    return blocks
+    charts: list[Block] = []
+    for label, some in {"round": by_round, **cost_curves(found)}.items():
+        lines = []
+        for name, curve in some.items():
+            x, mean, low, high = map(list, zip(*curve, strict=True))
+            lines.append(Series(name, x, mean, low, high, colors[name]))
+        log = found.metric == "loss" and spans_decades(lines)
+        joint = "by" if label == "round" else "against"
+        charts.append(Chart(f"{title} {joint} {label}", lines, label, log=log, note=note))
+    return charts
 
 
 def _runs(outcomes: Sequence[FinishedRun], metric: str, title: str) -> Table:

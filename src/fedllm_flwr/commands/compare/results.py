@@ -8,9 +8,12 @@ from typing import Any
 
 from fedllm_flwr.commands.compare.jobs import Job
 from fedllm_flwr.config.participation import describe_local
+from fedllm_flwr.reporting.measures import MEGABYTES, costs
 from fedllm_flwr.reporting.metrics import RoundRecord, name_of_start, read_metrics, summarise
 from fedllm_flwr.reporting.personal import own_records_rows
 from fedllm_flwr.tasks import table_metrics
+
+Curve = list[tuple[float, float, float, float]]  # (round or cost, mean, low, high)
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,7 @@ def _against(runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -> Diffe
     return Difference(mean, quantile * error, p_value)
 
 
-def curves(
-    outcomes: Sequence[FinishedRun], metric: str
-) -> dict[str, list[tuple[int, float, float, float]]]:
+def curves(outcomes: Sequence[FinishedRun], metric: str) -> dict[str, Curve]:
     """Per algorithm and evaluated round: mean, lowest and highest over seeds."""
     found: dict[str, dict[int, list[float]]] = {}
     for outcome in outcomes:
@@ -224,3 +225,26 @@ def curves(
         name: [(r, fmean(v), min(v), max(v)) for r, v in sorted(rounds.items())]
         for name, rounds in found.items()
     }
+
+
+def cost_curves(found: Tabulated) -> dict[str, dict[str, Curve]]:
+    """As `curves`, against the means over seeds of what was spent: by cost, then by algorithm.
+
+    As in the table, nothing of the baselines travels.
+    """
+    travels = {row.name for row in found.rows if row.megabytes}
+    drawn: dict[str, dict[str, Curve]] = {label: {} for label in costs([])}
+    for name, curve in curves(found.outcomes, found.metric).items():
+        runs = [outcome for outcome in found.outcomes if outcome.job.algorithm == name]
+        for label, some in drawn.items():
+            by_round = [
+                dict(zip([r["round"] for r in run.records], costs(run.records)[label], strict=True))
+                for run in runs
+            ]
+            spent = [fmean(each[r] for each in by_round if r in each) for r, *_ in curve]
+            if spent and spent[-1] > 0 and (label != MEGABYTES or name in travels):
+                some[name] = [
+                    (x, mean, low, high)
+                    for x, (_, mean, low, high) in zip(spent, curve, strict=True)
+                ]
+    return {label: some for label, some in drawn.items() if some}

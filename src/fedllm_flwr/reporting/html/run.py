@@ -4,8 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 from fedllm_flwr.config import Config
@@ -24,6 +23,13 @@ from fedllm_flwr.reporting.html.page import (
     Text,
     spans_decades,
 )
+from fedllm_flwr.reporting.measures import (
+    DRIFT,
+    client_spread,
+    costs,
+    deciding_score,
+    unrelated_cosine,
+)
 from fedllm_flwr.reporting.metrics import RoundRecord, best_record, name_of_start, summarise
 from fedllm_flwr.reporting.personal import client_rows
 from fedllm_flwr.reporting.table import result_label, summary_rows
@@ -32,8 +38,11 @@ from fedllm_flwr.tasks import all_metrics, task_of
 from fedllm_flwr.tasks.base import TrainingTask
 
 _LABEL = "label:"  # column of clients.csv
-MEGABYTES = "megabytes moved, both ways"
 _MOST_EVENTS = 200
+_ON_COSINES = (
+    "Band: lowest to highest client. 1: all clients move alike; unrelated directions: 1/√n for n "
+    "clients; below zero: against the mean of the others."
+)
 # Of a record: what this page shows in a place of its own. Any other number is drawn as it is.
 _SHOWN = {
     *("round", "loss", "clients", "failures", "seconds", "bytes_up", "bytes_down", "failed"),
@@ -86,6 +95,7 @@ def run_page(facts: RunFacts) -> Page:
             Section("Score against cost", _costs(records, score)),
             Section("Clients", _clients(facts, records)),
             Section("Fairness", _fairness(records)),
+            Section("Client drift", _drift(records)),
             Section("Time and traffic", _time_and_traffic(records, summary)),
             Section("Further measures", further_charts(records, task)),
             Section("What did not go as planned", _events(facts.records)),
@@ -100,12 +110,6 @@ def run_page(facts: RunFacts) -> Page:
             ),
         ],
     )
-
-
-def deciding_score(records: Sequence[RoundRecord]) -> str:
-    """The score by which a run is judged: accuracy where answers are classes, else the loss."""
-    scored = [record["eval"] for record in records if record.get("eval")]
-    return "accuracy" if scored and "accuracy" in scored[-1] else "loss"
 
 
 def _title(score: str) -> str:
@@ -235,16 +239,6 @@ def _lines(records: Sequence[RoundRecord], section: str, names: Mapping[str, str
     return found
 
 
-def costs(records: Sequence[RoundRecord]) -> dict[str, list[float]]:
-    """Megabytes moved, and seconds in rounds, from the start to the end of each record."""
-    moved = (record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records)
-    seconds = (float(record.get("seconds", 0.0)) for record in records)
-    return {
-        MEGABYTES: [count / 1e6 for count in accumulate(moved)],
-        "seconds in rounds": list(accumulate(seconds)),
-    }
-
-
 def _costs(records: Sequence[RoundRecord], score: str) -> list[Block]:
     scored = [
         (i, r["eval"][score]) for i, r in enumerate(records) if score in (r.get("eval") or {})
@@ -327,36 +321,26 @@ def _labels(row: Mapping[str, str]) -> Cell:
 
 def _fairness(records: Sequence[RoundRecord]) -> list[Block]:
     """How far clients are apart: on their own held-out records, or, alone, with their adapters."""
-    alone = any(record.get("local") for record in records)
-    each: list[tuple[int, Mapping[str, Mapping[str, float]]]] = [
-        (record["round"], found)
-        for record in records
-        if (
-            found := record.get("local")
-            if alone
-            else (record.get("client_eval") or {}).get("clients")
-        )
-    ]
+    each = [(record["round"], spread) for record in records if (spread := client_spread(record))]
     if not each:
         return []
     rounds, last = [number for number, _ in each], each[-1][1]
-    known = next(iter(last.values()))
-    score = next(name for name in ("accuracy", "token_accuracy", "loss") if name in known)
-    values = [[scores[score] for scores in found.values()] for _, found in each]
-    ranked = sorted(last, key=lambda name: last[name][score], reverse=score != "loss")
-    best, worst = ranked[0], ranked[-1]
+    score, best, worst = last.metric, last.ranked[0], last.ranked[-1]
     rows = [
-        [f"best client ({best})", fixed(last[best][score], 3)],
-        [f"worst client ({worst})", fixed(last[worst][score], 3)],
-        ["mean of clients", fixed(fmean(values[-1]), 3)],
-        ["spread, best to worst", fixed(max(values[-1]) - min(values[-1]), 3)],
-        ["standard deviation over clients", fixed(pstdev(values[-1]), 3)],
+        [f"best client ({best})", fixed(last.best, 3)],
+        [f"worst client ({worst})", fixed(last.worst, 3)],
+        ["mean of clients", fixed(last.mean, 3)],
+        ["spread, best to worst", fixed(last.range, 3)],
+        ["standard deviation over clients", fixed(last.deviation, 3)],
     ]
+    alone = any(record.get("local") for record in records)
     where = "the shared held-out records" if alone else "their own held-out records"
-    mean, low, high = ([choose(some) for some in values] for choose in (fmean, min, max))
+    mean, low, high = (
+        [choose(spread.values.values()) for _, spread in each] for choose in (fmean, min, max)
+    )
     lines = [
         Series("mean of clients", rounds, mean, low, high),
-        Series("worst client", rounds, high if score == "loss" else low),
+        Series("worst client", rounds, [spread.worst for _, spread in each]),
     ]
     title = f"{_title(score).capitalize()} of clients on {where}"
     note = "Band: lowest to highest client."
@@ -364,6 +348,26 @@ def _fairness(records: Sequence[RoundRecord]) -> list[Block]:
         Table([f"after round {rounds[-1]}", _title(score)], rows),
         Chart(title, lines, log=score == "loss" and spans_decades(lines), note=note),
     ]
+
+
+def _drift(records: Sequence[RoundRecord]) -> list[Block]:
+    """Whether the clients of a round move alike: cosines and norms of their updates."""
+    charts: list[Block] = []
+    for key, title, note in (
+        ("update_cosine", "Cosine of each update to the mean of its round", _ON_COSINES),
+        ("update_norm", "Norm of each update", "Band: lowest to highest client."),
+    ):
+        points = [(r["round"], [*r[key].values()]) for r in records if r.get(key)]
+        if not points:
+            continue
+        rounds = [number for number, _ in points]
+        mean, low, high = ([choose(v) for _, v in points] for choose in (fmean, min, max))
+        lines = [Series("mean of clients", rounds, mean, low, high)]
+        if key == "update_cosine":
+            unrelated = [unrelated_cosine(len(values)) for _, values in points]
+            lines.append(Series("unrelated directions", rounds, unrelated))
+        charts.append(Chart(title, lines, note=note))
+    return charts
 
 
 def _time_and_traffic(records: Sequence[RoundRecord], summary: Mapping[str, Any]) -> list[Block]:
@@ -438,6 +442,8 @@ def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[B
     charts: list[Block] = []
     by_client = {key: key.replace("_", " ") for record in records for key in _by_client(record)}
     for key, title in by_client.items():
+        if key in DRIFT:
+            continue
         points = [(r["round"], [*r[key].values()]) for r in records if key in _by_client(r)]
         rounds = [number for number, _ in points]
         mean, low, high = ([choose(v) for _, v in points] for choose in (fmean, min, max))
