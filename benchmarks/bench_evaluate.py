@@ -15,7 +15,7 @@ from fedllm_flwr.data.tokens import tokenise
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.evaluation.suites.catalogue import chosen_tasks
 from fedllm_flwr.evaluation.suites.harness import HarnessTasks
-from fedllm_flwr.evaluation.suites.samples import RunOptions
+from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.models.inputs import by_length, forward, left_padded

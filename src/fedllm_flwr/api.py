@@ -299,7 +299,7 @@ def evaluate(
     prepare_environment()
     from fedllm_flwr.commands.evaluate.command import EvaluateOptions
     from fedllm_flwr.commands.evaluate.command import evaluate as evaluated
-    from fedllm_flwr.evaluation.suites.samples import RunOptions
+    from fedllm_flwr.evaluation.suites.options import RunOptions
 
     comparisons = [item for item in runs if isinstance(item, Comparison)]
     if len(comparisons) > 1 or (comparisons and len(runs) > 1):

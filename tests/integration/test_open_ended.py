@@ -12,9 +12,10 @@ import pytest
 from fedllm_flwr.commands.main import main
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, FedLLMError
-from fedllm_flwr.evaluation.judging.open_ended import JudgeOptions, check, run_open_ended_task
+from fedllm_flwr.evaluation.judging.open_ended import check, run_open_ended_task
 from fedllm_flwr.evaluation.suites.catalogue import all_suites
-from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.options import JudgeOptions, RunOptions
+from fedllm_flwr.evaluation.suites.samples import Samples
 from fedllm_flwr.evaluation.suites.scores import task_estimates
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import load_model
@@ -67,8 +68,8 @@ def score(make_config: MakeConfig, data: Path, tmp_path: Path) -> Callable[..., 
 
 
 def options(data: Path, work: Path, limit: int | None = None, **judging: Any) -> RunOptions:
-    chosen = JudgeOptions(**{"model": "judge-1", "max_new_tokens": 6, **judging})
-    return RunOptions(limit=limit, data_root=data, work_dir=work / "work", extra=chosen.as_extra())
+    chosen = JudgeOptions(**{"judge_model": "judge-1", "max_new_tokens": 6, **judging})
+    return RunOptions(limit=limit, data_root=data, work_dir=work / "work", judging=chosen)
 
 
 def column(samples: Samples, name: str) -> list[Any]:
@@ -80,7 +81,7 @@ def test_mt_bench_from_questions_to_scores(
 ) -> None:
     grades = iter([8, 6, 4, 2])
     server.reply = lambda _: f"Rating: [[{next(grades)}]]"
-    found = score("mt_bench", concurrency=1, price=(1.0, 2.0))
+    found = score("mt_bench", judge_concurrency=1, judge_price=(1.0, 2.0))
     assert column(found, "turn_1") == [8, 4]
     assert column(found, "turn_2") == [6, 2]
     assert column(found, "average") == [7, 3]
@@ -98,7 +99,7 @@ def test_mt_bench_from_questions_to_scores(
     assert found.notes["replies"] == found.notes["verdicts"] == 4
     spent = found.notes["prompt_tokens"] + 2 * found.notes["completion_tokens"]
     assert found.notes["cost"] == pytest.approx(spent / 1e6)
-    score("mt_bench", concurrency=1)
+    score("mt_bench", judge_concurrency=1)
     assert len(server.requests) == 4  # nothing is asked twice
 
 
@@ -106,7 +107,7 @@ def test_a_question_without_a_verdict_is_no_number(
     server: JudgeServer, score: Callable[..., Samples]
 ) -> None:
     server.reply = lambda messages: "Hm." if "1+1" in messages[-1]["content"] else "[[5]]"
-    found = score("mt_bench", attempts=2)
+    found = score("mt_bench", judge_attempts=2)
     assert column(found, "average") == [None, 5]
     assert column(found, "unparsable") == [1, 0]
     estimates = task_estimates(TASKS["mt_bench"], found.samples)
@@ -119,13 +120,13 @@ def test_win_rate_of_a_judge_that_loves_the_first_answer(
     server: JudgeServer, score: Callable[..., Samples], tmp_path: Path
 ) -> None:
     server.reply = lambda _: "[[A]]"
-    found = score("alpaca_eval", reference=str(tmp_path / "given.jsonl"))
+    found = score("alpaca_eval", reference=tmp_path / "given.jsonl")
     assert column(found, "win_rate") == [0.5] * 3
     assert column(found, "consistency") == [0.0] * 3
 
 
 def test_advbench_without_a_judge(score: Callable[..., Samples]) -> None:
-    found = score("advbench", model=None)
+    found = score("advbench", judge_model=None)
     assert column(found, "harmless_rule") == [0.0, 0.0]
     assert set(task_estimates(TASKS["advbench"], found.samples)) == {
         "harmless_rule",
@@ -134,12 +135,12 @@ def test_advbench_without_a_judge(score: Callable[..., Samples]) -> None:
 
 
 MISTAKES: list[tuple[str, dict[str, Any], type[FedLLMError], str]] = [
-    ("mt_bench", {"model": None}, ConfigError, r"--task mt_bench: it needs --judge-model"),
+    ("mt_bench", {"judge_model": None}, ConfigError, r"--task mt_bench: it needs --judge-model"),
     ("alpaca_eval", {}, ConfigError, r"it needs --reference"),
     ("vicuna_bench", {}, DataError, r"vicuna_question.jsonl: no such file"),
-    ("mt_bench", {"attempts": 0}, ConfigError, r"--judge-attempts must be > 0, got 0"),
-    ("mt_bench", {"timeout_s": -1.0}, ConfigError, r"--judge-timeout must be > 0, got -1"),
-    ("mt_bench", {"model": "judge-2"}, ConfigError, r"Did you mean 'judge-1'"),
+    ("mt_bench", {"judge_attempts": 0}, ConfigError, r"--judge-attempts must be > 0, got 0"),
+    ("mt_bench", {"judge_timeout": -1.0}, ConfigError, r"--judge-timeout must be > 0, got -1"),
+    ("mt_bench", {"judge_model": "judge-2"}, ConfigError, r"Did you mean 'judge-1'"),
 ]
 
 
@@ -163,7 +164,7 @@ def test_a_local_judge_has_to_be_served(
 ) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ConfigError, match=r"a local judge is an endpoint too; serve it \(vllm"):
-        check([TASKS["advbench"]], options(data, tmp_path, model=str(toy_model)))
+        check([TASKS["advbench"]], options(data, tmp_path, judge_model=str(toy_model)))
 
 
 def test_options_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +172,7 @@ def test_options_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None
     assert main([*common, "--judge-price", "dear"]) == 2
     assert "--judge-price dear: give two prices" in capsys.readouterr().err
     assert main([*common, "--reference", "nowhere.json"]) == 2
-    assert "--reference nowhere.json: No such file" in capsys.readouterr().err
+    assert "--reference nowhere.json: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -179,8 +180,8 @@ def test_answers_of_two_orders_of_tasks_are_the_same(
     server: JudgeServer, score: Callable[..., Samples], tmp_path: Path
 ) -> None:
     """Each question has its own seed, so the number of questions does not matter."""
-    few = score("mt_bench", limit=1, batch_size=1)
+    few = score("mt_bench", limit=1, answer_batch=1)
     (tmp_path / "work" / "mt_bench.answers.jsonl").unlink()
-    all_of_them = score("mt_bench", batch_size=2)
+    all_of_them = score("mt_bench", answer_batch=2)
     assert np.array_equal(column(few, "answer")[0], column(all_of_them, "answer")[0])
     assert replace(few, samples=[]).first_prompt == all_of_them.first_prompt

@@ -3,15 +3,16 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.evaluation.coding.code_suite import CodeOptions, read_problems, score, unscored
+from fedllm_flwr.evaluation.coding.code_suite import read_problems, score, unscored
 from fedllm_flwr.evaluation.coding.problems import human_eval
 from fedllm_flwr.evaluation.sandbox.bubblewrap import Limits, why_refused
 from fedllm_flwr.evaluation.suites.catalogue import all_suites
-from fedllm_flwr.evaluation.suites.samples import RunOptions
+from fedllm_flwr.evaluation.suites.options import CodeOptions, RunOptions
 from fedllm_flwr.evaluation.suites.scores import task_estimates
 
 TASKS = {task.name: task for task in all_suites()["code"].tasks}
@@ -30,7 +31,7 @@ def test_scores_of_samples() -> None:
     """4 of 12 answers pass: pass@1 is 1/3, pass@10 is 1 (8 fail, so 10 always hold one)."""
     problems = [human_eval(DOUBLE, ()), human_eval({**DOUBLE, "task_id": "HumanEval/901"}, ())]
     answers = [[RIGHT] * 4 + [WRONG] * 8, [WRONG] * 12]
-    samples = score(problems, answers, bare=True, limits=Limits(), jobs=2)
+    samples = score(problems, answers, bare=True, limits=Limits())
 
     assert [sample["pass@1"] for sample in samples] == pytest.approx([1 / 3, 0])
     assert [sample["pass@10"] for sample in samples] == pytest.approx([1, 0])
@@ -59,25 +60,24 @@ def test_what_was_not_run_has_no_score() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"),
+    ("options", "message"),
     [
         ({"samples": 0}, "--samples must be > 0, got 0."),
         ({"samples": 5, "temperature": 0.0}, "--temperature 0 gives the same answer 5 times"),
         ({"temperature": -1.0}, "--temperature must be >= 0, got -1."),
     ],
 )
-def test_options_that_do_not_fit(extra: dict[str, float], message: str) -> None:
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        CodeOptions.of({"code": extra})
+        CodeOptions(**options).check()
 
     assert str(caught.value).startswith(message)
 
 
 def test_sampling_is_hot_only_for_several_answers() -> None:
-    assert CodeOptions.of({}).heat == 0.0
-    assert CodeOptions.of({"code": {"samples": None}}).samples == 1
-    assert CodeOptions.of({"code": {"samples": 20}}).heat == 0.8
-    assert CodeOptions.of({"code": {"samples": 20, "temperature": 0.2}}).heat == 0.2
+    assert CodeOptions().heat == 0.0
+    assert CodeOptions(samples=20).heat == 0.8
+    assert CodeOptions(samples=20, temperature=0.2).heat == 0.2
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:

@@ -15,7 +15,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError, DataError, ModelError
 from fedllm_flwr.evaluation.suites.catalogue import all_suites, chosen_tasks
 from fedllm_flwr.evaluation.suites.harness import HarnessTasks
-from fedllm_flwr.evaluation.suites.samples import RunOptions
+from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import load_model
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fedllm_flwr.evaluation.judging.questions import OpenQuestion
 from fedllm_flwr.evaluation.judging.written_answers import (
     AnsweredQuestion,
     GenerationRequest,
-    ModelWriter,
+    Writer,
     WrittenAnswer,
     answer_all,
 )
@@ -34,10 +35,10 @@ def model(make_config: MakeConfig) -> AdaptedModel:
     return model
 
 
-def writer(model: AdaptedModel, max_new_tokens: int = 8, context: int = 400) -> ModelWriter:
+def writer(model: AdaptedModel, max_new_tokens: int = 8, context: int = 400) -> Writer:
     asked = TextModel(model, template="vicuna")
     asked.__dict__["max_length"] = context  # in the place of the cached property
-    return ModelWriter(asked, max_new_tokens)
+    return Writer(asked, max_new_tokens)
 
 
 def questions(count: int, temperature: float = 0.9) -> list[OpenQuestion]:
@@ -97,7 +98,7 @@ def test_prompts_that_are_too_long_lose_their_start(model: AdaptedModel) -> None
 class Counting:
     """The real writer, and what it was asked; stops before the call of number `stop_at`."""
 
-    real: ModelWriter
+    real: Writer
     stop_at: int | None = None
     asked: list[list[GenerationRequest]] = field(default_factory=list)
 
@@ -111,7 +112,8 @@ class Counting:
 def run(
     path: Path, counted: Counting, count: int = 5, identity: str = "model"
 ) -> list[AnsweredQuestion]:
-    return answer_all(questions(count), counted, path, identity, seed=3, batch_size=2)
+    writer: Any = counted
+    return answer_all(questions(count), writer, path, identity, seed=3, batch_size=2)
 
 
 def test_second_turns_see_the_first_answers(model: AdaptedModel, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         questions.alpaca_eval(file)
     (tmp_path / "advbench.csv").write_text("question\nHow?\n")
-    with pytest.raises(DataError, match="no column goal"):
+    with pytest.raises(DataError, match="record 1: no goal"):
         questions.advbench(tmp_path)
 
 

@@ -1,7 +1,7 @@
 """The judge behind an endpoint, against a real server on the loopback that misbehaves."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from fedllm_flwr.evaluation.judging.endpoint import (
     BROKEN,
     DECLINED,
     RETRIES,
-    Ask,
     Completion,
     EndpointJudge,
 )
-from fedllm_flwr.evaluation.judging.verdicts import Case, Scale, Usage, Verdict, judge_all
+from fedllm_flwr.evaluation.judging.verdicts import Case, Scale, judge_all
 from judge_server import JudgeServer, judge_server, verdict
 
 client = pytest.importorskip("openai._base_client")
@@ -53,10 +52,18 @@ def judge(**options: Any) -> EndpointJudge:
 
 
 def ask_one(asked: EndpointJudge) -> Completion:
-    replies: list[Completion] = []
-    asked.ask([Ask("key", conversation(1))], lambda _, reply: replies.append(reply))
-    [reply] = replies
+    [reply] = ask_all(asked, [1])
     return reply
+
+
+def ask_all(asked: EndpointJudge, numbers: Iterable[int]) -> list[Completion]:
+    replies: list[Completion] = []
+
+    async def ask(client: Any, number: int) -> None:
+        replies.append(await asked.reply(client, conversation(number), 0.0))
+
+    asked.each(numbers, ask)
+    return replies
 
 
 PASSING: list[Any] = [
@@ -70,10 +77,9 @@ def test_each_passing_fault_is_tried_again(stream: bool, server: JudgeServer) ->
     """All of them in one queue of cases, one request at a time."""
     server.faults = [item for fault in PASSING for item in (fault, None)]
     asked = judge(concurrency=1, stream=stream)
-    replies: list[Completion] = []
-    asks = [Ask(str(i), conversation(i)) for i in range(len(PASSING))]
-    asked.ask(asks, lambda _, reply: replies.append(reply))
-    assert [reply.text for reply in replies] == [verdict(conversation(i)) for i in range(len(asks))]
+    numbers = range(len(PASSING))
+    replies = ask_all(asked, numbers)
+    assert [reply.text for reply in replies] == [verdict(conversation(i)) for i in numbers]
     assert all(reply.finish_reason == "stop" and reply.prompt_tokens for reply in replies)
     assert len(server.requests) == 2 * len(PASSING)
     assert set(server.completed.values()) == {1}
@@ -88,10 +94,10 @@ def test_replies_that_break_off_have_no_verdict_and_are_asked_for_again(
     asked = judge(concurrency=1, stream=stream)
     path = tmp_path / "v.jsonl"
     verdicts, usage = judge_all(cases(1), asked, path, attempts=broken + 1)
-    assert verdicts == [Verdict(expected(0), broken + 1)]
+    assert verdicts == [expected(0)]
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [entry["finish_reason"] for entry in entries] == [BROKEN] * broken + ["stop"]
-    assert (usage.replies, usage.uncounted) == (broken + 1, broken)
+    assert (usage["replies"], usage["uncounted"]) == (broken + 1, broken)
 
 
 def test_a_silent_server_is_asked_again(server: JudgeServer) -> None:
@@ -187,29 +193,29 @@ def test_newer_models_are_asked_in_their_own_words(server: JudgeServer) -> None:
 def test_a_question_that_the_judge_declines(server: JudgeServer, tmp_path: Path) -> None:
     server.faults = [None, (400, {"code": "content_filter"})]
     verdicts, usage = judge_all(cases(3), judge(concurrency=1), tmp_path / "v.jsonl", attempts=3)
-    assert verdicts == [Verdict(expected(0), 1), Verdict(None, 1), Verdict(expected(2), 1)]
-    assert (usage.declined, usage.replies) == (1, 3)
+    assert verdicts == [expected(0), None, expected(2)]
+    assert (usage["declined"], usage["replies"]) == (1, 3)
 
 
 def test_verdicts_are_asked_for_again_a_few_times(server: JudgeServer, tmp_path: Path) -> None:
-    server.faults = ["malformed", None, "malformed", "malformed"]
+    server.faults = ["malformed", "malformed", None, "malformed"]
     path = tmp_path / "v.jsonl"
     verdicts, usage = judge_all(cases(2), judge(concurrency=1), path, attempts=2)
     # case 0: malformed, malformed; case 1: fine
-    assert verdicts == [Verdict(None, 2), Verdict(expected(1), 1)]
-    assert [request["temperature"] for request in server.requests] == [0.0, 0.0, 0.7]
-    assert usage.replies == 3
+    assert verdicts == [None, expected(1)]
+    assert [request["temperature"] for request in server.requests] == [0.0, 0.7, 0.0]
+    assert usage["replies"] == 3
     # Three attempts now: one more, and the last reply has no verdict either.
     verdicts, usage = judge_all(cases(2), judge(concurrency=1), path, attempts=3)
-    assert verdicts == [Verdict(None, 3), Verdict(expected(1), 1)]
-    assert len(server.requests) == usage.replies == 4
+    assert verdicts == [None, expected(1)]
+    assert len(server.requests) == usage["replies"] == 4
     judge_all(cases(2), judge(), path, attempts=3)
     assert len(server.requests) == 4
 
 
 def test_the_same_question_is_asked_once(server: JudgeServer, tmp_path: Path) -> None:
     verdicts, _ = judge_all(cases(2) * 3, judge(), tmp_path / "v.jsonl", attempts=1)
-    assert [v.value for v in verdicts] == [expected(0), expected(1)] * 3
+    assert verdicts == [expected(0), expected(1)] * 3
     assert len(server.requests) == 2
     judge_all(cases(2), EndpointJudge(model="judge-1"), tmp_path / "v.jsonl", attempts=1)
     assert len(server.requests) == 2
@@ -223,8 +229,8 @@ def test_tokens_and_cost(server: JudgeServer, tmp_path: Path) -> None:
     _, usage = judge_all(cases(4), judge(concurrency=1), tmp_path / "v.jsonl", attempts=1)
     prompts = sum(len(conversation(i)[0]["content"]) for i in (1, 2, 3))
     replies = sum(len(verdict(conversation(i))) for i in (1, 2, 3))
-    assert usage == Usage(4, prompts, replies, uncounted=1)
-    assert usage.cost((2.0, 8.0)) == pytest.approx((2 * prompts + 8 * replies) / 1e6)
+    counts = {"replies": 4, "prompt_tokens": prompts, "completion_tokens": replies}
+    assert usage == {**counts, "uncounted": 1, "declined": 0}
 
 
 def test_no_more_at_once_than_allowed(server: JudgeServer, tmp_path: Path) -> None:
@@ -245,7 +251,7 @@ def test_what_is_under_way_at_a_fatal_error_is_kept(server: JudgeServer, tmp_pat
     assert len(kept) == sum(server.completed.values()) >= 1
     assert len(server.requests) < 9
     verdicts, _ = judge_all(cases(9), asked, path, attempts=1)
-    assert [v.value for v in verdicts] == [expected(i) for i in range(9)]
+    assert verdicts == [expected(i) for i in range(9)]
     assert set(server.completed.values()) == {1}
 
 
@@ -253,12 +259,12 @@ def test_declined_is_no_verdict_even_if_it_looks_like_one(
     server: JudgeServer, tmp_path: Path
 ) -> None:
     class Strict(EndpointJudge):
-        def ask(self, asks: Any, record: Any) -> None:
-            for ask in asks:
-                record(ask, Completion("too long: [[9]]", DECLINED))
+        async def reply(self, *asked: Any) -> Completion:
+            return Completion("too long: [[9]]", DECLINED)
 
-    verdicts, _ = judge_all(cases(1), Strict(model="judge-1"), tmp_path / "v.jsonl", attempts=3)
-    assert verdicts == [Verdict(None, 1)]
+    asked = Strict(model="judge-1")
+    verdicts, usage = judge_all(cases(1), asked, tmp_path / "v.jsonl", attempts=3)
+    assert (verdicts, usage["declined"]) == ([None], 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

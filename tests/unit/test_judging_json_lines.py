@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.errors import ConfigError, DataError, FederationError
-from fedllm_flwr.evaluation.judging.json_lines import JsonLines
+from fedllm_flwr.evaluation.judging.json_lines import json_lines
 
 TEXTS = ["plain", "a line\nand\u2028another", "\ud800 half a pair", "日本"]
 
 
 def test_records_come_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "log.jsonl"
-    with JsonLines(path) as file:
+    with json_lines(path) as file:
         assert file.records == []
         file.append([{"text": text} for text in TEXTS[:2]])
         file.append([{"text": text} for text in TEXTS[2:]])
         assert [record["text"] for record in file.records] == TEXTS
-    with JsonLines(path) as file:
+    with json_lines(path) as file:
         assert [record["text"] for record in file.records] == TEXTS
 
 
@@ -25,7 +25,7 @@ def test_records_come_back(tmp_path: Path) -> None:
 def test_a_torn_line_is_dropped_and_the_next_record_is_whole(torn: bytes, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"text": "first"}\n' + torn)
-    with JsonLines(path) as file:
+    with json_lines(path) as file:
         assert file.records == [{"text": "first"}]
         file.append([{"text": "second"}])
     assert path.read_text().splitlines() == ['{"text": "first"}', '{"text": "second"}']
@@ -37,20 +37,20 @@ def test_a_broken_line_in_the_middle_is_refused(line: str, tmp_path: Path) -> No
     path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
     with (
         pytest.raises(DataError, match=r"log.jsonl, line 2: no JSON object; delete"),
-        JsonLines(path),
+        json_lines(path),
     ):
         pass
     path.write_text('{"a": 1}\n')
-    with JsonLines(path) as file:  # the lock was given back
+    with json_lines(path) as file:  # the lock was given back
         assert file.records == [{"a": 1}]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with (
-        JsonLines(path),
+        json_lines(path),
         pytest.raises(ConfigError, match="another process writes to it"),
-        JsonLines(path),
+        json_lines(path),
     ):
         pass
 
@@ -58,4 +58,4 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FederationError, match=r"cannot write .*log.jsonl"):
-        JsonLines(tmp_path / "file" / "log.jsonl").__enter__()
+        json_lines(tmp_path / "file" / "log.jsonl").__enter__()

@@ -17,7 +17,7 @@ from fedllm_flwr.evaluation.suites.local_data import (
     missing_files,
     read_rows,
 )
-from fedllm_flwr.evaluation.suites.samples import RunOptions
+from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.tasks import reading
 from fedllm_flwr.evaluation.suites.tasks.finance import (
     by_generation,

@@ -12,7 +12,6 @@ from typing import Any
 from fedllm_flwr.commands.evaluate.candidates import Candidate, collect
 from fedllm_flwr.commands.evaluate.comparison import LOCAL, ScoreTable, compare_scores
 from fedllm_flwr.commands.evaluate.page import RESULTS, write_report
-from fedllm_flwr.commands.evaluate.runners import check_runners, closing_lines, why_not
 from fedllm_flwr.commands.evaluate.scorer import Scored, Scorer
 from fedllm_flwr.commands.evaluate.tables import (
     as_csv,
@@ -24,6 +23,8 @@ from fedllm_flwr.commands.evaluate.tables import (
 )
 from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.errors import ConfigError, DataError
+from fedllm_flwr.evaluation.coding import code_suite
+from fedllm_flwr.evaluation.judging import open_ended
 from fedllm_flwr.evaluation.suites.catalogue import (
     SuiteTask,
     all_suites,
@@ -31,8 +32,8 @@ from fedllm_flwr.evaluation.suites.catalogue import (
     chosen_tasks,
 )
 from fedllm_flwr.evaluation.suites.local_data import missing_files
+from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.requested import harness_version
-from fedllm_flwr.evaluation.suites.samples import RunOptions
 from fedllm_flwr.evaluation.suites.score_cache import SamplesCache, default_cache
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.plugins import TEMPLATES
@@ -83,9 +84,13 @@ def evaluate(request: EvaluateOptions) -> Path:
     _check(request)
     tasks, skipped = _tasks(request)
     suites = [all_suites()[name] for name in dict.fromkeys(task.suite for task in tasks)]
-    if any(task.runner == "harness" for task in tasks):
+    by_runner = {task.runner: [t for t in tasks if t.runner == task.runner] for task in tasks}
+    if "harness" in by_runner:
         harness_version()
-    check_runners(tasks, request.options)
+    if "code" in by_runner:
+        code_suite.check(request.options)
+    if "open_ended" in by_runner:
+        open_ended.check(by_runner["open_ended"], request.options)
     candidates = collect(
         request.runs, request.adapters, request.compare, request.base, request.template
     )
@@ -129,6 +134,9 @@ def _check(request: EvaluateOptions) -> None:
     root = request.options.data_root
     if root is not None and not root.is_dir():
         raise ConfigError(f"--data-root {root}: no such directory.")
+    reference = request.options.judging.reference
+    if reference is not None and not reference.is_file():
+        raise ConfigError(f"--reference {reference}: no such file.")
     if not request.suites and not request.tasks:
         raise ConfigError(
             f"give --suite (of {', '.join(all_suites())}) or --task; fedllm evaluate --list shows "
@@ -151,7 +159,9 @@ def _tasks(request: EvaluateOptions) -> tuple[list[SuiteTask], list[str]]:
     of_suites = [task for suite in chosen_suites(request.suites) for task in suite.tasks]
     for task in of_suites:
         missing = missing_files(task, root) if root is not None else []
-        reason = f"for {missing[0]} is missing" if missing else why_not(task, request.options)
+        reason = f"for {missing[0]} is missing" if missing else None
+        if reason is None and task.runner == "open_ended":
+            reason = open_ended.what_lacks(task.name, request.options)
         if reason:
             skipped.append(f"left out: {task.name}, {reason}")
         elif task not in found:
@@ -207,7 +217,10 @@ def _notes(
             if notes.get(key):
                 lines.append(f"{task.name}: {notes[key]} {text}, for the model's context is short")
     lines += [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
-    return lines + closing_lines([samples for some in scored.values() for samples in some.values()])
+    every = [samples.notes for some in scored.values() for samples in some.values()]
+    if judged := [notes for notes in every if "judge" in notes]:
+        lines.append(open_ended.usage_line(judged))
+    return lines
 
 
 def _output(request: EvaluateOptions) -> Path:

@@ -1,16 +1,19 @@
 """Scores candidates on tasks: loads the base model once, swaps adapters, and caches samples."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import Candidate
-from fedllm_flwr.commands.evaluate.runners import runner_of
+from fedllm_flwr.evaluation.coding.code_suite import run_code_task
+from fedllm_flwr.evaluation.judging.open_ended import run_open_ended_task
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
+from fedllm_flwr.evaluation.suites.harness import HarnessTasks
+from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.requested import harness_version
-from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.samples import Samples
 from fedllm_flwr.evaluation.suites.score_cache import (
     SamplesCache,
     files_identity,
@@ -26,6 +29,8 @@ from fedllm_flwr.runs.kept_adapters import KeptAdapter
 
 # candidate name -> task name -> scored examples
 Scored = dict[str, dict[str, Samples]]
+# Scores the tasks of a suite, by the name of its ``runner`` in ``suite.yaml``
+Runners = Mapping[str, Callable[[SuiteTask, TextModel, RunOptions], Samples]]
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,16 @@ class Scorer:
 
     def score(self, candidates: Sequence[Candidate], tasks: Sequence[SuiteTask]) -> Scored:
         """Every candidate on every task."""
-        scored: Scored = {}
-        for candidate in candidates:
-            scored[candidate.name] = self._candidate(candidate, tasks)
-        return scored
+        runners = {
+            "harness": HarnessTasks().run,
+            "open_ended": run_open_ended_task,
+            "code": run_code_task,
+        }
+        return {item.name: self._candidate(item, tasks, runners) for item in candidates}
 
-    def _candidate(self, candidate: Candidate, tasks: Sequence[SuiteTask]) -> dict[str, Samples]:
+    def _candidate(
+        self, candidate: Candidate, tasks: Sequence[SuiteTask], runners: Runners
+    ) -> dict[str, Samples]:
         identity = self._identity(candidate)
         keys = {
             task.name: key_of(
@@ -81,7 +90,7 @@ class Scorer:
                 options = replace(self.options, work_dir=folder)
                 for task in missing:
                     self.report(candidate, task, "running")
-                    samples = runner_of(task)(task, model, options)
+                    samples = runners[task.runner](task, model, options)
                     self.cache.put(keys[task.name], samples)
                     found[task.name] = samples
                     self.report(candidate, task, f"{samples.seconds:.0f} s")

@@ -2,8 +2,7 @@
 
 import importlib.util
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 from fedllm_flwr.errors import ConfigError, DataError, first_line
@@ -15,7 +14,8 @@ from fedllm_flwr.evaluation.sandbox.bubblewrap import (
 )
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
 from fedllm_flwr.evaluation.suites.local_data import Row, read_rows
-from fedllm_flwr.evaluation.suites.samples import RunOptions, Sample, Samples
+from fedllm_flwr.evaluation.suites.options import RunOptions
+from fedllm_flwr.evaluation.suites.samples import Sample, Samples
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.generation import Decoding
 
@@ -26,56 +26,14 @@ NOT_RUN = (
 )
 
 
-@dataclass(frozen=True)
-class CodeOptions:
-    """Options of this runner, as the command fills them.
-
-    Args:
-        allow: whether generated programs may be run.
-        samples: answers to each problem; pass@k needs k of them.
-        temperature: of sampling; 0 is greedy, and then one answer is all there is.
-        jobs: programs at a time; None: as many as there are cores.
-    """
-
-    allow: bool = False
-    samples: int = 1
-    temperature: float | None = None
-    jobs: int | None = None
-
-    @classmethod
-    def of(cls, extra: Mapping[str, Any]) -> "CodeOptions":
-        """The options that a command gives.
-
-        Raises:
-            ConfigError: they do not fit together.
-        """
-        options = cls(**{k: v for k, v in extra.get("code", {}).items() if v is not None})
-        if options.samples < 1:
-            raise ConfigError(f"--samples must be > 0, got {options.samples}.")
-        if options.samples > 1 and options.heat <= 0:
-            raise ConfigError(
-                f"--temperature {options.heat:g} gives the same answer {options.samples} times; "
-                "give --temperature 0.8, or --samples 1."
-            )
-        if options.heat < 0:
-            raise ConfigError(f"--temperature must be >= 0, got {options.heat:g}.")
-        return options
-
-    @property
-    def heat(self) -> float:
-        """Temperature of sampling: greedy for one answer, 0.8 for several (Chen et al. 2021)."""
-        if self.temperature is None:
-            return 0.8 if self.samples > 1 else 0.0
-        return self.temperature
-
-
-def check_options(options: RunOptions) -> None:
+def check(options: RunOptions) -> None:
     """Refuse, before a model is loaded, options that do not fit and programs that cannot be run.
 
     Raises:
         ConfigError: names the option and the remedy.
     """
-    if CodeOptions.of(options.extra).allow and (reason := why_refused()):
+    options.code.check()
+    if options.code.allow_code_execution and (reason := why_refused()):
         raise ConfigError(f"--allow-code-execution: {reason}.")
 
 
@@ -85,11 +43,10 @@ def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Sam
     Without leave to run programs the samples hold the answers and no score.
 
     Raises:
-        ConfigError: options that do not fit.
         DataError: the data are missing or in another schema.
     """
     started = time.monotonic()
-    chosen = CodeOptions.of(options.extra)
+    chosen = options.code
     problems, left_out = read_problems(task, options)
     bare = model.prompt == "raw"
     new_tokens = model.answer_room(int(task.settings["new_tokens"]))
@@ -106,20 +63,12 @@ def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Sam
     written = model.generate(repeated, decoding, strip=False)
     rows = [written[i : i + chosen.samples] for i in range(0, len(written), chosen.samples)]
     notes: dict[str, Any] = {"cut": model.cut - cut_before, "examples_left_out": dropped}
-    if chosen.allow:
-        samples, remarks = (
-            score(
-                problems,
-                rows,
-                bare,
-                replace(Limits(), **task.settings.get("limits", {})),
-                chosen.jobs,
-            ),
-            [left_out],
-        )
+    if chosen.allow_code_execution:
+        samples = score(problems, rows, bare, Limits(**task.settings.get("limits", {})))
+        notes["remark"] = left_out
     else:
-        samples, remarks = unscored(problems, rows), [left_out, NOT_RUN]
-    notes["remark"] = "; ".join(filter(None, remarks))
+        samples = unscored(problems, rows)
+        notes["remark"] = "; ".join(filter(None, [left_out, NOT_RUN]))
     return Samples(samples, prompts[0], notes, time.monotonic() - started)
 
 
@@ -128,7 +77,6 @@ def score(
     answers: Sequence[Sequence[str]],
     bare: bool,
     limits: Limits,
-    jobs: int | None = None,
 ) -> list[Sample]:
     """Run every answer.
 
@@ -140,7 +88,7 @@ def score(
         for problem, texts in zip(problems, answers, strict=True)
     ]
     different = list(dict.fromkeys(program for row in programs for program in row))
-    outcomes = dict(zip(different, run_programs(different, limits, jobs), strict=True))
+    outcomes = dict(zip(different, run_programs(different, limits), strict=True))
     for outcome in outcomes.values():
         if outcome.status == "refused":
             raise ConfigError(f"--allow-code-execution: {outcome.message}.")

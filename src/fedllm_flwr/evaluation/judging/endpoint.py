@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -35,25 +35,10 @@ _NEWER_NAMES = {"max_tokens": "max_completion_tokens"}  # parameters that newer 
 
 OnProgress = Callable[[int, int], None]  # done, of how many
 Item = TypeVar("Item")
-Parsed = TypeVar("Parsed")
 
 
 class AnswerRefusedError(Exception):
     """An answer that is not taken from an endpoint."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question to a judge."""
-
-    key: str  # of what is asked; equal keys ask the same
-    messages: Messages
-    attempt: int = 0  # > 0: replies without a verdict came before
-
-    @property
-    def temperature(self) -> float:
-        """Greedy at first; sampled in further attempts, where the same reply would not help."""
-        return 0.7 if self.attempt else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,50 +75,31 @@ class Endpoint:
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
         return shown(bare.geturl())
 
-    def models(self) -> list[str]:
-        """The models that it lists; empty where it has no list."""
-        import openai
-
-        async def listed() -> list[str]:
-            async with self.client() as client:
-                try:
-                    found = await client.with_options(max_retries=2).models.list()
-                except openai.APIStatusError as error:
-                    if error.status_code in (404, 405, 501):
-                        return []
-                    raise self.failure(error) from error
-                except openai.OpenAIError as error:
-                    raise self.failure(error) from error
-                return [model.id for model in found.data or []]
-
-        return asyncio.run(listed())
-
     def each(
         self,
         items: Iterable[Item],
-        ask: Callable[["openai.AsyncOpenAI", Item], Awaitable[Parsed]],
-        record: Callable[[Item, Parsed], None],
+        work: Callable[["openai.AsyncOpenAI", Item], Awaitable[None]],
     ) -> None:
-        """Ask for every item and record the answers as they come, at most `concurrency` at once.
+        """Do the work of every item, at most `concurrency` at once.
 
         Raises:
-            FedLLMError: the first that an `ask` raised; what was under way then is recorded.
+            FedLLMError: the first that one of them raised; what was under way then is finished.
         """
         todo, failures = iter(items), list[FedLLMError]()
 
-        async def work(client: "openai.AsyncOpenAI") -> None:
+        async def one_after_the_other(client: "openai.AsyncOpenAI") -> None:
             for item in todo:  # shared by all
                 if failures:
                     return
                 try:
-                    record(item, await ask(client, item))
+                    await work(client, item)
                 except FedLLMError as error:  # the others finish what they have under way
                     failures.append(error)
 
         async def all_of_them() -> None:
             async with self.client() as client, asyncio.TaskGroup() as group:
                 for _ in range(self.concurrency):
-                    group.create_task(work(client))
+                    group.create_task(one_after_the_other(client))
 
         asyncio.run(all_of_them())
         if failures:
@@ -240,7 +206,7 @@ class EndpointJudge(Endpoint):
         Raises:
             JudgeError, ConfigError: it cannot be asked at all.
         """
-        names = self.models()
+        names = asyncio.run(self._models())
         if names and self.model not in names:
             close = difflib.get_close_matches(self.model, names, n=1)
             hint = f"Did you mean {shown(close[0])!r}?" if close else f"It has {shown(names[:5])}."
@@ -248,24 +214,19 @@ class EndpointJudge(Endpoint):
                 f"--judge-model {self.model}: {self.shown_url} has no such model. {hint}"
             )
 
-    def ask(self, asks: Sequence[Ask], record: Callable[[Ask, Completion], None]) -> None:
-        """Ask all, and call `record` with each reply as soon as it is there.
+    async def reply(
+        self, client: "openai.AsyncOpenAI", messages: Messages, temperature: float
+    ) -> Completion:
+        """The judge's reply to a conversation.
 
         Raises:
-            JudgeError: it cannot go on; replies so far were recorded.
+            JudgeError: it cannot be asked.
         """
-        self.each(asks, self._ask, record)
-
-    def failure(self, error: BaseException) -> JudgeError:
-        """One line: which judge, what failed, and what to do."""
-        return JudgeError(f"judge {self.model} at {super().failure(error)}")
-
-    async def _ask(self, client: "openai.AsyncOpenAI", ask: Ask) -> Completion:
         import openai
 
         while True:
             try:
-                return await self._request(client, ask)
+                return await self._request(client, messages, temperature)
             except openai.BadRequestError as error:
                 if error.code in _DECLINES:
                     return Completion(_message(error), DECLINED)
@@ -279,8 +240,27 @@ class EndpointJudge(Endpoint):
             except (openai.OpenAIError, AnswerRefusedError) as error:
                 raise self.failure(error) from error
 
-    async def _request(self, client: "openai.AsyncOpenAI", ask: Ask) -> Completion:
-        options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": ask.temperature}
+    def failure(self, error: BaseException) -> JudgeError:
+        """One line: which judge, what failed, and what to do."""
+        return JudgeError(f"judge {self.model} at {super().failure(error)}")
+
+    async def _models(self) -> list[str]:
+        """The models that the endpoint lists; empty where it has no list."""
+        import openai
+
+        async with self.client() as client:
+            try:
+                found = await client.with_options(max_retries=2).models.list()
+            except openai.OpenAIError as error:
+                if getattr(error, "status_code", None) in (404, 405, 501):
+                    return []
+                raise self.failure(error) from error
+            return [model.id for model in found.data or []]
+
+    async def _request(
+        self, client: "openai.AsyncOpenAI", messages: Messages, temperature: float
+    ) -> Completion:
+        options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": temperature}
         for parameter in self.dropped & set(options):
             value = options.pop(parameter)
             if parameter in _NEWER_NAMES:
@@ -288,7 +268,7 @@ class EndpointJudge(Endpoint):
         create: Any = client.chat.completions.create
         if self.stream:
             options |= {"stream": True, "stream_options": {"include_usage": True}}
-        answer = await create(model=self.model, messages=ask.messages, **options)
+        answer = await create(model=self.model, messages=messages, **options)
         if self.stream:
             return await _streamed(answer)
         if not getattr(answer, "choices", None):

@@ -1,11 +1,9 @@
 """The open-ended suite: a model answers, a judge grades, one sample per question."""
 
-import hashlib
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +11,19 @@ import numpy as np
 
 from fedllm_flwr.errors import ConfigError, DataError
 from fedllm_flwr.evaluation.judging.benchmarks import BENCHMARKS, Benchmark, Values, rule_scores
-from fedllm_flwr.evaluation.judging.endpoint import Endpoint, EndpointJudge
+from fedllm_flwr.evaluation.judging.endpoint import Endpoint, EndpointJudge, OnProgress
 from fedllm_flwr.evaluation.judging.prompts import JudgePrompts, load_prompts
 from fedllm_flwr.evaluation.judging.questions import OpenQuestion
 from fedllm_flwr.evaluation.judging.verdicts import judge_all
 from fedllm_flwr.evaluation.judging.written_answers import (
     AnsweredQuestion,
-    EndpointWriter,
-    ModelWriter,
     Writer,
     answer_all,
     render,
 )
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask, suites_dir
-from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.options import JudgeOptions, RunOptions
+from fedllm_flwr.evaluation.suites.samples import Samples
 
 if TYPE_CHECKING:
     from fedllm_flwr.evaluation.suites.suite_model import TextModel
@@ -34,89 +31,9 @@ if TYPE_CHECKING:
 FOLDER = "open_ended"  # below the data root, and below the suites
 BY_REFERENCE = "alpaca_eval"
 UNPARSABLE = "unparsable"
-_POSITIVE = {
-    "concurrency": "--judge-concurrency",
-    "timeout_s": "--judge-timeout",
-    "attempts": "--judge-attempts",
-    "max_new_tokens": "--max-new-tokens",
-    "batch_size": "--answer-batch",
-}
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Options of writing and grading answers.
-
-    Args:
-        model: name at the endpoint; None: no judge, scores by rule only.
-        concurrency: requests to an endpoint at once.
-        attempts: how often a judge is asked for a verdict in all.
-        price: in some currency per million prompt and completion tokens.
-        reference: file of answers to be better than.
-        writer_url: endpoint that writes the answers; None: the model in this process does.
-    """
-
-    model: str | None = None
-    concurrency: int = 4
-    timeout_s: float = 120.0
-    attempts: int = 3
-    stream: bool = False
-    price: tuple[float, float] | None = None
-    reference: str | None = None
-    reference_digest: str = ""
-    writer_url: str | None = None
-    max_new_tokens: int = 1024
-    batch_size: int = 16
-
-    def as_extra(self) -> dict[str, Any]:
-        """As a value of ``RunOptions.extra``.
-
-        Raises:
-            DataError: the reference file cannot be read.
-        """
-        digest = ""
-        if self.reference is not None:
-            try:
-                content = Path(self.reference).expanduser().read_bytes()
-            except OSError as error:
-                raise DataError(f"--reference {self.reference}: {error.strerror}.") from error
-            digest = hashlib.sha256(content).hexdigest()
-        return asdict(replace(self, reference_digest=digest))
-
-    @classmethod
-    def of(cls, options: RunOptions) -> "JudgeOptions":
-        """From ``RunOptions.extra``; other runners' options are passed over."""
-        known = {name: options.extra[name] for name in asdict(cls()) if name in options.extra}
-        return cls(**known)
-
-    def make_judge(self) -> EndpointJudge | None:
-        """The judge of `model`.
-
-        Raises:
-            ConfigError: it is a directory, and nobody serves it.
-        """
-        if self.model is None:
-            return None
-        is_path = self.model.startswith(("/", "./", "../", "~")) or Path(self.model).is_dir()
-        if is_path and not os.environ.get("OPENAI_BASE_URL"):
-            raise ConfigError(
-                f"--judge-model {self.model}: a local judge is an endpoint too; serve it (vllm "
-                f"serve {self.model}, or transformers serve), set OPENAI_BASE_URL to where it is, "
-                "and give its name there."
-            )
-        return EndpointJudge(
-            concurrency=self.concurrency,
-            timeout_s=self.timeout_s,
-            model=self.model,
-            stream=self.stream,
-        )
-
-    def make_writer(self, model: "TextModel") -> Writer:
-        """Writer of a model's answers."""
-        if self.writer_url is None:
-            return ModelWriter(model, self.max_new_tokens)
-        endpoint = Endpoint(self.writer_url, self.concurrency, self.timeout_s, "--writer-url")
-        return EndpointWriter(model, self.max_new_tokens, endpoint)
+_POSITIVE = (
+    *("judge_concurrency", "judge_timeout", "judge_attempts", "max_new_tokens", "answer_batch"),
+)
 
 
 def check(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
@@ -125,26 +42,23 @@ def check(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
     Raises:
         FedLLMError: a number out of range, a missing judge or file, a judge that does not answer.
     """
-    chosen = JudgeOptions.of(options)
-    for name, option in _POSITIVE.items():
-        if getattr(chosen, name) <= 0:
-            raise ConfigError(f"{option} must be > 0, got {getattr(chosen, name):g}.")
+    for name in _POSITIVE:
+        if (value := getattr(options.judging, name)) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be > 0, got {value:g}.")
     for task in tasks:
         if lack := what_lacks(task.name, options):
             raise ConfigError(f"--task {task.name}: {lack}.")
         load_questions(task.name, options)
-    judge = chosen.make_judge()
-    if judge is not None:
+    if judge := _judge(options.judging):
         _prompts(options)
         judge.check()
 
 
 def what_lacks(name: str, options: RunOptions) -> str | None:
     """Option that a task still needs; None if there is none."""
-    chosen = JudgeOptions.of(options)
-    if chosen.model is None and not BENCHMARKS[name].rules:
+    if options.judging.judge_model is None and not BENCHMARKS[name].rules:
         return "it needs --judge-model <name at OPENAI_BASE_URL>"
-    if name == BY_REFERENCE and chosen.reference is None:
+    if name == BY_REFERENCE and options.judging.reference is None:
         return "it needs --reference <file of answers to be better than>"
     return None
 
@@ -173,7 +87,7 @@ def load_questions(name: str, options: RunOptions) -> list[OpenQuestion]:
         DataError: its files are missing or broken.
     """
     if name == BY_REFERENCE:
-        source = Path(str(JudgeOptions.of(options).reference)).expanduser()
+        source = Path(str(options.judging.reference))
     elif options.data_root is None:
         raise DataError(
             f"task {name}: give the folder of its files, --data-root DIR (fedllm evaluate --list)."
@@ -196,47 +110,69 @@ def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions
     started = time.monotonic()
     if options.work_dir is None:
         raise ConfigError(f"task {task.name} needs a directory to work in: --output.")
-    chosen = JudgeOptions.of(options)
+    chosen = options.judging
     benchmark, questions = BENCHMARKS[task.name], load_questions(task.name, options)
-    backend = "torch" if chosen.writer_url is None else "endpoint"
-    room = model.answer_room(chosen.max_new_tokens)
+    endpoint = chosen.writer_url and Endpoint(
+        chosen.writer_url, chosen.judge_concurrency, chosen.judge_timeout, "--writer-url"
+    )
+    writer = Writer(model, chosen.max_new_tokens, endpoint or None)
+    backend = "endpoint" if endpoint else "torch"
     answered = answer_all(
         questions,
-        chosen.make_writer(model),
+        writer,
         options.work_dir / f"{task.name}.answers.jsonl",
-        identity=[backend, model.prompt, model.template, room],
+        identity=[backend, model.prompt, model.template, writer.room],
         seed=options.seed,
-        batch_size=chosen.batch_size,
-        progress=_Progress(task.name, "answers"),
+        batch_size=chosen.answer_batch,
+        progress=_counting(f"{task.name}: {{}} of {{}} answers"),
     )
-    scores, answers = (
-        dict(rule_scores(benchmark, answered)),
-        [a for x in answered for a in x.answers],
-    )
+    answers = [answer for item in answered for answer in item.answers]
+    scores = rule_scores(benchmark, answered)
     notes: dict[str, Any] = {
         "prompts": len(answers),
         "cut": sum(answer.prompt_cut > 0 for answer in answers),
         "answer_tokens": sum(answer.num_tokens for answer in answers),
         "answers_at_limit": sum(not answer.ended for answer in answers),
     }
-    if chosen.model is not None:
-        more, about = _judged(benchmark, answered, chosen, options, options.work_dir)
+    if judge := _judge(chosen):
+        more, about = _judged(benchmark, answered, judge, options, options.work_dir)
         scores, notes = scores | more, notes | about
     samples = [_sample(item, i, scores) for i, item in enumerate(answered)]
     first = render(model, [{"role": "user", "content": questions[0].turns[0]}])
     return Samples(samples, first, notes, time.monotonic() - started)
 
 
+def _judge(options: JudgeOptions) -> EndpointJudge | None:
+    """The judge that was asked for.
+
+    Raises:
+        ConfigError: it is a directory, and nobody serves it.
+    """
+    name = options.judge_model
+    if name is None:
+        return None
+    is_path = name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+    if is_path and not os.environ.get("OPENAI_BASE_URL"):
+        raise ConfigError(
+            f"--judge-model {name}: a local judge is an endpoint too; serve it (vllm serve {name}, "
+            "or transformers serve), set OPENAI_BASE_URL to where it is, and give its name there."
+        )
+    return EndpointJudge(
+        concurrency=options.judge_concurrency,
+        timeout_s=options.judge_timeout,
+        model=name,
+        stream=options.judge_stream,
+    )
+
+
 def _judged(
     benchmark: Benchmark,
     answered: Sequence[AnsweredQuestion],
-    chosen: JudgeOptions,
+    judge: EndpointJudge,
     options: RunOptions,
     work_dir: Path,
 ) -> tuple[dict[str, Values], dict[str, Any]]:
     """Scores from verdicts, and what judging took."""
-    judge = chosen.make_judge()
-    assert judge is not None
     prompts = _prompts(options)
     per_question = [benchmark.cases(item, prompts) for item in answered]
     names = list(per_question[0])
@@ -244,24 +180,25 @@ def _judged(
         [cases[name] for cases in per_question for name in names],
         judge,
         work_dir / f"{benchmark.name}.verdicts.jsonl",
-        chosen.attempts,
-        _Progress(benchmark.name, "verdicts"),
+        options.judging.judge_attempts,
+        _counting(f"{benchmark.name}: {{}} of {{}} verdicts"),
     )
-    numbers = np.array([np.nan if v.value is None else v.value for v in verdicts])
+    numbers = np.array(verdicts, np.float64)  # NaN for None
     values = {name: numbers[i :: len(names)] for i, name in enumerate(names)}
-    missing: Values = np.isnan(np.stack(list(values.values()))).any(0).astype(np.float64)
-    notes = {
+    without = np.isnan(numbers.reshape(-1, len(names))).any(1)
+    notes: dict[str, Any] = {
         "judge": judge.model,
         "judge_prompts": f"{prompts.source} {prompts.digest}",
         "verdicts": len(verdicts),
-        "without_verdict": sum(verdict.value is None for verdict in verdicts),
-        **asdict(usage),
+        "without_verdict": verdicts.count(None),
+        **usage,
     }
-    if chosen.price is not None:
-        notes["cost"] = usage.cost(chosen.price)
+    if price := options.judging.judge_price:
+        notes["cost"] = usage["prompt_tokens"] * price[0] + usage["completion_tokens"] * price[1]
+        notes["cost"] /= 1e6
     if judge.dropped:
         notes["judge_refused_parameters"] = sorted(judge.dropped)
-    return benchmark.scores(values) | {UNPARSABLE: missing}, notes
+    return benchmark.scores(values) | {UNPARSABLE: np.asarray(without, np.float64)}, notes
 
 
 def _prompts(options: RunOptions) -> JudgePrompts:
@@ -281,14 +218,12 @@ def _sample(answered: AnsweredQuestion, index: int, scores: dict[str, Values]) -
     }
 
 
-@dataclass(frozen=True)
-class _Progress:
+def _counting(line: str) -> OnProgress:
     """A line on a terminal that counts up."""
 
-    task: str
-    what: str
-
-    def __call__(self, done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         if sys.stderr.isatty():
             end = "\r" if done < total else "\r\033[K"
-            print(f"  {self.task}: {done} of {total} {self.what}", end=end, file=sys.stderr)
+            print(f"  {line.format(done, total)}", end=end, file=sys.stderr)
+
+    return show

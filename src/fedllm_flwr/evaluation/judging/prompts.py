@@ -11,6 +11,7 @@ import yaml
 
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.evaluation.suites.local_data import read_rows
 
 _FASTCHAT = {
     "rating": "single-v1",
@@ -67,11 +68,12 @@ def load_prompts(own: Path, folder: Path | None) -> JudgePrompts:
     if file.is_file():
         source = "fastchat"
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
-            known = {row["name"]: (row["system_prompt"], row["prompt_template"]) for row in rows}
+            known = {
+                row["name"]: (row["system_prompt"], row["prompt_template"])
+                for row in read_rows(file)
+            }
             texts |= {name: known[theirs] for name, theirs in _FASTCHAT.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (DataError, KeyError, TypeError) as error:
             raise DataError(
                 f"{file}: not FastChat's judge prompts ({error!r}); copy the file again, or delete "
                 "it."

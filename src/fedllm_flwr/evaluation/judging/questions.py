@@ -1,13 +1,10 @@
 """The open-ended sets as questions, read from local copies of their published files."""
 
-import csv
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedllm_flwr.errors import DataError
+from fedllm_flwr.evaluation.suites.local_data import Row, read_rows
 
 # FastChat's temperatures of MT-Bench by category; 0.7 for any other, as for all of Vicuna bench.
 _TEMPERATURES = {
@@ -81,15 +78,8 @@ def vicuna_bench(folder: Path) -> list[OpenQuestion]:
 
 def advbench(folder: Path) -> list[OpenQuestion]:
     """AdvBench's harmful requests, without an attack."""
-    file = folder / "advbench.csv"
-    try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            goals = [row.get("goal") for row in csv.DictReader(lines)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(file, error) from error
-    if not goals or not all(goals):
-        raise DataError(f"{file}: no column goal, or an empty one; copy AdvBench's CSV again.")
-    return [OpenQuestion(str(i), "harmful", (str(goal),), 0.0) for i, goal in enumerate(goals)]
+    goals = [row["goal"] for row in _rows(folder / "advbench.csv", "goal")]
+    return [OpenQuestion(str(i), "harmful", (goal,), 0.0) for i, goal in enumerate(goals)]
 
 
 def alpaca_eval(file: Path) -> list[OpenQuestion]:
@@ -109,14 +99,11 @@ def alpaca_eval(file: Path) -> list[OpenQuestion]:
     return found
 
 
-def _rows(file: Path, *keys: str) -> Sequence[dict[str, Any]]:
-    """Objects of a JSON list or of JSON lines, each with all `keys`."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in lines]
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from error
+def _rows(file: Path, *keys: str) -> list[Row]:
+    """Records of a file, each with all `keys`."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; give the folder of the data with --data-root.")
+    rows = read_rows(file)
     if not rows:
         raise DataError(f"{file}: the file is empty.")
     for number, row in enumerate(rows, start=1):
@@ -124,9 +111,3 @@ def _rows(file: Path, *keys: str) -> Sequence[dict[str, Any]]:
         if missing:
             raise DataError(f"{file}, record {number}: no {missing[0]}; copy the file again.")
     return rows
-
-
-def _unreadable(file: Path, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{file}: no such file; give the folder of the data with --data-root.")
-    return DataError(f"{file}: cannot be read ({error}); copy the file again.")

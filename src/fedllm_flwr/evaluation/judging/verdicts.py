@@ -12,19 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.evaluation.judging.endpoint import (
     BROKEN,
     DECLINED,
     MAX_TOKENS,
-    Ask,
-    Completion,
     EndpointJudge,
     OnProgress,
 )
-from fedllm_flwr.evaluation.judging.json_lines import JsonLines
+from fedllm_flwr.evaluation.judging.json_lines import json_lines
+
+if TYPE_CHECKING:
+    import openai
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]")
 _CHOICE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
@@ -69,52 +70,18 @@ class Case:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Verdict on a case: a number, or None if no reply held one."""
-
-    value: float | None
-    attempts: int
-
-
-@dataclass
-class Usage:
-    """Replies and tokens that judging took; replies without token counts are `uncounted`."""
-
-    replies: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    uncounted: int = 0
-    declined: int = 0
-
-    def add(self, record: Mapping[str, object]) -> None:
-        """Count one reply."""
-        self.replies += 1
-        prompt, completion = record["prompt_tokens"], record["completion_tokens"]
-        if isinstance(prompt, int) and isinstance(completion, int):
-            self.prompt_tokens += prompt
-            self.completion_tokens += completion
-        elif record["finish_reason"] == DECLINED:
-            self.declined += 1
-        else:
-            self.uncounted += 1
-
-    def cost(self, price: tuple[float, float]) -> float:
-        """Of the counted tokens, for prices per million prompt and completion tokens."""
-        return (self.prompt_tokens * price[0] + self.completion_tokens * price[1]) / 1e6
-
-
 def judge_all(
     cases: Sequence[Case],
     judge: EndpointJudge,
     path: Path,
     attempts: int,
     progress: OnProgress = lambda done, total: None,
-) -> tuple[list[Verdict], Usage]:
-    """A verdict for each case, and what all of them took, also in earlier calls.
+) -> tuple[list[float | None], dict[str, int]]:
+    """A verdict for each case (None if no reply held one), and `usage` of all, earlier calls too.
 
     Replies that the file at `path` holds are not asked for again. A reply without a verdict is
-    asked for again, up to `attempts` times in all; then the case has none.
+    asked for again, up to `attempts` times in all: greedily at first, then sampled, where the same
+    reply would not help.
 
     Raises:
         JudgeError: the judge cannot be asked; what it replied so far is in the file.
@@ -122,63 +89,59 @@ def judge_all(
     keys = [case.key(judge.model) for case in cases]
     by_key = dict(zip(keys, cases, strict=True))
     replies: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}  # in order of attempts
-    with JsonLines(path) as file:
+    with json_lines(path) as file:
         for record in file.records:
             if record["key"] in replies:
                 replies[record["key"]].append(record)
-        _ask_missing(by_key, replies, judge, file, attempts, progress)
-    usage, verdicts = Usage(), {}
-    for key, found in replies.items():
-        for record in found:
-            usage.add(record)
-        values = (record["verdict"] for record in found if record["verdict"] is not None)
-        verdicts[key] = Verdict(next(values, None), len(found))
-    return [verdicts[key] for key in keys], usage
+
+        async def settle(client: "openai.AsyncOpenAI", key: str) -> None:
+            case, found = by_key[key], replies[key]
+            while not _settled(found, attempts):
+                reply = await judge.reply(client, case.messages, 0.7 if found else 0.0)
+                verdictless = reply.finish_reason in (DECLINED, BROKEN)
+                record = {
+                    "key": key,
+                    "attempt": len(found),
+                    "judge": judge.model,
+                    "scale": case.scale.value,
+                    "verdict": None if verdictless else read_verdict(reply.text, case.scale),
+                    "reply": reply.text,
+                    "finish_reason": reply.finish_reason,
+                    "prompt_tokens": reply.prompt_tokens,
+                    "completion_tokens": reply.completion_tokens,
+                    "asked": case.messages,
+                }
+                file.append([record])
+                found.append(record)
+            progress(sum(_settled(some, attempts) for some in replies.values()), len(replies))
+
+        if todo := [key for key, found in replies.items() if not _settled(found, attempts)]:
+            judge.each(todo, settle)
+    given = {
+        key: next((r["verdict"] for r in found if r["verdict"] is not None), None)
+        for key, found in replies.items()
+    }
+    return [given[key] for key in keys], usage([r for found in replies.values() for r in found])
 
 
-def _ask_missing(
-    cases: Mapping[str, Case],
-    replies: dict[str, list[dict[str, Any]]],
-    judge: EndpointJudge,
-    file: JsonLines,
-    attempts: int,
-    progress: OnProgress,
-) -> None:
-    """Ask until each case is settled; `replies` and the file grow."""
-    settled = sum(_settled(found, attempts) for found in replies.values())
-
-    def record(ask: Ask, reply: Completion) -> None:
-        nonlocal settled
-        scale = cases[ask.key].scale
-        verdictless = reply.finish_reason in (DECLINED, BROKEN)
-        entry = {
-            "key": ask.key,
-            "attempt": ask.attempt,
-            "judge": judge.model,
-            "scale": scale.value,
-            "verdict": None if verdictless else read_verdict(reply.text, scale),
-            "reply": reply.text,
-            "finish_reason": reply.finish_reason,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-            "asked": ask.messages,
-        }
-        file.append([entry])
-        replies[ask.key].append(entry)
-        settled += _settled(replies[ask.key], attempts)
-        progress(settled, len(cases))
-
-    for _ in range(attempts):
-        asks = [
-            Ask(key, cases[key].messages, attempt=len(found))
-            for key, found in replies.items()
-            if not _settled(found, attempts)
-        ]
-        if asks:
-            judge.ask(asks, record)
+def usage(replies: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Replies and tokens that judging took; replies without token counts are ``uncounted``."""
+    counted = [
+        reply
+        for reply in replies
+        if reply["prompt_tokens"] is not None and reply["completion_tokens"] is not None
+    ]
+    declined = sum(reply["finish_reason"] == DECLINED for reply in replies)
+    return {
+        "replies": len(replies),
+        "prompt_tokens": sum(reply["prompt_tokens"] for reply in counted),
+        "completion_tokens": sum(reply["completion_tokens"] for reply in counted),
+        "uncounted": len(replies) - len(counted) - declined,
+        "declined": declined,
+    }
 
 
-def _settled(replies: Sequence[dict[str, Any]], attempts: int) -> bool:
+def _settled(replies: Sequence[Mapping[str, Any]], attempts: int) -> bool:
     """Whether there is a verdict, or no further attempt is due."""
     if len(replies) >= attempts:
         return True

@@ -3,16 +3,16 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.data.templates import Segment, render_prompt
 from fedllm_flwr.data.tokens import TokenArray, tokenise
 from fedllm_flwr.errors import JudgeError
 from fedllm_flwr.evaluation.judging.endpoint import Endpoint, OnProgress
-from fedllm_flwr.evaluation.judging.json_lines import JsonLines
+from fedllm_flwr.evaluation.judging.json_lines import json_lines
 from fedllm_flwr.evaluation.judging.questions import OpenQuestion
 from fedllm_flwr.params import derive_seed
 
@@ -36,99 +36,95 @@ class WrittenAnswer:
     text: str
     num_tokens: int
     ended: bool  # by itself, not by the limit of new tokens
-    prompt_cut: int  # tokens of the conversation's start that did not fit
-
-
-class Writer(Protocol):
-    """Something that answers conversations, several at a time."""
-
-    def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
-        """One answer per request."""
+    prompt_cut: int = 0  # tokens of the conversation's start that did not fit
 
 
 @dataclass(frozen=True)
-class ModelWriter:
+class Writer:
     """The model under evaluation, in the prompt that it is evaluated with.
 
     Answers take at most half of the model's context, so that prompts keep the other half.
+
+    Args:
+        endpoint: where the same base model and adapter are served, for completion of text: the
+            base model by its own path or hub id, an adapter by its directory. None: in this
+            process.
     """
 
     model: "TextModel"
     max_new_tokens: int
+    endpoint: Endpoint | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens that an answer may have."""
+        return self.model.answer_room(self.max_new_tokens)
 
     def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
-        """Answers to all requests in one batch."""
+        """One answer per request, all in one batch."""
+        texts = [[Segment(render(self.model, item.messages), False)] for item in requests]
+        whole = [tokens for tokens, _ in tokenise(texts, self.model.adapted.tokenizer)]
+        longest = self.model.max_length - self.room
+        prompts = [self.model.fitting(prompt, longest) for prompt in whole]
+        if self.endpoint is None:
+            written = self._generated(prompts, requests)
+        else:
+            written = self._served(prompts, requests, self.endpoint)
+        return [
+            WrittenAnswer(*answer, prompt_cut=len(before) - len(after))
+            for answer, before, after in zip(written, whole, prompts, strict=True)
+        ]
+
+    def _generated(
+        self, prompts: Sequence[TokenArray], requests: Sequence[GenerationRequest]
+    ) -> list[tuple[str, int, bool]]:
+        """Text, number of tokens, and whether it ended by itself."""
         from fedllm_flwr.models.generation import Decoding, as_text, generate
 
-        adapted, room = self.model.adapted, self.model.answer_room(self.max_new_tokens)
-        whole = self.prompts(requests)
-        prompts = [self.model.fitting(prompt, self.model.max_length - room) for prompt in whole]
+        adapted = self.model.adapted
         found = generate(
             adapted,
             prompts,
-            Decoding(room),
+            Decoding(self.room),
             temperatures=[request.temperature for request in requests],
             seeds=[request.seed for request in requests],
         )
         eos = adapted.tokenizer.eos_token_id
         return [
-            WrittenAnswer(
-                text=as_text(adapted, tokens),
-                num_tokens=len(tokens),
-                ended=bool(len(tokens) and tokens[-1] == eos),
-                prompt_cut=len(before) - len(after),
-            )
-            for tokens, before, after in zip(found, whole, prompts, strict=True)
+            (as_text(adapted, tokens), len(tokens), bool(len(tokens) and tokens[-1] == eos))
+            for tokens in found
         ]
 
-    def prompts(self, requests: Sequence[GenerationRequest]) -> list[TokenArray]:
-        """The conversations as tokens, whatever their length."""
-        texts = [[Segment(render(self.model, item.messages), False)] for item in requests]
-        return [tokens for tokens, _ in tokenise(texts, self.model.adapted.tokenizer)]
+    def _served(
+        self,
+        prompts: Sequence[TokenArray],
+        requests: Sequence[GenerationRequest],
+        endpoint: Endpoint,
+    ) -> list[tuple[str, int, bool]]:
+        name, tokenizer = str(self.model.adapter or self.model.source), self.model.adapted.tokenizer
+        answers: dict[int, tuple[str, int, bool]] = {}
 
-
-@dataclass(frozen=True)
-class EndpointWriter:
-    """The same base model and adapter, served at an endpoint that completes text.
-
-    The base model goes by its own path or hub id there, an adapter by its directory.
-    """
-
-    model: "TextModel"
-    max_new_tokens: int
-    endpoint: Endpoint = field(default_factory=Endpoint)
-
-    def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
-        """Answers to all requests, several at once."""
-        room = self.model.answer_room(self.max_new_tokens)
-        name = str(self.model.adapter or self.model.source)
-        tokenizer, context = self.model.adapted.tokenizer, self.model.max_length
-        whole = ModelWriter(self.model, self.max_new_tokens).prompts(requests)
-        cut = [self.model.fitting(prompt, context - room) for prompt in whole]
-        answers: dict[int, WrittenAnswer] = {}
-
-        async def complete(client: Any, row: int) -> WrittenAnswer:
+        async def complete(client: Any, row: int) -> None:
             import openai
 
             try:
                 done = await client.completions.create(
                     model=name,
-                    prompt=tokenizer.decode(cut[row], skip_special_tokens=True),
-                    max_tokens=room,
+                    prompt=tokenizer.decode(prompts[row], skip_special_tokens=True),
+                    max_tokens=self.room,
                     temperature=requests[row].temperature,
                     seed=requests[row].seed % 2**31,
                 )
             except openai.OpenAIError as error:
-                raise self.endpoint.failure(error) from error
+                raise endpoint.failure(error) from error
             if not getattr(done, "choices", None):
-                raise JudgeError(f"{self.endpoint.shown_url}: a reply without choices.")
+                raise JudgeError(f"{endpoint.shown_url}: a reply without choices.")
             [choice, *_] = done.choices
             text = str(choice.text).strip()
             counted = done.usage.completion_tokens if done.usage else len(tokenizer(text).input_ids)
-            shorter = len(whole[row]) - len(cut[row])
-            return WrittenAnswer(text, int(counted), choice.finish_reason == "stop", shorter)
+            answers[row] = (text, int(counted), choice.finish_reason == "stop")
 
-        self.endpoint.each(range(len(requests)), complete, answers.__setitem__)
+        endpoint.each(range(len(requests)), complete)
         return [answers[row] for row in range(len(requests))]
 
 
@@ -177,36 +173,38 @@ def answer_all(
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         keys[question.id] = digest[:20]
     by_length = sorted(questions, key=lambda question: -len(question.turns[0]))
-    with JsonLines(path) as file:
-        done = {record["key"]: record for record in file.records}
+    with json_lines(path) as file:
+        done = {record["key"]: record["answers"] for record in file.records}
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             if any(keys[question.id] not in done for question in batch):
+                written = _write(batch, writer, seed)
                 fresh = [
                     {
-                        "key": keys[answered.question.id],
-                        "id": answered.question.id,
-                        "category": answered.question.category,
-                        "turns": answered.question.turns,
-                        "answers": [asdict(answer) for answer in answered.answers],
+                        "key": keys[question.id],
+                        "id": question.id,
+                        "category": question.category,
+                        "turns": question.turns,
+                        "answers": [asdict(answer) for answer in written[question.id]],
                     }
-                    for answered in _write(batch, writer, seed)
-                    if keys[answered.question.id] not in done
+                    for question in batch
+                    if keys[question.id] not in done
                 ]
                 file.append(fresh)
-                done |= {record["key"]: record for record in fresh}
+                done |= {record["key"]: record["answers"] for record in fresh}
             progress(sum(key in done for key in keys.values()), len(keys))
     return [
         AnsweredQuestion(
-            question,
-            tuple(WrittenAnswer(**answer) for answer in done[keys[question.id]]["answers"]),
+            question, tuple(WrittenAnswer(**answer) for answer in done[keys[question.id]])
         )
         for question in questions
     ]
 
 
-def _write(batch: Sequence[OpenQuestion], writer: Writer, seed: int) -> list[AnsweredQuestion]:
-    """All turns of a batch; a question of fewer turns leaves it earlier."""
+def _write(
+    batch: Sequence[OpenQuestion], writer: Writer, seed: int
+) -> dict[str, list[WrittenAnswer]]:
+    """Answers to all turns of a batch; a question of fewer turns leaves it earlier."""
     answers: dict[str, list[WrittenAnswer]] = {question.id: [] for question in batch}
     for turn in range(max(len(question.turns) for question in batch)):
         asked = [question for question in batch if turn < len(question.turns)]
@@ -221,4 +219,4 @@ def _write(batch: Sequence[OpenQuestion], writer: Writer, seed: int) -> list[Ans
             requests.append(GenerationRequest(messages, question.temperature, own_seed))
         for question, answer in zip(asked, writer.write(requests), strict=True):
             answers[question.id].append(answer)
-    return [AnsweredQuestion(question, tuple(answers[question.id])) for question in batch]
+    return answers

@@ -8,12 +8,12 @@ tasks, where their data come from and which metrics are computed. To add one:
    files, in this package's ``evaluation/<name>/`` or in the harness' own ``tasks/``. Nothing else
    is needed.
 2. For anything else (generated code that has to run, answers that a judge reads) give another
-   ``runner`` and register it in `fedllm_flwr.commands.evaluate.runners`. A runner is a function
+   ``runner`` and register it in `fedllm_flwr.commands.evaluate.scorer`. A runner is a function
    ``(SuiteTask, TextModel, RunOptions) -> Samples``: it lets the model answer through
    `model.TextModel.generate` (or ``log_likelihoods``) and returns one plain, JSON-ready dict for
    each example. A sample has at least ``id`` (str, the same for every model) and the fields that
    the metrics of ``suite.yaml`` name in ``column``; ``first_prompt`` goes into `samples.Samples`.
-   Options of its own reach it as ``RunOptions.extra`` (dict), which the command fills.
+   Options of its own are a part of `options.RunOptions`, which the command fills.
 
 Intervals, differences, tables, figures and the cache then come by themselves.
 """

@@ -6,8 +6,8 @@ from pathlib import Path
 from fedllm_flwr.config import Config
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask
 from fedllm_flwr.evaluation.suites.harness import HarnessTasks
+from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.requested import requested_tasks
-from fedllm_flwr.evaluation.suites.samples import RunOptions
 from fedllm_flwr.evaluation.suites.scores import task_estimates
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.adapted_model import AdaptedModel

@@ -15,8 +15,9 @@ from typing import Any
 from fedllm_flwr.errors import DataError, first_line
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask, suites_dir
 from fedllm_flwr.evaluation.suites.local_data import local_settings
+from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.requested import harness_version
-from fedllm_flwr.evaluation.suites.samples import RunOptions, Sample, Samples
+from fedllm_flwr.evaluation.suites.samples import Sample, Samples
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.generation import Decoding
 

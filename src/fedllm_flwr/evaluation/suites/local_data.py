@@ -76,10 +76,11 @@ def read_rows(path: Path) -> list[Row]:
         with opened(path, "rt", encoding="utf-8") as file:
             if name.endswith(".csv"):
                 return list(csv.DictReader(file))
-            if name.endswith(".jsonl"):
-                return [json.loads(line) for line in file if line.strip()]
-            rows: Any = json.load(file)
-    except (OSError, ValueError) as error:
+            text = file.read().strip()
+        if name.endswith(".jsonl") or "}\n{" in text or not text:
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows: Any = json.loads(text)
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
     return rows if isinstance(rows, list) else [rows]
 

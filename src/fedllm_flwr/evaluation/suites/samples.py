@@ -1,8 +1,6 @@
 """Samples: the scored examples of one model on one task."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 Sample = dict[str, Any]
@@ -24,35 +22,3 @@ class Samples:
     first_prompt: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Samples":
-        """What `as_dict` gave."""
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Options by which tasks are run.
-
-    Args:
-        limit: examples of each (harness) task, the first ones; None: all.
-        shots: solved examples in the prompt; None: as each task says.
-        data_root: folder of local data files; None: the Hugging Face Hub.
-        work_dir: where a runner may keep what lets a stopped evaluation go on.
-        batch_tokens: prompt tokens of one forward pass.
-        seed: of everything drawn at random.
-        extra: options of single runners; those of the runner ``code`` under that name.
-    """
-
-    limit: int | None = None
-    shots: int | None = None
-    data_root: Path | None = None
-    work_dir: Path | None = None
-    batch_tokens: int = 4096
-    seed: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)

@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fedllm_flwr import __version__
 from fedllm_flwr.evaluation.suites.catalogue import SuiteTask, suites_dir
-from fedllm_flwr.evaluation.suites.samples import RunOptions, Samples
+from fedllm_flwr.evaluation.suites.options import RunOptions
+from fedllm_flwr.evaluation.suites.samples import Samples
 from fedllm_flwr.files import write_atomically
 
 _HASHED_WHOLE = 64 * 2**20  # bytes; of larger files both ends and the size are hashed
@@ -41,7 +43,7 @@ class SamplesCache:
             return None
         try:
             text = gzip.decompress(self._file(key).read_bytes())
-            return Samples.from_dict(json.loads(text))
+            return Samples(**json.loads(text))
         except (OSError, ValueError, TypeError, EOFError):
             return None
 
@@ -52,7 +54,7 @@ class SamplesCache:
             FederationError: it cannot be written.
         """
         if self._directory is not None:
-            text = json.dumps(samples.as_dict()).encode()
+            text = json.dumps(asdict(samples)).encode()
             write_atomically(self._file(key), gzip.compress(text, compresslevel=3, mtime=0))
 
     def _file(self, key: str) -> Path:
@@ -73,10 +75,8 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
     if root is not None:
         for name in task.files:
             data += sorted(root.glob(name.replace("{}", "*")))
-    if task.runner in ("harness", "code"):
-        extra = dict(options.extra.get(task.runner, {}))
-    else:
-        extra = {name: value for name, value in options.extra.items() if name != "code"}
+    if task.runner == "open_ended" and options.judging.reference is not None:
+        data.append(options.judging.reference)
     own = sorted((suites_dir() / task.suite).glob("*yaml"))
     return {
         "task": task,
@@ -86,7 +86,7 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
         "limit": options.limit,
         "shots": options.shots,
         "seed": options.seed,
-        "extra": extra,
+        "options": {"code": options.code, "open_ended": options.judging}.get(task.runner),
     }
 
 
