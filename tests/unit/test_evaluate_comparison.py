@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,3 +90,15 @@ def test_one_seed_gets_another_mark() -> None:
     assert "+0.600 ± " in text
     assert "†" in text
     assert "*" not in text
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_the_best_client_is_the_lowest_where_less_is_better(higher_is_better: bool) -> None:
+    metric = SuiteMetric("acc", column="acc", higher_is_better=higher_is_better)
+    task = replace(TASK, metrics=(metric,))
+    a, b = (Candidate("local", Config(), seed=0, client=client) for client in "ab")
+    scored = {a.name: {"t": samples(0.2)}, b.name: {"t": samples(0.5)}}
+    table = compare_scores([a, b], scored, [task], [replace(SUITE, tasks=(task,))])
+    [column] = table.columns
+    best, worst = (row(table, f"  {kind} client").scores[column] for kind in ("best", "worst"))
+    assert (best.value, worst.value) == ((0.5, 0.2) if higher_is_better else (0.2, 0.5))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from statistics import stdev
 from typing import Any
@@ -14,7 +13,6 @@ from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimate
 from fedllm_flwr.evaluation.suites.statistics import Estimate, IntervalEstimate, mean_of, over_seeds
 
 LOCAL = "local"
-_Chooser = Callable[[Sequence[Estimate]], Estimate]
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class ScoreColumn:
     metric: str
     chance: float | None = None
     higher_is_better: bool = True
-    unit: bool = True
     headline: bool = False
 
 
@@ -67,6 +64,9 @@ class ScoreTable:
         return over_seeds(paired) if paired else None
 
 
+_Chooser = Callable[[ScoreColumn, Sequence[Estimate]], Estimate]
+
+
 def compare_scores(
     candidates: Sequence[Candidate],
     scored: Scored,
@@ -79,13 +79,19 @@ def compare_scores(
     rows = []
     for name in dict.fromkeys(item.row for item in candidates):
         members = [item for item in candidates if item.row == name]
-        rows.append(_row(name, members, each, columns, mean_of))
+        rows.append(_row(name, members, each, columns, lambda _, some: mean_of(some)))
         if any(item.client for item in members):
-            for label, choose in (("  best client", max), ("  worst client", min)):
-                rows.append(
-                    _row(label, members, each, columns, partial(choose, key=attrgetter("value")))
-                )
+            rows.append(_row("  best client", members, each, columns, _best))
+            rows.append(_row("  worst client", members, each, columns, _worst))
     return ScoreTable(columns, rows)
+
+
+def _best(column: ScoreColumn, scores: Sequence[Estimate]) -> Estimate:
+    return (max if column.higher_is_better else min)(scores, key=attrgetter("value"))
+
+
+def _worst(column: ScoreColumn, scores: Sequence[Estimate]) -> Estimate:
+    return (min if column.higher_is_better else max)(scores, key=attrgetter("value"))
 
 
 def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[ScoreColumn]:
@@ -97,9 +103,7 @@ def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[ScoreC
                 for i, metric in enumerate(task.metrics):
                     better, chance = metric.higher_is_better, metric.chance
                     columns.append(
-                        ScoreColumn(
-                            suite.name, task.name, metric.name, chance, better, metric.unit, i == 0
-                        )
+                        ScoreColumn(suite.name, task.name, metric.name, chance, better, i == 0)
                     )
         columns += [
             ScoreColumn(suite.name, average.name, average.metric, headline=True)
@@ -138,7 +142,7 @@ def _row(
             if key in each[member.name]:
                 by_seed.setdefault(member.seed, []).append(each[member.name][key])
         if by_seed:
-            found[column] = {seed: choose(some) for seed, some in by_seed.items()}
+            found[column] = {seed: choose(column, some) for seed, some in by_seed.items()}
     scores = {column: over_seeds(list(some.values())) for column, some in found.items()}
     spread = {
         column: stdev(item.value for item in some.values())

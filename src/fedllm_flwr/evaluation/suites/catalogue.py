@@ -35,7 +35,6 @@ class SuiteMetric:
         parts: harness tasks whose examples count; empty: all.
         chance: what guessing yields, where that is known.
         higher_is_better: of two models.
-        unit: lies between 0 and 1; False for others, such as the marks of a judge.
     """
 
     name: str
@@ -44,7 +43,6 @@ class SuiteMetric:
     parts: tuple[str, ...] = ()
     chance: float | None = None
     higher_is_better: bool = True
-    unit: bool = True
 
 
 @dataclass(frozen=True)
