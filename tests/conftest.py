@@ -1,5 +1,6 @@
 """Models and configurations that the tests of several folders share."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,12 @@ from fedllm_flwr.environment import prepare_environment
 from toys import as_encoded, write_toy_model
 
 prepare_environment()
+
+
+def pytest_runtest_setup() -> None:
+    """Garbage collections during a test walk through what the test has made, not through 4,000
+    collected tests and the libraries, which takes seconds each time a model is replaced."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,7 @@ def test_a_refusal_comes_back_as_a_failure(site: Site) -> None:
     assert "federation.engine=deployment" in failure.reason
 
 
+@pytest.mark.slow
 def test_it_ends_when_nothing_comes(site: Site, tmp_path: Path) -> None:
     idle = Site({**site.node_config, "idle-timeout-s": 1.5}, 1, 8)
     answer_by_resident("query", pack_query(compose(tiny())), idle)

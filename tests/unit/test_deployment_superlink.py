@@ -33,6 +33,7 @@ print(time.monotonic() - began)
 """
 
 
+@pytest.mark.slow
 def test_query_outlasts_a_lock_that_ends_flowers_own(tmp_path: Path) -> None:
     """Flower's own limit is 5 s."""
     done = subprocess.run(

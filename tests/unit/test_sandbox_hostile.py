@@ -265,6 +265,7 @@ def test_no_way_to_a_server_on_this_machine() -> None:
     assert "Network is unreachable" in outcome.message or "refused" in outcome.message
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_caller_ends() -> None:
     """A caller that is killed takes a running program with it."""
     code = "from fedllm_flwr.evaluation.sandbox.bubblewrap import run_program as r"

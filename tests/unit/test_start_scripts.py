@@ -79,6 +79,7 @@ def test_site_is_started_again_whatever_its_status(site: Path, tmp_path: Path) -
     assert 3 <= seconds < 20
 
 
+@pytest.mark.slow
 def test_pauses_are_bounded(site: Path, tmp_path: Path) -> None:
     ending(site / "supernode", tmp_path / "log", "7 7 7 7 7")
     done, _ = ended(site / "start-supernode.sh", {"RESTARTS": "4", "RESTART_MAX_S": "1"})

@@ -186,7 +186,7 @@ folder = Path(sys.argv[1])
 arrays = np.load(folder / "examples.npz")
 examples = as_encoded(arrays["tokens"], arrays["supervised"], np.diff(arrays["offsets"]))
 config = Config(model=ModelConfig(name="toy", path="{path}"))
-config.training.max_length, config.training.max_steps = 64, 3
+config = changed(config, training={{"max_length": 64, "max_steps": 3}})
 initial = load_model(config).initial
 asked, data = Assignment(1, initial, 2e-2, config), ClientData("a", examples, examples)
 update = train_locally(asked, data, folder)

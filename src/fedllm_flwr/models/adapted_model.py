@@ -214,8 +214,9 @@ class ModelCache:
                 return kept
             base = kept.peft.unload()
         else:
-            del kept
-            gc.collect()
+            if kept is not None:
+                del kept
+                gc.collect()  # the modules of a model refer to each other
             base = load_base(config, device, dtype, attention)
         self._base_key, self._adapter_key = base_key, adapter_key
         self._model = _adapt(base, config, device, dtype, attention)
