@@ -28,6 +28,21 @@ def test_clients_evaluate_on_their_own_records(whole_run: WholeRun) -> None:
         assert min(losses) <= record["client_eval"]["loss"] <= max(losses)
 
 
+@pytest.mark.parametrize("kind", ["leave_one_out", "alone"])
+def test_contribution_of_each_client(kind: str, whole_run: WholeRun) -> None:
+    path = whole_run(f"evaluation.contribution={kind}", "evaluation.every=1")
+    assert records(path)[2]["eval"] == records(whole_run("evaluation.every=1"))[2]["eval"]
+    for record in records(path)[1:]:
+        values = record["leave_one_out" if kind == "leave_one_out" else "update_alone"]
+        assert values.keys() == record["clients"].keys()
+        losses = [
+            value if kind == "alone" else record["eval"]["loss"] + value
+            for value in values.values()
+        ]
+        assert all(0 < loss < 20 and loss != record["eval"]["loss"] for loss in losses)
+    assert "rounds scored" in (path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
 def test_wire_dtypes(dtype: str, width: int, whole_run: WholeRun) -> None:
     path = whole_run(f"communication.dtype={dtype}")

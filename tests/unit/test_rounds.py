@@ -9,7 +9,7 @@ import pytest
 from fedllm_flwr.config.schema import changed
 from fedllm_flwr.federation.channel import NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.messages import Assignment, LocalScores, Update
-from fedllm_flwr.federation.recorder import Recorder
+from fedllm_flwr.federation.recorder import Recorder, RoundReport
 from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.rounds import OpenRound, Rounds
 from fedllm_flwr.federation.rule import find_rule
@@ -82,6 +82,27 @@ def test_a_client_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
     for value in final.params.values():
         np.testing.assert_allclose(value, mean_target(("ant", "bee")), atol=1e-3)
     assert final.clients["cat"].round == 0
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedadam", "scaffold"])
+def test_a_client_left_out_is_one_that_has_not_answered(tmp_path: Path, name: str) -> None:
+    class Listening(Recorder):
+        def on_round(self, state: ServerState, report: RoundReport) -> None:
+            self.report = report
+
+    listening, config = Listening(), config_of(name, min_replies=2)
+    config = changed(config, evaluation={"contribution": "leave_one_out"})
+    rounds = Rounds(find_rule(config.algorithm), config, listening, tmp_path / "all")
+    rounds.run(rounds.begin(ServerState(0, START), roster_of()), Direct(), last=1, timeout_s=1.0)
+    for missing, others in (("cat", ("bee", "ant")), ("ant", ("bee", "cat"))):
+        fewer = Rounds(find_rule(config.algorithm), config, Recorder(), tmp_path / missing)
+        state = fewer.begin(ServerState(0, START), roster_of())
+        expected = fewer.run(state, Direct(frozenset({missing})), last=1, timeout_s=1.0).adapter
+        assert listening.report.adapter_with is not None
+        found = listening.report.adapter_with(others)
+        assert {key: value.tobytes() for key, value in found.items()} == {
+            key: value.tobytes() for key, value in expected.items()
+        }
 
 
 def buffered(rounds: Rounds, state: ServerState, roster: Roster, steps: int, size: int) -> Groups:

@@ -567,6 +567,12 @@ class EvaluationConfig:
         description="distance of the new adapter from the mean of the clients' products B A; null: "
         "where the adapters of a round take at most 1 GB",
     )
+    contribution: Literal["none", "leave_one_out", "alone"] = Field(
+        default="none",
+        description="of each client in the rounds that are scored, by the loss on the central "
+        "held-out records: leave_one_out, what it would be without its update; alone, with its "
+        "update only; keeps a round's updates in memory",
+    )
     answers: Whole = Field(
         default=8,
         ge=0,

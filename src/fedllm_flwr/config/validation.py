@@ -248,6 +248,12 @@ def _check_client_privacy(config: Config) -> None:
             f"algorithm={algorithm.name} with {promised}: no client's contribution is hidden among "
             "others'; choose an algorithm that aggregates several, or privacy.unit=record."
         )
+    if config.evaluation.contribution != "none":
+        raise ConfigError(
+            f"evaluation.contribution={config.evaluation.contribution} with {promised}: what one "
+            "client's update was worth would be told without noise; set "
+            "evaluation.contribution=none."
+        )
     if rule.stacks:
         raise ConfigError(
             f"{promised} does not go with algorithm={algorithm.name}, whose server step takes the "
@@ -382,6 +388,11 @@ def _check_secure(config: Config) -> None:
         raise ConfigError(
             f"algorithm={algorithm.name} needs the clients' adapters one by one, which {secure} "
             "hides; use an algorithm that takes their mean."
+        )
+    if config.evaluation.contribution != "none":
+        raise ConfigError(
+            f"evaluation.contribution={config.evaluation.contribution} needs single updates, which "
+            f"{secure} hides; set evaluation.contribution=none."
         )
     if config.evaluation.aggregation_error:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """What happened in a round, and who is told."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from fedllm_flwr.errors import DivergedError, FederationError
@@ -19,7 +19,9 @@ class RoundReport:
     the share of each client's update that a robust combiner has left out. ``spent`` is epsilon and
     delta after the round, where privacy is promised; ``is_last``: another round would spend more
     than ``privacy.target_epsilon``. ``norms`` and ``cosines`` are those of the updates, see
-    `directions.UpdateDirections`.
+    `directions.UpdateDirections`. ``adapter_with``, where updates are kept
+    (``evaluation.contribution``), is the adapter that the round would have ended with if the
+    updates of these clients alone had come.
     """
 
     round: int
@@ -44,6 +46,7 @@ class RoundReport:
     spent: tuple[float, float] | None = None
     is_last: bool = False
     aggregation_error: float | None = None  # see `factors.aggregation_error`
+    adapter_with: Callable[[Collection[str]], Params] | None = None
 
     @property
     def loss(self) -> float | None:

@@ -8,7 +8,7 @@ Nothing here knows Flower, disks of clients, or where they run.
 import math
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -390,6 +390,7 @@ class OpenRound:
         self._adapters: dict[str, tuple[Params, float]] = {}  # by client, with its weight
         self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
         self._directions = UpdateDirections(self.state.params)
+        self._updates: dict[str, tuple[Params, Groups, float]] = {}  # where they are kept
 
     def take(self, reply: Reply) -> None:
         """Validate a reply, all of it, and only then combine it with the others."""
@@ -430,18 +431,10 @@ class OpenRound:
             FederationError: it leaves the finite numbers.
         """
         rounds, state, report = self.rounds, self.state, self.report
-        num_clients = len(state.clients)
-        combined: dict[str, Params] = dict(self._opened)
-        if self._masked is None and not rounds.rule.any_rank:
-            nothing = full_like(rounds.shared(state.params, report.round), 0.0)
-            combined["delta"] = self._combiner.combined() or nothing
+        combined = dict(self._opened)
         if self._masked is None:
-            sums = {group: total.sum_over(num_clients) for group, total in self._sums.items()}
-            combined |= sums
-        names = sorted(self._adapters)
-        adapters = [self._adapters[name][0] for name in names]
-        shares = [self._adapters[name][1] / self._weight for name in names]
-        counts = Counts(len(report.metrics), num_clients, self._weight, adapters, shares, names)
+            combined |= self._combined(self._combiner, self._sums)
+        counts = self._counts(report.metrics, self._weight)
         released, tensors = rounds.mechanism.release(state, self.roster, combined, self._within)
         new = rounds.rule.step(state, released, counts)
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
@@ -470,10 +463,55 @@ class OpenRound:
             tensors={**new.tensors, **tensors},
             clients={**state.clients, **accepted},
         )
-        if adapters and rounds.rule.aggregates:
+        if counts.adapters and rounds.rule.aggregates:
             before = state.tensors.get(FROZEN, {})
-            report.aggregation_error = aggregation_error(adapters, shares, before, new.adapter)
+            report.aggregation_error = aggregation_error(
+                counts.adapters, counts.shares, before, new.adapter
+            )
+        if self._updates:
+            report.adapter_with = self.adapter_with
         return new
+
+    def adapter_with(self, names: Collection[str]) -> Params:
+        """The adapter after this round if the updates of these clients alone had come.
+
+        Combiner, weights and server step are those of the round, from the state before it.
+
+        Raises:
+            FederationError: the combiner needs more updates.
+        """
+        rounds, state = self.rounds, self.state
+        if not names:
+            return state.adapter
+        combiner = rounds.combiner(state)
+        sums = {group: RunningMean() for group in self._sums}
+        total = 0.0
+        for name in sorted(names):
+            delta, contribution, weight = self._updates[name]
+            if not rounds.rule.any_rank:
+                combiner.add(name, delta, weight)
+            for group, change in contribution.items():
+                sums[group].add(change, 1.0)
+            total += weight
+        combined = self._combined(combiner, sums)
+        adapter = rounds.rule.step(state, combined, self._counts(names, total)).adapter
+        return {name: value.astype(np.float32) for name, value in adapter.items()}
+
+    def _combined(self, combiner: Combiner, sums: Mapping[str, RunningMean]) -> dict[str, Params]:
+        """What the server step gets of updates that came one by one."""
+        rounds, state = self.rounds, self.state
+        combined = {group: total.sum_over(len(state.clients)) for group, total in sums.items()}
+        if not rounds.rule.any_rank:
+            nothing = full_like(rounds.shared(state.params, self.report.round), 0.0)
+            combined["delta"] = combiner.combined() or nothing
+        return combined
+
+    def _counts(self, replied: Collection[str], weight: float) -> Counts:
+        """Counts of a round in which these clients have replied, with their weights' sum."""
+        names = sorted(name for name in replied if name in self._adapters)
+        adapters = [self._adapters[name][0] for name in names]
+        shares = [self._adapters[name][1] / weight for name in names]
+        return Counts(len(replied), len(self.state.clients), weight, adapters, shares, names)
 
     def _start(self, name: str) -> Params:
         """The adapter that a client starts a round from, with what it draws itself."""
@@ -558,6 +596,8 @@ class OpenRound:
             self._directions.add(name, update.delta, weight)
         if self._keeps:
             self._adapters[name] = moved(like, delta), weight
+        if rounds.config.evaluation.contribution != "none" and rounds.rule.aggregates:
+            self._updates[name] = delta, contribution, weight
         self._weight += weight
         for group, change in contribution.items():
             self._sums[group].add(change, 1.0)

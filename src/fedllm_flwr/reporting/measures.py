@@ -16,6 +16,10 @@ SECONDS = "seconds in rounds"
 DRIFT = ("update_cosine", "update_norm")
 """By client: how much its update points where the mean of its round does, and how long it is."""
 
+CONTRIBUTIONS = ("leave_one_out", "update_alone")
+"""By client, on the central held-out records: the loss without its update minus the loss with it;
+the loss with its update alone (``evaluation.contribution``)."""
+
 
 def deciding_score(records: Sequence[RoundRecord]) -> str:
     """The score by which a run is judged: accuracy where answers are classes, else the loss."""

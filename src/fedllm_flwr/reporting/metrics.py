@@ -14,6 +14,8 @@ A record is plain data: ``round`` and ``seconds``, and where they apply
   be used; ``attackers``: those of a simulation that the round has asked
 - ``update_norm``, ``update_cosine``: by client, the norm of its update and the cosine of it to the
   weighted mean of all, but for privacy per client, where they would be no release
+- ``leave_one_out``: by client, how much higher the loss on the central held-out records would be
+  without its update in this round; ``update_alone``: the loss with its update only
 - ``failed``: the run stopped in this round
 - ``epsilon``, ``delta``: what was spent so far, where privacy is promised; ``budget_spent``:
   another round would spend more than ``privacy.target_epsilon``

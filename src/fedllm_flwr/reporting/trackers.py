@@ -21,7 +21,14 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import TrackingConfig
 from fedllm_flwr.errors import ConfigError, first_line
 from fedllm_flwr.files import write_atomically
-from fedllm_flwr.reporting.measures import DRIFT, MEGABYTES, SECONDS, client_spread, costs
+from fedllm_flwr.reporting.measures import (
+    CONTRIBUTIONS,
+    DRIFT,
+    MEGABYTES,
+    SECONDS,
+    client_spread,
+    costs,
+)
 from fedllm_flwr.reporting.metrics import RoundRecord
 
 TRACKERS = (
@@ -172,7 +179,7 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         for name, metrics in found.items():
             client = f"client/{name.replace('/', '_')}/{prefix}"
             renamed |= {f"{client}{key}": value for key, value in metrics.items()}
-    for key in (*DRIFT, "cut"):
+    for key in (*DRIFT, *CONTRIBUTIONS, "cut"):
         for name, value in (record.get(key) or {}).items():
             renamed[f"client/{name.replace('/', '_')}/{key}"] = value
     for key in DRIFT:

@@ -40,6 +40,7 @@ _FREE_TO_CHANGE = {
     "checkpoint.keep",
     "evaluation.central",
     "evaluation.every",
+    "evaluation.contribution",
     "evaluation.batch_tokens",  # but for tasks with a reference model, see TrainingTask.fixed_keys
     "evaluation.answers",
     "evaluation.max_new_tokens",

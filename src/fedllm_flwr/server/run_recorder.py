@@ -126,6 +126,7 @@ class RunRecorder(Recorder):
         self.timings.seconds["federation"] += report.seconds - training
         if last or (every and report.round % every == 0):
             record |= self._scores(state)
+            record |= self._contributions(record, report)
         self._add(record)
         last = last or self.has_converged()
         is_best = self._is_best(report.round)
@@ -215,7 +216,25 @@ class RunRecorder(Recorder):
         mean = {name: fmean(scores[name] for scores in each.values()) for name in names}
         return {"eval": mean, "local": each}
 
-    def _evaluate(self, params: Params) -> Scores:
+    def _contributions(self, record: RoundRecord, report: RoundReport) -> RoundRecord:
+        """By client, what `evaluation.contribution` asks for; nothing where there are no losses.
+
+        A client without which too few updates are left for the combiner has none.
+        """
+        if report.adapter_with is None or self._prepared.evaluation is None:
+            return {}
+        found: dict[str, float] = {}
+        alone = self._config.evaluation.contribution == "alone"
+        for name in sorted(report.metrics):
+            chosen = [each for each in report.metrics if (each == name) == alone]
+            try:
+                loss = self._evaluate(report.adapter_with(chosen), suites=False)["loss"]
+            except FederationError:
+                continue
+            found[name] = loss if alone else loss - record["eval"]["loss"]
+        return {"update_alone" if alone else "leave_one_out": found} if found else {}
+
+    def _evaluate(self, params: Params, suites: bool = True) -> Scores:
         assert self._prepared.evaluation is not None
         self._console.status("evaluating")
         threads = evaluation_threads(self._config)
@@ -227,7 +246,9 @@ class RunRecorder(Recorder):
                 self._config.evaluation.batch_tokens,
                 threads,
             )
-            if self._prepared.suites is not None:  # with the adapter that was just loaded
+            if (
+                suites and self._prepared.suites is not None
+            ):  # with the adapter that was just loaded
                 with torch_threads(threads):
                     scores |= self._prepared.suites.score(self._prepared.model)
         return scores

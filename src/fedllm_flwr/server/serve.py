@@ -52,6 +52,11 @@ def serve(
                 f"training.early_stopping={patience} needs scores, and there are no held-out "
                 "records; give data.eval_path, or evaluation.clients=true."
             )
+        if config.evaluation.contribution != "none" and prepared.evaluation is None:
+            raise ConfigError(
+                f"evaluation.contribution={config.evaluation.contribution} compares losses on "
+                "central held-out records, and there are none; give data.eval_path."
+            )
         warnings: list[str] = []
         if config.resume is None:
             run = secrets.token_hex(8)

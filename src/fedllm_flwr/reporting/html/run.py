@@ -24,6 +24,7 @@ from fedllm_flwr.reporting.html.page import (
     spans_decades,
 )
 from fedllm_flwr.reporting.measures import (
+    CONTRIBUTIONS,
     DRIFT,
     client_spread,
     costs,
@@ -39,6 +40,15 @@ from fedllm_flwr.tasks.base import TrainingTask
 
 _LABEL = "label:"  # column of clients.csv
 _MOST_EVENTS = 200
+_ON_LEAVING_OUT = (
+    "Leave-one-out of single rounds: the round's server step is repeated without the client's "
+    "update, the others reweighted. Above zero: the round was better with it. What an update does "
+    "to later rounds is not in it, and a client whose knowledge others have, too, gets little."
+)
+_ON_ALONE = (
+    "The server step with the client's update only, a lower loss is better. How updates complement "
+    "each other is not in it."
+)
 _ON_COSINES = (
     "Band: lowest to highest client. 1: all clients move alike; unrelated directions: 1/√n for n "
     "clients; below zero: against the mean of the others."
@@ -96,6 +106,7 @@ def run_page(facts: RunFacts) -> Page:
             Section("Clients", _clients(facts, records)),
             Section("Fairness", _fairness(records)),
             Section("Client drift", _drift(records)),
+            Section("Contribution", _contributions(records)),
             Section("Time and traffic", _time_and_traffic(records, summary)),
             Section("Further measures", further_charts(records, task)),
             Section("What did not go as planned", _events(facts.records)),
@@ -370,6 +381,29 @@ def _drift(records: Sequence[RoundRecord]) -> list[Block]:
     return charts
 
 
+def _contributions(records: Sequence[RoundRecord]) -> list[Block]:
+    """What each client's updates were worth, by the loss on the central held-out records."""
+    blocks: list[Block] = []
+    for key, title, note in (
+        ("leave_one_out", "loss without it minus loss with it, mean", _ON_LEAVING_OUT),
+        ("update_alone", "loss with its update alone, mean", _ON_ALONE),
+    ):
+        each: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for record in records:
+            for name, value in (record.get(key) or {}).items():
+                if value is not None:
+                    each[name].append((record["round"], value))
+        if not each:
+            continue
+        means = {name: fmean(value for _, value in points) for name, points in each.items()}
+        ranked = sorted(means, key=lambda name: means[name], reverse=key == "leave_one_out")
+        rows: list[list[Cell]] = [
+            [name, Bar(f"{means[name]:+.4f}", means[name]), str(len(each[name]))] for name in ranked
+        ]
+        blocks.append(Table(["client", title, "rounds scored"], rows, note=note))
+    return blocks
+
+
 def _time_and_traffic(records: Sequence[RoundRecord], summary: Mapping[str, Any]) -> list[Block]:
     phases: dict[str, float] = dict(summary.get("phases") or {})
     if not phases:
@@ -442,7 +476,7 @@ def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[B
     charts: list[Block] = []
     by_client = {key: key.replace("_", " ") for record in records for key in _by_client(record)}
     for key, title in by_client.items():
-        if key in DRIFT:
+        if key in (*DRIFT, *CONTRIBUTIONS):
             continue
         points = [(r["round"], [*r[key].values()]) for r in records if key in _by_client(r)]
         rounds = [number for number, _ in points]
