@@ -186,6 +186,12 @@ def test_clients_of_whom_nothing_is_left_are_refused(make: Callable[..., Config]
         f"training.max_length={config.training.max_length} with data.truncation=drop leaves no "
         "example of client-2; "
     )
+    dropping = changed(config, partition={"on_empty": "drop"})
+    data = simulated_data(dropping, TOKENIZER)
+    client.require_clients_examples(dropping, data)
+    assert data.left_out == ("client-2",)
+    assert [*client.client_sizes(dropping, data)] == ["client-0", "client-1", "client-3"]
+    assert simulated_client(dropping, TOKENIZER, 2).name == "client-3"
     config = changed(config, training={"max_length": 3})
     with pytest.raises(DataError, match="leaves no example of any client"):
         client.require_clients_examples(config, simulated_data(config, TOKENIZER))

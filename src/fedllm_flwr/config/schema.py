@@ -427,6 +427,11 @@ class PartitionConfig:
     min_size: Whole = Field(
         default=1, gt=0, description="dirichlet: records that every client gets at least"
     )
+    on_empty: Literal["error", "drop"] = Field(
+        default="error",
+        description="clients of whose records none is left within training.max_length: error | "
+        "drop: list them and leave them out",
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

@@ -1,5 +1,6 @@
 """One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
 
+import itertools
 import logging
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -56,6 +57,7 @@ class SimulatedData:
     source: FederatedData
     partition: Partition
     encoded: Examples  # all training records
+    left_out: tuple[str, ...] = ()  # clients without an example, with partition.on_empty=drop
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,13 @@ def _simulated(keyed: _Keyed) -> SimulatedData:
     source, clients = divided_data(keyed.config, keyed.kind)
     records = poisoned(keyed.config, clients, source.train)
     encoded = encode_records(keyed.config, keyed.kind, keyed.tokenizer, records)
-    return SimulatedData(source, clients, encoded)
+    data = SimulatedData(source, clients, encoded)
+    if keyed.config.partition.on_empty == "error":
+        return data
+    kept = [bool(count) for count in _num_examples(data)]
+    names = tuple(itertools.compress(clients.names, kept))
+    left = Partition(list(names), list(itertools.compress(clients.indices, kept)))
+    return replace(data, partition=left, left_out=tuple(sorted({*clients.names} - {*names})))
 
 
 @lru_cache(maxsize=1)
@@ -148,8 +156,11 @@ def losses(config: Config, encoded: Examples) -> list[str]:
     return [f"{found} {limits}{config.data.truncation})"] if found else []
 
 
-def require_examples(config: Config, whose: str, count: int) -> None:
+def require_examples(config: Config, whose: str, count: int, remedy: str = "") -> None:
     """Refuse a client, or the held-out records, of which encoding has left nothing.
+
+    Args:
+        remedy: one more.
 
     Raises:
         DataError: names the keys that decide on it.
@@ -158,7 +169,7 @@ def require_examples(config: Config, whose: str, count: int) -> None:
         raise DataError(
             f"training.max_length={config.training.max_length} with data.truncation="
             f"{config.data.truncation} leaves no example of {whose}; raise the length, or cut "
-            "elsewhere (right: the answer's end, left: the prompt's start)",
+            f"elsewhere (right: the answer's end, left: the prompt's start){remedy}",
             f"training.max_length={config.training.max_length} leaves none of its examples",
         )
 
@@ -167,20 +178,25 @@ def require_clients_examples(config: Config, data: SimulatedData) -> None:
     """As `require_examples`, of all clients of a simulation and then of each."""
     require_examples(config, "any client", len(data.encoded))
     for name, count in client_sizes(config, data).items():
-        require_examples(config, name, count)
+        require_examples(config, name, count, "; or leave it out: partition.on_empty=drop")
 
 
 def client_sizes(config: Config, data: SimulatedData) -> dict[str, int]:
     """Number of training examples of each client, in the order of the clients' indices."""
-    names, place = data.partition.names, np.full(len(data.source.train), -1)
+    return {
+        name: count - _num_held_out(config, count)
+        for name, count in zip(data.partition.names, _num_examples(data), strict=True)
+    }
+
+
+def _num_examples(data: SimulatedData) -> list[int]:
+    """Encoded examples of each client, in the order of the clients' indices."""
+    place = np.full(len(data.source.train), -1)
     for index, rows in enumerate(data.partition.indices):
         place[rows] = index
     owners = place[data.encoded.source]
-    counts = np.bincount(owners[owners >= 0], minlength=len(names))
-    return {
-        name: int(count) - _num_held_out(config, int(count))
-        for name, count in zip(names, counts, strict=True)
-    }
+    counts = np.bincount(owners[owners >= 0], minlength=data.partition.num_clients)
+    return [int(count) for count in counts]
 
 
 def simulated_client(

@@ -44,8 +44,11 @@ _OVERLAP_SHARE = 0.01  # of the held-out records
 _ADAPTER_SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 
 
-def check_fit(config: Config) -> None:
+def check_fit(config: Config) -> "SimulatedData | None":
     """Refuse a run whose parts do not fit each other, in seconds and with nothing left behind.
+
+    Returns:
+        The data of a simulation, which have been read and encoded; None in a deployment.
 
     Raises:
         FedLLMError: names the key, its value and the remedy.
@@ -82,20 +85,21 @@ def check_fit(config: Config) -> None:
     render(turns, config.data.template, tokenizer)  # refuses a template that cannot be rendered
     if config.federation.engine == "deployment":
         _check_special_ids(config, tokenizer, facts)
-        return
+        return None
     kind = task_of(config).records
-    _, clients = divided_data(config, kind)
-    check_client_counts(config, clients.num_clients)
-    if config.privacy.unit == "client":
-        plan_budget(config, dict.fromkeys(map(str, range(clients.num_clients)), 1))
+    check_client_counts(config, divided_data(config, kind)[1].num_clients)
     data = simulated_data(config, kind, tokenizer)
     require_clients_examples(config, data)
+    check_client_counts(config, data.partition.num_clients)
+    if config.privacy.unit == "client":
+        plan_budget(config, dict.fromkeys(data.partition.names, 1))
     check_token_ids(config, data.encoded, facts.vocabulary)
     if config.evaluation.central and len(data.source.eval):
         task_of(config).check_held_out(config, data.source.eval)
         encoded = encode_records(config, kind, tokenizer, data.source.eval)
         require_examples(config, "the held-out records", len(encoded))
         check_token_ids(config, encoded, facts.vocabulary)
+    return data
 
 
 def check_site_fit(config: Config, examples: Examples) -> None:

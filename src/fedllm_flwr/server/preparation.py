@@ -28,6 +28,8 @@ from fedllm_flwr.runs.fit import fit_warnings
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.tasks.base import HeldOut
 
+_NAMED = 5  # clients in a remark
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -66,6 +68,12 @@ def prepare(config: Config) -> Prepared:
         train = data.source.report.train
         any_left_out = train.empty or train.equal or train.bad or train.duplicates
         warnings = data.source.report.lines() if any_left_out else []
+        if data.left_out:
+            warnings.append(
+                f"clients without an example left, which take no part ({len(data.left_out)} of "
+                f"{len(data.left_out) + len(clients)}): {', '.join(data.left_out[:_NAMED])}"
+                + (", ..." if len(data.left_out) > _NAMED else "")
+            )
         warnings += task_of(config).remarks(config, data)
         warnings += losses(config, data.encoded)
         warnings += fit_warnings(config, data, records)

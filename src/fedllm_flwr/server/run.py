@@ -5,7 +5,6 @@ import time
 from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.data.client_data import divided_data
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.runs.directory import RunDirectory
@@ -14,7 +13,6 @@ from fedllm_flwr.server.opening import finished_before, open_run, with_absolute_
 from fedllm_flwr.simulation import simulated_clients
 from fedllm_flwr.simulation.grid import SimulationGrid
 from fedllm_flwr.simulation.resources import check_machine
-from fedllm_flwr.tasks import task_of
 
 _NODES_S = 10.0  # seconds within which Flower's simulation has started its nodes
 
@@ -39,12 +37,12 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
         )
     console.status("reading the data")
     check_machine(config)
-    check_fit(config)
-    _, clients = divided_data(config, task_of(config).records)
+    data = check_fit(config)
+    assert data is not None
     with open_run(config, console, started) as (directory, timings):
         with timings.phase("start-up"):
             from fedllm_flwr.server.serve import serve
-        with simulated_clients(config, clients.num_clients, directory.client_states) as grid:
+        with simulated_clients(config, data.partition.num_clients, directory.client_states) as grid:
             serve(grid, config, directory, console, timings)
     return directory
 
@@ -63,11 +61,9 @@ def run_on_grid(
     config = with_absolute_paths(config)
     if (finished := finished_before(config, console)) is not None:
         return finished
-    check_fit(config)
-    is_simulation = config.federation.engine != "deployment"
-    if is_simulation:
-        _, clients = divided_data(config, task_of(config).records)
-        wanted, deadline = clients.num_clients, time.monotonic() + _NODES_S
+    data = check_fit(config)
+    if data is not None:
+        wanted, deadline = data.partition.num_clients, time.monotonic() + _NODES_S
         while (nodes := len(list(grid.get_node_ids()))) < wanted and time.monotonic() < deadline:
             time.sleep(0.2)
         if nodes != wanted:
@@ -78,7 +74,7 @@ def run_on_grid(
     with open_run(config, console, time.monotonic(), str(run_id)) as (directory, timings):
         with timings.phase("start-up"):
             from fedllm_flwr.server.serve import serve
-        if is_simulation:
-            grid = SimulationGrid(grid, clients.num_clients, directory.client_states)
+        if data is not None:
+            grid = SimulationGrid(grid, data.partition.num_clients, directory.client_states)
         serve(grid, config, directory, console, timings)
     return directory
