@@ -1,10 +1,10 @@
-"""A rule: what makes one federated algorithm differ from another, as pure functions.
+"""`Rule`: the interface of a federated algorithm, as pure functions.
 
-A rule says what the server sends beside the global adapter, which terms clients add to their
-objective, what they contribute beside their update and keep for the next round, how contributions
-are weighted and combined, and the server step. It knows nothing of Flower, messages, disks or
-engines: the rounds (`federation.rounds`), the clients (`client.local_round`) and the Flower
-strategies (`federation.strategies`) carry it out.
+A rule defines what the server sends in addition to the global adapter, the terms that clients add
+to their objective, what clients send in addition to their update, what they keep for the next
+round, how contributions are weighted and combined, and the server step. It does not depend on
+Flower, messages, disks or engines. `federation.rounds` runs its server side, `client.local_round`
+its client side, and `federation.strategies` wraps it as a Flower strategy.
 """
 
 from abc import ABC, abstractmethod
@@ -26,16 +26,16 @@ Factors = Literal["both", "b", "alternate"]
 
 @dataclass(frozen=True)
 class Counts:
-    """What stands behind the combined contributions of a round.
+    """Client counts, weights and adapters of a round, as the server step needs them.
 
     Args:
-        replied: clients whose contributions were accepted.
-        clients: N, all clients of the run, sampled or not.
+        replied: number of clients whose contributions were accepted.
+        clients: N, the number of clients in the run, sampled or not.
         weight: sum of the weights of the accepted contributions.
-        adapters: w_i = w + D_i of the clients that replied, in the order of their names; only for a
-            rule that `Rule.stacks`.
-        shares: p_i, their weights, which sum to 1.
-        names: of these clients.
+        adapters: w_i = w + D_i of the clients that replied, in the order of their names; set only
+            if `Rule.stacks`.
+        shares: p_i, the normalised weights of these clients, which sum to 1.
+        names: names of these clients.
     """
 
     replied: int
@@ -48,11 +48,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Aftermath:
-    """What a client does after local training, beside sending its update.
+    """What a client sends with its update, and what it keeps for the next round.
 
     Args:
         contributions: groups of tensors to send with the update, by name.
-        memory: groups of tensors to keep for the next round, by kind.
+        memory: groups of tensors to keep, by kind of client memory.
     """
 
     contributions: Mapping[str, Params] = field(default_factory=dict)
@@ -64,10 +64,10 @@ class Rule(ABC):
     """A federated algorithm. Subclasses are frozen dataclasses of their hyper-parameters.
 
     Args:
-        variant: ``paper``, or ``openfedllm`` for OpenFedLLM's own update in every detail.
-        mu: weight of a proximal term that clients add to their loss; open to every algorithm.
-        factors: which matrices of the adapter are trained and travel back: ``both``; ``b``, with A
-            at its seeded start; ``alternate``, B in odd rounds and A in even ones.
+        variant: ``paper``, or ``openfedllm`` to reproduce OpenFedLLM's update exactly.
+        mu: weight of a proximal term in the clients' loss; every algorithm accepts it.
+        factors: LoRA matrices that clients train and send back: ``both``; ``b``, with A frozen at
+            its seeded initial value; ``alternate``, B in odd rounds and A in even ones.
     """
 
     variant: Literal["paper", "openfedllm"] = "paper"
@@ -75,39 +75,39 @@ class Rule(ABC):
     factors: Factors = "both"
 
     weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples", "openfedllm": "examples"}
-    """Weights of the updates in their mean, by variant."""
+    """How the mean weights the updates, by variant."""
     combiner: ClassVar[str] = "mean"
-    """How updates become one: a name in `plugins.COMBINERS`."""
+    """How updates are combined: a name in `plugins.COMBINERS`."""
     contributes: ClassVar[Mapping[str, str]] = {}
-    """Groups that clients send beside ``delta``, each with the kind of client memory whose change
-    it is. The server adds them up over the clients that replied and divides by N. It keeps a copy
-    of each client's memory of that kind, so that the share of a client that has lost it can be
-    taken out again."""
+    """Groups of tensors that clients send in addition to ``delta``. Each maps to a kind of client
+    memory and is the change of that memory in the round. The server sums them over the clients
+    that replied and divides by N. It also keeps a copy of each client's memory of that kind, so
+    that it can subtract the share of a client that has lost its memory."""
     sends: ClassVar[frozenset[str]] = frozenset()
-    """Groups that clients are sent beside the global adapter; a client refuses others."""
+    """Groups that the server sends in addition to the global adapter; a client refuses others."""
     remembers: ClassVar[frozenset[str]] = frozenset()
-    """Kinds of client memory without which a client cannot go on where it was."""
+    """Kinds of client memory that a client needs in order to continue from its last round."""
     personal: ClassVar[str | None] = None
-    """Kind of client memory that makes a client's own adapter, where it has one that it uses and
-    scores beside the global one."""
+    """Kind of client memory that holds a client's personal adapter, for algorithms in which
+    clients use and score one in addition to the global adapter."""
     aggregates: ClassVar[bool] = True
-    """Whether there is a global adapter; without, each client keeps its own."""
+    """Whether there is a global adapter; otherwise each client keeps its own."""
     takes_factors: ClassVar[frozenset[str]] = frozenset({"both"})
-    """Values of `factors` with which the algorithm is sound."""
+    """Values of `factors` that the algorithm supports."""
     stacks: ClassVar[bool] = False
-    """Whether `step` needs the clients' adapters one by one (`Counts.adapters`)."""
+    """Whether `step` needs the individual client adapters (`Counts.adapters`)."""
     any_rank: ClassVar[bool] = False
-    """Whether clients may have adapters of different ranks. There is no ``delta`` for all then."""
+    """Whether clients may have adapters of different ranks; `step` then gets no ``delta``."""
     freezes: ClassVar[bool] = False
-    """Whether `step` keeps factors that clients have beside the adapter and do not train, as
-    ``state.tensors["frozen"]``."""
+    """Whether `step` maintains frozen factors, which clients apply with the adapter and do not
+    train, as ``state.tensors["frozen"]``."""
 
     @classmethod
     def from_config(cls, algorithm: AlgorithmConfig) -> Self:
         """The rule with the hyper-parameters of a configuration.
 
         Raises:
-            ConfigError: ``algorithm.options`` holds a key that the rule lacks.
+            ConfigError: the rule has no such option, variant or value of ``algorithm.factors``.
         """
         names = {found.name for found in fields(cls)}
         options = dict(algorithm.options)
@@ -132,82 +132,82 @@ class Rule(ABC):
 
     @property
     def as_openfedllm(self) -> bool:
-        """Whether to reproduce OpenFedLLM's own update rather than the paper's."""
+        """Whether to reproduce OpenFedLLM's update instead of the paper's."""
         return self.variant == "openfedllm"
 
     # Both ends
 
     def trains(self, name: str, round: int) -> bool:
-        """Whether clients train a tensor in a round."""
+        """Whether clients train the tensor `name` in a round."""
         if self.factors == "both":
             return True
         return is_b(name) if self.factors == "b" or round % 2 else is_a(name)
 
     def shares(self, name: str, round: int) -> bool:
-        """Whether the change of a tensor travels back in a round."""
+        """Whether clients send back the change of the tensor `name` in a round."""
         return self.trains(name, round)
 
     def is_fixed(self, name: str) -> bool:
-        """Whether a tensor of the global adapter never leaves its start.
+        """Whether a tensor of the global adapter keeps its initial value for the whole run.
 
-        Where that is drawn from the run's seed, clients draw it themselves.
+        If that value is drawn from the run's seed, clients draw it themselves and it is not sent.
         """
         return self.factors == "b" and is_a(name)
 
     # The server's end
 
     def start(self, state: ServerState, num_clients: int) -> ServerState:
-        """`state` made ready for `num_clients`, at the start of a run and when it goes on.
+        """Prepare `state` for `num_clients` clients, at the start of a run and on resume.
 
-        ``state.clients`` are the clients before. Tensors of the rule go into ``state.tensors``.
+        ``state.clients`` holds the clients of the run before it was resumed. The rule keeps its
+        own tensors in ``state.tensors``.
 
         Raises:
-            FederationError: the algorithm cannot work with so many clients.
+            FederationError: the algorithm does not support this number of clients.
         """
         return state
 
     def send(self, state: ServerState, client: str) -> Groups:
-        """The groups of tensors of `sends` for a client; also ``params``, where it is sent its own.
+        """The groups of `sends` for one client; ``params`` too, if it gets its own adapter.
 
-        Clients that are sent the same tensors should be given the same objects: they are then
-        encoded once.
+        Return the same objects for clients that get the same tensors: they are then encoded once.
         """
         return {}
 
     def rank(self, state: ServerState, client: str, rank: int) -> int:
-        """The rank of a client's adapter in the next round, at most `rank`, what it may have."""
+        """The rank of a client's adapter in the next round; `rank` is its upper bound."""
         return rank
 
     @abstractmethod
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """The state with the new adapter and the rule's tensors.
+        """The server step: the state with the new adapter and the rule's new tensors.
 
         Args:
-            combined: ``delta``, as the combiner gives it, with the tensors that `shares` names;
-                and for each of `contributes` the sum over the clients that replied, divided by N;
-                float64.
+            combined: float64 tensors. ``delta`` is the combiner's result, with the tensors that
+                `shares` selects; each group of `contributes` is the sum over the clients that
+                replied, divided by N.
         """
 
     # The clients' end
 
     def local_terms(self, received: Groups, memory: Groups) -> LocalTerms:
-        """Where local training starts and what is added to the client's objective.
+        """The adapter that local training starts from, and the terms added to the objective.
 
         Args:
-            received: the global adapter ``params`` and what `send` gave.
-            memory: what the client remembers, by kind, as of the acknowledged round.
+            received: the global adapter as ``params``, and the groups that `send` returned.
+            memory: the client's memory of the acknowledged round, by kind.
         """
         return LocalTerms(received["params"], self.mu, as_openfedllm=self.as_openfedllm)
 
     def personal_terms(self, received: Groups, memory: Groups) -> LocalTerms | None:
-        """Local training of the client's own adapter after that of the global one; None: none.
+        """How to train the client's personal adapter, after the global one; None: there is none.
 
-        What it leads to is kept as the kind of memory `personal`.
+        The client keeps the trained adapter as its memory of kind `personal`.
         """
         return None
 
     def personal_adapter(self, received: Groups, memory: Groups) -> Params | None:
-        """The client's own adapter, as of the acknowledged round; None before it has one."""
+        """The client's personal adapter as of the acknowledged round; None before it has one."""
         return None if self.personal is None else memory.get(self.personal)
 
     def finish(
@@ -217,19 +217,19 @@ class Rule(ABC):
         memory: Groups,
         as_received: Callable[[Params], Params],
     ) -> Aftermath:
-        """What a client contributes beside its update, and what it keeps.
+        """What a client sends in addition to its update, and what it keeps.
 
         Args:
-            as_received: how tensors arrive at the server after all update transforms.
+            as_received: maps tensors to what the server receives after all update transforms.
         """
         return Aftermath()
 
 
 def find_rule(algorithm: AlgorithmConfig) -> Rule:
-    """The rule that a configuration chooses.
+    """The rule that a configuration selects.
 
     Raises:
-        ConfigError: nothing installed has this name, or a setting does not exist.
+        ConfigError: no installed algorithm has this name, or the rule has no such option.
     """
     kind: Any = ALGORITHMS.find(algorithm.name)
     rule: Rule = kind.from_config(algorithm)

@@ -1,1 +1,1 @@
-"""The algorithms, a page each: rules in the symbols of their papers."""
+"""One module per algorithm: rules, written in the symbols of their papers."""

@@ -1,4 +1,4 @@
-"""The baselines that a federation is compared with: local training, and no federation."""
+"""Baselines to compare a federation with: local and centralised training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from fedllm_flwr.training.local_terms import LocalResult, LocalTerms
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Rule):
-    """w stays: every client trains its own adapter, which it keeps, and nothing is aggregated.
+    """Every client trains and keeps its own adapter; nothing is aggregated and w does not change.
 
-    With ``algorithm.participation=all``, as ``algorithm=local`` sets it, every client trains in
-    every round, on the learning rates of the whole run; with ``sampled`` in those rounds in which
-    the federation would have chosen it, on the learning rates of those rounds. All start from the
-    same w; what a client sends is the way its adapter has come from it.
+    With ``algorithm.participation=all``, which ``algorithm=local`` sets, every client trains in
+    every round and follows the whole learning-rate schedule. With ``sampled``, a client trains only
+    in the rounds in which the federation would have sampled it, at the learning rates of those
+    rounds. All clients start from the same w; a client's update is its adapter minus w.
     """
 
     remembers: ClassVar[frozenset[str]] = frozenset({"adapter"})
@@ -27,11 +27,11 @@ class Local(Rule):
     aggregates: ClassVar[bool] = False
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """w."""
+        """Leave w unchanged."""
         return state
 
     def local_terms(self, received: Groups, memory: Groups) -> LocalTerms:
-        """From the client's own adapter, where it has one."""
+        """Start from the client's own adapter, or from w in its first round."""
         terms = super().local_terms(received, memory)
         return replace(terms, start=memory.get("adapter", received["params"]))
 
@@ -42,16 +42,16 @@ class Local(Rule):
         memory: Groups,
         as_received: Callable[[Params], Params],
     ) -> Aftermath:
-        """The client's adapter, to keep."""
+        """Keep the client's adapter."""
         return Aftermath(memory={"adapter": result.params})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Centralized(FedAvg):
-    """One client that holds all the data: FedAvg over it is training without a federation."""
+    """Centralised training, as FedAvg over one client that holds all the data."""
 
     def start(self, state: ServerState, num_clients: int) -> ServerState:
-        """`state`.
+        """Require a single client.
 
         Raises:
             FederationError: there is more than one client.

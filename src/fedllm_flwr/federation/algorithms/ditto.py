@@ -1,4 +1,4 @@
-"""Ditto: a personal adapter that is pulled towards the global one, trained beside it.
+"""Ditto: each client also trains a personal adapter that is pulled towards the global one.
 
 Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization",
 https://arxiv.org/abs/2012.04221
@@ -17,14 +17,15 @@ from fedllm_flwr.training.local_terms import LocalTerms
 
 @dataclass(frozen=True, kw_only=True)
 class Ditto(FedAvg):
-    """w as in FedAvg; v_i <- v_i - lr (grad F_i(v_i) + pull (v_i - w)), from round to round.
+    """w as in FedAvg; personal v_i <- v_i - lr (grad F_i(v_i) + pull (v_i - w)).
 
-    w is the global adapter that the client has been sent. v_i starts at the first w that the client
-    gets, stays at the client, and is trained on the same examples as w_i, as many steps; a round
-    takes twice the computation. A client that has lost v_i starts again from w.
+    w is the global adapter that the client received in this round. v_i starts from the first w that
+    the client receives, never leaves the client, and is trained on the same examples and for the
+    same number of steps as w_i, which doubles the computation of a round. A client that has lost
+    v_i starts again from w.
 
     Args:
-        pull: lambda, > 0. It is added after clipping, as FedProx's term is.
+        pull: lambda, > 0. Its term is added after gradient clipping, as FedProx's is.
     """
 
     pull: float = 0.1
@@ -38,10 +39,10 @@ class Ditto(FedAvg):
         if not self.pull > 0:
             raise ConfigError(
                 f"algorithm.options.pull must be > 0, got {self.pull}; use algorithm=local for "
-                "adapters that nothing pulls together."
+                "independent local adapters."
             )
 
     def personal_terms(self, received: Groups, memory: Groups) -> LocalTerms:
-        """From v_i, pulled towards w."""
+        """Train from v_i, pulled towards w."""
         w = received["params"]
         return LocalTerms(memory.get("personal", w), mu=self.pull, anchor=w)

@@ -1,4 +1,4 @@
-"""FedAdagrad: adaptive server steps with an ever-growing second moment.
+"""FedAdagrad: adaptive server steps with an accumulated second moment.
 
 Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2,
 https://arxiv.org/abs/2003.00295
@@ -17,7 +17,7 @@ class FedAdagrad(FedOpt):
     """v_t = v_t-1 + D_t^2; m, w, v_-1 and the hyper-parameters as in `FedOpt`.
 
     Args:
-        beta1: 0 by default: m_t = D_t. In the ``openfedllm`` variant it always is.
+        beta1: 0 by default, so m_t = D_t; always 0 in the ``openfedllm`` variant.
     """
 
     beta1: float = 0.0

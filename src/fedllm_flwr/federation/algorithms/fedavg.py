@@ -17,10 +17,10 @@ class FedAvg(Rule):
     """w <- w + eta sum_i p_i D_i with p_i = n_i / sum_j n_j and D_i = w_i - w.
 
     Args:
-        eta: server learning rate; 1 is the paper's average.
+        eta: server learning rate; 1 gives the paper's average.
 
-    n_i is the paper's n_k, the number of training examples that client i holds and announced at
-    the start of the run, however few of them a round of ``training.max_steps`` uses.
+    n_i is the paper's n_k: the number of training examples that client i holds, as announced at
+    the start of the run, even if ``training.max_steps`` limits a round to fewer of them.
     ``algorithm.weighting=used`` counts the distinct examples of the round instead.
     """
 

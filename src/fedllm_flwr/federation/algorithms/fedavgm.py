@@ -18,10 +18,10 @@ class FedAvgM(Rule):
     """m <- beta1 m + D, w <- w + eta m, with m_-1 = 0 and D = sum_i p_i D_i as in FedAvg.
 
     Args:
-        beta1: decay of the momentum; 0 is FedAvg.
+        beta1: decay of the momentum; 0 gives FedAvg.
         eta: server learning rate.
 
-    The ``openfedllm`` variant damps: m <- beta1 m + (1 - beta1) D, the first m being D.
+    The ``openfedllm`` variant dampens the momentum: m <- beta1 m + (1 - beta1) D, and m_0 = D_0.
     """
 
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""FedEx-LoRA: what the mean of A and B leaves of the mean of the products is kept beside them.
+"""FedEx-LoRA: the residual between the mean of the products and the product of the means is kept.
 
 Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
 Foundation Models", https://arxiv.org/abs/2410.09432
@@ -21,14 +21,14 @@ from fedllm_flwr.params import Groups
 class FedEx(FedAvg):
     """A and B as in FedAvg, and F <- F + sum_i p_i B_i A_i - B A.
 
-    The paper adds s (sum_i p_i B_i A_i - B A) to the base weights of all clients in every round.
-    Here F stands beside them as frozen factors with the scale of the adapter, so that a base model
-    in 8 or 4 bits stays as it is; the exported adapter holds them, and ``fedllm merge`` folds it
-    into a base model in full precision.
+    In the paper, every client adds s (sum_i p_i B_i A_i - B A) to its base weights in every round.
+    Here F is kept apart from the base weights, as frozen factors with the adapter's scale s, so
+    that a base model quantized to 8 or 4 bits does not change. The exported adapter contains F, and
+    ``fedllm merge`` folds it into a full-precision base model.
 
     Args:
-        max_rank: of F. The mean is exact until a round's residual needs more; from then on F is
-            the best approximation of this rank.
+        max_rank: largest rank of F. The aggregate is exact as long as F fits this rank; after that,
+            F is its best approximation of this rank.
     """
 
     max_rank: int = 64
@@ -42,11 +42,11 @@ class FedEx(FedAvg):
         if self.max_rank < 1:
             raise ConfigError(
                 f"algorithm.options.max_rank must be >= 1, got {self.max_rank}; use "
-                "algorithm=fedavg to keep no residual."
+                "algorithm=fedavg to drop the residual."
             )
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """A and B, and F."""
+        """Average A and B, and add the residual to F."""
         before = state.tensors.get(FROZEN, {})
         state = super().step(state, combined, counts)
         weights = [1.0, *counts.shares, -1.0]

@@ -1,4 +1,4 @@
-"""Adaptive server optimizers: what FedAdagrad, FedYogi and FedAdam share.
+"""Adaptive server optimizers: the common base of FedAdagrad, FedYogi and FedAdam.
 
 Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2,
 https://arxiv.org/abs/2003.00295
@@ -21,18 +21,18 @@ from fedllm_flwr.params import Array, Groups, full_like, moved
 class FedOpt(Rule):
     """m_t = beta1 m_t-1 + (1 - beta1) D_t, w_t+1 = w_t + eta m_t / (sqrt(v_t) + tau).
 
-    m_-1 = 0 and v_-1 = tau^2; a subclass states how v_t follows from v_t-1 and D_t^2. There is no
-    bias correction. The listing averages D over clients alike, with the remark that weights are
-    easily added; here it is weighted by n_i, as in FedAvg (``algorithm.weighting=uniform`` for
-    the listing).
+    m_-1 = 0 and v_-1 = tau^2; a subclass defines v_t from v_t-1 and D_t^2. There is no bias
+    correction. The paper's Algorithm 2 averages D uniformly over clients and remarks that weights
+    are easily added. Here D is weighted by n_i, as in FedAvg; ``algorithm.weighting=uniform``
+    follows the listing.
 
     Args:
         eta: server learning rate.
         tau: degree of adaptivity.
         beta1: decay of the first moment.
 
-    The ``openfedllm`` variant feeds v with m_t^2 instead of D_t^2, starts with m_0 = D_0
-    undamped, and averages D over clients alike.
+    The ``openfedllm`` variant computes v from m_t^2 instead of D_t^2, starts with m_0 = D_0
+    undamped, and averages D uniformly over clients.
     """
 
     eta: float = 1e-3
@@ -45,10 +45,10 @@ class FedOpt(Rule):
 
     @abstractmethod
     def second_moment(self, v: Array, square: Array) -> Array:
-        """v_t from v_t-1 = `v` and `square` = D_t^2, element by element."""
+        """v_t from v_t-1 = `v` and D_t^2 = `square`, elementwise."""
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """w_t+1, and m_t and v_t."""
+        """w_t+1, m_t and v_t."""
         delta = combined["delta"]
         m = moving_average(
             state.tensors.get("m"), delta, self.beta1, undamped_start=self.as_openfedllm

@@ -14,12 +14,12 @@ class FedProx(FedAvg):
     """Clients minimise F_i(w_i) + mu/2 ||w_i - w||^2; the server averages as FedAvg.
 
     Args:
-        mu: >= 0; 0 is FedAvg. The paper does not clip; with ``training.max_grad_norm``, the term is
-            added after clipping, so that the pull towards w stays mu ||w_i - w|| however far a
-            client has gone. In the ``openfedllm`` variant it is a part of the loss and clipped
-            with it.
+        mu: >= 0; 0 gives FedAvg. The paper does not clip gradients. With
+            ``training.max_grad_norm``, the gradient of the proximal term is added after clipping,
+            so its norm is always mu ||w_i - w||. In the ``openfedllm`` variant the term is part of
+            the loss and is clipped with it.
 
-    Every rule takes ``mu``, so that any algorithm can be combined with the proximal term.
+    Every rule has ``mu``, so the proximal term can be combined with any algorithm.
     """
 
     mu: float = 0.01

@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A is shared, B stays at the client.
+"""FedSA-LoRA: A is aggregated, B stays at the client.
 
 Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
 https://arxiv.org/abs/2410.01463
@@ -19,9 +19,9 @@ from fedllm_flwr.training.local_terms import LocalResult, LocalTerms
 class FedSA(FedAvg):
     """Clients train A_i and B_i; A <- A + eta sum_i p_i (A_i - A), and B_i stays with client i.
 
-    A client's model is B_i A, with the A of now and its B of the last round in which it took part;
-    B starts at zero. The global adapter has B = 0 and says nothing by itself. A client that has
-    lost its B starts from zero again.
+    A client's adapter is B_i A: the current A, and its own B from the last round in which it took
+    part. B starts at zero. The global adapter has B = 0, so it does not change the base model by
+    itself. A client that has lost its B starts from zero again.
     """
 
     weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples"}
@@ -30,15 +30,15 @@ class FedSA(FedAvg):
     personal: ClassVar[str | None] = "adapter"
 
     def shares(self, name: str, round: int) -> bool:
-        """A."""
+        """Only A is sent back."""
         return is_a(name)
 
     def is_fixed(self, name: str) -> bool:
-        """B, of which the server has the zero of the start."""
+        """B, which is zero in the global adapter."""
         return is_b(name)
 
     def local_terms(self, received: Groups, memory: Groups) -> LocalTerms:
-        """From A as received and the client's own B."""
+        """Start from the received A and the client's own B."""
         return replace(super().local_terms(received, memory), start=_own(received, memory))
 
     def finish(
@@ -48,11 +48,11 @@ class FedSA(FedAvg):
         memory: Groups,
         as_received: Callable[[Params], Params],
     ) -> Aftermath:
-        """B_i, to keep, with A_i beside it."""
+        """Keep B_i, together with A_i."""
         return Aftermath(memory={"adapter": result.params})
 
     def personal_adapter(self, received: Groups, memory: Groups) -> Params | None:
-        """B_i A with the A as received."""
+        """B_i and the received A."""
         return _own(received, memory) if "adapter" in memory else None
 
 

@@ -1,4 +1,4 @@
-"""FedYogi: adaptive server steps whose second moment moves by steps of bounded size.
+"""FedYogi: adaptive server steps with a second moment that changes additively, by at most D_t^2.
 
 Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2,
 https://arxiv.org/abs/2003.00295

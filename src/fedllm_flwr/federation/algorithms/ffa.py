@@ -1,4 +1,4 @@
-"""FFA-LoRA: A frozen, B averaged.
+"""FFA-LoRA: A is frozen, B is averaged.
 
 Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning",
 https://arxiv.org/abs/2403.12313
@@ -14,13 +14,13 @@ from fedllm_flwr.federation.rule import Factors, Weighting
 
 @dataclass(frozen=True, kw_only=True)
 class FFA(FedAvg):
-    """B <- B + eta sum_i p_i (B_i - B); A stays as it was drawn from the run's seed.
+    """B <- B + eta sum_i p_i (B_i - B); A keeps its initial value, drawn from the run's seed.
 
-    All clients have the same A, so the mean of the B_i is the mean of the products:
-    sum_i p_i B_i A = (sum_i p_i B_i) A. B alone is trained and travels, in both directions:
-    clients draw A themselves, unless ``init_adapter`` brings another one.
+    All clients have the same A, so averaging the B_i averages the products:
+    sum_i p_i B_i A = (sum_i p_i B_i) A. Only B is trained and sent, in both directions. Clients
+    draw A themselves, unless ``init_adapter`` provides another one.
 
-    ``algorithm.factors=b`` does the same under FedProx and the server optimizers.
+    ``algorithm.factors=b`` gives FedProx and the server optimizers the same frozen A.
     """
 
     factors: Factors = "b"

@@ -1,4 +1,4 @@
-"""FlexLoRA: the mean of the products, cut to each client's rank.
+"""FlexLoRA: the mean of the products, truncated to each client's rank.
 
 Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
 Client Resources", https://arxiv.org/abs/2402.11505; the weights of raFLoRA are those of Wu et al.
@@ -21,15 +21,15 @@ from fedllm_flwr.params import Groups
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLoRA(Rule):
-    """B A <- the best approximation of sum_i p_i B_i A_i of rank r; client i gets that of rank r_i.
+    """B A <- the best rank-r approximation of sum_i p_i B_i A_i; client i gets the rank-r_i one.
 
-    The singular values are in order, so the first r_i columns of B = U S and rows of A = V' are the
-    best approximation of rank r_i.
+    The singular values are sorted, so the first r_i columns of B = U S and rows of A = V' are the
+    best rank-r_i approximation.
 
     Args:
-        by_rank: raFLoRA's weights. Column j of B_i counts p_i / sum(p_k of the clients with a rank
-            above j) instead of p_i: a part that few clients have is not made smaller by the ranks
-            of the others, which lets it vanish over the rounds.
+        by_rank: use raFLoRA's weights. Column j of B_i gets p_i / sum(p_k of the clients with a
+            rank above j) instead of p_i. Otherwise clients of lower rank shrink the components that
+            only a few clients have, and these vanish over the rounds.
     """
 
     by_rank: bool = False
@@ -41,14 +41,14 @@ class FlexLoRA(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.by_rank, bool):
             raise ConfigError(
-                f"algorithm.options.by_rank={self.by_rank} is no truth value; give true or false."
+                f"algorithm.options.by_rank={self.by_rank} is not a boolean; use true or false."
             )
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
         """B A of rank r.
 
-        A keeps directions of the A before where the mean has a lower rank, with B = 0, as at the
-        start: where both were zero, no client could train them again.
+        If the mean has a lower rank, the unused rows of A are filled from the previous A, with
+        B = 0, as at initialisation. If both were zero, no client could train them again.
         """
         adapters = [dict(adapter) for adapter in counts.adapters]
         if self.by_rank:

@@ -1,4 +1,4 @@
-"""FLoRA: the clients' factors, stacked.
+"""FLoRA: stacked client factors.
 
 Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations", https://arxiv.org/abs/2409.05976
@@ -20,17 +20,17 @@ from fedllm_flwr.params import Groups, Params, derive_seed, digest
 
 @dataclass(frozen=True, kw_only=True)
 class FLoRA(Rule):
-    """F <- F + sum_i p_i B_i A_i: A_i below each other, p_i B_i side by side; A_i and B_i anew.
+    """F <- F + sum_i p_i B_i A_i, with the A_i stacked by rows and the p_i B_i by columns.
 
-    In the paper clients add s times the stacked product to their base weights after every round,
-    and train fresh factors in the next. Here the sum over the rounds, F, stands beside the base
-    weights as frozen factors with the scale of the adapter: a client that has missed rounds gets
-    all of it, and a base model in 8 or 4 bits stays as it is. The exported adapter holds F, and
-    ``fedllm merge`` folds it into a base model in full precision.
+    A and B are initialised anew in every round. In the paper, clients add s times the stacked
+    product to their base weights after every round. Here the sum over the rounds, F, is kept apart
+    from the base weights, as frozen factors with the adapter's scale s: a client that has missed
+    rounds receives all of F, and a base model quantized to 8 or 4 bits does not change. The
+    exported adapter contains F, and ``fedllm merge`` folds it into a full-precision base model.
 
     Args:
-        max_rank: of F. The sum is exact until it needs more; from then on F is the best
-            approximation of this rank.
+        max_rank: largest rank of F. The sum is exact as long as it fits this rank; after that, F
+            is its best approximation of this rank.
     """
 
     max_rank: int = 64
@@ -45,7 +45,7 @@ class FLoRA(Rule):
             raise ConfigError(f"algorithm.options.max_rank must be >= 1, got {self.max_rank}.")
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """F, and A and B for the next round."""
+        """The new F, and freshly initialised A and B for the next round."""
         before = state.tensors.get(FROZEN, {})
         exact = stacked([before, *counts.adapters], [1.0, *counts.shares])
         frozen = truncated(exact, self.max_rank)
@@ -55,7 +55,7 @@ class FLoRA(Rule):
 
 
 def _fresh(params: Params) -> Params:
-    """A as LoRA's layers draw it, uniform within 1 / sqrt(in), seeded by the A before; B = 0."""
+    """LoRA's initial value, seeded by the previous A: A uniform within 1 / sqrt(in), B = 0."""
     found = {}
     for name, value in params.items():
         if is_a(name):

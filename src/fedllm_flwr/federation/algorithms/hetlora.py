@@ -1,4 +1,4 @@
-"""HetLoRA: adapters of different ranks, padded with zeros and weighted by their norms.
+"""HetLoRA: adapters of different ranks, zero-padded and weighted by their norms.
 
 Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
 https://arxiv.org/abs/2401.06432
@@ -22,17 +22,17 @@ from fedllm_flwr.training.local_terms import LocalTerms
 class HetLoRA(Rule):
     """A <- sum_i q_i pad(A_i), B <- sum_i q_i pad(B_i) with q_i = ||B_i A_i|| / sum_j ||B_j A_j||.
 
-    pad fills up with zeros to rank r; client i gets the first r_i rows of A and columns of B. The
-    weights q_i are those of a module, by the Frobenius norm of its product (the paper's sparsity
+    pad adds zeros up to rank r; client i gets the first r_i rows of A and columns of B. The weights
+    q_i are computed per module, from the Frobenius norm of its product (the paper's sparsity
     weights).
 
     Self-pruning: with k = gamma r_i, clients add lambda ||B[:, k:]|| ||A[k:, :]|| to their loss. If
-    the sum of these over the modules is smaller after a round than before it, r_i <- k, and what is
-    beyond is cut off. The server decides it from what it has sent and got, so that nothing else
-    travels.
+    the sum of these norms over the modules decreases in a round, r_i <- k and the rest is
+    discarded. The server decides this from the adapters that it sent and received, so no further
+    communication is needed.
 
     Args:
-        gamma: share of the rank that is kept; 1: ranks stay.
+        gamma: share of the rank that pruning keeps; 1 disables pruning.
         strength: lambda >= 0.
     """
 
@@ -46,22 +46,22 @@ class HetLoRA(Rule):
     def __post_init__(self) -> None:
         if not (0 < self.gamma <= 1 and self.strength >= 0):
             raise ConfigError(
-                f"algorithm.options: gamma={self.gamma} is not above 0 and at most 1, or strength="
-                f"{self.strength} is below 0; use gamma=1 to keep all ranks."
+                f"algorithm.options: gamma must be above 0 and at most 1, got {self.gamma}, and "
+                f"strength must be >= 0, got {self.strength}; use gamma=1 to keep all ranks."
             )
 
     def rank(self, state: ServerState, client: str, rank: int) -> int:
-        """What pruning has left of it."""
+        """The client's rank after pruning."""
         pruned = state.tensors.get("ranks", {}).get(client)
         return rank if pruned is None else min(rank, int(pruned[0]))
 
     def local_terms(self, received: Groups, memory: Groups) -> LocalTerms:
-        """The regulariser."""
+        """Add the pruning regulariser."""
         tail = (self.strength, self.gamma) if self.strength and self.gamma < 1 else None
         return replace(super().local_terms(received, memory), tail=tail)
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """A and B, and the ranks."""
+        """Average A and B, and prune the ranks."""
         rank = rank_of(state.params)
         ranks = dict(state.tensors.get("ranks", {}))
         adapters = []
@@ -86,7 +86,7 @@ class HetLoRA(Rule):
 
 
 def _tail(adapter: Params, kept: int) -> float:
-    """sum over modules of ||B[:, k:]|| ||A[k:, :]||."""
+    """Sum over modules of ||B[:, k:]|| ||A[k:, :]||."""
     tail = rest(adapter, kept)
     sizes = {name: float(np.linalg.norm(v.astype(np.float64))) for name, v in tail.items()}
     return sum(sizes[a] * sizes[b] for a, b in pairs(tail))

@@ -20,17 +20,17 @@ from fedllm_flwr.params import Groups
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFair(FedAvg):
-    """B <- B + dB of the least ||(B + dB) A - sum_i p_i B_i A_i||^2 + strength ||dB||^2.
+    """B <- B + argmin_dB ||(B + dB) A - sum_i p_i B_i A_i||^2 + strength ||dB||^2.
 
-    A and B are FedAvg's means. With the residual R = sum_i p_i B_i A_i - B A, of which the factors
-    are known, dB = R A' (A A' + strength I)^-1. The scale s would multiply both terms of the
-    residual: it cancels where `strength` is that of the products without it, as here.
+    A and B are FedAvg's means. With the residual R = sum_i p_i B_i A_i - B A, whose factors are
+    known, dB = R A' (A A' + strength I)^-1. The adapter's scale s is left out: it multiplies both
+    terms of the residual, and `strength` is defined for the unscaled products.
 
     Args:
-        strength: lambda > 0 of the regulariser.
+        strength: lambda > 0, the weight of the regulariser.
 
-    The paper states the distance as a similarity and leaves the solver open; the square of the
-    Frobenius norm has this closed form.
+    The paper uses a similarity measure and does not specify the solver; the squared Frobenius norm
+    has this closed form.
     """
 
     strength: float = 0.01
@@ -47,7 +47,7 @@ class LoRAFair(FedAvg):
             )
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """A, and B + dB."""
+        """The means A and B, with B corrected by dB."""
         state = super().step(state, combined, counts)
         params = dict(state.params)
         residual = stacked([*counts.adapters, params], [*counts.shares, -1.0])

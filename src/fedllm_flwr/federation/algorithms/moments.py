@@ -1,7 +1,7 @@
 """Moments of server optimizers, in float64.
 
-float64, because v adds squares of adapter updates (about 1e-6, squared 1e-12) to a sum that
-starts at tau^2 and grows: float32 would drop them. Checkpoints keep all bits.
+v sums squares of adapter updates (about 1e-6, squared 1e-12), starting from tau^2; in float32 such
+small terms would be rounded away. Checkpoints store the moments in float64 too.
 """
 
 from fedllm_flwr.params import Params

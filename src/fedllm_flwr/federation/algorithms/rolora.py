@@ -1,4 +1,4 @@
-"""RoLoRA: B and A trained in turns.
+"""RoLoRA: B and A are trained in alternate rounds.
 
 Chen et al. 2025, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
 https://arxiv.org/abs/2502.01755
@@ -14,11 +14,11 @@ from fedllm_flwr.federation.rule import Factors, Weighting
 
 @dataclass(frozen=True, kw_only=True)
 class RoLoRA(FedAvg):
-    """B <- B + eta sum_i p_i (B_i - B) in odd rounds, the same of A in even ones.
+    """B <- B + eta sum_i p_i (B_i - B) in odd rounds, and the same for A in even ones.
 
-    In each round one factor is the same at all clients, so that the mean of the other is the mean
-    of the products. Half of the adapter travels back; both factors are sent, since a client may
-    have missed the round before.
+    In each round one factor is the same at all clients, so averaging the other factor averages the
+    products. Clients send back only the trained factor. The server sends both, because a client
+    may have missed the previous round.
     """
 
     factors: Factors = "alternate"

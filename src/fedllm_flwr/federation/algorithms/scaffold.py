@@ -24,19 +24,21 @@ class Scaffold(FedAvg):
     Args:
         eta: the paper's eta_g.
 
-    c is the server's control variate (zero at the start), c_i client i's, kept on its own disk,
-    dc_i = c_i+ - c_i. N counts all clients, sampled or not; the mean is over those that
-    replied, all alike.
+    c is the server's control variate (initially zero). c_i is client i's, kept on its own disk, and
+    dc_i = c_i+ - c_i. N counts all clients, sampled or not; mean_i is the unweighted mean over the
+    clients that replied.
 
-    c is the mean of the c_i that the server has accepted. A client starts from the c_i of the round
-    that the server acknowledges, so a reply that is lost, late or refused changes neither. A client
-    that has lost its c_i starts from zero and says so; its old share is taken out of c.
+    c is the mean of the c_i that the server has accepted. A client starts from the c_i of its last
+    acknowledged round, so a reply that is lost, late or refused changes neither c nor c_i. A client
+    that has lost its c_i starts from zero and reports it; the server then subtracts the client's
+    old share from c.
 
     c_i+ = c_i - c + (w - w_i) / (K lr) (option II), which under SGD is the mean raw gradient over
-    the K local steps; under AdamW, where w - w_i is no sum of gradients, clients take that mean.
+    the K local steps. Under AdamW, w - w_i is not a sum of gradients, so clients compute that mean
+    directly.
 
     In the ``openfedllm`` variant clients correct after each optimizer step, w_i -= lr (c - c_i),
-    take option II whatever the optimizer, and D is weighted by n_i.
+    use option II with every optimizer, and D is weighted by n_i.
     """
 
     weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "uniform", "openfedllm": "examples"}
@@ -46,9 +48,9 @@ class Scaffold(FedAvg):
     takes_factors: ClassVar[frozenset[str]] = frozenset({"both"})
 
     def start(self, state: ServerState, num_clients: int) -> ServerState:
-        """The state with c (float64): 0, or that of before, as the mean over all clients of now.
+        """The state with c (float64): zero in a new run; rescaled to the new N on resume.
 
-        A client that is new when a run goes on has c_i = 0; one that is away keeps its share.
+        A client that joins when a run is resumed has c_i = 0; an absent client keeps its share.
         """
         control = state.tensors.get("control")
         if control is None:
@@ -59,7 +61,7 @@ class Scaffold(FedAvg):
         return replace(state, tensors={**state.tensors, "control": control})
 
     def send(self, state: ServerState, client: str) -> Groups:
-        """c."""
+        """Send c."""
         return {"control": state.tensors["control"]}
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
@@ -69,7 +71,7 @@ class Scaffold(FedAvg):
         return replace(state, tensors={**state.tensors, "control": control})
 
     def local_terms(self, received: Groups, memory: Groups) -> LocalTerms:
-        """c - c_i for every step."""
+        """Correct every local step by c - c_i."""
         return replace(
             super().local_terms(received, memory),
             offset=subtract(received["control"], _own(received, memory)),
@@ -83,10 +85,10 @@ class Scaffold(FedAvg):
         memory: Groups,
         as_received: Callable[[Params], Params],
     ) -> Aftermath:
-        """c_i+ - c_i, and c_i+ to keep: c_i plus the difference as the server will read it.
+        """Send dc_i, and keep c_i+ as c_i plus dc_i as the server will receive it.
 
-        If a gradient scaler has skipped all steps, the round says nothing about the gradient, and
-        c_i stays.
+        If a gradient scaler has skipped all steps, there is no gradient to learn from, and c_i
+        does not change.
         """
         own, control = _own(received, memory), received["control"]
         if not result.steps:
@@ -104,6 +106,6 @@ class Scaffold(FedAvg):
 
 
 def _own(received: Groups, memory: Groups) -> Params:
-    """c_i: zero where nothing is remembered."""
+    """c_i, or zero if the client remembers none."""
     zero = {name: np.zeros_like(value) for name, value in received["control"].items()}
     return dict(memory.get("control", zero))
