@@ -1,8 +1,10 @@
 """Every combiner against every attack on the demo: accuracy, and a backdoor's success.
 
-    python benchmarks/robustness.py out.json [--seeds 1] [--rounds 6] [key=value ...]
+    python benchmarks/robustness.py out.json [--seeds 1] [--rounds 8] [key=value ...]
+        [--attacks none sign_flip ...] [--combiners mean krum,robust.average=1 ...]
 
-All ten clients take part in each round, and three of them attack.
+All ten clients take part in each round, and three of them attack. The file keeps what was measured:
+a run that was stopped goes on, and a call for more seeds adds them.
 """
 
 import argparse
@@ -27,17 +29,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--attacks", nargs="+", default=ATTACKS)
+    parser.add_argument("--combiners", nargs="+", default=COMBINERS)
     parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    arguments = parser.parse_intermixed_args()
+    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    setting = {"rounds": arguments.rounds, "overrides": arguments.overrides}
+    if kept.setdefault("setting", setting) != setting:
+        parser.error(f"{arguments.out} holds runs of another setting: {kept['setting']}")
+    found = kept.setdefault("scores", {})
     for seed in range(arguments.seeds):
-        for attack in ATTACKS:
-            for combiner in COMBINERS:
+        for attack in arguments.attacks:
+            for combiner in arguments.combiners:
                 name = f"{combiner} {attack} {seed}"
                 if name not in found:
                     found[name] = scores(combiner, attack, seed, arguments)
-                    arguments.out.write_text(json.dumps(found, indent=1))
+                    arguments.out.write_text(json.dumps(kept, indent=1) + "\n")
                     print(name, found[name], flush=True)
     print(table(found))
 
@@ -45,11 +53,12 @@ def main() -> None:
 def scores(
     combiner: str, attack: str, seed: int, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """The last round's scores on the held-out records; {} if the run could not go on."""
+    """The last round's scores on the held-out records."""
+    combiner, *settings = combiner.split(",")
     with tempfile.TemporaryDirectory() as folder:
         config = compose(
             [
-                *(f"attack={attack}", f"algorithm.combiner={combiner}", f"seed={seed}"),
+                *(f"attack={attack}", f"algorithm.combiner={combiner}", f"seed={seed}", *settings),
                 *("federation.engine=inprocess", "federation.sample_fraction=1.0"),
                 *(f"federation.num_rounds={arguments.rounds}", "evaluation.every=0"),
                 *("tracking.figures=false", f"output_dir={folder}/run"),
@@ -62,18 +71,26 @@ def scores(
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Accuracy by combiner and attack, the mean over seeds; of a backdoor also its success."""
+    """Accuracy by combiner and attack, over seeds; of a backdoor also its success."""
+    combiners = dict.fromkeys(name.split()[0] for name in found)
     lines = ["| combiner | " + " | ".join(ATTACKS) + " |", "|---" * (1 + len(ATTACKS)) + "|"]
-    for combiner in COMBINERS:
-        cells = [combiner]
+    for combiner in combiners:
+        cells = [f"`{combiner}`"]
         for attack in ATTACKS:
             each = [v for k, v in found.items() if k.split()[:2] == [combiner, attack]]
-            cell = f"{sum(v['accuracy'] for v in each) / len(each):.2f}" if each else ""
+            cell = spread([v["accuracy"] for v in each]) if each else "-"
             if each and "attack_success" in each[0]:
-                cell += f" ({sum(v['attack_success'] for v in each) / len(each):.2f})"
+                cell += f" ({spread([v['attack_success'] for v in each])})"
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """The mean and, of several, how far the furthest is from it."""
+    mean = sum(values) / len(values)
+    furthest = max(abs(value - mean) for value in values)
+    return f"{mean:.2f}" + (f" ± {furthest:.2f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

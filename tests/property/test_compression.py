@@ -85,7 +85,8 @@ def test_what_is_left_out_comes_with_later_updates(name: str) -> None:
         own = {n: v for n, v in delta.items() if number != 2 or n == "b"}  # "a" rests in one round
         passage = Passage("x", number, 0, memory)
         sent, memory = chain.client_end({"delta": own}, passage)
-        received = chain.arriving(sent, {"delta": own}, Passage("x", number, 0))["delta"]
+        wire = {group: chain.as_received(params) for group, params in sent.items()}
+        received = chain.server_end(wire, {"delta": own}, Passage("x", number, 0))["delta"]
         check_like(received, own)
         arrived = {n: v + received[n] if n in own else v for n, v in arrived.items()}
     wanted = full_like(deltas[0], 0.0)

@@ -12,6 +12,8 @@ from hypothesis import settings as limited
 from hypothesis import strategies as st
 
 from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.federation.masked_round import as_words, code_of
+from fedllm_flwr.federation.messages import Update
 from fedllm_flwr.federation.secure.fixed_point import FixedPoint
 from fedllm_flwr.federation.secure.graph import Session
 from fedllm_flwr.federation.secure.keys import KeyCard, make_card, new_identity, new_run_key
@@ -19,6 +21,7 @@ from fedllm_flwr.federation.secure.masks import Words, add_mask
 from fedllm_flwr.federation.secure.server import MaskedSum
 from fedllm_flwr.federation.secure.shares import PRIME, join, split
 from fedllm_flwr.federation.secure.site import SecureSite, Unmask
+from fedllm_flwr.privacy.clipping import clipped
 
 RUN, SIZE = "7", 300
 RNG = np.random.default_rng(0)
@@ -332,6 +335,29 @@ def test_fixed_point_sums_stay_within_their_error_and_the_ring(
     found = code.decode(total, params, sites)["w"]
     expected = sites * factor * params["w"].astype(np.float64)
     np.testing.assert_allclose(found, expected, atol=sites * code.resolution * 0.51, rtol=0)
+
+
+@given(st.integers(2, 30), st.floats(0.1, 3), st.floats(1e-3, 100), st.booleans())
+@limited(max_examples=15, deadline=None)
+def test_noise_of_the_sites_has_the_stated_variance(
+    sites: int, multiplier: float, clip: float, most_drop_out: bool
+) -> None:
+    """z^2 C^2 with as few survivors as there may be, one of which takes its own noise off."""
+    card = KeyCard("", "", "")
+    cards = {f"site-{i:02}": card for i in range(sites)}
+    session = Session("x", cards, "uniform", 1.0, 1 / 3, clip, multiplier)
+    left = session.least if most_drop_out else sites
+    delta = {"w": RNG.normal(size=3000).astype(np.float32)}
+    delta = clipped({"delta": delta}, clip)["delta"]
+    words = [as_words(Update(delta, 1, {}), session, 1) for _ in range(left)]
+    total = np.sum(words, axis=0, dtype=np.uint32)
+    assert total[-1] == left
+    found = code_of(session).decode(total[:-1], delta, left)["w"]
+    noise = (found - left * delta["w"].astype(np.float64)) / (multiplier * clip)
+    assert noise.std() == pytest.approx(math.sqrt(left / (session.least - 1)), rel=0.08)
+    assert abs(noise.mean()) < 5 * noise.std() / math.sqrt(noise.size)
+    if most_drop_out:  # what the promise rests on
+        assert noise.std() * math.sqrt((left - 1) / left) == pytest.approx(1, rel=0.08)
 
 
 def test_values_beyond_the_range_and_sums_that_cannot_be_are_refused() -> None:

@@ -74,6 +74,24 @@ def test_noise_has_the_stated_variance_and_shape():
     assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 5e-3
 
 
+@pytest.mark.parametrize("deviation", [0.4, 1.0, 3.3, 50.0])
+def test_discrete_noise_has_the_stated_probabilities(deviation):
+    drawn = Noise().discrete_normal(200_000, deviation)
+    most = math.ceil(9 * deviation)
+    weights = np.exp(-np.square(np.arange(-most, most + 1)) / (2 * deviation**2))
+    expected = weights / weights.sum() * drawn.size
+    counts = np.bincount(drawn + most, minlength=2 * most + 1)
+    often = expected > 20
+    pairs = ([*e[often], e[~often].sum() + 1] for e in (counts, expected))
+    assert stats.chisquare(*pairs).pvalue > 1e-4
+
+
+def test_discrete_noise_of_a_large_deviation_is_normal():
+    drawn = Noise().discrete_normal(200_000, 2.0**24 / 3)
+    assert stats.kstest(drawn / (2.0**24 / 3), "norm").pvalue > 1e-4
+    assert drawn.shape == (200_000,)
+
+
 def test_samples_are_of_the_stated_sizes():
     sizes = [len(Noise().poisson_sample(100, 0.3)) for _ in range(300)]
     assert abs(np.mean(sizes) - 30) < 5 * math.sqrt(21 / 300)
@@ -120,6 +138,19 @@ def test_a_sum_and_its_indicators_are_one_gaussian_mechanism(multiplier, clients
     assert epsilon(parts, 1e-5) == pytest.approx(whole, rel=2e-3)
 
 
+@pytest.mark.parametrize("delta", [1e-5, 1e-2])
+def test_epsilon_of_shared_noise_is_that_of_its_concentrated_privacy(delta):
+    """12 rounds of rho = 1 / (2 z^2), by the conversion of Canonne et al. 2020."""
+    release, rho = Release(2.0, "visible", 7, 10, discrete=True), 12 / (2 * 2.0**2)
+    orders = np.linspace(1.01, 200, 100_000)
+    converted = orders * rho + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
+    ours = epsilon({release: 12}, delta)
+    assert ours == pytest.approx(converted.min(), rel=1e-3)
+    assert ours > epsilon({replace(release, discrete=False): 12}, delta)
+    both = epsilon({release: 12, Release(2.0, "visible", 7, 10): 1}, delta)
+    assert ours < both < 1.5 * ours + epsilon({Release(2.0, "visible", 7, 10): 1}, delta / 2)
+
+
 @pytest.mark.parametrize("sampling", ["fixed", "poisson", "visible"])
 def test_calibrated_noise_spends_the_target_and_no_more(sampling):
     release = Release(0.0, sampling, 4, 100)
@@ -148,7 +179,10 @@ REFUSED = {
     "algorithm=scaffold privacy.clip_quantile=0.5": "privacy.clip_quantile=0.5 with",
     "algorithm.combiner=median": "algorithm.combiner=median with privacy.unit=client",
     "algorithm=flora": "privacy.unit=client does not go with algorithm=flora",
-    "privacy.secure_aggregation=true": "privacy.unit=client with privacy.secure_aggregation=true",
+    "privacy.secure_aggregation=true": "privacy.sampling=poisson with privacy.unit=client and",
+    "privacy.secure_aggregation=true privacy.sampling=visible privacy.clip_quantile=0.5": (
+        "privacy.clip_quantile=0.5 with privacy.secure_aggregation=true"
+    ),
     f"{RECORD} lora.dora=true": "lora.dora=true with privacy.unit=record",
     f"{RECORD} task=dpo dpo.loss_type=aot": "it sorts the pairs of a batch",
     f"{RECORD} training.packing=true": "training.packing=true with privacy.unit=record",

@@ -186,12 +186,13 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     kept |= {kind: Kept(tensors) for kind, tensors in left.items()}
     groups = dict(leaving)
     if rule.contributes and chain.links:  # memory moves by what arrives, as the server's copy does
-        arriving = chain.arriving(groups, own_groups, passage)
+        received_as = {group: as_received(params) for group, params in groups.items()}
+        arriving = chain.server_end(received_as, own_groups, passage)
         for group, kind in rule.contributes.items():
             own = memory.tensors.get(kind) or {n: np.zeros_like(v) for n, v in params.items()}
             kept[kind] = Kept(add(own, arriving[group]))
     ClientMemory.keep(assignment, state_dir, kept)
-    if by_record and config.federation.engine == "deployment":
+    if config.privacy.at_clients and config.federation.engine == "deployment":
         metrics = {}  # none of these is private
     else:
         metrics |= {

@@ -548,6 +548,11 @@ class PrivacyConfig:
         description="secure aggregation: largest magnitude of a value, beyond which a client stops",
     )
 
+    @property
+    def at_clients(self) -> bool:
+        """Whether clients make the noise, so that the promise holds against the server, too."""
+        return self.unit == "record" or (self.unit == "client" and self.secure_aggregation)
+
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class CheckpointConfig:

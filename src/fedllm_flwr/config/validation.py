@@ -399,11 +399,17 @@ def _check_secure(config: Config) -> None:
             f"evaluation.aggregation_error=true needs single updates, which {secure} hides; set "
             "evaluation.aggregation_error=null."
         )
-    if config.privacy.unit == "client":
+    privacy = config.privacy
+    if privacy.unit == "client" and privacy.sampling != "visible":
         raise ConfigError(
-            f"privacy.unit=client with {secure}: noise that the sites add as shares is not there "
-            "yet, and the server cannot clip what it does not see; use one of the two, or "
-            "privacy.unit=record."
+            f"privacy.sampling={privacy.sampling} with privacy.unit=client and {secure}: the "
+            "promise holds against the server, which knows the clients of a round; set "
+            "privacy.sampling=visible, which counts on no secret draw."
+        )
+    if privacy.unit == "client" and privacy.clip_quantile is not None:
+        raise ConfigError(
+            f"privacy.clip_quantile={privacy.clip_quantile:g} with {secure}: nobody sees the norms "
+            "of the updates; set privacy.clip_quantile=null."
         )
     if config.attack.name in ("sign_flip", "scale", "gaussian", "alie"):
         raise ConfigError(

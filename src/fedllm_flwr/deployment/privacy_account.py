@@ -3,9 +3,10 @@
 The account is the site's own: it charges what the site does itself (``privacy.unit=record``: its
 noise, its draws, its number of records), or the release of a sum in which the site has clipped its
 share (``privacy.unit=client``: once for each round that it takes part in, without amplification,
-believing the server's noise). A round is charged before it is trained on, every time it is asked
-for. Entries are chained by hashes as those of the audit log are; a second copy of the last hash, in
-the site's directory, shows when the account is lost or has been put back to an older state.
+believing the noise of the server or, under secure aggregation, of the other sites). A round is
+charged before it is trained on, every time it is asked for. Entries are chained by hashes as those
+of the audit log are; a second copy of the last hash, in the site's directory, shows when the
+account is lost or has been put back to an older state.
 """
 
 import contextlib
@@ -191,7 +192,7 @@ def _release_of(config: Config, num_examples: int) -> tuple[Release, int]:
     privacy, training = config.privacy, config.training
     multiplier = privacy.noise_multiplier or 0.0
     if privacy.unit == "client":
-        return Release(multiplier, "visible", 1, 1), 1
+        return Release(multiplier, "visible", 1, 1, privacy.secure_aggregation), 1
     batch = training.batch_size * training.gradient_accumulation_steps
     release = Release(multiplier, "poisson", min(batch, num_examples), num_examples)
     return release, steps_per_round(training, num_examples)

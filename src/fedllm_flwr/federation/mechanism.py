@@ -14,7 +14,8 @@ client changes the sum by at most C if it comes or goes, by 2 C if it is replace
 (`privacy.accounting` says which counts). The server step, whatever the algorithm, sees the release
 alone and is post-processing of it; so are the control variate, the moments and all later rounds.
 
-The server is trusted: it sees the contributions. The promise is to whoever sees the adapters.
+The server is trusted: it sees the contributions. The promise is to whoever sees the adapters. Under
+secure aggregation it need not be: clients clip, and add the noise in shares (`masked_round`).
 
 With ``privacy.clip_quantile`` C follows a quantile of the norms (Andrew et al. 2021,
 "Differentially Private Learning with Adaptive Clipping"): b = 1/m (sum_i [norm_i <= C] +
@@ -116,7 +117,8 @@ def plan_budget(config: Config, sizes: Sizes) -> Budget | None:
 def _round_of_clients(config: Config, num_clients: int) -> Release:
     drawn = num_sampled(config, num_clients)
     multiplier = config.privacy.noise_multiplier or 0.0
-    return Release(multiplier, config.privacy.sampling, drawn, num_clients)
+    discrete = config.privacy.secure_aggregation
+    return Release(multiplier, config.privacy.sampling, drawn, num_clients, discrete)
 
 
 def _step_of(config: Config, num_examples: int) -> Release:
@@ -163,7 +165,8 @@ def describe_budget(config: Config, sizes: Sizes) -> tuple[str, str] | None:
     if privacy.clip_quantile is not None:
         mechanism += f" following quantile {privacy.clip_quantile:g}"
     sampling = "poisson" if privacy.unit == "record" else privacy.sampling
-    mechanism += f", noise {budget.noise_multiplier:.3g} x clip, {sampling} sampling"
+    shares = " in shares of the clients" if privacy.unit == "client" and privacy.at_clients else ""
+    mechanism += f", noise {budget.noise_multiplier:.3g} x clip{shares}, {sampling} sampling"
     delta = f"delta {budget.delta:.2g}"
     if privacy.delta is None:
         delta += f" = 1/{budget.count:,}^1.1"
@@ -274,6 +277,9 @@ class Mechanism:
         """
         return combined, {}
 
+    def open(self, state: ServerState, roster: Roster) -> None:
+        """Write down what the second exchange of the round after `state` is going to release."""
+
     def spent(self, roster: Roster) -> tuple[float, float] | None:
         """Epsilon and delta of what was released so far; None: no promise is made."""
         return None
@@ -312,6 +318,14 @@ class Accounted(Mechanism):
             self._budgets[key] = budget
         return self._budgets[key]
 
+    def config_for(self, roster: Roster) -> Config:
+        """With the noise that the target asks for, where clients make it."""
+        if not self.config.privacy.at_clients:
+            return self.config
+        multiplier = self.planned(roster).noise_multiplier
+        privacy = replace(self.config.privacy, noise_multiplier=multiplier)
+        return replace(self.config, privacy=privacy)
+
     def spent(self, roster: Roster) -> tuple[float, float]:
         """The largest epsilon of all clients."""
         delta = self.planned(roster).delta
@@ -342,12 +356,6 @@ class RecordMechanism(Accounted):
         """As the run's seed says; what each of them is going to spend is written down."""
         self._log.append(server_round, self.next_releases(roster, server_round))
         return super().choose(roster, server_round)
-
-    def config_for(self, roster: Roster) -> Config:
-        """With the noise that the target asks for."""
-        multiplier = self.planned(roster).noise_multiplier
-        privacy = replace(self.config.privacy, noise_multiplier=multiplier)
-        return replace(self.config, privacy=privacy)
 
     def next_releases(self, roster: Roster, server_round: int) -> dict[str, tuple[Release, int]]:
         """One release for each optimizer step of each client chosen."""
@@ -397,10 +405,7 @@ class ClientMechanism(Accounted):
         releases = self.next_releases(roster, state.round + 1)
         self._log.append(state.round + 1, releases)
         expected, z = releases[""][0].drawn, releases[""][0].noise_multiplier
-        sums = {group: params or full_like(state.params, 0.0) for group, params in combined.items()}
-        if len(within) != expected:  # of a mean; a client that has not replied adds zero
-            share = len(within) / expected
-            sums["delta"] = {name: value * share for name, value in sums["delta"].items()}
+        sums = self._sums(state, combined, len(within) / expected)
         quantile, tensors = self.config.privacy.clip_quantile, {}
         if quantile is not None:
             deviation, z = split_noise(z, expected) if z else (0.0, 0.0)
@@ -412,9 +417,44 @@ class ClientMechanism(Accounted):
             sums = {group: noise.on(sums[group], z * clip / divisors[group]) for group in sums}
         return sums, tensors
 
+    @staticmethod
+    def _sums(state: ServerState, combined: Mapping[str, Params], share: float) -> Groups:
+        """The sums over their constant denominators.
+
+        Args:
+            share: clients that have replied / their expected number; the others add zero.
+        """
+        sums = {group: params or full_like(state.params, 0.0) for group, params in combined.items()}
+        if share != 1:  # of a mean
+            sums["delta"] = {name: value * share for name, value in sums["delta"].items()}
+        return sums
+
     def _clip(self, state: ServerState) -> float:
         kept = state.tensors.get("privacy")
         return self.config.privacy.clip if kept is None else float(kept["clip"][0])
+
+
+class SharedMechanism(ClientMechanism):
+    """The same under secure aggregation: clients clip, and have added their shares of the noise.
+
+    Nothing of a round is released before its sum is unmasked. A round that is dropped after that
+    exchange has begun is charged all the same.
+    """
+
+    def open(self, state: ServerState, roster: Roster) -> None:
+        """Write down the release of the round after `state`."""
+        self._log.append(state.round + 1, self.next_releases(roster, state.round + 1))
+
+    def release(
+        self,
+        state: ServerState,
+        roster: Roster,
+        combined: Mapping[str, Params],
+        within: Sequence[bool],
+    ) -> tuple[Mapping[str, Params], Groups]:
+        """The sums, noisy as they are, over the expected number of clients, or over N."""
+        expected = self.next_releases(roster, state.round + 1)[""][0].drawn
+        return self._sums(state, combined, len(within) / expected), {}
 
 
 def mechanism_of(config: Config, path: Path) -> Mechanism:
@@ -423,7 +463,8 @@ def mechanism_of(config: Config, path: Path) -> Mechanism:
     Args:
         path: of the log of releases; nothing is written before the first.
     """
-    kinds = {"none": Mechanism, "client": ClientMechanism, "record": RecordMechanism}
+    by_client = SharedMechanism if config.privacy.secure_aggregation else ClientMechanism
+    kinds = {"none": Mechanism, "client": by_client, "record": RecordMechanism}
     kind: Any = kinds[config.privacy.unit]
     made: Mechanism = kind(config) if kind is Mechanism else kind(config, path)
     return made

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import min_replies
+from fedllm_flwr.config.schema import PrivacyConfig
 from fedllm_flwr.data.poison import attackers
 from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.factors import aggregation_error, cut, is_a, is_b
@@ -24,7 +25,7 @@ from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
 from fedllm_flwr.federation.directions import UpdateDirections
-from fedllm_flwr.federation.masked_round import MaskedContributions, num_words
+from fedllm_flwr.federation.masked_round import MaskedContributions, num_words, session_of
 from fedllm_flwr.federation.mechanism import mechanism_of
 from fedllm_flwr.federation.messages import (
     FROZEN,
@@ -149,7 +150,9 @@ class Rounds:
         ranks = self._ranks(state, {name: roster[name] for name in names})
         assignments = self._assignments(state, ranks, server_round, learning_rate)
         config = self.mechanism.config_for(roster)
-        session = self._session(state, roster, names, server_round) if self.secure else None
+        session = None
+        if self.secure:
+            session = self._session(config.privacy, state.run, roster, names, server_round)
         assignments = {
             name: replace(each, config=config, session=session)
             for name, each in assignments.items()
@@ -190,6 +193,7 @@ class Rounds:
         try:
             assert channel is not None
             limit = self.config.federation.round_timeout_s if timeout_s is None else timeout_s
+            self.mechanism.open(opened.state, channel.roster)
             opened.unmask(channel, limit)
             opened.open_sum()
         except FederationError as error:
@@ -262,14 +266,13 @@ class Rounds:
         Args:
             num_examples: n_i, which the client has announced.
         """
-        if self.config.privacy.unit == "client":
-            return 1.0  # the bound of a contribution is that of its share in the sum
-        weighting = self.weighting()
         weights = {"examples": num_examples, "used": update.num_examples, "uniform": 1}
-        return float(weights[weighting])
+        return float(weights[self.weighting()])
 
     def weighting(self) -> str:
         """What an update's weight in the mean is."""
+        if self.config.privacy.unit == "client":
+            return "uniform"  # the bound of a contribution is that of its share in the sum
         chosen = self.config.algorithm.weighting
         return self.rule.weighting[self.rule.variant] if chosen == "auto" else chosen
 
@@ -309,18 +312,22 @@ class Rounds:
         return self.wire_bytes(up)
 
     def _session(
-        self, state: ServerState, roster: Roster, names: list[str], server_round: int
+        self,
+        privacy: PrivacyConfig,
+        run: str,
+        roster: Roster,
+        names: list[str],
+        server_round: int,
     ) -> Session:
         """A round's session of secure aggregation; every try of a round has another id."""
         weighting = self.weighting()
         sizes = [roster[name].info.num_examples for name in names]
-        return Session(
-            id=f"{state.run}/{server_round}/{secrets.token_hex(16)}",
+        return session_of(
+            privacy,
+            id=f"{run}/{server_round}/{secrets.token_hex(16)}",
             cards={name: KeyCard.from_text(roster[name].info.card) for name in names},
             weighting=weighting,
             largest_weight=1.0 if weighting == "uniform" else float(max(sizes)),
-            dropouts=self.config.privacy.secure_dropouts,
-            bound=self.config.privacy.secure_range,
         )
 
     def wire_bytes(self, groups: Groups) -> int:
@@ -546,6 +553,7 @@ class OpenRound:
         announced = {name: client.info.num_examples for name, client in self.roster.items()}
         num_clients = len(self.state.clients)
         self._opened, self._weight = self._masked.combined(num_clients, announced)
+        self._within = [True] * len(self._masked.sum.survivors)
 
     def _add(self, name: str, update: object, masked: MaskedContributions) -> MaskedUpdate:
         if not isinstance(update, MaskedUpdate):
@@ -561,7 +569,7 @@ class OpenRound:
                 f"num_examples={update.num_examples} is not in 1..{announced}, the number "
                 "it announced"
             )
-        check_metrics(update.metrics, with_loss=self.rounds.config.privacy.unit != "record")
+        check_metrics(update.metrics, with_loss=not self.rounds.config.privacy.at_clients)
 
     def _combine(self, name: str, update: Update) -> Update:
         rounds, state, report = self.rounds, self.state, self.report

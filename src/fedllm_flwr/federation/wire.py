@@ -23,6 +23,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.parsing import from_dict
 from fedllm_flwr.config.validation import adapter_keys
 from fedllm_flwr.errors import ConfigError, FederationError
+from fedllm_flwr.federation.masked_round import session_of
 from fedllm_flwr.federation.messages import (
     Acknowledged,
     Assignment,
@@ -186,13 +187,12 @@ def _session(content: RecordDict, config: Config) -> Session | None:
     if not config.privacy.secure_aggregation or "session" not in content.config_records:
         return None
     about, cards = _settings(content, "session"), _settings(content, "cards")
-    return Session(
+    return session_of(
+        config.privacy,
         id=_field(about, "id", str),
         cards={name: KeyCard.from_text(_field(cards, name, str)) for name in cards},
         weighting=_field(about, "weighting", str),
         largest_weight=_non_negative(about, "largest_weight"),
-        dropouts=config.privacy.secure_dropouts,
-        bound=config.privacy.secure_range,
     )
 
 

@@ -11,6 +11,7 @@ is added before any rounding to the wire's or the adapter's dtype. Attacks on th
 floating-point noise (Mironov 2012) are not defended against.
 """
 
+import math
 import secrets
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from fedllm_flwr.params import Params
 
 _BYTES = 8  # of a uniform number; its upper 53 bits are used
+_CHUNK = 2**16  # candidates of a discrete Gaussian at a time, which stay in the cache
 
 
 class Noise:
@@ -49,6 +51,31 @@ class Noise:
             name: value + deviation * self.normal(value.shape)
             for name, value in sorted(params.items())
         }
+
+    def discrete_normal(self, count: int, deviation: float) -> NDArray[np.int64]:
+        """Integers x with probability proportional to exp(-x^2 / (2 deviation^2)), shape (count,).
+
+        Rejection from a discrete Laplace distribution, as Canonne, Kamath and Steinke 2020, "The
+        Discrete Gaussian for Differential Privacy", algorithms 2 and 3, with t the power of two
+        above the deviation. All integers can be drawn, so that no last bits give anything away.
+        Coins with probability e^-x are thrown in float64: their ratios are off by 2^-50 or so.
+        """
+        scale = 1 << max(0, math.ceil(math.log2(deviation)))  # t
+        found, missing = [np.empty(0, np.int64)], count
+        while missing > 0:
+            size = min(_CHUNK, 3 * missing + 16)
+            bits = np.frombuffer(self._stream.update(bytes(_BYTES * size)), np.uint64)
+            rest = (bits & np.uint64(scale - 1)).astype(np.int64)  # uniform below t
+            negative = bits >> np.uint64(63) == 1
+            taken = self.uniform(size) <= np.exp(rest * (-1 / scale))
+            rest, negative = rest[taken], negative[taken]
+            length = rest + scale * np.floor(-np.log(self.uniform(rest.size))).astype(np.int64)
+            away = (length - deviation**2 / scale) / deviation
+            taken = self.uniform(rest.size) <= np.exp(-0.5 * np.square(away))
+            taken &= ~(negative & (length == 0))
+            found.append(np.where(negative, -length, length)[taken][:missing])
+            missing -= found[-1].size
+        return np.concatenate(found)
 
     def poisson_sample(self, count: int, share: float) -> NDArray[np.int64]:
         """Indices of a Poisson sample: each of `count` with probability `share`, by itself."""

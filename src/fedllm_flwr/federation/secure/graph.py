@@ -22,7 +22,8 @@ class Session:
         weighting: ``examples``, ``used`` or ``uniform``.
         largest_weight: no site's weight is above it.
         dropouts: share of the sites that may drop out, below one half.
-        bound: largest magnitude of a value.
+        bound: largest magnitude of a value; with noise, the L2 norm of a vector.
+        noise_multiplier: deviation, in bounds, of the noise of `least` sites but one; 0: none.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Session:
     largest_weight: float
     dropouts: float
     bound: float
+    noise_multiplier: float = 0.0
 
     def plain(self) -> dict[str, Any]:
         """As data for JSON."""
@@ -56,6 +58,14 @@ class Session:
     def least(self) -> int:
         """Survivors that a round needs, two at least: the sum of one site is its update."""
         return max(2, len(self.cards) - math.floor(self.dropouts * len(self.cards)))
+
+    @property
+    def noise_share(self) -> float:
+        """Deviation, in bounds, of the noise that each site adds.
+
+        The noise of `least` sites is enough without that of any one of them, which knows its own.
+        """
+        return self.noise_multiplier / math.sqrt(self.least - 1)
 
     @cached_property
     def _ring(self) -> list[str]:

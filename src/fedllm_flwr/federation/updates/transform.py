@@ -122,11 +122,6 @@ class Chain:
             groups = link.server_end(groups, before, passage)
         return groups
 
-    def arriving(self, sent: Groups, like: Groups, passage: Passage) -> Groups:
-        """What the server goes on with when `sent`, the client's end, has left."""
-        received = {group: self.as_received(params) for group, params in sent.items()}
-        return self.server_end(received, like, passage)
-
     def expected(self, groups: Groups) -> Groups:
         """Names and shapes that travel for an update like `groups`."""
         for link in self.links:
