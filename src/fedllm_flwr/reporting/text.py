@@ -70,6 +70,17 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *body))
 
 
+def text_table(table: Sequence[Sequence[str]]) -> str:
+    """Aligned columns for a terminal."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = []
+    for line in table:
+        name, *values = line
+        padded = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("   ".join([f"{name:<{widths[0]}}", *padded]).rstrip())
+    return "\n".join(lines)
+
+
 def _scaled(count: int, units: tuple[str, ...]) -> str:
     value, index = float(count), 0
     while value >= 999.5 and index < len(units) - 1:

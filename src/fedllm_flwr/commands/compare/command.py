@@ -13,7 +13,6 @@ from fedllm_flwr.commands.compare.jobs import Job, carry_out, make_jobs
 from fedllm_flwr.commands.compare.page import comparison_page
 from fedllm_flwr.commands.compare.results import Tabulated, cost_curves, curves
 from fedllm_flwr.commands.compare.table import (
-    aligned,
     as_csv,
     as_markdown,
     as_text,
@@ -28,7 +27,7 @@ from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.html.page import Page
 from fedllm_flwr.reporting.html.render import render
-from fedllm_flwr.reporting.text import format_seconds, markdown_table
+from fedllm_flwr.reporting.text import format_seconds, markdown_table, text_table
 from fedllm_flwr.runs.directory import foreign_files
 from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.runs.report import REPORT, report_or_warning, run_facts
@@ -219,7 +218,7 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
         plot_comparison(against, path, label, caption, cost)
     print(f"\n{as_text(rows, metric)}\n{found.note}")
     if own:
-        print(f"\n{aligned(own_records_lines(own))}\n")
+        print(f"\n{text_table(own_records_lines(own))}\n")
     print(f"  figure {root / 'compare.png'}   table {root / 'compare.md'}, {root / 'compare.csv'}")
     if outcomes[0].job.config.tracking.report:
         if warning := report_or_warning(lambda: write_report(root, found)):

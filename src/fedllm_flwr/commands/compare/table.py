@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedllm_flwr.commands.compare.results import ComparisonRow, Spread
 from fedllm_flwr.evaluation.suites.statistics import clear_together
-from fedllm_flwr.reporting.text import markdown_table
+from fedllm_flwr.reporting.text import markdown_table, text_table
 from fedllm_flwr.tasks import all_metrics, table_metrics
 
 
@@ -48,7 +48,7 @@ def _cells(row: ComparisonRow, scores: Sequence[str], clear: bool) -> list[str]:
 
 def as_text(rows: Sequence[ComparisonRow], metric: str) -> str:
     """The table for a terminal."""
-    return aligned(lines_of(rows, metric))
+    return text_table(lines_of(rows, metric))
 
 
 def own_records_lines(rows: Sequence[ComparisonRow]) -> list[list[str]]:
@@ -58,17 +58,6 @@ def own_records_lines(rows: Sequence[ComparisonRow]) -> list[list[str]]:
     decimals = {name: 3 if name == "loss" else all_metrics()[name].card_decimals for name in scores}
     lines = [[row.name, *(_spread(row.final.get(n), decimals[n]) for n in scores)] for row in rows]
     return [header, *lines]
-
-
-def aligned(table: Sequence[Sequence[str]]) -> str:
-    """Aligned columns for a terminal."""
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    lines = []
-    for line in table:
-        name, *values = line
-        padded = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
-        lines.append("   ".join([f"{name:<{widths[0]}}", *padded]).rstrip())
-    return "\n".join(lines)
 
 
 def as_markdown(rows: Sequence[ComparisonRow], metric: str, note: str) -> str:

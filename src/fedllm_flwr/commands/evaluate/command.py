@@ -103,7 +103,7 @@ def evaluate(request: EvaluateOptions) -> Path:
     place = Path(request.cache).expanduser() if request.cache else default_cache()
     cache = SamplesCache(None if request.no_cache else place)
     work = (output if request.no_cache else place) / "work"
-    scorer = Scorer(request.options, request.prompt, cache, work, _report)
+    scorer = Scorer(request.options, request.prompt, cache, work)
     scored = scorer.score(candidates, tasks)
     comparison = compare_scores(candidates, scored, tasks, suites)
     notes = [*NOTES, *_notes(candidates, scored, tasks, request)]
@@ -187,11 +187,6 @@ def _draw(output: Path, comparison: ScoreTable) -> None:
         names = [column.task for column in columns]
         chances = [column.chance for column in columns]
         plot_bars(names, bars, chances, output / f"{suite}.png", all_suites()[suite].title)
-
-
-def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
-    if state != "running":
-        print(f"  {candidate.name:<32} {task.name:<22} {state}", flush=True)
 
 
 def _notes(

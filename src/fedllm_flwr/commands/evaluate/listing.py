@@ -30,22 +30,17 @@ def list_suite(name: str) -> str:
     for task in suite.tasks:
         shots = f"{task.shots} shots; " if task.shots else ""
         files = f"; --data-root files: {', '.join(task.files)}" if task.files else ""
-        about = [
-            f"{task.title}; metrics: {', '.join(metric.name for metric in task.metrics)}",
-            f"{task.source}; {task.split}; {shots}licence: {task.licence}",
-            f"protocol: {task.protocol}{files}",
+        lines += [
+            _filled(task.name, f"{task.title}; metrics: {', '.join(m.name for m in task.metrics)}"),
+            _filled("", f"{task.source}; {task.split}; {shots}licence: {task.licence}"),
+            _filled("", f"protocol: {task.protocol}{files}"),
         ]
-        indent = " " * 26
-        for i, text in enumerate(about):
-            start = f"  {task.name:<24}" if i == 0 else indent
-            lines.append(
-                textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=indent)
-            )
     for average in suite.averages:
-        text = f"mean {average.metric} of {', '.join(average.tasks)}"
-        lines.append(
-            textwrap.fill(
-                text, _WIDTH, initial_indent=f"  {average.name:<24}", subsequent_indent=" " * 26
-            )
-        )
+        lines.append(_filled(average.name, f"mean {average.metric} of {', '.join(average.tasks)}"))
     return "\n".join(lines)
+
+
+def _filled(name: str, text: str) -> str:
+    """A name and, beside it, a text in as many lines as it takes."""
+    start = f"  {name:<24}"
+    return textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=" " * 26)

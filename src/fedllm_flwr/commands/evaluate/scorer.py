@@ -40,17 +40,15 @@ class Scorer:
     Args:
         prompt: trained, raw or chat.
         work_dir: for what lets a stopped evaluation go on, a folder for each model.
-        report: called with candidate, task and "cached", "running" or a number of seconds.
     """
 
     options: RunOptions
     prompt: str
     cache: SamplesCache
     work_dir: Path
-    report: Callable[[Candidate, SuiteTask, str], None]
 
     def score(self, candidates: Sequence[Candidate], tasks: Sequence[SuiteTask]) -> Scored:
-        """Every candidate on every task."""
+        """Every candidate on every task, with a line on the terminal for each."""
         runners = {
             "harness": HarnessTasks().run,
             "open_ended": run_open_ended_task,
@@ -74,7 +72,7 @@ class Scorer:
         missing = [task for task in tasks if found[task.name] is None]
         for task in tasks:
             if found[task.name] is not None:
-                self.report(candidate, task, "cached")
+                _report(candidate, task, "cached")
         if missing:
             with loaded(candidate) as adapted, torch_threads(cpu_count()):
                 model = TextModel(
@@ -89,11 +87,10 @@ class Scorer:
                 folder = self.work_dir / key_of(**identity)[:16]
                 options = replace(self.options, work_dir=folder)
                 for task in missing:
-                    self.report(candidate, task, "running")
                     samples = runners[task.runner](task, model, options)
                     self.cache.put(keys[task.name], samples)
                     found[task.name] = samples
-                    self.report(candidate, task, f"{samples.seconds:.0f} s")
+                    _report(candidate, task, f"{samples.seconds:.0f} s")
         return {name: samples for name, samples in found.items() if samples is not None}
 
     def _identity(self, candidate: Candidate) -> dict[str, Any]:
@@ -108,6 +105,10 @@ class Scorer:
             "prompt": self.prompt,
             "template": config.data.template,
         }
+
+
+def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
+    print(f"  {candidate.name:<32} {task.name:<22} {state}", flush=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from fedllm_flwr.commands.evaluate.candidates import BASE
 from fedllm_flwr.commands.evaluate.comparison import LOCAL, ModelRow, ScoreColumn, ScoreTable
 from fedllm_flwr.evaluation.suites.statistics import IntervalEstimate, clear_together
-from fedllm_flwr.reporting.text import markdown_table
+from fedllm_flwr.reporting.text import markdown_table, text_table
 
 _WIDEST = 6  # columns side by side
 _EVERY = "Every metric, with its 95 % interval"
@@ -16,15 +16,8 @@ _EVERY = "Every metric, with its 95 % interval"
 
 def as_text(comparison: ScoreTable) -> str:
     """Headline scores for a terminal, suite by suite."""
-    blocks = []
-    for title, table in headline_tables(comparison):
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = [title]
-        for name, *values in table:
-            padded = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
-            lines.append("   ".join([f"{name:<{widths[0]}}", *padded]).rstrip())
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    tables = headline_tables(comparison)
+    return "\n\n".join(f"{title}\n{text_table(table)}" for title, table in tables)
 
 
 def as_markdown(comparison: ScoreTable, notes: Sequence[str]) -> str:

@@ -61,18 +61,11 @@ class HarnessTasks:
                 apply_chat_template=True,
                 fewshot_as_multiturn=True,
             )
-        # One sample per example: values by a named filter are called ``<metric>,<filter>``.
-        samples: dict[str, Sample] = {}
+        samples: dict[str, Sample] = {}  # an example that several filters read is logged by each
         for name in loaded:
             for logged in found["samples"][name]:
-                sample = _sample(task, name, logged)
-                filtered = sample.pop("filter")
-                known = ("id", "part", "target", "answer", "log_likelihoods")
-                renamed = {
-                    (key if key in known or filtered == "none" else f"{key},{filtered}"): value
-                    for key, value in sample.items()
-                }
-                samples.setdefault(sample["id"], {}).update(renamed)
+                sample = _sample(name, logged)
+                samples.setdefault(sample["id"], {}).update(sample)
         prompt = found["samples"][next(iter(loaded))][0]["arguments"][0][0]
         notes = {"prompts": asked.prompts, "cut": asked.cut, "examples_left_out": asked.left_out}
         return Samples(list(samples.values()), prompt, notes, time.monotonic() - started)
@@ -215,15 +208,18 @@ def _decoding(settings: dict[str, Any]) -> Decoding:
     )
 
 
-def _sample(task: SuiteTask, part: str, logged: dict[str, Any]) -> Sample:
-    """One example as it is kept: what was asked and answered, and the fields of its metrics."""
+def _sample(part: str, logged: dict[str, Any]) -> Sample:
+    """One example as it is kept: what was asked and answered, and the fields of its metrics.
+
+    Values by a named filter are called ``<metric>,<filter>``.
+    """
     likelihoods = logged["resps"] and isinstance(logged["resps"][0][0], tuple)
     answer = [row[0][0] for row in logged["resps"]] if likelihoods else logged["resps"][0][0]
-    kept = {name: _plain(logged[name]) for name in logged["metrics"]}
+    read_by = "" if logged["filter"] == "none" else f",{logged['filter']}"
+    kept = {f"{name}{read_by}": _plain(logged[name]) for name in logged["metrics"]}
     return {
         "id": f"{part}/{logged['doc_id']}",
         "part": part,
-        "filter": logged["filter"],
         "target": _plain(logged["target"]),
         "log_likelihoods" if likelihoods else "answer": _plain(answer),
         **kept,
