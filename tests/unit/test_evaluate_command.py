@@ -71,6 +71,7 @@ def test_base_and_adapters_side_by_side_and_cached(
     assert "finance, difference to base" in shown
     page = (output / "report.html").read_text()
     assert "finance, difference to base" in page
+    assert 'id="examples-title"' in page
     for task in ("fpb", "fpb_generation"):
         assert f"<summary>{task}: " in page  # its examples
     assert "What is the sentiment of this news? Profit of 0." in page

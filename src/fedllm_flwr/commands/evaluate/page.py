@@ -86,7 +86,7 @@ def evaluation_page(name: str, about: Mapping[str, Any], examples: SamplesByTask
             *sections,
             Section("What to know", [Text(about["notes"])]),
             Section("Every metric", [Folded("All, with 95 % intervals", [Table(header, body)])]),
-            Section("SamplesByTask", [_task(task, about, some) for task, some in examples.items()]),
+            Section("Examples", [_task(task, about, some) for task, some in examples.items()]),
         ],
     )
 

@@ -20,17 +20,6 @@ _FASTCHAT = {
     "rating_reference_second": "single-math-v1-multi-turn",
     "pair": "pair-v2",
 }
-_FIELDS = {
-    "rating": {"question", "answer"},
-    "rating_reference": {"question", "answer", "ref_answer_1"},
-    "rating_second": {"question_1", "answer_1", "question_2", "answer_2"},
-    "rating_reference_second": {
-        *("question_1", "answer_1", "question_2", "answer_2"),
-        *("ref_answer_1", "ref_answer_2"),
-    },
-    "pair": {"question", "answer_a", "answer_b"},
-    "harm": {"question", "answer"},
-}
 
 
 @dataclass(frozen=True)
@@ -58,13 +47,14 @@ def load_prompts(own: Path, folder: Path | None) -> JudgePrompts:
     """FastChat's judge_prompts.jsonl in `folder`, or else the file `own`; harm is always our own.
 
     Raises:
-        DataError: a file is broken, or a prompt lacks a field.
+        DataError: FastChat's file is broken, or its prompts have other fields than our own.
     """
-    texts = {
+    ours = {
         name: (str(text["system"]), str(text["user"]))
         for name, text in yaml.safe_load(own.read_text(encoding="utf-8")).items()
     }
-    file, source = (folder or own.parent) / "judge_prompts.jsonl", "own"
+    texts, source = dict(ours), "own"
+    file = (folder or own.parent) / "judge_prompts.jsonl"
     if file.is_file():
         source = "fastchat"
         try:
@@ -78,11 +68,16 @@ def load_prompts(own: Path, folder: Path | None) -> JudgePrompts:
                 f"{file}: not FastChat's judge prompts ({error!r}); copy the file again, or delete "
                 "it."
             ) from error
-    for name, fields in _FIELDS.items():
-        used = {field for _, field, _, _ in string.Formatter().parse(texts[name][1]) if field}
-        if used != fields:
+    for name, (_, user) in texts.items():
+        used, expected = _fields(user), _fields(ours[name][1])
+        if used != expected:
             raise DataError(
-                f"{file if source == 'fastchat' else own}: the prompt {name} has the fields "
-                f"{', '.join(sorted(used))}, expected {', '.join(sorted(fields))}."
+                f"{file}: the prompt {name} has the fields {', '.join(sorted(used))}, expected "
+                f"{', '.join(sorted(expected))}."
             )
     return JudgePrompts(source, texts)
+
+
+def _fields(prompt: str) -> set[str]:
+    """Names of a prompt's fields in braces."""
+    return {field for _, field, _, _ in string.Formatter().parse(prompt) if field}

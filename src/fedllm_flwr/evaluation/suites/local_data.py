@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,30 +121,16 @@ def _mmlu(paths: Sequence[Path]) -> Splits:
     return {"test": rows(paths[0]), "dev": rows(paths[1])}
 
 
-def _place(letter: object, path: Path) -> int:
-    """Number of an option that a file calls by its letter, from A to D."""
-    if letter not in tuple("ABCD"):
-        raise DataError(f"{path}: answer_idx is {letter!r} in a row; give A, B, C or D.")
-    return "ABCD".index(str(letter))
-
-
-def _medqa(paths: Sequence[Path]) -> Splits:
+def _lettered(paths: Sequence[Path], asked: str, options: Sequence[str], right: str) -> Splits:
+    """Questions with options A to D, by the names of the hub's columns."""
     rows = []
     for row in read_rows(paths[0]):
-        options = {f"ending{i}": row["options"][letter] for i, letter in enumerate("ABCD")}
-        rows.append(
-            {"sent1": row["question"], **options, "label": _place(row["answer_idx"], paths[0])}
-        )
-    return {"test": rows}
-
-
-def _medmcqa(paths: Sequence[Path]) -> Splits:
-    rows = []
-    for row in read_rows(paths[0]):
-        options = {f"op{letter.lower()}": row["options"][letter] for letter in "ABCD"}
-        rows.append(
-            {"question": row["question"], **options, "cop": _place(row["answer_idx"], paths[0])}
-        )
+        answer = row["answer_idx"]
+        if answer not in tuple("ABCD"):
+            raise DataError(f"{paths[0]}: answer_idx is {answer!r} in a row; give A, B, C or D.")
+        texts = [row["options"][letter] for letter in "ABCD"]
+        columns = dict(zip(options, texts, strict=True))
+        rows.append({asked: row["question"], **columns, right: "ABCD".index(answer)})
     return {"test": rows}
 
 
@@ -193,8 +180,12 @@ READERS: dict[str, Reader] = {
     "same": _same,
     "finance": _finance,
     "mmlu": _mmlu,
-    "medqa": _medqa,
-    "medmcqa": _medmcqa,
+    "medqa": partial(
+        _lettered, asked="sent1", options=[f"ending{i}" for i in range(4)], right="label"
+    ),
+    "medmcqa": partial(
+        _lettered, asked="question", options=[f"op{letter}" for letter in "abcd"], right="cop"
+    ),
     "pubmedqa": _pubmedqa,
     "bbh": _bbh,
     "drop": _drop,
