@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -140,9 +140,15 @@ def closest_key(key: str) -> str | None:
 
 def unknown_choice(key: str, value: Any, choices: Sequence[str]) -> str:
     """Message for a value outside `choices`, with the closest of them."""
-    close = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(value, choices)
     return f"{key}={shown(value)}: no such choice.{hint} Choose from {', '.join(choices)}."
+
+
+def did_you_mean(value: object, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """ " Did you mean 'x'?" with the one of `known` closest to `value`; "" if none is close."""
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(value).lower(), lowered, n=1, cutoff=cutoff)
+    return f" Did you mean {shown(lowered[close[0]])!r}?" if close else ""
 
 
 def shown(value: Any) -> str:

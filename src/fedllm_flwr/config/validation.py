@@ -5,7 +5,7 @@ import itertools
 import math
 from pathlib import Path
 
-from fedllm_flwr.config.names import shown, unknown_choice
+from fedllm_flwr.config.names import did_you_mean, shown, unknown_choice
 from fedllm_flwr.config.participation import num_sampled
 from fedllm_flwr.config.ranks import divides, parsed
 from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, EMBEDDED_DATA, Config, value_of
@@ -565,6 +565,5 @@ def _check_exists(key: str, path: str) -> None:
         beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
     except OSError as error:
         raise ConfigError(f"{key}={shown(path)}: {error.strerror}; give another path.") from error
-    close = difflib.get_close_matches(file.name, beside, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else " Give one that is there."
+    hint = did_you_mean(file.name, beside, cutoff=0.6) or " Give one that is there."
     raise ConfigError(f"{key}={shown(path)}: no such file or directory.{hint}")

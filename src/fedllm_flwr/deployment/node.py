@@ -1,6 +1,5 @@
 """A site's node config, as its SuperNode passes it to the ClientApp."""
 
-import difflib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.names import did_you_mean, shown
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.deployment.new_directory import absolute
 from fedllm_flwr.errors import ConfigError
@@ -70,8 +69,7 @@ def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
                 f"--column {shown(assignment)}: write role=column, as --column instruction=question"
             )
         if role not in ROLES:
-            close = difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(role, ROLES)
             raise ConfigError(
                 f"--column {shown(assignment)}: unknown role {shown(role)!r}.{hint} Roles are "
                 f"{', '.join(ROLES)}."

@@ -3,7 +3,6 @@
 A site whose operator has written no policy has this one's defaults.
 """
 
-import difflib
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from fedllm_flwr import tasks
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.names import did_you_mean, shown
 from fedllm_flwr.config.schema import ModelConfig, value_of
 from fedllm_flwr.deployment.approval import AUTOMATIC, EVERY_RUN, RULES
 from fedllm_flwr.errors import ConfigError, RefusedError
@@ -382,8 +381,7 @@ def _known(file: Path, key: Any) -> str:
     names = [field.name for field in fields(Policy)]
     if key in names:
         return str(key)
-    close = difflib.get_close_matches(str(key).lower(), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(key, names)
     raise _wrong(file, f"unknown key {shown(key)!r}.{hint} Known: {', '.join(names)}")
 
 

@@ -1,6 +1,5 @@
 """What the files of a base model say of it, without loading its weights."""
 
-import difflib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fedllm_flwr.config.names import did_you_mean
 from fedllm_flwr.config.schema import LoraConfig, ModelConfig
 from fedllm_flwr.errors import ConfigError, ModelError
 from fedllm_flwr.models.probe import both_directions
@@ -55,8 +55,7 @@ class BaseFacts:
 
     def _no_target(self, name: str) -> ConfigError:
         leaves = sorted({layer.rpartition(".")[2] for layer in self.layers})
-        close = difflib.get_close_matches(name, leaves, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(name, leaves, cutoff=0.6)
         more = ", ..." if len(leaves) > _MOST_NAMED else ""
         return ConfigError(
             f"lora.target_modules: {name} matches no layer of model.path={self.path} that can be "

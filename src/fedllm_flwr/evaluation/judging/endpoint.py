@@ -6,7 +6,6 @@ bytes come back than an answer can have.
 """
 
 import asyncio
-import difflib
 import importlib
 import importlib.util
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fedllm_flwr.config.names import shown
+from fedllm_flwr.config.names import did_you_mean, shown
 from fedllm_flwr.data.records import Messages
 from fedllm_flwr.errors import ConfigError, FedLLMError, JudgeError
 
@@ -208,10 +207,9 @@ class EndpointJudge(Endpoint):
         """
         names = asyncio.run(self._models())
         if names and self.model not in names:
-            close = difflib.get_close_matches(self.model, names, n=1)
-            hint = f"Did you mean {shown(close[0])!r}?" if close else f"It has {shown(names[:5])}."
+            hint = did_you_mean(self.model, names) or f" It has {shown(names[:5])}."
             raise ConfigError(
-                f"--judge-model {self.model}: {self.shown_url} has no such model. {hint}"
+                f"--judge-model {self.model}: {self.shown_url} has no such model.{hint}"
             )
 
     async def reply(

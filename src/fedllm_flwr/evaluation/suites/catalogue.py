@@ -5,7 +5,6 @@ keys of a task are the fields of `SuiteTask`, those of a metric the fields of `S
 those of an average the fields of `Average`.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fedllm_flwr.config.names import did_you_mean
 from fedllm_flwr.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[2]
@@ -140,8 +140,7 @@ def chosen_tasks(names: Sequence[str]) -> list[SuiteTask]:
 def _named(known: dict[str, Any], name: str, kind: str, typed: str) -> Any:
     if name in known:
         return known[name]
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(name, known, cutoff=0.4)
     raise ConfigError(
         f"{typed}{name}: no such {kind}.{hint} (fedllm evaluate --list lists every one)"
     )
