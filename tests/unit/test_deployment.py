@@ -33,6 +33,7 @@ from fedllm_flwr.deployment.site_keys import (
     check_public_key,
     make_key_pair,
     register_site,
+    registered_keys,
     registered_sites,
 )
 from fedllm_flwr.deployment.starting import supernode_command
@@ -463,6 +464,8 @@ def test_registered_sites_are_known_by_node(server: Path) -> None:
             (keys / f"{name}.node").write_text(node)
 
     assert registered_sites(server) == {4711: "a", 2**64 - 1: "b"}
+    for name, key in registered_keys(server).items():
+        assert (server / "site-keys" / f"{name}.pub").read_text() == f"{key} {name}\n"
     assert registered_sites(server / "nowhere") == {}
 
 

@@ -1,5 +1,7 @@
 """Who takes part, and how replies are fetched."""
 
+from dataclasses import replace
+
 import grpc
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -7,13 +9,14 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.schema import FederationConfig
+from fedllm_flwr.config.schema import FederationConfig, PrivacyConfig
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census, discover
 from fedllm_flwr.federation.exchange import receive, send
 from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
 from fedllm_flwr.federation.messages import ClientInfo, Failure
 from fedllm_flwr.federation.roster import Client, unlike_models
+from fedllm_flwr.federation.secure.keys import make_card, new_identity, new_run_key
 from fedllm_flwr.federation.wire import pack_failure, pack_info, unpack_query
 from memory_grid import MemoryGrid, superlink_error
 from superlink import StoredMessages
@@ -21,10 +24,10 @@ from superlink import StoredMessages
 CONFIG = Config(federation=FederationConfig(start_timeout_s=0.3))
 
 
-def saying(name, size=10, version=__version__):
+def saying(name, size=10, version=__version__, card=""):
     def handler(message):
         unpack_query(message.content)
-        return Message(pack_info(ClientInfo(name, size, version)), reply_to=message)
+        return Message(pack_info(ClientInfo(name, size, version, card=card)), reply_to=message)
 
     return handler
 
@@ -200,6 +203,29 @@ def test_name_belongs_to_its_key():
             "it calls itself bob, which is the name of another site's key"
             in (census.refused["node 9"])
         )
+
+
+def test_a_site_whose_keys_of_the_run_are_not_its_own_is_named_before_the_first_round():
+    identity, private = new_identity(), new_run_key()
+    own = make_card(identity, private, "5", "bob")  # MemoryGrid's run
+    other = make_card(new_identity(), private, "5", "bob")
+    unsigned = replace(own, public=make_card(identity, new_run_key(), "5", "bob").public)
+    stale = make_card(identity, private, "4", "bob")
+    config = deployment(min_clients=1, sample_fraction=1.0)
+    config = replace(config, privacy=PrivacyConfig(secure_aggregation=True))
+    amy = make_card(new_identity(), new_run_key(), "5", "amy").to_text()
+    for card, said in (
+        (own.to_text(), None),
+        (other.to_text(), "signed with another key than the one that is registered as bob"),
+        (unsigned.to_text(), "not signed for this run"),
+        (stale.to_text(), "not signed for this run"),
+        ("", "not signed for this run"),
+    ):
+        nodes = {1: saying("amy", card=amy), 2: saying("bob", card=card)}
+        keys = {"bob": own.identity}
+        census = discover(MemoryGrid(nodes), config, 2, registered=KEYS, keys=keys)
+        assert sorted(census.clients) == (["amy"] if said else ["amy", "bob"])
+        assert said is None or said in census.refused["bob"]
 
 
 def test_no_other_node_takes_the_place_of_a_registered_site():

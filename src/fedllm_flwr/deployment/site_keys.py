@@ -77,6 +77,15 @@ def registered_sites(folder: Path) -> dict[int, str]:
     return sites
 
 
+def registered_keys(folder: Path) -> dict[str, str]:
+    """Public keys of the sites that are registered at the server of `folder`, by name.
+
+    They are in the OpenSSH format, without a comment.
+    """
+    texts = {file.stem: file.read_text("utf-8") for file in (folder / SITE_KEYS).glob("*.pub")}
+    return {name: " ".join(text.split()[:2]) for name, text in sorted(texts.items())}
+
+
 def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
     """Register a site's public key; wraps ``flwr supernode register``.
 

@@ -18,6 +18,7 @@ from fedllm_flwr.federation.exchange import failure_reason, may_answer_later, se
 from fedllm_flwr.federation.inbox import NO_TENSORS, Inbox, open_inbox, patiently
 from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE, ClientInfo, printable
 from fedllm_flwr.federation.roster import Client, Roster
+from fedllm_flwr.federation.secure.keys import KeyCard, check_card
 from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info
 from fedllm_flwr.params import LARGEST_WEIGHT
 
@@ -55,7 +56,8 @@ class Census:
     left, as a site without a registered key gets a new node id at each start.
 
     ``registered`` are the names of the sites' keys by node id; a node with one of these ids must
-    call itself so, and no other node may.
+    call itself so, and no other node may. ``keys`` are those keys by name: under secure aggregation
+    a site has to sign its keys of the run with its own.
     """
 
     grid: Grid
@@ -64,6 +66,7 @@ class Census:
     closed: bool = False
     inbox: Inbox | None = None  # None: one of its own
     registered: Mapping[int, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     waiting: dict[int, Waiting] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -176,7 +179,9 @@ class Census:
             self._refuse(node_id, None, why)
             return
         name = client.info.name
-        if (problem := self._foreign_name(client) or self._unfit(client)) is not None:
+        problem = self._foreign_name(client) or self._unfit(client)
+        problem = problem or self._wrong_card(client.info, str(reply.metadata.run_id))
+        if problem is not None:
             self._refuse(node_id, printable(name)[:_LONGEST_NAME], problem)
         elif name in self.clients:
             self._take_double(name, client)
@@ -223,6 +228,25 @@ class Census:
         if not 1 <= size <= LARGEST_WEIGHT:
             return f"it announces {size} examples; look at its data file."
         return None
+
+    def _wrong_card(self, info: ClientInfo, run: str) -> str | None:
+        """Why no other site would accept a site's keys for secure aggregation."""
+        config = self.config
+        if config.federation.engine != "deployment" or not config.privacy.secure_aggregation:
+            return None
+        known = self.keys.get(info.name)
+        try:
+            card = KeyCard.from_text(info.card)
+            check_card(card, run, info.name)
+        except FederationError:
+            return "its keys for secure aggregation are not signed for this run; start it again"
+        if known in (None, card.identity):
+            return None
+        return (
+            "its keys for secure aggregation are signed with another key than the one that is "
+            f"registered as {info.name}; the registered one belongs to its site-dir, as "
+            f"{info.name}.key"
+        )
 
     def _take_double(self, name: str, client: Client) -> None:
         first = self.clients[name]
@@ -271,18 +295,20 @@ def discover(
     wanted: int,
     tell: Callable[[str], None] = lambda _: None,
     registered: Mapping[int, str] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Census:
     """Wait until `wanted` clients are there, and know each by its name.
 
     Args:
         tell: hears how the waiting for sites goes; simulated clients are there at once.
         registered: names of the sites' keys by node id, where the server has registered them.
+        keys: those public keys by name.
 
     Raises:
         FederationError: too few can take part; names those that refused, and why.
     """
     federation = config.federation
-    census = Census(grid, config, registered=registered or {})
+    census = Census(grid, config, registered=registered or {}, keys=keys or {})
     is_deployment = federation.engine == "deployment"
     started = last_news = last_told = time.monotonic()
     told: object = None

@@ -7,7 +7,7 @@ from flwr.serverapp import Grid
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
-from fedllm_flwr.deployment.site_keys import registered_sites
+from fedllm_flwr.deployment.site_keys import registered_keys, registered_sites
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census
 from fedllm_flwr.federation.messages import ClientInfo
@@ -32,7 +32,8 @@ def rehearse(config: Config, grid: Grid, console: Console) -> None:
     prepared = prepare(config)
     console.status("asking the sites")
     wanted, federation = prepared.num_clients, config.federation
-    census = Census(grid, config, registered=registered_sites(Path.cwd()))
+    here = Path.cwd()
+    census = Census(grid, config, registered=registered_sites(here), keys=registered_keys(here))
     deadline = time.monotonic() + federation.start_timeout_s
     while time.monotonic() < deadline:
         census.look()

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
-from fedllm_flwr.deployment.site_keys import registered_sites
+from fedllm_flwr.deployment.site_keys import registered_keys, registered_sites
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.federation.census import discover, known
 from fedllm_flwr.federation.roster import check_roster, unlike_models
@@ -67,8 +67,8 @@ def serve(
         if is_deployment:
             console.status("waiting for the sites")
             # The app of a deployment runs in the directory that `fedllm server init` has made.
-            registered = registered_sites(Path.cwd())
-            census = discover(grid, config, prepared.num_clients, console.status, registered)
+            registered, keys = registered_sites(Path.cwd()), registered_keys(Path.cwd())
+            census = discover(grid, config, prepared.num_clients, console.status, registered, keys)
         elif config.privacy.secure_aggregation:  # the clients' keys are not the server's to know
             census = discover(grid, config, prepared.num_clients)
         else:
