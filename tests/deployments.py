@@ -73,11 +73,13 @@ def make_site(
     ca: Path | None,
     lines: Sequence[str] | None = None,
     node: str = "",
+    policy: Sequence[str] = (),
 ) -> Path:
     """Its directory, and a data file of `lines` beside it; None: every other record of the demo.
 
     Args:
         node: first lines of its node.toml.
+        policy: key=value of its policy, besides `SMALL`.
     """
     data = folder / f"{name}.jsonl"
     data.write_text("".join(every_other_record(name) if lines is None else lines), "utf-8")
@@ -89,7 +91,7 @@ def make_site(
         device="cpu",
         insecure=ca is None,
         approval="automatic",
-        policy=SMALL,
+        policy=(*SMALL, *policy),
     )
     init_site(folder / name, options)
     file = folder / name / "node.toml"
@@ -109,11 +111,13 @@ def running_federation(
     sites: Mapping[str, Sequence[str] | None],
     link: Callable[[int], AbstractContextManager[int]] = directly,
     nodes: Mapping[str, str] | None = None,
+    policies: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Federation]:
     """Server and registered sites with their records, started with their directories' scripts.
 
     Args:
         nodes: first lines of the sites' node.toml, by name.
+        policies: key=value of the sites' policies, by name.
         link: makes a site's own way to a port of the server; the port where it begins.
     """
     server, base = root / "server", free_ports(5)
@@ -136,8 +140,8 @@ def running_federation(
         assert wait_for(lambda: listens(ports["fleet"]), 180)
         for name, lines in sites.items():
             port = stack.enter_context(link(ports["fleet"]))
-            node = (nodes or {}).get(name, "")
-            site = make_site(root, name, port, server / "ca.crt", lines, node)
+            own = (nodes or {}).get(name, ""), (policies or {}).get(name, ())
+            site = make_site(root, name, port, server / "ca.crt", lines, *own)
             done = run("fedllm", "server", "register", str(server), str(site / f"{name}.pub"))
             assert f"Registered {name}" in done.stdout, done.stderr
             stack.enter_context(started([str(site / "start-supernode.sh")], root))

