@@ -7,6 +7,7 @@ import pytest
 from tiny_runs import ALGORITHMS, records, run_tiny
 
 TASKS = ("sft", "dpo", "kto")
+FAMILY = ["ffa", "rolora", "lora_fair", "fedex", "flexlora", "hetlora", "flora", "fedsa", "ditto"]
 FAST = {("scaffold", "dpo", "client"), ("fedyogi", "kto", "record")}
 MATRIX = [
     pytest.param(*cell, marks=[] if cell in FAST else pytest.mark.slow)
@@ -55,8 +56,21 @@ def test_options_go_with_a_promise(option: str, unit: str, tmp_path: Path) -> No
     "options",
     [
         "privacy.unit=record privacy.secure_aggregation=true federation.sample_clients=3",
-        "privacy.unit=record algorithm=fedex",
+        "privacy.unit=record privacy.secure_aggregation=true federation.sample_clients=3 "
+        "algorithm=scaffold",
+        "privacy.unit=record communication.transforms=[int8]",
+        "privacy.unit=record communication.transforms=[int4] task=dpo",
+        "privacy.unit=record communication.transforms=[top_k] task=kto",
+        "privacy.unit=record algorithm.combiner=median federation.sample_clients=3",
+        "privacy.unit=record algorithm.weighting=examples federation.min_replies=1",
+        "privacy.unit=record algorithm=local",
+        "privacy.unit=record algorithm=centralized",
         "privacy.unit=client algorithm=ffa",
+        "privacy.unit=client algorithm=rolora",
+        "privacy.unit=client privacy.sampling=fixed federation.min_replies=1",
+        "privacy.unit=client lora.dora=true communication.dtype=float32",
+        "privacy.unit=client task=dpo dpo.loss_type=aot",
+        *(f"privacy.unit=record algorithm={name}" for name in FAMILY),
     ],
 )
 def test_neighbouring_options_go_with_a_promise(options: str, tmp_path: Path) -> None:

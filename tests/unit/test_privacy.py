@@ -183,6 +183,8 @@ REFUSED = {
     "privacy.secure_aggregation=true privacy.sampling=visible privacy.clip_quantile=0.5": (
         "privacy.clip_quantile=0.5 with privacy.secure_aggregation=true"
     ),
+    "communication.transforms=[int8]": "communication.transforms=[int8] with privacy.unit=client",
+    f"{RECORD} privacy.secure_aggregation=true communication.transforms=[int8]": "masked sums",
     f"{RECORD} lora.dora=true": "lora.dora=true with privacy.unit=record",
     f"{RECORD} task=dpo dpo.loss_type=aot": "it sorts the pairs of a batch",
     f"{RECORD} training.packing=true": "training.packing=true with privacy.unit=record",
