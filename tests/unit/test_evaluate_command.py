@@ -252,8 +252,8 @@ def test_solved_examples_make_room_for_the_answer(make_config: object, tmp_path:
 
     num_tokens = len(model.adapted.tokenizer(found.first_prompt)["input_ids"])
     assert num_tokens <= model.max_length // 2
-    assert found.notes["examples_left_out"] > 0
-    assert found.notes["cut"] == 0
+    assert model.examples_left_out > 0
+    assert model.cut == 0
 
 
 def test_central_evaluation_scores_suites(make_config: object, data_root: Path) -> None:

@@ -1,6 +1,7 @@
 """Scores candidates on tasks: loads the base model once, swaps adapters, and caches samples."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,19 +76,28 @@ class Scorer:
                 _report(candidate, task, "cached")
         if missing:
             with loaded(candidate) as adapted, torch_threads(cpu_count()):
-                model = TextModel(
-                    adapted,
-                    prompt=self.prompt,
-                    template=candidate.config.data.template,
-                    batch_tokens=self.options.batch_tokens,
-                    seed=self.options.seed,
-                    source=model_source(candidate.config.model),
-                    adapter=None if candidate.adapter is None else candidate.adapter.path,
-                )
                 folder = self.work_dir / key_of(**identity)[:16]
                 options = replace(self.options, work_dir=folder)
                 for task in missing:
+                    started = time.monotonic()
+                    model = TextModel(
+                        adapted,
+                        prompt=self.prompt,
+                        template=candidate.config.data.template,
+                        batch_tokens=self.options.batch_tokens,
+                        seed=self.options.seed,
+                        source=model_source(candidate.config.model),
+                        adapter=None if candidate.adapter is None else candidate.adapter.path,
+                    )
                     samples = runners[task.runner](task, model, options)
+                    notes = {
+                        "prompts": model.prompts,
+                        "cut": model.cut,
+                        "examples_left_out": model.examples_left_out,
+                        **samples.notes,
+                    }
+                    seconds = time.monotonic() - started
+                    samples = replace(samples, notes=notes, seconds=seconds)
                     self.cache.put(keys[task.name], samples)
                     found[task.name] = samples
                     _report(candidate, task, f"{samples.seconds:.0f} s")

@@ -1,9 +1,7 @@
 """The runner of the suite ``code``: answers to problems, run against their tests."""
 
 import importlib.util
-import time
 from collections.abc import Sequence
-from typing import Any
 
 from fedllm_flwr.errors import ConfigError, DataError, first_line
 from fedllm_flwr.evaluation.coding.problems import KINDS, Problem
@@ -45,31 +43,26 @@ def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Sam
     Raises:
         DataError: the data are missing or in another schema.
     """
-    started = time.monotonic()
     chosen = options.code
     problems, left_out = read_problems(task, options)
     bare = model.prompt == "raw"
     new_tokens = model.answer_room(int(task.settings["new_tokens"]))
-    prompts, dropped = [], 0
-    for problem in problems:
-        turns = problem.bare if bare else problem.asked
-        text, fewer = model.render_fitting(turns, new_tokens)
-        prompts.append(text)
-        dropped += fewer
-    cut_before = model.cut
+    prompts = [
+        model.render_fitting(problem.bare if bare else problem.asked, new_tokens)
+        for problem in problems
+    ]
     stop = problems[0].stop if bare else ()
     decoding = Decoding(new_tokens, chosen.heat, float(task.settings.get("top_p", 0.95)), stop)
     repeated = [prompt for prompt in prompts for _ in range(chosen.samples)]
     written = model.generate(repeated, decoding, strip=False)
     rows = [written[i : i + chosen.samples] for i in range(0, len(written), chosen.samples)]
-    notes: dict[str, Any] = {"cut": model.cut - cut_before, "examples_left_out": dropped}
     if chosen.allow_code_execution:
         samples = score(problems, rows, bare, Limits(**task.settings.get("limits", {})))
-        notes["remark"] = left_out
+        remark = left_out
     else:
         samples = unscored(problems, rows)
-        notes["remark"] = "; ".join(filter(None, [left_out, NOT_RUN]))
-    return Samples(samples, prompts[0], notes, time.monotonic() - started)
+        remark = "; ".join(filter(None, [left_out, NOT_RUN]))
+    return Samples(samples, prompts[0], {"remark": remark})
 
 
 def score(

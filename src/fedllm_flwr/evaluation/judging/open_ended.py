@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +106,6 @@ def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions
         DataError: the set's files are missing.
         JudgeError: the judge cannot be asked.
     """
-    started = time.monotonic()
     if options.work_dir is None:
         raise ConfigError(f"task {task.name} needs a directory to work in: --output.")
     chosen = options.judging
@@ -139,7 +137,7 @@ def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions
         scores, notes = scores | more, notes | about
     samples = [_sample(item, i, scores) for i, item in enumerate(answered)]
     first = render(model, [{"role": "user", "content": questions[0].turns[0]}])
-    return Samples(samples, first, notes, time.monotonic() - started)
+    return Samples(samples, first, notes)
 
 
 def _judge(options: JudgeOptions) -> EndpointJudge | None:

@@ -7,7 +7,6 @@ package's. It is an optional dependency, and is imported when the first task run
 import contextlib
 import io
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ class HarnessTasks:
         with _quiet():
             from lm_eval.evaluator import evaluate
 
-            started = time.monotonic()
             loaded = self._load(task, options, model.prompt)
             rooms = [
                 _decoding(one.config.generation_kwargs or {}).max_new_tokens
@@ -51,9 +49,8 @@ class HarnessTasks:
                 else _ROOM
                 for one in loaded.values()
             ]
-            asked = _HarnessModel(model, max(rooms))
             found = evaluate(
-                asked,
+                _HarnessModel(model, max(rooms)),
                 {"tasks": loaded},
                 limit=options.limit,
                 bootstrap_iters=0,
@@ -67,8 +64,7 @@ class HarnessTasks:
                 sample = _sample(name, logged)
                 samples.setdefault(sample["id"], {}).update(sample)
         prompt = found["samples"][next(iter(loaded))][0]["arguments"][0][0]
-        notes = {"prompts": asked.prompts, "cut": asked.cut, "examples_left_out": asked.left_out}
-        return Samples(list(samples.values()), prompt, notes, time.monotonic() - started)
+        return Samples(list(samples.values()), prompt)
 
     def _load(self, task: SuiteTask, options: RunOptions, prompt: str) -> dict[str, Any]:
         key = (task.suite, task.name, options.data_root, options.shots, prompt)
@@ -150,22 +146,12 @@ class _HarnessModel:
 
     def __init__(self, model: TextModel, room: int) -> None:
         self._model, self._room = model, model.answer_room(room)
-        self._cut_before = model.cut
-        self.prompts = self.left_out = 0
-
-    @property
-    def cut(self) -> int:
-        """Prompts that lost tokens at their start."""
-        return self._model.cut - self._cut_before
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The prompt that the model sees; the harness' name for it."""
-        text, left_out = self._model.render_fitting(messages, self._room)
-        self.left_out += left_out
-        self.prompts += 1
-        return text
+        return self._model.render_fitting(messages, self._room)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of each (context, continuation)."""

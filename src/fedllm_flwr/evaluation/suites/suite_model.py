@@ -39,7 +39,9 @@ class TextModel:
     seed: int = 0
     source: str = ""
     adapter: Path | None = None
+    prompts: int = field(default=0, init=False)  # rendered to fit
     cut: int = field(default=0, init=False)  # prompts that lost tokens at their start
+    examples_left_out: int = field(default=0, init=False)  # solved ones, of prompts
 
     @cached_property
     def max_length(self) -> int:
@@ -67,27 +69,25 @@ class TextModel:
         one = [{"role": "user", "content": text}]
         return render_prompt(one, self.template, self.adapted.tokenizer)
 
-    def render_fitting(self, messages: Messages, room: int) -> tuple[str, int]:
+    def render_fitting(self, messages: Messages, room: int) -> str:
         """`render`, without as many of the first solved examples as do not fit.
 
         Args:
             messages: [system,] then pairs of user and assistant, then the user.
             room: tokens that the answer needs.
-
-        Returns:
-            the text, and how many examples were left out.
         """
+        self.prompts += 1
         system = [turn for turn in messages[:1] if turn["role"] == "system"]
         rest = list(messages[len(system) :])
         overhead = self._num_tokens(self.render([{"role": "user", "content": "x"}]))
         longest = self.max_length - room - overhead
         lengths = [self._num_tokens(turn["content"]) + 2 for turn in rest]
         total = sum(lengths) + sum(self._num_tokens(turn["content"]) for turn in system)
-        dropped = 0
         while total > longest and len(rest) > 2:
             total -= sum(lengths[:2])
-            rest, lengths, dropped = rest[2:], lengths[2:], dropped + 1
-        return self.render([*system, *rest]), dropped
+            rest, lengths = rest[2:], lengths[2:]
+            self.examples_left_out += 1
+        return self.render([*system, *rest])
 
     def log_likelihoods(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
