@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Array, Params
 
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?")
@@ -25,6 +26,34 @@ def is_a(name: str) -> bool:
 def is_b(name: str) -> bool:
     """Whether a tensor is a factor B, of shape (out, r)."""
     return (found := _FACTOR.fullmatch(name)) is not None and found[3] == "B"
+
+
+def core_of(name_b: str) -> str:
+    """Name of the core R, (r, r), of the module whose factor B has this name; see `folded`."""
+    return name_b.replace(".lora_B", ".lora_R")
+
+
+def is_core(name: str) -> bool:
+    """Whether a tensor is a core R, of shape (r, r)."""
+    return ".lora_R" in name
+
+
+def folded(adapter: Params) -> Params:
+    """An adapter of products B R A as one of products (B R) A; any other as it is.
+
+    Raises:
+        FederationError: a core without its B, or of another shape than (r, r).
+    """
+    cores = {name: value for name, value in adapter.items() if is_core(name)}
+    if not cores:
+        return adapter
+    plain = {name: value for name, value in adapter.items() if name not in cores}
+    for name, core in cores.items():
+        b = plain.get(name.replace(".lora_R", ".lora_B"))
+        if b is None or b.ndim != 2 or core.shape != 2 * (b.shape[1],):
+            raise FederationError(f"{name[:100]!r} of shape {core.shape} fits no factor B")
+        plain[name.replace(".lora_R", ".lora_B")] = b @ core
+    return plain
 
 
 def pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -113,6 +113,7 @@ ALGORITHMS: Registry[Any] = Registry(
         "hetlora": f"{_ALGORITHMS}.hetlora:HetLoRA",
         "flora": f"{_ALGORITHMS}.flora:FLoRA",
         "fedsa": f"{_ALGORITHMS}.fedsa:FedSA",
+        "fed_sb": f"{_ALGORITHMS}.fed_sb:FedSB",
         "ditto": f"{_ALGORITHMS}.ditto:Ditto",
         "local": f"{_ALGORITHMS}.baselines:Local",
         "centralized": f"{_ALGORITHMS}.baselines:Centralized",

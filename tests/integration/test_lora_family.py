@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.errors import FederationError, RunInterrupted
-from fedllm_flwr.factors import rank_of
+from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
+from fedllm_flwr.factors import core_of, folded, is_b, rank_of
 from fedllm_flwr.federation.state import newest_readable, read_state, state_file
 from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.models.adapted_model import load_beside
@@ -30,6 +30,7 @@ FAMILY = {
     "hetlora_pruned": ["algorithm=hetlora", RANKS, "algorithm.options={gamma: 0.5, strength: 1.0}"],
     "flora": ["algorithm=flora", RANKS],
     "fedsa": ["algorithm=fedsa"],
+    "fed_sb": ["algorithm=fed_sb", "federation.num_rounds=4"],
     "ditto": ["algorithm=ditto"],
 }
 INEXACT = (
@@ -68,7 +69,8 @@ def test_two_rounds_and_the_same_bits_after_a_stop(name: str, tmp_path: Path) ->
 
 
 def _assert_errors(name, rounds):
-    """FedSA has none: the server never sees a B."""
+    """FedSA has none: the server never sees a B. Nor have the rounds in which nothing moves."""
+    rounds = rounds[2:] if name == "fed_sb" else rounds
     errors = [record.get("aggregation_error", 0.0) for record in rounds]
     assert all(error > 1e-4 if name in INEXACT else error < 1e-6 for error in errors)
     assert all(("aggregation_error" in record) is (name != "fedsa") for record in rounds)
@@ -98,6 +100,12 @@ def test_what_travels(tmp_path: Path) -> None:
         assert record["bytes_up"] == record["bytes_down"] == per_value * b
     start, end = load_beside(whole).initial, final_state(directory).params
     assert all(start[n].tobytes() == v.tobytes() for n, v in end.items() if "lora_A" in n)
+    directory = run_tiny(tmp_path / "fed_sb", *FAMILY["fed_sb"])
+    cores = whole.lora.r**2 * sum("lora_B" in name for name in initial)
+    for record in records(directory)[3:]:
+        assert record["bytes_up"] == per_value * cores
+    with pytest.raises(ConfigError, match="algorithm=fed_sb starts from a base"):
+        run_tiny(tmp_path / "again", *FAMILY["fed_sb"], f"init_adapter={directory.adapter}")
     ranks = "lora.ranks=[*:2]"
     directory = run_tiny(tmp_path / "ranks", "algorithm=flexlora", ranks)
     for record in records(directory)[1:]:
@@ -145,7 +153,58 @@ def test_every_rule_with_every_task(name: str, task: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-@pytest.mark.parametrize("name", ["ffa", "fedex", "flora"])
+@pytest.mark.parametrize("name", ["ffa", "fedex", "flora", "fed_sb"])
 def test_quantized_bases_stay_as_they_are(name: str, quantization: str, tmp_path: Path) -> None:
     directory = run_tiny(tmp_path, *FAMILY[name], f"quantization={quantization}")
-    assert all(record["aggregation_error"] < 1e-6 for record in records(directory)[1:])
+    _assert_errors(name, records(directory)[1:])
+
+
+def test_a_core_is_trained_between_b_and_a() -> None:
+    """Logits are those of (B R) A, and dR = B' d(B R)."""
+    config = compose(tiny("algorithm=fed_sb", "lora.dropout=0"))
+    model, rng = load_beside(config), np.random.default_rng(0)
+    factors = {n: rng.normal(0, 0.1, v.shape).astype(np.float32) for n, v in model.initial.items()}
+    cores = {
+        core_of(n): rng.normal(0, 1, 2 * (config.lora.r,)).astype(np.float32)
+        for n in factors
+        if is_b(n)
+    }
+    tokens, found = torch.arange(10, 42)[None], []
+    for params in ({**factors, **cores}, folded({**factors, **cores})):
+        model.load(params)
+        np.testing.assert_equal(model.params(), params)
+        model.peft.zero_grad()
+        loss = model.peft(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        found.append((loss.item(), {n: p.grad.numpy() for n, p in model.trainable().items()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name in filter(is_b, factors):
+        expected = factors[name].T @ found[1][1][name]
+        np.testing.assert_allclose(found[0][1][core_of(name)], expected, rtol=1e-3, atol=1e-6)
+    assert not any("core" in name for name, _ in model.peft.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["client", "record"])
+def test_fed_sb_under_privacy(unit: str, tmp_path: Path) -> None:
+    """The rounds of the estimate are bounded, noised and accounted for as all."""
+    noise = ("privacy.noise_multiplier=1", f"privacy.unit={unit}")
+    spent = [
+        record["epsilon"] for record in records(run_tiny(tmp_path, *FAMILY["fed_sb"], *noise))[1:]
+    ]
+    assert spent[0] > 0
+    assert spent == sorted(spent)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["federation.num_rounds=2"], "federation.num_rounds=2: with algorithm=fed_sb"),
+        (["lora.dora=true"], "lora.dora=true does not go with algorithm=fed_sb"),
+        (["lora.ranks=[a:4]"], "lora.ranks does not go with algorithm=fed_sb"),
+        (["algorithm.options.estimation=3"], "estimation must be an even number"),
+    ],
+)
+def test_what_fed_sb_cannot_do_is_said(overrides, said, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run_tiny(tmp_path, "algorithm=fed_sb", *overrides)

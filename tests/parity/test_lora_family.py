@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.factors import aggregation_error, cut, norm, rank_of, stacked, truncated
+from fedllm_flwr.factors import aggregation_error, cut, folded, norm, rank_of, stacked, truncated
 from fedllm_flwr.federation.rule import Counts, find_rule
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.training.drift import DriftCorrection
@@ -238,6 +238,71 @@ def test_fedsa_shares_a_and_keeps_b():
     for name, value in state.params.items():
         mean = sum(p * a[name] for p, a in zip(SHARES, clients(1), strict=True))
         np.testing.assert_allclose(value, mean if "lora_A" in name else w[name], atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [RANK, 6])
+def test_fed_sb_moves_w_by_the_gradient_in_the_leading_singular_vectors(rank):
+    """With whole matrices, on F_i = ||W - T_i||^2 / 2: the SVD of the mean gradient G at W = 0, of
+    `rank`, by subspace iteration from A; then W_i <- W_i - lr s^2 B B' (W_i - T_i) A' A, averaged.
+    """
+    rng, scale, rate, seeded = np.random.default_rng(0), 2.0, 0.05, draw(99)
+    left = {m: rng.normal(size=(rows, rank)) for m, (rows, _) in MODULES.items()}
+    targets = [
+        {m: left[m] @ rng.normal(size=(rank, columns)) for m, (_, columns) in MODULES.items()}
+        for _ in SIZES
+    ]
+    rule = find_rule(AlgorithmConfig(name="fed_sb"))
+    state = ServerState(0, {n: 0 * v if "lora_B" in n else v for n, v in seeded.items()})
+    state = rule.start(state, 3)
+    names = {m: [f"{m}.lora_{x}.weight" for x in "ARB"] for m in MODULES}
+
+    def gradients(params, target):
+        """Of A, R and B at s B R A."""
+        found = {}
+        for module, (a, r, b) in names.items():
+            w = scale * params[b] @ params[r] @ params[a]
+            g = scale * (w - target[module])
+            found[a] = (params[b] @ params[r]).T @ g
+            found[r] = params[b].T @ g @ params[a].T
+            found[b] = g @ (params[r] @ params[a]).T
+        return found
+
+    for _ in range(2):
+        sent = [
+            {n: state.params[n] + g for n, g in gradients(state.params, t).items()} for t in targets
+        ]
+        state = step("fed_sb", state, sent)
+    onto = {}
+    for module, (a, r, b) in names.items():
+        mean = -sum(p * t[module] for p, t in zip(SHARES, targets, strict=True))
+        q = np.linalg.qr(mean @ seeded[a].T)[0]
+        u, _, v = np.linalg.svd(q.T @ mean, full_matrices=False)
+        expected = (q @ u @ (q @ u).T, v.T @ v)
+        onto[module] = state.params[b] @ state.params[b].T, state.params[a].T @ state.params[a]
+        for ours, theirs in zip(onto[module], expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=0.02)  # rounded to bfloat16
+        if rank == RANK:  # then nothing of it is lost
+            lost = onto[module][0] @ mean @ onto[module][1] - mean
+            assert np.linalg.norm(lost) < 0.02 * np.linalg.norm(mean)
+        assert not state.params[r].any()
+    whole = {m: np.zeros(shape) for m, shape in MODULES.items()}
+    for _ in range(3):
+        adapters, moved = [], []
+        for target in targets:
+            own, w = dict(state.params), dict(whole)
+            for _ in range(4):
+                found = gradients(own, target)
+                own = {n: v - rate * found[n] if "lora_R" in n else v for n, v in own.items()}
+                for module, (b_b, a_a) in onto.items():
+                    w[module] = (
+                        w[module] - rate * scale**2 * b_b @ (w[module] - target[module]) @ a_a
+                    )
+            adapters.append(own)
+            moved.append(w)
+        state = step("fed_sb", state, adapters)
+        whole = {m: sum(p * w[m] for p, w in zip(SHARES, moved, strict=True)) for m in MODULES}
+        assert_products(state.adapter, {m: w / scale for m, w in whole.items()}, 1e-6)
+        assert aggregation_error([folded(a) for a in adapters], SHARES, {}, state.adapter) < 1e-7
 
 
 def test_peft_combines_alike():

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
+from fedllm_flwr.factors import folded
 from fedllm_flwr.federation.client_memory import ClientMemory
 from fedllm_flwr.federation.masked_round import code_of
 from fedllm_flwr.federation.messages import FROZEN, Assignment, Update
@@ -83,7 +84,7 @@ def check_sent(assignment: Assignment, rule: Rule, task: TrainingTask, model: Ad
         if name == FROZEN:
             model.check_frozen(params)
         else:
-            model.check(params, name)
+            model.check(folded(params) if rule.has_cores else params, name)
 
 
 def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
@@ -124,6 +125,9 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
         tensors=received,
         remembered=memory.kept,
     )
+    estimates = rule.estimates(assignment.round)
+    if estimates:  # a step of this size moves nothing
+        work = replace(work, learning_rate=0.0)
     prepared = task.prepare(work)
     kept = {kind: prepared[kind] for kind in task.remembers}
 
@@ -136,7 +140,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
 
         model.load(terms.start, received.get(FROZEN))
         with _trained_only(model.trainable(), trains) as parameters:
-            drift = DriftCorrection(parameters, terms, assignment.learning_rate)
+            drift = DriftCorrection(parameters, terms, work.learning_rate)
             if by_record:
                 trained = train_privately(
                     model,
@@ -145,7 +149,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
                     data.train.source,
                     batches,
                     config,
-                    assignment.learning_rate,
+                    work.learning_rate,
                     work.seed,
                     task.rows_per_example,
                     task.drops_out(config),
@@ -175,7 +179,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
         adapter, _, trained = optimise(personal)
         kept[rule.personal] = Kept(adapter)
         metrics["personal_loss"] = trained.loss
-    delta = result.delta
+    delta = result.mean_gradient if estimates else result.delta
     if decay := worker_momentum(config):
         delta = with_momentum(delta, memory.tensors.get(MOMENTUM), decay)
         kept[MOMENTUM] = Kept(delta)

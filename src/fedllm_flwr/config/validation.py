@@ -469,6 +469,7 @@ def _check_ranks(config: Config) -> None:
             f"use algorithm={' or '.join(able)}."
         )
     is_matrix = kind.stacks or "both" not in kind.takes_factors or algorithm.factors != "both"
+    is_matrix = is_matrix or kind.has_cores
     if lora.dora and is_matrix:
         raise ConfigError(
             f"lora.dora=true does not go with algorithm={algorithm.name} or algorithm.factors="

@@ -20,7 +20,7 @@ from fedllm_flwr.config.participation import min_replies
 from fedllm_flwr.config.schema import PrivacyConfig
 from fedllm_flwr.data.poison import attackers
 from fedllm_flwr.errors import FederationError, NotFiniteError
-from fedllm_flwr.factors import aggregation_error, cut, is_a, is_b
+from fedllm_flwr.factors import aggregation_error, cut, folded, is_a, is_b, is_core
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
@@ -292,7 +292,7 @@ class Rounds:
             return False
         if wanted is None:
             wanted = num_clients * sum(value.nbytes for value in params.values()) <= _MOST_KEPT
-        return wanted and all(is_a(name) or is_b(name) for name in params)
+        return wanted and all(is_a(name) or is_b(name) or is_core(name) for name in params)
 
     def oldest_checkpoint(self, state: ServerState) -> int:
         """Round of the oldest state that the server may go back to."""
@@ -300,9 +300,10 @@ class Rounds:
         return state.round if oldest is None else oldest
 
     def bytes_per_client(self, state: ServerState) -> tuple[int, int]:
-        """Bytes of tensors that a client is sent in a round, and that it sends."""
-        (assignment,) = self._assignments(state, {"": 0}, state.round + 1, 0.0).values()
-        return self.wire_bytes(assignment.tensors), self.bytes_up(state.params, state.round + 1)
+        """Bytes of tensors that a client is sent in the last round, and that it sends."""
+        last = self.config.federation.num_rounds
+        (assignment,) = self._assignments(state, {"": 0}, last, 0.0).values()
+        return self.wire_bytes(assignment.tensors), self.bytes_up(state.params, last)
 
     def bytes_up(self, params: Params, server_round: int) -> int:
         """Bytes of tensors that come back from a client that starts at `params`."""
@@ -470,10 +471,11 @@ class OpenRound:
             tensors={**new.tensors, **tensors},
             clients={**state.clients, **accepted},
         )
-        if counts.adapters and rounds.rule.aggregates:
+        if counts.adapters and rounds.rule.aggregates and not rounds.rule.estimates(report.round):
+            adapters = [folded(each) for each in counts.adapters]
             before = state.tensors.get(FROZEN, {})
             report.aggregation_error = aggregation_error(
-                counts.adapters, counts.shares, before, new.adapter
+                adapters, counts.shares, before, new.adapter
             )
         if self._updates:
             report.adapter_with = self.adapter_with

@@ -101,6 +101,8 @@ class Rule(ABC):
     freezes: ClassVar[bool] = False
     """Whether `step` maintains frozen factors, which clients apply with the adapter and do not
     train, as ``state.tensors["frozen"]``."""
+    has_cores: ClassVar[bool] = False
+    """Whether adapters are products B R A, with a core R (r, r) for each module."""
 
     @classmethod
     def from_config(cls, algorithm: AlgorithmConfig) -> Self:
@@ -146,6 +148,10 @@ class Rule(ABC):
     def shares(self, name: str, round: int) -> bool:
         """Whether clients send back the change of the tensor `name` in a round."""
         return self.trains(name, round)
+
+    def estimates(self, round: int) -> bool:
+        """Whether clients send the mean gradient at the adapter as received instead of a change."""
+        return False
 
     def is_fixed(self, name: str) -> bool:
         """Whether a tensor of the global adapter keeps its initial value for the whole run.

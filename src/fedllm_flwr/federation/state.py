@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.factors import joined
+from fedllm_flwr.factors import folded, joined
 from fedllm_flwr.federation.messages import FROZEN, Acknowledged
 from fedllm_flwr.federation.tensor_files import load_params, save_params
 from fedllm_flwr.params import Groups, Params
@@ -41,8 +41,8 @@ class ServerState:
 
     @property
     def adapter(self) -> Params:
-        """The adapter to score and to export: ``params``, and the frozen factors if any."""
-        return joined(self.params, self.tensors.get(FROZEN, {}))
+        """The adapter to score and to export: ``params`` as plain products, and frozen factors."""
+        return joined(folded(self.params), self.tensors.get(FROZEN, {}))
 
 
 def save_state(directory: Path, state: ServerState, keep: int) -> Path:

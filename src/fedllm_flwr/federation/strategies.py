@@ -389,6 +389,12 @@ class FedSA(FederatedStrategy):
     name = "fedsa"
 
 
+class FedSB(FederatedStrategy):
+    """Singhal et al. 2025; see `federation.algorithms.fed_sb`."""
+
+    name = "fed_sb"
+
+
 class Ditto(FederatedStrategy):
     """Li et al. 2021; see `federation.algorithms.ditto`."""
 
@@ -411,7 +417,7 @@ STRATEGIES: dict[str, type[FederatedStrategy]] = {
     kind.name: kind
     for kind in (
         *(FedAvg, FedProx, Scaffold, FedAvgM, FedAdagrad, FedYogi, FedAdam),
-        *(FFA, RoLoRA, LoRAFair, FedEx, FlexLoRA, HetLoRA, FLoRA, FedSA, Ditto),
+        *(FFA, RoLoRA, LoRAFair, FedEx, FlexLoRA, HetLoRA, FLoRA, FedSA, FedSB, Ditto),
         *(Local, Centralized),
     )
 }

@@ -17,12 +17,13 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch.utils.hooks import RemovableHandle
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import LoraConfig as LoraSettings
 from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ConfigError, FederationError, ModelError
-from fedllm_flwr.factors import cut, padded, rank_of, rest
+from fedllm_flwr.factors import core_of, cut, folded, is_core, padded, rank_of, rest
 from fedllm_flwr.models.base_model import count_parameters, load_base
 from fedllm_flwr.models.device import resolve_attention, resolve_device, resolve_dtype
 from fedllm_flwr.models.tokenizer import load_tokenizer
@@ -44,6 +45,7 @@ class AdaptedModel:
     num_base_parameters: int
     quantized: bool
     initial: Params = field(repr=False)  # the adapter as it was made, by (seed, LoRA settings)
+    _cores: list[tuple[torch.nn.Module, RemovableHandle]] = field(default_factory=list, repr=False)
 
     @property
     def pad_id(self) -> int:
@@ -71,7 +73,7 @@ class AdaptedModel:
         """A copy of the adapter's tensors as float32, by PEFT state-dict name."""
         state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         return {
-            name: value.detach().to("cpu", torch.float32, copy=True).numpy()
+            _core_name(name): value.detach().to("cpu", torch.float32, copy=True).numpy()
             for name, value in state.items()
         }
 
@@ -81,6 +83,7 @@ class AdaptedModel:
         PEFT would take any tensor of the model, also one of the frozen base, and keep it there;
         so names and shapes have to be those of the adapter that was made here, but for the rank. An
         adapter of a smaller rank is trained in this rank. The scale alpha / r is the same for all.
+        A core R of `params` stands between the B and A of its module, B R A x.
 
         Args:
             frozen: factors of any rank beside the adapter, which are not trained; None: the rows
@@ -93,13 +96,16 @@ class AdaptedModel:
         if frozen is None and rank_of(params) > rank:
             own, frozen = cut(params, rank), rest(params, rank)
         frozen = frozen or {}
-        self.check(own, "the adapter")
+        self.check(folded(own), "the adapter")
+        cores = {name: value for name, value in own.items() if is_core(name)}
+        own = {name: value for name, value in own.items() if name not in cores}
         self.check_frozen(frozen)
         if not frozen and _FROZEN in self.peft.peft_config:
             self.peft.set_adapter(_TRAINED)
             self.peft.delete_adapter(_FROZEN)
         self._resize(_TRAINED, rank_of(own) or rank)
         set_peft_model_state_dict(self.peft, _tensors(own))
+        self._set_cores(_tensors(cores))
         if not frozen:
             return
         self._resize(_FROZEN, rank_of(frozen))
@@ -108,6 +114,27 @@ class AdaptedModel:
         for name, parameter in self.peft.named_parameters():
             if f".{_FROZEN}" in name:
                 parameter.requires_grad_(False)
+
+    def _set_cores(self, cores: dict[str, torch.Tensor]) -> None:
+        """Put these cores in the place of those that are there."""
+        for changed, handle in self._cores:
+            handle.remove()
+            del changed.core
+        self._cores = []
+        if not cores:
+            return
+        found = {
+            core_of(f"{name.removesuffix(f'.{_TRAINED}')}.weight"): module
+            for name, module in self.peft.named_modules()
+            if name.endswith(f".lora_B.{_TRAINED}")
+        }
+        for name, value in cores.items():
+            if (module := found.get(name)) is None:
+                text = f"{name}: only linear layers take a core between B and A"
+                raise ModelError(f"{text}; set lora.target_modules to such.", text)
+            module.core = torch.nn.Linear(len(value), len(value), False, self.device)
+            module.core.weight.data = value.to(self.device)
+            self._cores.append((module, module.register_forward_pre_hook(_through_core)))
 
     def _resize(self, adapter: str, rank: int) -> None:
         """Give one of PEFT's adapters another rank, with the scale that all have."""
@@ -173,6 +200,16 @@ class AdaptedModel:
         return (self.device.type == "cuda" and large) if requested is None else requested
 
 
+def _through_core(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """R A x in the place of A x, on its way into B."""
+    return (module.core(inputs[0]),)
+
+
+def _core_name(name: str) -> str:
+    """PEFT calls a core by the module of B that it was put into."""
+    return name.replace(f".lora_B.{_TRAINED}.core.", ".lora_R.")
+
+
 def _tensors(params: Params) -> dict[str, torch.Tensor]:
     """Copies as float32 tensors."""
     return {name: torch.from_numpy(value.astype(np.float32)) for name, value in params.items()}
@@ -180,7 +217,7 @@ def _tensors(params: Params) -> dict[str, torch.Tensor]:
 
 def _state_dict_name(name: str) -> str:
     """A parameter's name without the adapter's; PEFT also leaves off DoRA's ``.weight``."""
-    name = name.replace(".default", "")
+    name = _core_name(name).replace(".default", "")
     return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 

@@ -58,7 +58,7 @@ def check_fit(config: Config) -> "SimulatedData | None":
     check_trackers(config.tracking)
     if config.privacy.unit == "client" and config.federation.num_clients is not None:
         plan_budget(config, dict.fromkeys(map(str, range(config.federation.num_clients)), 1))
-    find_rule(config.algorithm)
+    _check_estimation(config)
     Chain.of(config)
     requested_tasks(config)
     adapters = {key: value_of(config, key) for key in task_of(config).adapters.values()}
@@ -100,6 +100,25 @@ def check_fit(config: Config) -> "SimulatedData | None":
         require_examples(config, "the held-out records", len(encoded))
         check_token_ids(config, encoded, facts.vocabulary)
     return data
+
+
+def _check_estimation(config: Config) -> None:
+    """Refuse a rule without a round in which something moves, or whose start is not the base.
+
+    Raises:
+        ConfigError: names the key, its value and the remedy.
+    """
+    rule, name, rounds = find_rule(config.algorithm), config.algorithm.name, config.federation
+    if rule.estimates(rounds.num_rounds):
+        raise ConfigError(
+            f"federation.num_rounds={rounds.num_rounds}: with algorithm={name} so many rounds "
+            "estimate gradients and move nothing; raise it, or lower algorithm.options.estimation."
+        )
+    if rule.has_cores and config.init_adapter is not None:
+        raise ConfigError(
+            f"init_adapter={shown(config.init_adapter)}: algorithm={name} starts from a base; "
+            "merge the adapter into it first (fedllm merge), and set init_adapter=null."
+        )
 
 
 def check_site_fit(config: Config, examples: Examples) -> None:
