@@ -139,7 +139,7 @@ def test_personal_adapters_stay_at_the_clients_and_are_scored(name: str, tmp_pat
 
 def test_a_start_that_clients_do_not_draw_alike_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("fedllm_flwr.client.local_round.digest", lambda params: "another")
-    with pytest.raises(FederationError, match="install one version of torch on both"):
+    with pytest.raises(FederationError, match="install the same version of torch on both"):
         run_tiny(tmp_path, "algorithm=ffa")
 
 

@@ -154,7 +154,7 @@ def test_base_weights_are_not_overwritten(site: Site) -> None:
             assert reason in (
                 f"{where} does not fit the base model and the LoRA settings: {name!r} is not a "
                 "tensor of this adapter.",
-                "it holds 'reference', which neither algorithm nor task asks for",
+                "it contains 'reference', which neither the algorithm nor the task uses",
                 f"the site refuses an adapter of {name}: it is outside of the transformer blocks "
                 "(target_modules); ask within that, or let the site's "
                 "operator change this site's policy.yaml",

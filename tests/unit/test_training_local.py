@@ -102,7 +102,7 @@ def test_groups_of_tensors_are_those_that_the_algorithm_asks_for(
     with pytest.raises(FederationError, match="it lacks 'control', which the algorithm needs"):
         train_locally(task(scaffold), data, tmp_path)
     foreign = replace(task(config), sent={"control": load_model(config).initial})
-    with pytest.raises(FederationError, match="it holds 'control', which neither algorithm nor"):
+    with pytest.raises(FederationError, match="it contains 'control', which neither the"):
         train_locally(foreign, data, tmp_path)
 
 

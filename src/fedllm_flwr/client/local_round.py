@@ -36,46 +36,48 @@ Drawn = NDArray[np.int64]
 
 
 def train_locally(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
-    """Train the global adapter on the client's examples and return what changed.
+    """Train the global adapter on the client's examples and return the update.
 
     Args:
-        state_dir: where this client keeps, from round to round, what algorithm and task remember.
+        state_dir: directory of this client's memory between rounds.
 
     Raises:
-        FedLLMError: the data or the model cannot be used as asked.
+        FedLLMError: the data or the model do not allow the requested training.
     """
     with torch_threads(assignment.config.federation.client_cpus):
         return _train(assignment, data, state_dir)
 
 
 def completed(assignment: Assignment, rule: Rule, model: AdaptedModel) -> Assignment:
-    """An assignment with the tensors of the adapter that the client draws itself.
+    """The assignment, with the adapter tensors added that the client draws from the seed itself.
 
     Raises:
-        FederationError: they differ from the server's.
+        FederationError: these tensors differ from the server's.
     """
     if not assignment.seeded:
         return assignment
     own = {name: value for name, value in model.initial.items() if rule.is_fixed(name)}
     if digest(own) != assignment.seeded:
         text = (
-            "the adapter's start that this client draws from the run's seed is not the server's; "
-            "install one version of torch on both, or send it: init_adapter=<adapter>"
+            "the initial adapter that this client draws from the run's seed differs from the "
+            "server's; install the same version of torch on both, or send the adapter: "
+            "init_adapter=<adapter>"
         )
         raise FederationError(text, text)
     return replace(assignment, params={**own, **assignment.params})
 
 
 def check_sent(assignment: Assignment, rule: Rule, task: TrainingTask, model: AdaptedModel) -> None:
-    """Refuse groups of tensors that are not asked for, lack, or do not fit the adapter.
+    """Reject an assignment with unexpected or missing groups of tensors, or with wrong shapes.
 
     Raises:
-        FederationError, ModelError: says which.
+        FederationError: a group is unexpected or missing.
+        ModelError: a group does not fit the adapter.
     """
     sent, own = assignment.sent.keys(), {FROZEN} if rule.freezes else set()
     wrong = [f"it lacks {name!r}, which the algorithm needs" for name in rule.sends - sent]
     wrong += [
-        f"it holds {name[:100]!r}, which neither algorithm nor task asks for"
+        f"it contains {name[:100]!r}, which neither the algorithm nor the task uses"
         for name in sorted(sent - rule.sends - task.adapters.keys() - own)
     ]
     if wrong:
@@ -101,8 +103,8 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     session = assignment.session
     if session is not None and memory.lost:
         text = (
-            "secure aggregation: it has lost what it kept of the run, and no server can take its "
-            "share out of a sum that it has not seen; the run goes on without it"
+            "secure aggregation: it has lost its memory of the run, and the server cannot subtract "
+            "a share that it has never seen; the run continues without this client"
         )
         raise FederationError(text, text)
     by_record = config.privacy.unit == "record"
@@ -132,7 +134,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     kept = {kind: prepared[kind] for kind in task.remembers}
 
     def optimise(terms: LocalTerms) -> tuple[Params, DriftCorrection, Trained]:
-        """The adapter that training with these terms leads to, and how it went."""
+        """Train with these terms; return the adapter, the drift correction and the metrics."""
 
         def trains(name: str) -> bool:
             chosen = terms.trains is None or terms.trains(name)
@@ -217,7 +219,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
 def _trained_only(
     parameters: dict[str, Parameter], trains: Callable[[str], bool]
 ) -> Iterator[dict[str, Parameter]]:
-    """The adapter's parameters that a rule lets train; the others are frozen meanwhile."""
+    """The parameters that `trains` selects, while all others are frozen."""
     frozen = {name: p for name, p in parameters.items() if not trains(name)}
     for parameter in frozen.values():
         parameter.requires_grad_(False)
@@ -229,14 +231,14 @@ def _trained_only(
 
 
 def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
-    """Refuse token ids and positions that the base model has no weights for."""
+    """Reject token ids and positions for which the base model has no embeddings."""
     vocabulary = model.peft.get_input_embeddings().weight.shape[0]
     largest, longest = len(data.train.token_counts) - 1, int(data.train.lengths.max())
     if largest >= vocabulary:
         raise ModelError(
-            f"model.path={config.model.path}: its tokenizer makes token {largest}, but the model "
-            f"has {vocabulary}; use the tokenizer that the model was made with.",
-            "its model's tokenizer is not the one that the model was made with",
+            f"model.path={config.model.path}: its tokenizer produces token id {largest}, but the "
+            f"model has {vocabulary} embeddings; use the tokenizer that belongs to the model.",
+            "its tokenizer does not belong to its base model",
         )
     context = getattr(model.peft.get_base_model().config, "max_position_embeddings", None)
     asked = (
@@ -244,7 +246,7 @@ def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
     )
     remedy = f"set training.max_length={context}"
     if context is not None and config.federation.engine == "deployment":
-        # Whether an example of the site is so long is not for the server to learn.
+        # The server must not learn whether the site has an example of this length.
         if config.training.max_length > context:
             raise RefusedError(f"{asked}; {remedy}")
     elif context is not None and longest > context:
@@ -252,7 +254,7 @@ def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
 
 
 def _draw(assignment: Assignment, data: ClientData) -> Drawn:
-    """Indices of the round's examples, in the order in which they are trained on."""
+    """Indices of the round's examples, in training order."""
     training, count = assignment.config.training, len(data.train)
     per_step = training.batch_size * training.gradient_accumulation_steps
     total = steps_per_round(training, count) * per_step

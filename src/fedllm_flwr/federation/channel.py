@@ -1,4 +1,4 @@
-"""The way to the clients and back, as rounds see it: assignments go out, answers come in."""
+"""`Channel`: how rounds send requests to clients and receive their replies."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Answer = Update | MaskedUpdate | LocalScores | Opened
 
 
 class RequestKind(StrEnum):
-    """What clients are asked for; Flower's names of message types."""
+    """The request to a client, as Flower's message type."""
 
     TRAIN = "train"
     EVALUATE = "evaluate"
@@ -24,26 +24,26 @@ class RequestKind(StrEnum):
 
 
 class NoReplyError(FederationError):
-    """Nothing has come from a client."""
+    """A client has not replied."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer to a request, or why there is none that can be used."""
+    """A client's answer to a request, or the error if it has no usable answer."""
 
     client: str
     answer: Answer | FederationError
 
 
 class Channel(Protocol):
-    """A way to the clients of a run."""
+    """Connection to the clients of a run."""
 
     @property
     def roster(self) -> Roster:
-        """The clients, as they were when `settle` was called last."""
+        """The clients as of the last call of `settle`."""
 
     def settle(self) -> None:
-        """Find clients that have come back under another address."""
+        """Update the roster: find clients that have reconnected under another address."""
 
     def exchange(
         self,
@@ -52,12 +52,12 @@ class Channel(Protocol):
         timeout_s: float,
         expected: Groups,
     ) -> Iterator[Reply]:
-        """Send each named client its assignment; yield one `Reply` for each, as they arrive.
+        """Send each named client its request; yield one `Reply` per client as they arrive.
 
         Args:
-            expected: groups with the names and shapes that a reply may hold; nothing else is
+            expected: groups with the names and shapes that a reply may contain; nothing else is
                 fetched.
         """
 
     def take_notes(self) -> list[str]:
-        """What has happened since the last call that counts for no client, in words."""
+        """Remarks since the last call that are not part of any client's reply."""

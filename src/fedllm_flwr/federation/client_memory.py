@@ -1,8 +1,9 @@
-"""What a client remembers of a run from round to round, on its own disk.
+"""Client memory: tensors that a client keeps on its own disk between the rounds of a run.
 
-Rules and training tasks keep tensors by kind: SCAFFOLD its control variate as ``control``, local
-training its own adapter as ``adapter``, preference tasks the reference model's log-probabilities as
-``reference``. A round starts from exactly the version that the server has acknowledged.
+Rules and training tasks keep tensors by kind: SCAFFOLD keeps its control variate as ``control``,
+local training its own adapter as ``adapter``, and preference tasks the reference model's
+log-probabilities as ``reference``. A round starts from exactly the version that the server has
+acknowledged.
 """
 
 import logging
@@ -20,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClientMemory:
-    """What a client keeps, by kind, as the last round left it that the server has acknowledged.
+    """A client's memory, by kind, as of the last round that the server has acknowledged.
 
-    ``lost``: the server has acknowledged a round of which this client has nothing any more.
+    ``lost``: the client no longer has its memory of the acknowledged round.
     """
 
     kept: Mapping[str, Kept] = field(default_factory=dict)
@@ -40,8 +41,8 @@ class ClientMemory:
         """The memory that a round starts from; empty before the first acknowledged round.
 
         Args:
-            required: kinds, with the names and shapes of the adapter, that the round cannot do
-                without. Without them, or with one that is damaged, the memory is lost.
+            required: kinds that the round needs, with the names and shapes of the adapter. If one
+                of them is missing or damaged, the memory is lost.
         """
         acknowledged, store = assignment.acknowledged.round, RoundStore(directory)
         if not acknowledged or not (required or acknowledged in store.rounds()):
@@ -54,7 +55,7 @@ class ClientMemory:
                 check_like(kept.get(kind, Kept({})).tensors, assignment.params)
         except FederationError as error:
             logger.warning(
-                "round %d starts anew, the memory of round %d is lost: %s",
+                "round %d starts from the global adapter: the memory of round %d is lost: %s",
                 *(assignment.round, acknowledged, error),
             )
             return cls(lost=bool(required))
@@ -62,10 +63,10 @@ class ClientMemory:
 
     @staticmethod
     def keep(assignment: Assignment, directory: Path, kept: Mapping[str, Kept]) -> None:
-        """Write what the next round starts from if the server acknowledges this one.
+        """Store the memory that the next round starts from if the server acknowledges this one.
 
         Raises:
-            FederationError: the file system refuses.
+            FederationError: the file cannot be written.
         """
         if kept:
             acknowledged, oldest = assignment.acknowledged.round, assignment.oldest_checkpoint

@@ -1,4 +1,4 @@
-"""Combiners: how the accepted contributions of a round become one."""
+"""Combiners: aggregate the accepted client updates of a round into one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ _COARSE, _FINE = 2.0**-16, 2.0**-63  # units of `RunningMean`
 
 
 class Combiner(ABC):
-    """Takes one round's accepted updates, one at a time as they arrive, and gives one for all.
+    """Aggregates the accepted updates of one round, which it receives one at a time.
 
-    A combiner is made anew for each round. Its result must not depend on the order in which updates
-    arrive, so that a simulation and its repetition end with the same bits. It is registered by name
-    (`plugins.COMBINERS`) and states what it keeps: ``memory(n, values)``.
+    Each round gets a new combiner. Its result must not depend on the order in which updates
+    arrive, so that repeated simulations give identical bits. Combiners are registered by name
+    (`plugins.COMBINERS`) and report their memory use: ``memory(n, values)``.
 
-    One that needs all updates at once, for a median or a singular value decomposition, may keep
-    them in memory, or in files and read back a block of coordinates of each; they come with their
-    clients' names, so that it can put them in order.
+    A combiner that needs all updates at once, for a median or a singular value decomposition, may
+    keep them in memory, or write them to files and read them back in blocks of coordinates. Each
+    update comes with its client's name, so that the combiner can sort them.
     """
 
     robust: ClassVar[bool] = False
-    """Whether it is for rounds in which clients may lie, and uses the settings ``robust``."""
+    """Whether it defends against malicious clients; the settings ``robust`` then apply."""
 
     @classmethod
     def of(cls, config: Config, state: ServerState) -> Self:
@@ -35,26 +35,26 @@ class Combiner(ABC):
 
     @property
     def cut(self) -> Mapping[str, float]:
-        """By client, the share of its update that the result leaves out, from 0 to 1."""
+        """The fraction of each client's update that the result excludes, from 0 to 1."""
         return {}
 
     @property
     def history(self) -> Groups:
-        """Groups of tensors for ``state.tensors``, which the next round's combiner starts from."""
+        """Groups of tensors to store in ``state.tensors`` for the next round's combiner."""
         return {}
 
     @abstractmethod
     def add(self, client: str, update: Params, weight: float) -> None:
-        """Take the update of `client`; it is validated, and is given once."""
+        """Add the update of `client`, already validated; called once per client."""
 
     @abstractmethod
     def combined(self) -> Params:
-        """One update for all, in float64, with names and shapes of the adapter."""
+        """The aggregated update, in float64, with the names and shapes of the adapter."""
 
     @staticmethod
     @abstractmethod
     def memory(num_clients: int, num_values: int) -> int:
-        """Bytes kept for `num_clients` updates of `num_values` values each."""
+        """Bytes of memory needed for `num_clients` updates of `num_values` values each."""
 
 
 class WeightedMean(Combiner):
@@ -73,18 +73,18 @@ class WeightedMean(Combiner):
 
     @staticmethod
     def memory(num_clients: int, num_values: int) -> int:
-        """16 bytes a value, whatever the number of clients."""
+        """16 bytes per value, for any number of clients."""
         return 16 * num_values
 
 
 class RunningMean:
-    """Weighted mean of tensors added one at a time; its bits do not depend on their order.
+    """Weighted mean of tensors added one at a time, bit-identical for every order of the terms.
 
-    Floating-point sums depend on the order of their terms, integer sums do not. Each term
-    ``weight * value`` is rounded, by itself, to a multiple of 2^-63 and added to a pair of int64
-    sums: one in units of 2^-16, one for the rest in units of 2^-63. Both are exact for values up
-    to `LARGEST_VALUE`, a total weight up to `LARGEST_WEIGHT` and 2^16 terms, so the only error is
-    the first rounding, below 1e-19 for a term. Memory: one sum of 16 bytes a value.
+    Floating-point sums depend on the order of their terms; integer sums do not. Each term
+    ``weight * value`` is rounded to a multiple of 2^-63 and added to a pair of int64 sums: one in
+    units of 2^-16, and one for the remainder in units of 2^-63. Both are exact for values up to
+    `LARGEST_VALUE`, a total weight up to `LARGEST_WEIGHT` and 2^16 terms, so the only error is the
+    initial rounding, below 1e-19 per term. Memory: 16 bytes per value.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class RunningMean:
         self._fine: dict[str, Array] = {}
 
     def add(self, params: Mapping[str, Array], weight: float) -> None:
-        """Add ``weight * params``; values as `check_like` admits, weights are counts or 1."""
+        """Add ``weight * params``; values as `check_like` accepts them, weights are counts or 1."""
         if not (weight > 0 and self.weight + weight <= LARGEST_WEIGHT and self.count < 2**16):
             raise ValueError(f"cannot add weight {weight} to {self.count} terms of {self.weight}")
         for name, value in params.items():

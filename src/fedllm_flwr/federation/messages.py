@@ -1,4 +1,4 @@
-"""What server and clients say to each other, as plain dataclasses."""
+"""The messages between server and clients, as plain dataclasses."""
 
 import re
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ from fedllm_flwr.federation.secure.masks import Words
 from fedllm_flwr.params import Groups, Params
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-"""Names of sites. They are file names, labels in tables and cells of spreadsheets, and no two may
-look alike: no letters beyond ASCII, no blanks, nothing that a spreadsheet takes for a formula."""
+"""Valid site names. They serve as file names, table labels and spreadsheet cells, and no two may
+look alike: only ASCII, no whitespace, and nothing that a spreadsheet would read as a formula."""
 SITE_NAME_RULE = (
     "use letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit"
 )
 FROZEN = "frozen"
-"""Group of factors that clients have beside the adapter and do not train."""
+"""Group of factors that clients apply in addition to the adapter and do not train."""
 PERSONAL = "personal_"
-"""Prefix of the scores of a client's own adapter, beside those of the global one."""
+"""Prefix of the scores of a client's personal adapter, reported with those of the global one."""
 _MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 64, 64, 1e12
 _METRIC = re.compile(r"[A-Za-z0-9_./-]{1,64}")
-_LONGEST_TEXT = 500  # characters of a client's wording that are shown
+_LONGEST_TEXT = 500  # characters shown of a message from a client
 
 
 @dataclass(frozen=True)
 class Acknowledged:
-    """What the server has accepted of one client in a run.
+    """The updates that the server has accepted from one client in a run.
 
-    ``round`` is that of its newest accepted update, 0 before the first, and ``updates`` their
-    number: how often the client has taken part, as far as the adapter knows.
+    ``round`` is the round of the newest accepted update, 0 before the first; ``updates`` is the
+    number of accepted updates.
     """
 
     round: int = 0
@@ -43,20 +43,21 @@ class Assignment:
     """One round's work for one client: to train, or to score the global adapter.
 
     Args:
-        round: server round, from 1.
+        round: server round, starting at 1.
         params: the global adapter w.
-        learning_rate: the local one of this round.
-        config: the run's configuration, from which the client takes task and algorithm.
-        sent: groups of tensors beside the adapter, by name: what the algorithm sends (SCAFFOLD's
-            c as ``control``), and what the training task sends (DPO's ``reference``).
-        run: tells what a client remembers of this run from what it remembers of others.
-        acknowledged: what the server has accepted of this client. It starts from its memory of that
-            round, and from its place in its own data after so many updates.
-        oldest_checkpoint: round of the oldest state that the server may go back to, and with it to
-            an older acknowledged round.
-        seeded: digest of those tensors of the adapter that are not sent, because they stay as they
-            were drawn from the run's seed; "" where all are.
-        session: of secure aggregation, with the keys of the round's clients.
+        learning_rate: local learning rate of this round.
+        config: the run's configuration, which defines the client's task and algorithm.
+        sent: groups of tensors other than the adapter, by name: those of the algorithm (SCAFFOLD's
+            c as ``control``) and those of the training task (DPO's ``reference``).
+        run: id of the run, which separates its client memory from that of other runs.
+        acknowledged: the updates that the server has accepted from this client. The client starts
+            from its memory of that round, and from the position in its data after that many
+            updates.
+        oldest_checkpoint: round of the oldest checkpoint that the server may resume from, which
+            would bring back an older acknowledged round.
+        seeded: digest of the adapter tensors that are not sent, because they keep the initial
+            value drawn from the run's seed; "" if all tensors are sent.
+        session: secure-aggregation session, with the keys of the round's clients.
     """
 
     round: int
@@ -72,7 +73,7 @@ class Assignment:
 
     @property
     def tensors(self) -> Groups:
-        """All groups of tensors, the global adapter among them as ``params``."""
+        """All groups of tensors, including the global adapter as ``params``."""
         return {"params": self.params, **self.sent}
 
 
@@ -82,11 +83,11 @@ class Update:
 
     Args:
         delta: D_i = w_i - w.
-        num_examples: number of distinct examples it has used in this round.
-        metrics: figures of local training, ``loss`` among them.
-        contributed: groups of tensors beside ``delta`` that the algorithm asks for.
-        lost: the client has no memory of the acknowledged round any more. It has started anew from
-            the global adapter, and from zero where a contribution is the change of its memory.
+        num_examples: number of distinct examples used in this round.
+        metrics: metrics of local training, including ``loss``.
+        contributed: further groups of tensors that the algorithm requires.
+        lost: whether the client has lost its memory of the acknowledged round. It has then started
+            from the global adapter, and from zero for memory whose change it contributes.
     """
 
     delta: Params
@@ -101,9 +102,9 @@ class MaskedUpdate:
     """A client's answer after training under secure aggregation.
 
     Args:
-        words: the masked vector: the update times the weight, what the algorithm asks for, the
+        words: the masked vector: the weighted update, the algorithm's further groups, and the
             weight (`federation.masked_round`).
-        sealed: by neighbour, shares that only it can read.
+        sealed: secret shares by neighbour, each encrypted for that neighbour.
         num_examples, metrics: as in `Update`.
     """
 
@@ -115,7 +116,7 @@ class MaskedUpdate:
 
 @dataclass(frozen=True)
 class LocalScores:
-    """A client's answer to the question how good the global adapter is on its held-out records."""
+    """A client's scores of the global adapter on its own held-out records."""
 
     metrics: dict[str, float]
     num_examples: int
@@ -123,22 +124,22 @@ class LocalScores:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What a node says of itself when asked at the start of a run.
+    """A node's description of itself, requested at the start of a run.
 
-    ``rank`` is that of its adapter; 0: that of the run.
+    ``rank`` is the rank of its adapter; 0 means the run's ``lora.r``.
     """
 
     name: str
     num_examples: int
     version: str
-    model: str = ""  # base model of a site: embedded, id@commit, or sha256:... of its directory
+    model: str = ""  # a site's base model: embedded, id@commit, or sha256:... of its directory
     rank: int = 0
-    card: str = ""  # its keys for secure aggregation, see `secure.keys.KeyCard`
+    card: str = ""  # its public keys for secure aggregation, see `secure.keys.KeyCard`
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client's refusal, in wording that quotes no data; ``client`` is its name, if it has one."""
+    """A client's error reply. ``reason`` never quotes data; ``client`` is its name, if known."""
 
     kind: str
     reason: str
@@ -146,10 +147,10 @@ class Failure:
 
 
 def require_version(theirs: str) -> None:
-    """Refuse a server of another version, whose settings may mean something else.
+    """Reject a server of another version, whose settings may have another meaning.
 
     Raises:
-        FederationError: names both versions.
+        FederationError: the versions differ.
     """
     if theirs != __version__:
         text = (
@@ -160,33 +161,33 @@ def require_version(theirs: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The first line of a client's wording, bounded, without control characters."""
+    """The first line of a client's message, truncated and without control characters."""
     first = next(iter(text.strip().splitlines()), "unknown")
     return "".join(char for char in first[:_LONGEST_TEXT] if char.isprintable())
 
 
 def check_metrics(metrics: Mapping[str, float], with_loss: bool = True) -> None:
-    """Refuse metrics that lack a loss, are too many, or have names or values out of bounds.
+    """Reject metrics without a loss, too many metrics, and invalid names or values.
 
-    A round's metrics are kept in memory, written down, drawn and printed; so none may be long,
-    not finite, or so large that a mean or a figure of them is not finite.
+    Metrics are stored, plotted and printed, so names are short, and values are finite and small
+    enough for their mean to be finite.
 
     Args:
-        with_loss: whether a loss is needed; clients whose records are private do not tell theirs.
+        with_loss: whether a loss is required; clients with record-level privacy do not report one.
 
     Raises:
-        FederationError: says which.
+        FederationError: the message says what is wrong.
     """
     if with_loss and "loss" not in metrics:
-        raise FederationError("its metrics lack 'loss'")
+        raise FederationError("its metrics contain no 'loss'")
     if len(metrics) > _MOST_METRICS:
-        raise FederationError(f"it holds {len(metrics)} metrics, more than {_MOST_METRICS}")
+        raise FederationError(f"it reports {len(metrics)} metrics, more than {_MOST_METRICS}")
     for name, value in metrics.items():
         if not _METRIC.fullmatch(name):
             shown = repr(name[:_LONGEST_METRIC])
             raise FederationError(
-                f"it calls a metric of {len(name)} characters {shown}; at most {_LONGEST_METRIC} "
-                "letters, digits and '_', '.', '/', '-' are taken"
+                f"it reports a metric named {shown} ({len(name)} characters); a name has at most "
+                f"{_LONGEST_METRIC} letters, digits and '_', '.', '/', '-'"
             )
         if not abs(value) <= _LARGEST_METRIC:
             raise NotFiniteError(f"its {name} is {value:g}, not within {_LARGEST_METRIC:g} of 0")

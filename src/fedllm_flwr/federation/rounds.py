@@ -1,8 +1,8 @@
 """The rounds of a run: a plain loop over a rule, a channel to the clients and a recorder.
 
-A round is a list of exchanges: one in which clients train; under secure aggregation one in which
-masks are taken off the sum; and one, where it is asked for, in which all score the new adapter.
-Nothing here knows Flower, disks of clients, or where they run.
+A round consists of up to three exchanges with the clients: the sampled clients train; under secure
+aggregation, they help to unmask the sum; and with ``evaluation.clients``, all clients score the new
+adapter. This module does not depend on Flower, on the clients' disks, or on where clients run.
 """
 
 import math
@@ -50,16 +50,16 @@ from fedllm_flwr.params import Groups, Params, check_like, digest, full_like, mo
 from fedllm_flwr.plugins import COMBINERS
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
-_MOST_KEPT = 2**30  # bytes of the adapters of a round that are kept for the aggregation error
+_MOST_KEPT = 2**30  # bytes: largest size of a round's adapters to keep for the aggregation error
 
-_MOST_DROPPED = 3  # rounds in succession, under secure aggregation
+_MOST_DROPPED = 3  # consecutive rounds, under secure aggregation
 
 
 class Rounds:
-    """What stays the same in all rounds of a run.
+    """The loop over the rounds of a run, and what all rounds share.
 
     Args:
-        copies: directory for the server's copies of what clients remember.
+        copies: directory for the server's copies of client memory.
     """
 
     def __init__(self, rule: Rule, config: Config, recorder: Recorder, copies: Path) -> None:
@@ -67,14 +67,14 @@ class Rounds:
         self.config = config
         self.recorder = recorder
         self.secure = config.privacy.secure_aggregation
-        # No client's memory can be copied where no client's contribution is seen.
+        # Under secure aggregation the server sees no single contribution, so it copies no memory.
         self.copies = ServerCopies(copies, {} if self.secure else rule.contributes)
-        self._dropped = 0  # rounds in succession
+        self._dropped = 0  # consecutive rounds
         self.chain = Chain.of(config)
         self.mechanism = mechanism_of(config, copies / "releases.jsonl")
 
     def run(self, state: ServerState, channel: Channel, last: int, timeout_s: float) -> ServerState:
-        """Do the rounds that are left, ``state.round + 1`` to `last`; the state after them.
+        """Run the remaining rounds, ``state.round + 1`` to `last`; return the state after them.
 
         Args:
             timeout_s: seconds to wait for the replies of an exchange.
@@ -108,11 +108,11 @@ class Rounds:
         return state
 
     def begin(self, state: ServerState, roster: Roster) -> ServerState:
-        """`state` with an entry for every client, and with what the rule keeps.
+        """Add an entry for every client, and the rule's initial tensors, to `state`.
 
         Raises:
-            FederationError: the clients are too few, or announce too many examples, or what a run
-                that goes on has known of a client is gone.
+            FederationError: there are too few clients, they announce too many examples, or the
+                server has lost its copy of a client's memory in a resumed run.
         """
         known = sorted({*state.clients, *roster})
         clients = {name: state.clients.get(name, Acknowledged()) for name in known}
@@ -123,10 +123,10 @@ class Rounds:
         return state
 
     def _check_ranks(self, roster: Roster) -> None:
-        """Refuse clients whose adapters have a rank that the algorithm cannot combine.
+        """Reject clients whose adapters have a rank that the algorithm cannot combine.
 
         Raises:
-            FederationError: names the first of them and its rank.
+            FederationError: names the first such client and its rank.
         """
         rank = self.config.lora.r
         for name, client in roster.items():
@@ -142,7 +142,7 @@ class Rounds:
                 )
 
     def open(self, state: ServerState, roster: Roster, server_round: int) -> "OpenRound":
-        """Choose the clients of a round, and what each is sent."""
+        """Sample the clients of a round and prepare their assignments."""
         names = self.mechanism.choose(roster, server_round)
         learning_rate = cosine_learning_rate(
             self.config.training, server_round, self.config.federation.num_rounds
@@ -171,12 +171,12 @@ class Rounds:
     ) -> ServerState:
         """Combine the usable replies as they arrive, then take the server step.
 
-        Under secure aggregation a second exchange unmasks the sum; a round in which that fails is
-        dropped, and the state is that of before, one round later.
+        Under secure aggregation a second exchange unmasks the sum. If that fails, the round is
+        dropped: only its number changes in the state.
 
         Raises:
-            FederationError: fewer than ``federation.min_replies`` replies can be used, or the
-                server step leaves the finite numbers.
+            FederationError: fewer than ``federation.min_replies`` replies are usable, or the server
+                step gives values that are not finite.
         """
         lying = opened.report.attackers
         for reply in attacked(replies, self.config, lying, opened.report.round):
@@ -202,10 +202,10 @@ class Rounds:
         return opened.next_state()
 
     def _drop(self, opened: "OpenRound", error: FederationError) -> ServerState:
-        """The state before a round of which nothing can be kept, as that after it.
+        """Drop a failed round: return the state before it, with the round number advanced.
 
         Raises:
-            FederationError: `_MOST_DROPPED` rounds in succession.
+            FederationError: `_MOST_DROPPED` consecutive rounds were dropped.
         """
         report, reason = opened.report, f"the round was dropped: {error}"
         report.failures |= dict.fromkeys(report.metrics, reason)
@@ -220,7 +220,7 @@ class Rounds:
         return replace(opened.state, round=report.round)
 
     def questions(self, state: ServerState, roster: Roster) -> dict[str, Assignment]:
-        """What all clients are sent to score the adapter of a state."""
+        """The requests that ask all clients to score the adapter of `state`."""
         ranks, run = self._ranks(state, roster), state.run if self.rule.personal else ""
         return {
             name: replace(assignment, sent=self._scored_with(assignment.sent, state), run=run)
@@ -228,34 +228,34 @@ class Rounds:
         }
 
     def _ranks(self, state: ServerState, roster: Roster) -> dict[str, int]:
-        """Ranks of the clients' adapters; 0: that of the global one."""
+        """Ranks of the clients' adapters by name; 0 means the rank of the global adapter."""
         own = self.config.lora.r
         most = {name: client.info.rank or own for name, client in roster.items()}
         return {name: self.rule.rank(state, name, rank) % own for name, rank in most.items()}
 
     @staticmethod
     def _scored_with(sent: Groups, state: ServerState) -> Groups:
-        """Of the groups that a client is sent, those without which the adapter is not scored."""
+        """Those groups of `sent` that a client needs in order to score the adapter."""
         return {group: params for group, params in sent.items() if group in (*state.sent, FROZEN)}
 
     def expected(self, params: Params, server_round: int) -> Groups:
-        """Names and shapes that travel back from a client that starts at `params`, by group."""
+        """Names and shapes of the reply of a client that starts from `params`, by group."""
         if self.secure:
             size = num_words(self.shared(params, server_round), self.rule.contributes, params)
             return {"masked": {"vector": np.broadcast_to(np.float32(0), (size,))}}
         return self.chain.expected(self.uncompressed(params, server_round))
 
     def uncompressed(self, params: Params, server_round: int) -> Groups:
-        """Names and shapes of what a client contributes, before any transform."""
+        """Names and shapes of a client's contributions before any update transform, by group."""
         groups = dict.fromkeys(self.rule.contributes, params)
         return {"delta": self.shared(params, server_round), **groups}
 
     def shared(self, params: Params, server_round: int) -> Params:
-        """Those tensors of `params` whose change travels back in a round."""
+        """Those tensors of `params` whose change clients send back in a round."""
         return {n: value for n, value in params.items() if self.rule.shares(n, server_round)}
 
     def replies_needed(self, opened: "OpenRound") -> int:
-        """Usable replies without which a round fails; of a Poisson sample, more than half."""
+        """Minimum number of usable replies; for a Poisson sample, more than half of it."""
         if self.config.privacy.sampling == "poisson" and self.config.privacy.unit == "client":
             return len(opened.assignments) // 2 + 1 if opened.assignments else 0
         return min_replies(self.config, len(opened.roster))
@@ -264,7 +264,7 @@ class Rounds:
         """Weight of a client's update in the mean of its round.
 
         Args:
-            num_examples: n_i, which the client has announced.
+            num_examples: n_i, as announced by the client.
         """
         weights = {"examples": num_examples, "used": update.num_examples, "uniform": 1}
         return float(weights[self.weighting()])
@@ -277,25 +277,29 @@ class Rounds:
         return self.rule.weighting[self.rule.variant] if chosen == "auto" else chosen
 
     def combiner(self, state: ServerState) -> Combiner:
-        """A fresh combiner for the updates of the round after `state`."""
+        """A new combiner for the updates of the round after `state`."""
         chosen = self.config.algorithm.combiner
         kind: Any = COMBINERS.find(self.rule.combiner if chosen == "auto" else chosen)
         made: Combiner = kind.of(self.config, state)
         return made
 
     def keeps_adapters(self, params: Params, num_clients: int) -> bool:
-        """Whether a round's adapters are kept in memory: for the rule, or for the error."""
+        """Whether to keep a round's client adapters in memory.
+
+        The rule may need them (`Rule.stacks`), and so does the aggregation error.
+        """
         wanted = self.config.evaluation.aggregation_error
         if self.rule.stacks:
             return True
-        if not self.rule.aggregates or self.config.privacy.unit == "client":  # it is no release
+        # Under client-level privacy the aggregation error would be a release without noise.
+        if not self.rule.aggregates or self.config.privacy.unit == "client":
             return False
         if wanted is None:
             wanted = num_clients * sum(value.nbytes for value in params.values()) <= _MOST_KEPT
         return wanted and all(is_a(name) or is_b(name) or is_core(name) for name in params)
 
     def oldest_checkpoint(self, state: ServerState) -> int:
-        """Round of the oldest state that the server may go back to."""
+        """Round of the oldest checkpoint that the server may resume from."""
         oldest = self.recorder.oldest_checkpoint()
         return state.round if oldest is None else oldest
 
@@ -306,7 +310,7 @@ class Rounds:
         return self.wire_bytes(assignment.tensors), self.bytes_up(state.params, last)
 
     def bytes_up(self, params: Params, server_round: int) -> int:
-        """Bytes of tensors that come back from a client that starts at `params`."""
+        """Bytes of tensors in the reply of a client that starts from `params`."""
         up = self.expected(params, server_round)
         if self.secure:  # words of the ring
             return sum(wire_bytes(group, "float32") for group in up.values())
@@ -320,7 +324,7 @@ class Rounds:
         names: list[str],
         server_round: int,
     ) -> Session:
-        """A round's session of secure aggregation; every try of a round has another id."""
+        """A secure-aggregation session for a round; each attempt at a round has its own id."""
         weighting = self.weighting()
         sizes = [roster[name].info.num_examples for name in names]
         return session_of(
@@ -339,10 +343,10 @@ class Rounds:
     def _assignments(
         self, state: ServerState, ranks: Mapping[str, int], server_round: int, learning_rate: float
     ) -> dict[str, Assignment]:
-        """What clients are sent; those that are sent the same tensors get the same objects.
+        """The clients' assignments by name; equal tensors are the same objects in all of them.
 
         Args:
-            ranks: of the clients' adapters by name; 0: that of the global one.
+            ranks: ranks of the clients' adapters by name; 0 means that of the global adapter.
         """
         oldest, frozen = self.oldest_checkpoint(state), state.tensors.get(FROZEN)
         made: dict[tuple[int, int], tuple[Params, str]] = {}
@@ -366,7 +370,7 @@ class Rounds:
         return found
 
     def _without_fixed(self, params: Params) -> tuple[Params, str]:
-        """`params` without what clients draw from the run's seed, and the digest of that, or ""."""
+        """`params` without the tensors that clients draw themselves, and their digest or ""."""
         fixed = {n: value for n, value in params.items() if self.rule.is_fixed(n)}
         if not fixed or self.config.init_adapter is not None:
             return params, ""
@@ -375,7 +379,7 @@ class Rounds:
 
 @dataclass
 class OpenRound:
-    """A round whose replies are coming in: what was asked, and what came of it so far."""
+    """A round in progress: its assignments, and the replies combined so far."""
 
     rounds: Rounds
     state: ServerState
@@ -398,10 +402,10 @@ class OpenRound:
         self._adapters: dict[str, tuple[Params, float]] = {}  # by client, with its weight
         self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
         self._directions = UpdateDirections(self.state.params)
-        self._updates: dict[str, tuple[Params, Groups, float]] = {}  # where they are kept
+        self._updates: dict[str, tuple[Params, Groups, float]] = {}  # for evaluation.contribution
 
     def take(self, reply: Reply) -> None:
-        """Validate a reply, all of it, and only then combine it with the others."""
+        """Validate a whole reply before combining it with the others."""
         report, name, answer = self.report, reply.client, reply.answer
         try:
             if isinstance(answer, FederationError):
@@ -433,10 +437,10 @@ class OpenRound:
         self.rounds.recorder.on_reply(report.round, name, update.metrics.get("loss", math.nan))
 
     def next_state(self) -> ServerState:
-        """The server step.
+        """Take the server step.
 
         Raises:
-            FederationError: it leaves the finite numbers.
+            FederationError: the step gives values that are not finite.
         """
         rounds, state, report = self.rounds, self.state, self.report
         combined = dict(self._opened)
@@ -482,9 +486,9 @@ class OpenRound:
         return new
 
     def adapter_with(self, names: Collection[str]) -> Params:
-        """The adapter after this round if the updates of these clients alone had come.
+        """The adapter after this round if only these clients had replied.
 
-        Combiner, weights and server step are those of the round, from the state before it.
+        It uses the round's combiner, weights and server step, from the state before the round.
 
         Raises:
             FederationError: the combiner needs more updates.
@@ -507,7 +511,7 @@ class OpenRound:
         return {name: value.astype(np.float32) for name, value in adapter.items()}
 
     def _combined(self, combiner: Combiner, sums: Mapping[str, RunningMean]) -> dict[str, Params]:
-        """What the server step gets of updates that came one by one."""
+        """The groups of tensors that the server step receives, from unmasked updates."""
         rounds, state = self.rounds, self.state
         combined = {group: total.sum_over(len(state.clients)) for group, total in sums.items()}
         if not rounds.rule.any_rank:
@@ -516,22 +520,22 @@ class OpenRound:
         return combined
 
     def _counts(self, replied: Collection[str], weight: float) -> Counts:
-        """Counts of a round in which these clients have replied, with their weights' sum."""
+        """Counts of a round in which the clients `replied`, with the given total weight."""
         names = sorted(name for name in replied if name in self._adapters)
         adapters = [self._adapters[name][0] for name in names]
         shares = [self._adapters[name][1] / weight for name in names]
         return Counts(len(replied), len(self.state.clients), weight, adapters, shares, names)
 
     def _start(self, name: str) -> Params:
-        """The adapter that a client starts a round from, with what it draws itself."""
+        """The adapter that a client starts a round from, including what it draws from the seed."""
         sent = self.assignments[name]
         return {**self.state.params, **sent.params} if sent.seeded else sent.params
 
     def unmask(self, channel: Channel, timeout_s: float) -> None:
-        """The second exchange: ask the clients whose vectors have come for shares of the masks.
+        """The second exchange: ask clients whose vectors have arrived for shares of the masks.
 
         Raises:
-            FederationError: too few vectors have come.
+            FederationError: too few vectors have arrived.
         """
         assert self._masked is not None
         questions = self._masked.sum.questions()
@@ -546,10 +550,10 @@ class OpenRound:
                 self.report.ignored.append(f"{reply.client}: unmasking: {error}")
 
     def open_sum(self) -> None:
-        """Take the masks off the sum.
+        """Remove the masks from the sum.
 
         Raises:
-            FederationError: too few shares have come, or the sum is none of honest clients.
+            FederationError: too few shares have arrived, or honest clients cannot have such a sum.
         """
         assert self._masked is not None
         announced = {name: client.info.num_examples for name, client in self.roster.items()}
@@ -568,8 +572,7 @@ class OpenRound:
         announced = self.roster[name].info.num_examples
         if not 1 <= update.num_examples <= announced:
             raise FederationError(
-                f"num_examples={update.num_examples} is not in 1..{announced}, the number "
-                "it announced"
+                f"num_examples={update.num_examples} is not in 1..{announced}, the announced range"
             )
         check_metrics(update.metrics, with_loss=not self.rounds.config.privacy.at_clients)
 
@@ -602,7 +605,7 @@ class OpenRound:
         delta = contribution.pop("delta")
         if not rounds.rule.any_rank:
             self._combiner.add(name, delta, weight)
-        if rounds.config.privacy.unit != "client":  # they are no release
+        if rounds.config.privacy.unit != "client":  # norms and cosines would have no noise
             self._directions.add(name, update.delta, weight)
         if self._keeps:
             self._adapters[name] = moved(like, delta), weight
@@ -615,7 +618,7 @@ class OpenRound:
 
 
 def note_scores(report: RoundReport, replies: Iterable[Reply]) -> None:
-    """Put the clients' scores of the new adapter into the report of a round."""
+    """Add the clients' scores of the new adapter to the report of a round."""
     for reply in replies:
         if isinstance(reply.answer, LocalScores):
             report.scores[reply.client] = reply.answer.metrics

@@ -18,18 +18,18 @@ FROZEN_GROUP = f"{_TENSORS}{FROZEN}"
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything that a server needs to go on.
+    """Everything that the server needs to continue or resume a run.
 
     Args:
-        round: number of rounds done.
-        params: the global adapter after them.
-        tensors: what the algorithm keeps beside it, by symbol: a server optimizer's moments ``m``
-            and ``v``, SCAFFOLD's ``control``; float64. Under ``frozen`` factors of any rank, which
-            clients have beside the adapter and do not train.
-        sent: groups of tensors of the training task that clients get in every round, such as the
+        round: number of completed rounds.
+        params: the global adapter after these rounds.
+        tensors: the algorithm's own tensors (float64), by symbol: a server optimizer's moments
+            ``m`` and ``v``, SCAFFOLD's ``control``. ``frozen`` holds factors of any rank that
+            clients apply in addition to the adapter and do not train.
+        sent: groups of tensors that the training task sends to clients in every round, such as the
             adapter of DPO's reference model.
-        run: tells this run from others, also when it goes on after a stop.
-        clients: what the server has accepted of every client of the run.
+        run: id of the run, which does not change when the run is resumed.
+        clients: the updates that the server has accepted from every client of the run.
     """
 
     round: int
@@ -46,10 +46,10 @@ class ServerState:
 
 
 def save_state(directory: Path, state: ServerState, keep: int) -> Path:
-    """Write the state of a finished round, then delete all but the newest `keep`.
+    """Write the state of a finished round, then delete all but the newest `keep` states.
 
     Raises:
-        FederationError: the file system refuses; the states of earlier rounds are still there.
+        FederationError: the file cannot be written; the states of earlier rounds are kept.
     """
     groups = {"params": state.params}
     groups |= {f"{_TENSORS}{name}": params for name, params in state.tensors.items()}
@@ -71,7 +71,7 @@ def save_state(directory: Path, state: ServerState, keep: int) -> Path:
 def load_state(directory: Path) -> tuple[ServerState, list[str]]:
     """The newest readable state of a run, and a warning for each unreadable newer one.
 
-    What a killed server was writing is removed.
+    Removes unfinished files of a server that was killed while writing.
 
     Raises:
         FederationError: no checkpoint can be read.
@@ -88,22 +88,22 @@ def load_state(directory: Path) -> tuple[ServerState, list[str]]:
 
 
 def state_file(directory: Path, server_round: int) -> Path:
-    """Where the state after a round lies, if it is kept."""
+    """Path of the checkpoint after a round, which may not exist."""
     return directory / f"round-{server_round:05d}.safetensors"
 
 
 def kept_rounds(directory: Path) -> list[int]:
-    """Rounds whose states are there, readable or not, the newest first."""
+    """Rounds that have a checkpoint, readable or not, newest first."""
     return [int(path.stem.partition("-")[2]) for path in _newest_first(directory)]
 
 
 def newest_round(directory: Path) -> int | None:
-    """Round of the newest checkpoint, readable or not; None without any."""
+    """Round of the newest checkpoint, readable or not; None if there is none."""
     return next(iter(kept_rounds(directory)), None)
 
 
 def newest_readable(directory: Path) -> int | None:
-    """Round of the newest checkpoint that can be read; None without any."""
+    """Round of the newest readable checkpoint; None if there is none."""
     for path in _newest_first(directory):
         with contextlib.suppress(FederationError):
             return read_state(path).round
@@ -111,10 +111,10 @@ def newest_readable(directory: Path) -> int | None:
 
 
 def read_state(path: Path) -> ServerState:
-    """The state in a file.
+    """Read a state from a checkpoint file.
 
     Raises:
-        FederationError: it cannot be read, or holds something else.
+        FederationError: the file cannot be read or is not a checkpoint.
     """
     groups, metadata = load_params(path)
     try:
@@ -133,7 +133,7 @@ def read_state(path: Path) -> ServerState:
             clients=clients,
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise FederationError(f"{path} is no state of a run (no {error}).") from error
+        raise FederationError(f"{path} is not a checkpoint of a run (no {error}).") from error
 
 
 def _newest_first(directory: Path) -> list[Path]:

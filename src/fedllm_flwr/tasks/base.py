@@ -1,4 +1,4 @@
-"""What every training task declares and does. Importing this does not import torch."""
+"""`TrainingTask`: the interface of a training task. Importing it does not import torch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -31,10 +31,10 @@ class Metric:
     """A score on held-out records, and how tables show it.
 
     Attributes:
-        name: in the scores, and in ``metrics.jsonl``.
-        title, decimals: in the closing table and in those of comparisons; title "": not shown.
-        card_title, card_decimals: in the model card.
-        round_title, round_width: in the table of rounds; width 0: not shown.
+        name: key in `Scores` and in ``metrics.jsonl``.
+        title, decimals: used in the final table and in comparison tables; title "": not shown.
+        card_title, card_decimals: used in the model card.
+        round_title, round_width: used in the table of rounds; width 0: not shown.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Panel:
-    """Scores that share an axis in a run's figure; drawn where the first of them is known."""
+    """Scores that share an axis in a run's figure; drawn if the first of them is available."""
 
     title: str
     unit: str
@@ -63,7 +63,7 @@ ANSWERS_PANEL = Panel(
 
 @dataclass(frozen=True)
 class Bound:
-    """Values of a key of the task that a site accepts from a server."""
+    """The range of values that a site accepts from a server for one of the task's keys."""
 
     key: str
     low: float
@@ -75,35 +75,35 @@ class HeldOut(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The scores to look at first."""
+        """The main scores, most important first."""
 
     @property
     def num_prompts(self) -> int:
-        """Prompts that `side_by_side` answers; 0 where the task compares no answers."""
+        """Number of prompts that `side_by_side` answers; 0 if the task generates no answers."""
 
     def __len__(self) -> int:
         """Number of records."""
 
     def score(self, model: "AdaptedModel", batch_tokens: int) -> Scores:
-        """Scores of the model as it is."""
+        """Scores of the model with its current adapter."""
 
     def side_by_side(self, model: "AdaptedModel", params: "Params", label: str) -> str:
-        """Markdown with the prompts and their answers: the base model's and those of `params`.
+        """Markdown with the prompts, and the answers of the base model and of `params` to each.
 
         Args:
-            label: what the adapter `params` is called there.
+            label: name of the adapter `params` in the text.
         """
 
 
 @dataclass(frozen=True)
 class LocalWork:
-    """One client's round of local training, but for what the algorithm adds to it.
+    """One client's round of local training, without the terms that the algorithm adds.
 
     Attributes:
-        examples: all that the client trains on, as the task's codec makes them.
+        examples: all training examples of the client, as encoded by the task's codec.
         drawn: indices of the round's examples, in drawing order, (steps * examples per step,).
         tensors: groups of tensors that the server sent, by name; ``params`` is the global adapter.
-        remembered: what the client kept of the last acknowledged round, by kind.
+        remembered: the client's memory of the last acknowledged round, by kind.
     """
 
     config: Config
@@ -118,65 +118,65 @@ class LocalWork:
 
 
 class TrainingTask(ABC):
-    """A value of ``task.name``: everything in which one task differs from another."""
+    """A training task, selected by ``task.name``."""
 
     name: ClassVar[str]
     command: ClassVar[str]
-    """Starts a run of the task with its defaults."""
+    """Command that starts a run of the task with its defaults."""
     rows_per_example: ClassVar[int] = 1
-    """Rows of tokens that one example adds to a micro-batch."""
+    """Token sequences that one example adds to a micro-batch: 2 for a preference pair."""
     has_example_losses: ClassVar[bool] = False
-    """Whether `example_losses` is there, which training that is private per record needs."""
+    """Whether `example_losses` is implemented; record-level privacy needs it."""
     can_pack: ClassVar[bool] = False
-    """Whether examples may go through the model end to end, without padding."""
+    """Whether examples may be packed into one sequence, without padding."""
     adapters: ClassVar[Mapping[str, str]] = {}
-    """Group of tensors that clients get beside the global adapter -> the key that names the
-    adapter's directory on the server; null there means that none is sent."""
+    """Further adapters that the server sends to clients: group of tensors -> configuration key of
+    the adapter's directory on the server. If the key is null, none is sent."""
     remembers: ClassVar[tuple[str, ...]] = ()
-    """Groups of `prepare` that a client keeps from round to round; it can do without any."""
+    """Groups of `prepare` that a client keeps between rounds; it can recompute each of them."""
     prompts: ClassVar[Mapping[str, str]] = {}
-    """Name of an embedded data set -> a prompt for ``fedllm generate`` that suits it."""
+    """Name of an embedded data set -> a suitable prompt for ``fedllm generate``."""
     comparison: ClassVar[str | None] = None
-    """Experiment of ``fedllm compare`` where the user chooses no other, no data and no model."""
+    """Default experiment of ``fedllm compare``, unless the user chooses one, data or a model."""
     metrics: ClassVar[tuple[Metric, ...]]
-    """Scores on held-out records, in the order of tables."""
+    """Scores on held-out records, in table order."""
     panels: ClassVar[tuple[Panel, ...]] = (ANSWERS_PANEL,)
-    """Of the figure of a run, beside the loss."""
+    """Panels of a run's figure, in addition to the loss."""
     loss_unit: ClassVar[str] = ""
     can_cut_left: ClassVar[bool] = False
     """Whether data.truncation=left differs from right."""
     fixed_keys: ClassVar[tuple[str, ...]] = ()
-    """Keys that a run cannot go on with another value of, because the adapter depends on them."""
+    """Keys that cannot change when a run is resumed, because the adapter depends on them."""
     bounds: ClassVar[tuple[Bound, ...]] = ()
-    """What a site accepts, whatever its policy says of the task."""
+    """Ranges that every site enforces, whatever its policy allows for the task."""
 
     def refusal(self, config: Config) -> str | None:
-        """Why values do not go together, where no file and no model is needed to see it.
+        """Why the task cannot run with this configuration, checked without any file or model.
 
-        A sentence with the key, its value and what to use instead; None: they do.
+        Returns a sentence with the key, its value and a remedy; None if the configuration is valid.
         """
         return None
 
     def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
-        """Roles of `columns` that must not share a column: what is asked and what is learnt."""
+        """Roles that must not share a column, such as the prompt and the answer."""
         return ()
 
     def claims(self, columns: ColumnsConfig, error: DataError) -> bool:
-        """Whether a source that no task can use was meant for this one, whose `error` helps."""
+        """Whether a source that no task can read was meant for this one, so `error` is shown."""
         return False
 
     def adapter_paths(self, config: Config) -> dict[str, str]:
-        """The directories that `adapters` names in a configuration, by group of tensors."""
+        """The configured directories of `adapters`, by group of tensors."""
         found = {group: value_of(config, key) for group, key in self.adapters.items()}
         return {group: path for group, path in found.items() if path is not None}
 
     @property
     @abstractmethod
     def records(self) -> "RecordKind":
-        """Columns, records, and how they become tokens."""
+        """The task's columns and records, and their encoding as tokens."""
 
     def prepare(self, work: LocalWork) -> "Mapping[str, Kept]":
-        """Groups of tensors that training needs, and what the client keeps of them.
+        """Compute groups of tensors that training needs and that the client may keep.
 
         Called before the global adapter is loaded; may leave any adapter in the model.
         """
@@ -190,33 +190,33 @@ class TrainingTask(ABC):
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
-        """Train the adapter that is in the model, in place.
+        """Train the model's current adapter in place.
 
         Args:
-            prepared: what `prepare` has returned.
-            penalty: a term of the loss that depends on the adapter alone.
+            prepared: the result of `prepare`.
+            penalty: a term of the loss that depends only on the adapter.
         """
 
     def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
-        """Loss of each example by itself, which no other example has a part in.
+        """Per-example losses, each independent of all other examples.
 
-        A task without it is refused under ``privacy.unit=record`` before a run starts.
+        A task without them is rejected under ``privacy.unit=record`` before a run starts.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no losses of single examples")
+        raise NotImplementedError(f"{type(self).__name__} has no per-example losses")
 
     def drops_out(self, config: Config) -> bool:
-        """Whether training that is private per record takes ``lora.dropout``."""
+        """Whether training with record-level privacy applies ``lora.dropout``."""
         return True
 
     def remarks(self, config: Config, data: "SimulatedData") -> list[str]:
-        """What the user should know of a simulation's data, in lines."""
+        """Remarks for the user about a simulation's data, one per line."""
         return []
 
     def check_held_out(self, config: Config, records: "Records") -> None:
-        """Refuse held-out records, at least one, of which none can be scored as asked.
+        """Reject held-out records of which none can be scored with this configuration.
 
         Raises:
-            DataError: names the key, its value and what the records hold.
+            DataError: names the key, its value and what the records contain.
         """
         return
 
@@ -233,8 +233,8 @@ class TrainingTask(ABC):
 
         Args:
             records: a data set with the columns of `records`.
-            encoded: the same records as the codec makes them.
-            tensors: as clients get them beside the global adapter.
+            encoded: the same records, encoded by the codec.
+            tensors: groups of tensors that clients receive in addition to the global adapter.
         """
 
     @abstractmethod
