@@ -153,7 +153,7 @@ def test_too_few_sites_are_waited_for_and_not_for_ever(federation: Deployment) -
     run = federation.submit(federation.root / "few", *wanted)
     said = "3 of 4 clients connected within 40 s (amber, birch, cedar); start the missing ones"
     assert ends_saying(run, said), run.said()
-    assert "3 of 4 clients are there (amber, birch, cedar), waiting" in run.said()
+    assert "3 of 4 clients are connected (amber, birch, cedar), waiting" in run.said()
 
 
 def test_site_of_another_version_is_refused_with_both(federation: Deployment) -> None:

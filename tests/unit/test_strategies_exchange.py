@@ -68,14 +68,14 @@ REFUSED = {
         lambda message: Message(Error(2, "boom"), reply_to=message),
         "node 2 cannot take part: error 2: boom",
     ),
-    "foreign app": (sending(RecordDict()), "node 2 cannot take part: it does not say who it is"),
+    "foreign app": (sending(RecordDict()), "node 2 cannot take part: it does not identify itself"),
     "wrong type": (
         sending(
             RecordDict(
                 {"info": ConfigRecord({"name": "b", "num_examples": "many", "version": "1"})}
             )
         ),
-        "node 2 cannot take part: it does not say who it is",
+        "node 2 cannot take part: it does not identify itself",
     ),
     "silent": (lambda message: None, "1 of 2 clients answered within 0 s"),
 }
@@ -104,7 +104,7 @@ def test_start_without_those_that_refuse_where_it_may():
     census = discover(MemoryGrid({1: saying("amy"), 2: refusing()}), config, 2, told.append)
     assert list(census.clients) == ["amy"]
     assert census.refused == {"ward": "no data file"}
-    assert told[-1].startswith("1 of 2 clients are there (amy), waiting ")
+    assert told[-1].startswith("1 of 2 clients are connected (amy), waiting ")
     assert told[-1].endswith(" s more; ward: no data file")
 
 
@@ -148,7 +148,7 @@ def test_node_that_could_not_answer_is_asked_again(case, monkeypatch):
     assert (list(census.clients), census.refused, census.waiting) == (["amy"], {}, {})
     assert len({message.metadata.message_id for message in answers}) == 4
     if case == "approval":
-        assert told[0].startswith("0 of 1 clients are there, waiting ")
+        assert told[0].startswith("0 of 1 clients are connected, waiting ")
         assert told[0].endswith(" s more; amy: waiting for approval at amy")
 
 
@@ -261,7 +261,7 @@ def test_client_that_comes_after_the_start_is_noted():
 
     assert list(census.settled()) == ["amy"]
     assert census.take_notes() == [
-        "zoe came after the start; it takes part once the run is resumed"
+        "zoe joined after the start; it takes part once the run is resumed"
     ]
     asked = len(grid.sent)
     census.settled()

@@ -97,7 +97,7 @@ BAD = {
     ),
     "broken failure": (
         lambda c: RecordDict({"failure": ConfigRecord({"kind": "x"})}),
-        "a broken failure: it lacks 'reason'",
+        "an unreadable failure: it lacks 'reason'",
     ),
 }
 

@@ -1,7 +1,7 @@
-"""Simulated attackers: what they send in the place of their updates.
+"""Simulated attackers, which replace their own updates.
 
-They replace the replies of a simulation before the server looks at them, so that attackers may know
-each other's honest updates, as ALIE assumes. What SCAFFOLD sends beside an update stays honest.
+Replies are replaced in the simulation before the server reads them, so attackers know each other's
+honest updates, as ALIE assumes. SCAFFOLD's control variates stay honest.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -21,11 +21,11 @@ _SCALES = {"sign_flip": 4.0, "scale": 20.0, "gaussian": 20.0}
 def attacked(
     replies: Iterable[Reply], config: Config, attackers: Collection[str], server_round: int
 ) -> Iterator[Reply]:
-    """The replies of a round as they come, those of the attackers last and changed."""
+    """The replies of a round as they arrive, then the modified replies of the attackers."""
     if config.attack.name in ("none", "label_flip", "backdoor"):
         yield from replies
         return
-    honest: dict[str, Update] = {}  # of the attackers
+    honest: dict[str, Update] = {}  # the attackers' honest updates
     others = 0
     for reply in replies:
         if reply.client in attackers and isinstance(reply.answer, Update):
@@ -61,14 +61,14 @@ def distorted(delta: Params, config: Config, seed: int) -> Params:
 
 
 def a_little(deltas: list[Params], count: int, z: float | None) -> Params:
-    """mean - z std of the attackers' honest updates, by coordinate.
+    """mean - z std of the attackers' honest updates, per coordinate.
 
-    z is the largest at which enough honest updates lie further out than the attackers' for these
-    to stay unnoticed: Phi(z) = (n - f - s) / (n - f) with s = floor(n / 2 + 1) - f.
+    z is the largest value at which enough honest updates lie further from the mean than the
+    attackers' to hide them: Phi(z) = (n - f - s) / (n - f) with s = floor(n / 2 + 1) - f.
     Baruch et al. 2019, "A Little Is Enough", https://arxiv.org/abs/1902.06156, Algorithm 3.
 
     Args:
-        count: n, the replies of the round; the attackers are f of them.
+        count: n, the number of replies in the round, f of them from attackers.
     """
     liars = len(deltas)
     if z is None:

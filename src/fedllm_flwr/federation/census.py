@@ -1,6 +1,6 @@
-"""Who takes part: each node is asked for its name, at the start and when a new one appears.
+"""Discovery of clients: each node is asked for its name, at the start and when it connects later.
 
-Simulated clients are known without (`known`).
+Simulated clients are not asked; the server knows them (`known`).
 """
 
 import time
@@ -22,21 +22,21 @@ from fedllm_flwr.federation.secure.keys import KeyCard, check_card
 from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info
 from fedllm_flwr.params import LARGEST_WEIGHT
 
-_LONGEST_NAME = 100  # of a simulated client, which the server's own data name
-_QUIET_S = 10.0  # without news, after which a start no longer waits for more than it needs
-_RETURN_S = 10.0  # that a round waits for a new node to say who it is
-_REMIND_S = 15.0  # between two lines about a start that still waits
+_LONGEST_NAME = 100  # characters; simulated clients are named by the server's own data
+_QUIET_S = 10.0  # without a new client, after which a start proceeds with the required minimum
+_RETURN_S = 10.0  # that a round waits for a new node to identify itself
+_REMIND_S = 15.0  # between two progress lines while a start waits for clients
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.2
-_APPROVAL = "ApprovalPending"  # kind of the Failure of a site whose operator has to decide
-_APPROVAL_S = 3.0  # until it is asked again
-_AGAIN_FIRST_S, _AGAIN_LAST_S = 1.0, 15.0  # until a node is asked again that could not answer
+_APPROVAL = "ApprovalPending"  # kind of the Failure of a site that waits for its operator
+_APPROVAL_S = 3.0  # before such a site is asked again
+_AGAIN_FIRST_S, _AGAIN_LAST_S = 1.0, 15.0  # backoff before asking an unavailable node again
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A node that could not answer yet: why, how often, and when it is asked again."""
+    """A node that has not been able to answer: why, how often, and when it is asked again."""
 
-    label: str  # its name, as far as it is known
+    label: str  # its name, if known
     why: str
     tries: int
     not_before: float  # time.monotonic()
@@ -46,14 +46,15 @@ class Waiting:
 class Census:
     """Asks every connected node for its name, number of examples and package version.
 
-    A node is asked until it has answered: Flower says in its place when it was away, when its
-    reply broke off and when its process died, and a site may have to wait for its operator. Each
-    is no refusal.
+    A node is asked until it answers. These are not refusals: Flower's error reply for a node that
+    was offline, whose reply broke off or whose process died, and a site that waits for its
+    operator's approval.
 
-    ``clients`` can take part; ``refused`` says by name why others cannot; ``waiting`` are the
-    nodes that could not answer yet, by id; ``notes`` are on nodes that count for no client. Once
-    it is `closed`, the names are settled: a node of a known name takes the place of one that has
-    left, as a site without a registered key gets a new node id at each start.
+    ``clients`` can take part; ``refused`` maps the others to the reason; ``waiting`` are the nodes
+    that have not been able to answer, by id; ``notes`` are remarks about nodes that are not
+    clients. Once the census is `closed`, the names are fixed: a node with a known name then
+    replaces one that has left, since a site without a registered key gets a new node id each time
+    it starts.
 
     ``registered`` are the names of the sites' keys by node id; a node with one of these ids must
     call itself so, and no other node may. ``keys`` are those keys by name: under secure aggregation
@@ -64,7 +65,7 @@ class Census:
     config: Config
     clients: Roster = field(default_factory=dict)
     closed: bool = False
-    inbox: Inbox | None = None  # None: one of its own
+    inbox: Inbox | None = None  # None: the census opens its own
     registered: Mapping[int, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -74,14 +75,14 @@ class Census:
     def __post_init__(self) -> None:
         self.clients = dict(self.clients)
         self._inbox = self.inbox or open_inbox(self.grid)
-        self._asked: dict[str, int] = {}  # node ids by message, until they answer
+        self._asked: dict[str, int] = {}  # node ids by message id, until they answer
         self._answered = {client.node_id for client in self.clients.values()}
         self._online: set[int] = set()
-        self._doubles: dict[str, Client] = {}  # of a name whose node still counts as online
+        self._doubles: dict[str, Client] = {}  # second nodes of a name whose node is still online
 
     @property
     def silent(self) -> list[str]:
-        """Nodes that are asked for the first time and have not answered, by name or number."""
+        """Nodes that have not answered their first question, by name or node id."""
         nodes = set(self._asked.values()) - set(self.waiting)
         return sorted(self._label(node_id) for node_id in nodes)
 
@@ -93,14 +94,14 @@ class Census:
 
     @property
     def all_answered(self) -> bool:
-        """Whether no node is left that may still say who it is."""
+        """Whether no node is left that may still identify itself."""
         return not self._asked and not self.waiting
 
     def look(self) -> bool:
-        """Ask who is new or could not answer, and take the answers that have come.
+        """Ask new nodes and those due to be asked again; process the answers that have arrived.
 
         Returns:
-            Whether a node has said who it is, or has refused.
+            Whether a node has identified itself or has refused.
         """
         self._online = patiently(lambda: set(self.grid.get_node_ids()))
         self._ask(self._online - self._answered - set(self._asked.values()))
@@ -118,7 +119,7 @@ class Census:
         return len(self._answered) > before
 
     def settled(self) -> Roster:
-        """The clients in name order; those that came back under another node id by their new one.
+        """The clients in name order, with the new node ids of those that have reconnected.
 
         Raises:
             FederationError: the SuperLink does not answer.
@@ -140,7 +141,7 @@ class Census:
 
     def _ask(self, nodes: set[int]) -> None:
         now = time.monotonic()
-        for node_id in set(self.waiting) - self._online:  # asked at once when it is back
+        for node_id in set(self.waiting) - self._online:  # asked at once when it reconnects
             self.waiting[node_id] = replace(self.waiting[node_id], not_before=now)
         due = [
             node_id
@@ -153,7 +154,7 @@ class Census:
         self._asked |= send(self.grid, messages)
 
     def _waiting(self, node_id: int, reply: Message) -> Waiting | None:
-        """What is known of a node that could not answer; None for one that has."""
+        """The `Waiting` entry of a node that could not answer; None if it has answered."""
         before = self.waiting.get(node_id)
         tries = before.tries + 1 if before else 1
         label = _called(reply) or (before.label if before else self._label(node_id))
@@ -175,7 +176,7 @@ class Census:
         try:
             client = Client(node_id, unpack_info(reply.content), node_id in self.registered)
         except FederationError as error:
-            why = f"it does not say who it is ({error}); does it run fedllm-flwr {__version__}?"
+            why = f"it does not identify itself ({error}); does it run fedllm-flwr {__version__}?"
             self._refuse(node_id, None, why)
             return
         name = client.info.name
@@ -186,19 +187,21 @@ class Census:
         elif name in self.clients:
             self._take_double(name, client)
         elif self.closed:
-            self.notes.append(f"{name} came after the start; it takes part once the run is resumed")
+            self.notes.append(
+                f"{name} joined after the start; it takes part once the run is resumed"
+            )
         else:
             self.clients[name] = client
             self.refused.pop(name, None)
 
     def _refuse(self, node_id: int, called: str | None, why: str) -> None:
-        """Note why a node cannot take part, under a name that is no other client's."""
+        """Record why a node cannot take part, under a name that no other client has."""
         is_free = called and called not in {*self.clients, *self.registered.values()}
         own = called if is_free and called else f"node {node_id}"
         self.refused[self.registered.get(node_id, own)] = why
 
     def _foreign_name(self, client: Client) -> str | None:
-        """Why a node may not call itself so: the name belongs to a key, or the key to a name."""
+        """Why a node may not use its name: another key has the name, or its key another name."""
         name, own = client.info.name, self.registered.get(client.node_id)
         if own is not None and name != own:
             return (
@@ -219,7 +222,7 @@ class Census:
                 f"it calls itself {called}; for its client-name in its node.toml {SITE_NAME_RULE}"
             )
         if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
-            return f"it calls itself {name[:_LONGEST_NAME]!r}; that is no name"
+            return f"it calls itself {name[:_LONGEST_NAME]!r}, which is not a valid name"
         if version != __version__:
             return (
                 f"it runs fedllm-flwr {printable(version)}, the server {__version__}; install one "
@@ -269,13 +272,13 @@ class Census:
 
 
 def known(grid: Grid, config: Config, sizes: Mapping[str, int]) -> Census:
-    """All clients of a simulation, which the server knows from its own data: no node is asked.
+    """All clients of a simulation; the server knows them from its own data and asks no node.
 
     Args:
-        sizes: number of training examples by client, in the order of the clients' places.
+        sizes: number of training examples by client, in partition order.
 
     Raises:
-        FederationError: the simulation has not made a node for each in time.
+        FederationError: the simulation has not created a node for each client in time.
     """
     deadline = time.monotonic() + config.federation.start_timeout_s
     while len(nodes := sorted(patiently(lambda: list(grid.get_node_ids())))) < len(sizes):
@@ -297,7 +300,7 @@ def discover(
     registered: Mapping[int, str] | None = None,
     keys: Mapping[str, str] | None = None,
 ) -> Census:
-    """Wait until `wanted` clients are there, and know each by its name.
+    """Wait until `wanted` clients have connected and identified themselves.
 
     Args:
         tell: hears how the waiting for sites goes; simulated clients are there at once.
@@ -305,7 +308,7 @@ def discover(
         keys: those public keys by name.
 
     Raises:
-        FederationError: too few can take part; names those that refused, and why.
+        FederationError: too few clients can take part; names those that refused, and why.
     """
     federation = config.federation
     census = Census(grid, config, registered=registered or {}, keys=keys or {})
@@ -336,7 +339,7 @@ def discover(
 
 
 def _is_complete(census: Census, wanted: int, quiet_s: float) -> bool:
-    """Whether to wait no longer: all are there, or enough are and nothing more happens."""
+    """Whether to stop waiting: all clients are here, or enough are and no more arrive."""
     if len(census.clients) + len(census.refused) < wanted:
         return False
     if census.config.federation.engine != "deployment":
@@ -347,13 +350,13 @@ def _is_complete(census: Census, wanted: int, quiet_s: float) -> bool:
 def _progress(census: Census, wanted: int, left_s: float) -> str:
     names = f" ({', '.join(sorted(census.clients))})" if census.clients else ""
     return (
-        f"{len(census.clients)} of {wanted} clients are there{names}, waiting "
+        f"{len(census.clients)} of {wanted} clients are connected{names}, waiting "
         f"{max(0.0, left_s):.0f} s more{_others(census)}"
     )
 
 
 def _others(census: Census) -> str:
-    """All that is known of nodes and sites that do not take part, as parts of a line."""
+    """The state of nodes and sites that do not take part yet, as the end of a progress line."""
     parts = [f"{node.label}: {node.why}" for node in census.waiting.values()]
     parts += [f"{name}: connected, no answer yet" for name in census.silent]
     parts += [f"{name}: registered, not connected" for name in census.missing]
@@ -362,7 +365,7 @@ def _others(census: Census) -> str:
 
 
 def _too_few(census: Census, wanted: int, required: int) -> str:
-    """Why a run cannot start, by name, and what to do."""
+    """Why a run cannot start, by client name, and the remedy."""
     federation = census.config.federation
     there, timeout = len(census.clients), f"{federation.start_timeout_s:.0f} s"
     others = {node.label: node.why for node in census.waiting.values()} | census.refused
@@ -388,7 +391,7 @@ def _too_few(census: Census, wanted: int, required: int) -> str:
 
 
 def _kind(reply: Message) -> str | None:
-    """The kind of a failure that a client has sent."""
+    """The kind of a client's `Failure`."""
     try:
         failure = unpack_failure(reply.content) if reply.has_content() else None
     except FederationError:
@@ -397,7 +400,7 @@ def _kind(reply: Message) -> str | None:
 
 
 def _called(reply: Message) -> str | None:
-    """What a client that failed calls itself, as far as it says so."""
+    """The name in a client's `Failure`, if there is one."""
     try:
         failure = unpack_failure(reply.content) if reply.has_content() else None
     except FederationError:

@@ -1,4 +1,4 @@
-"""How far the clients of a round move, and whether alike: norms and cosines of updates."""
+"""Norms of client updates, and their cosines to the round's mean update."""
 
 from collections.abc import Mapping
 
@@ -10,15 +10,15 @@ _BUCKETS = 8192  # m
 
 
 class UpdateDirections:
-    """Norms ||D_i||, and cosines of D_i to the round's weighted mean D, without keeping any D_i.
+    """Norms ||D_i||, and cosines of D_i to the round's weighted mean D, without storing any D_i.
 
-    Of each update a hashed sketch stays (Weinberger et al. 2009, feature hashing): every value is
-    added to one of m buckets with a sign, both drawn by its tensor's name and its place. Sketches
-    add up as updates do and keep inner products in the mean, with a standard deviation of at most
-    sqrt(2 / m) ||x|| ||y||, 0.016 of a cosine, for 32 kB a client. Norms are exact.
+    Only a hashed sketch of each update is stored (feature hashing, Weinberger et al. 2009): every
+    value is added to one of m buckets with a sign, both drawn from its tensor's name and its
+    position. Sketches are linear, and their inner products are unbiased with a standard deviation
+    of at most sqrt(2 / m) ||x|| ||y||, or 0.016 for a cosine, at 32 kB per client. Norms are exact.
 
     Args:
-        like: the adapter; updates of other shapes, such as of another rank, have a norm alone.
+        like: the adapter; updates of other shapes, such as another rank, get only a norm.
     """
 
     def __init__(self, like: Params) -> None:
@@ -27,14 +27,14 @@ class UpdateDirections:
         self.norms: dict[str, float] = {}
 
     def add(self, client: str, update: Params, weight: float) -> None:
-        """Take note of a client's update."""
+        """Record a client's update."""
         squares = (float(np.vdot(v, v)) for v in map(np.float64, update.values()))
         self.norms[client] = float(np.sqrt(sum(squares)))
         if all(value.shape == self._shapes.get(name) for name, value in update.items()):
             self._sketches[client] = sketch(update).astype(np.float32), weight
 
     def cosines(self) -> dict[str, float]:
-        """Cosine of each update to their weighted mean, by client; of updates that are not zero."""
+        """Cosine of each nonzero update to the weighted mean, by client."""
         ordered = sorted(self._sketches.items())
         if not ordered:
             return {}
@@ -47,7 +47,7 @@ class UpdateDirections:
 
 
 def sketch(update: Mapping[str, Array]) -> Array:
-    """The sums of m buckets, (m,)."""
+    """Sums of the m buckets, (m,)."""
     total = np.zeros(2 * _BUCKETS)
     for name, value in update.items():
         generator = np.random.default_rng(derive_seed("sketch", name))

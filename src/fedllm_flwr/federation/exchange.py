@@ -26,11 +26,11 @@ from fedllm_flwr.federation.wire import unpack_failure
 
 _TAKEN = "UNIQUE constraint failed"
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
-_POLL_SHARE = 0.02  # of the time waited so far: what polling adds to a round, at most
-_TTL_SLACK_S = 30.0  # so that the server's clock closes a round, not the SuperLink's
+_POLL_SHARE = 0.02  # poll interval as a fraction of the time waited: polling's largest delay
+_TTL_SLACK_S = 30.0  # lets the server's timeout close a round before the SuperLink's
 
-# What Flower says of a node in its own codes (flwr.common.constant.ErrorCode), in an operator's
-# terms. Codes 1 and 2 come with the node's own wording.
+# Flower's error codes for a node (flwr.common.constant.ErrorCode), explained for an operator.
+# Codes 1 and 2 come with the node's own message.
 _EXPIRED, _GONE, _CRASHED = 4, 5, 8
 _FLOWER_ERRORS = {
     BROKE_OFF: "its task expired before it was fetched, or its reply broke off; is its SuperNode "
@@ -43,15 +43,15 @@ _FLOWER_ERRORS = {
 
 
 def time_to_live(timeout_s: float) -> float:
-    """Seconds after which Flower drops a message that is waited for `timeout_s`."""
+    """Seconds after which Flower drops a message whose reply may take `timeout_s`."""
     return timeout_s + _TTL_SLACK_S
 
 
 def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
-    """Push `messages`; ids of those that Flower accepted, each with the node it goes to.
+    """Push `messages`; return the ids of those that Flower accepted, with their receiving nodes.
 
-    Flower refuses a message to a node that has left. The gRPC grid then returns an empty id in
-    its place, or no ids at all if the batch was too large; the in-memory grid leaves it out.
+    Flower rejects a message to a node that has left. The gRPC grid then returns an empty id in
+    its place, or no ids at all if the batch was too large; the in-memory grid omits it.
     """
     batch = list(messages)
     node_ids = [message.metadata.dst_node_id for message in batch]
@@ -65,13 +65,13 @@ def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
 
 
 def _push(grid: Grid, batch: list[Message]) -> list[str]:
-    """Push `batch`, which the gRPC grid reads twice; Flower's ids.
+    """Push `batch`, which the gRPC grid iterates twice; return Flower's ids.
 
-    Where a SuperLink dies between storing a message and saying so, or is too busy for a part of
-    the batch, the next try finds ids that are taken. Each message then goes alone.
+    If a SuperLink dies after storing a message but before answering, or is too busy for a part of
+    the batch, the next attempt finds some ids taken. Each message is then pushed separately.
 
     Raises:
-        grpc.RpcError: any other error, or one that lasts.
+        grpc.RpcError: any other error, or one that persists.
     """
     if not batch:
         return []
@@ -84,10 +84,10 @@ def _push(grid: Grid, batch: list[Message]) -> list[str]:
 
 
 def _push_rest(grid: GrpcGrid, message: Message) -> str:
-    """Push what the SuperLink lacks of a message; Flower's id, "" if it was refused.
+    """Push the missing parts of a message; return Flower's id, or "" if it was rejected.
 
-    If its metadata are stored, its objects have to follow: a site that fetches it waits for them
-    for more than an hour, and takes no other message meanwhile.
+    Once its metadata are stored, its objects must follow: a site that fetches the message waits for
+    them for more than an hour, and fetches no other message meanwhile.
     """
     try:
         return next(iter(patiently(partial(grid.push_messages, [message]))), "")
@@ -101,7 +101,7 @@ def _push_rest(grid: GrpcGrid, message: Message) -> str:
             object_id=object_id,
             object_content=part.deflate(),
         )
-        # One that is there already stays as it is.
+        # An object that the SuperLink already has is not replaced.
         patiently(partial(grid._stub.PushObject, request))
     return message.metadata.message_id
 
@@ -109,10 +109,10 @@ def _push_rest(grid: GrpcGrid, message: Message) -> str:
 def receive(
     inbox: Inbox, message_ids: Iterable[str], timeout_s: float, expected: Expected = NO_TENSORS
 ) -> Iterator[Message]:
-    """Yield the replies one by one, until all came or the time is over.
+    """Yield the replies one by one, until all have arrived or the timeout has passed.
 
-    A reply that has begun to arrive in time may complete after it, within the time that the
-    slowest link takes for what is `expected`.
+    A reply that has begun to arrive before the timeout may complete after it, within the time that
+    the slowest supported link needs for a reply of the `expected` size.
     """
     pending = list(message_ids)
     started = time.monotonic()
@@ -121,8 +121,8 @@ def receive(
         for reply in inbox.take(pending, expected):
             arrived.add(reply.metadata.reply_to_message_id)
             yield reply
-            del reply  # else it would stay until the next one is there
-        # Never ask again for an answered message: Flower would answer with an error.
+            del reply  # otherwise it stays in memory until the next one arrives
+        # Never ask again for a message that was answered: Flower would return an error.
         pending = [message_id for message_id in pending if message_id not in arrived]
         waited_s = time.monotonic() - started
         pause_s = min(max(_POLL_FIRST_S, _POLL_SHARE * waited_s), _POLL_LAST_S)
@@ -147,10 +147,10 @@ def failure_reason(reply: Message) -> str | None:
     try:
         failure = unpack_failure(reply.content)
     except FederationError as error:
-        return f"a broken failure: {error}"
+        return f"an unreadable failure: {error}"
     return printable(failure.reason) if failure else None
 
 
 def may_answer_later(reply: Message) -> bool:
-    """Whether no answer came for want of a connection, time or memory, rather than of a will."""
+    """Whether a node failed to answer for lack of a connection, time or memory, not by refusing."""
     return reply.has_error() and reply.error.code in _FLOWER_ERRORS

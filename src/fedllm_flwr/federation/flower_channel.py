@@ -1,4 +1,4 @@
-"""The clients behind a Flower grid, whatever engine or network carries its messages."""
+"""`FlowerChannel`: the channel to clients over a Flower grid of any engine or network."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
@@ -18,7 +18,7 @@ from fedllm_flwr.params import Groups
 
 
 class FlowerChannel:
-    """The clients behind a Flower grid.
+    """The channel to clients over a Flower grid.
 
     Args:
         roster: the clients of the run by name.
@@ -33,13 +33,13 @@ class FlowerChannel:
         self.roster = roster
 
     def settle(self) -> None:
-        """Ask nodes that are new who they are."""
+        """Ask new nodes to identify themselves."""
         self.roster = self._census.settled()
 
     def messages(
         self, request: RequestKind, assignments: Mapping[str, Request], timeout_s: float
     ) -> list[Message]:
-        """Flower's messages to the named clients; their contents share what all are sent."""
+        """Flower messages to the named clients; equal contents are shared between them."""
         ttl = time_to_live(timeout_s)
         contents = pack_requests(assignments.values())
         return [
@@ -73,7 +73,7 @@ class FlowerChannel:
         names: Collection[str],
         timeout_s: float,
     ) -> Iterator[Reply]:
-        """One `Reply` for each of `names`, from Flower's messages and from those that lack."""
+        """One `Reply` for each of `names`, with an error for each missing reply."""
         answered: set[str] = set()
         for message in messages:
             try:
@@ -83,7 +83,7 @@ class FlowerChannel:
                 continue
             answered.add(name)
             yield Reply(name, _answer(request, message))
-            del message  # else it would stay until the next one is there
+            del message  # otherwise it stays in memory until the next one arrives
         for name in names:
             if name not in asked.names:
                 yield Reply(name, NoReplyError("not connected"))
@@ -91,7 +91,7 @@ class FlowerChannel:
                 yield Reply(name, NoReplyError(f"no reply within {timeout_s:g} s"))
 
     def take_notes(self) -> list[str]:
-        """Replies of nobody that was asked, second ones, and nodes that came too late."""
+        """Remarks on unexpected and duplicate replies, and on nodes that joined too late."""
         notes, self._notes = [*self._notes, *self._census.take_notes()], []
         return notes
 

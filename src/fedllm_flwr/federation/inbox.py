@@ -1,14 +1,14 @@
-"""Replies as they become complete, each checked against what was asked before it is fetched.
+"""Fetches replies as they become complete, and checks each against the request while fetching it.
 
-A reply reaches the SuperLink in two steps: first its metadata and the tree of its objects (a
-message, its records, arrays and chunks of their bytes), then the objects one by one, the message
-last. Over a slow link there are seconds or minutes between the two. Flower's own `Grid` waits for
-the second step of one reply while all others wait, and takes what is late for a failure; here a
-reply that has begun to arrive is looked at again, without waiting, until it is complete.
+A reply reaches the SuperLink in two steps: first its metadata and its object tree (a message, its
+records, arrays and chunks of their bytes), then the objects one by one, the message last. Over a
+slow link, seconds or minutes pass between the two. Flower's own `Grid` blocks on the second step of
+one reply while all others wait, and treats a late reply as a failure. Here, a reply that has begun
+to arrive is polled without blocking until it is complete.
 
-What is fetched is bounded by what was asked: the tree's size, the names and shapes of arrays and
-the bytes behind them are checked from the top down, so that a reply of another kind is refused
-and removed from the SuperLink's database before its bytes are read.
+The request bounds what is fetched: the size of the tree, the names and shapes of arrays and their
+numbers of bytes are checked from the top down, so that an unexpected reply is rejected, and removed
+from the SuperLink's database, before its bytes are read.
 """
 
 import json
@@ -48,22 +48,22 @@ from fedllm_flwr.params import Params
 
 Result = TypeVar("Result")
 
-BROKE_OFF, REFUSED = 3, 1000  # codes of errors: Flower's for a reply that is not there, our own
-_UPLOAD_S, _SLOWEST_UPLOAD = 60.0, 50e3  # a reply that has begun to arrive: seconds, bytes/s
-_BUFFER_BYTES = 64 * 2**20  # of replies fetched together, where a grid hands over whole ones
+BROKE_OFF, REFUSED = 3, 1000  # error codes: Flower's for an unavailable reply, and our own
+_UPLOAD_S, _SLOWEST_UPLOAD = 60.0, 50e3  # time for a started reply to arrive: seconds, bytes/s
+_BUFFER_BYTES = 64 * 2**20  # of replies fetched together from a grid that returns whole replies
 _MOST_AT_ONCE = 64
 _LARGEST_RECORD = 2**16  # bytes of one record of numbers or texts, or of one list of names
-_LARGEST_ANSWER = 2**26  # bytes of one answer of the SuperLink, of which a chunk is the largest
-_ARRAY_HEADER = 2**12  # bytes that NumPy's format takes beside the values, at most
-_LARGEST_ITEM = 4  # bytes of a value on the wire
-_RECORDS = 8  # of a reply
-_PULLS = 4  # objects fetched at the same time
+_LARGEST_ANSWER = 2**26  # bytes of one SuperLink response; the largest is a chunk
+_ARRAY_HEADER = 2**12  # largest header of NumPy's array format, in bytes
+_LARGEST_ITEM = 4  # bytes per value on the wire
+_RECORDS = 8  # per reply
+_PULLS = 4  # objects fetched concurrently
 _BUSY, _BUSY_S, _BUSY_PAUSE_S = "database is locked", 120.0, 0.5
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reply may hold: shapes of tensors by record and name; and small records beside."""
+    """What a reply may contain: shapes of tensors by record and name, and small records."""
 
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
@@ -76,12 +76,12 @@ class Expected:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, at most."""
+        """Upper bound of the bytes of all tensors."""
         return sum(_bytes_of(shape) for named in self.shapes.values() for shape in named.values())
 
     @cached_property
     def num_objects(self) -> int:
-        """Objects that Flower makes of such a reply, at most."""
+        """Upper bound of the number of Flower objects in such a reply."""
         arrays = [shape for named in self.shapes.values() for shape in named.values()]
         return 2 + _RECORDS + sum(1 + _num_chunks(shape) for shape in arrays)
 
@@ -90,10 +90,10 @@ NO_TENSORS = Expected()
 
 
 class Inbox(Protocol):
-    """Where the replies to a server's messages arrive."""
+    """Receives the replies to the server's messages."""
 
     def take(self, message_ids: Iterable[str], expected: Expected) -> Iterator[Message]:
-        """The replies to these messages that are complete by now, each once, without waiting."""
+        """Yield the replies to these messages that are complete, each once, without waiting."""
 
     def arriving(self, message_ids: Iterable[str]) -> list[str]:
         """Those of the messages whose replies have begun to arrive and are not complete."""
@@ -107,13 +107,13 @@ def open_inbox(grid: Grid) -> Inbox:
 
 
 class GridInbox:
-    """Replies of a grid whose nodes are in this process or machine: they are there at once."""
+    """Inbox for a grid whose nodes are in this process or on this machine."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
     def take(self, message_ids: Iterable[str], expected: Expected) -> Iterator[Message]:
-        """The replies that are there, a few at a time, so that memory stays bounded."""
+        """Yield the replies that have arrived, a few at a time to bound memory."""
         wanted = list(message_ids)
         at_once = max(1, min(_MOST_AT_ONCE, _BUFFER_BYTES // max(1, expected.num_bytes)))
         for start in range(0, len(wanted), at_once):
@@ -123,12 +123,12 @@ class GridInbox:
                 yield replies.pop(0)
 
     def arriving(self, message_ids: Iterable[str]) -> list[str]:
-        """None: a reply arrives as a whole."""
+        """Always empty, since replies arrive as a whole."""
         return []
 
 
 class _Refused(Exception):  # noqa: N818 - a verdict on a reply, not a failure of the program
-    """The reply holds what was not asked for."""
+    """The reply contains something that was not requested."""
 
 
 class _NotYet(Exception):  # noqa: N818
@@ -137,7 +137,7 @@ class _NotYet(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A reply whose objects are on their way."""
+    """A reply whose objects are still arriving."""
 
     message_id: str
     reply_to: str
@@ -161,7 +161,7 @@ class SuperLinkInbox:
         self._arrivals: dict[str, _Arrival] = {}
 
     def take(self, message_ids: Iterable[str], expected: Expected) -> Iterator[Message]:
-        """The replies that are complete, refused or given up by now, one in memory at a time."""
+        """Yield replies that are complete, rejected or timed out, holding one in memory."""
         wanted = list(message_ids)
         self._look(wanted, expected)
         for message_id in wanted:
@@ -176,7 +176,7 @@ class SuperLinkInbox:
         return [message_id for message_id in message_ids if message_id in self._arrivals]
 
     def _look(self, message_ids: list[str], expected: Expected) -> None:
-        """Note whose replies have begun to arrive; the SuperLink tells of each only once."""
+        """Record which replies have begun to arrive; the SuperLink reports each only once."""
         if not (unknown := [wanted for wanted in message_ids if wanted not in self._arrivals]):
             return
         request = PullAppMessagesRequest(message_ids=unknown)
@@ -222,7 +222,7 @@ class SuperLinkInbox:
         confirmed = ConfirmMessageReceivedRequest(
             node=self._node, run_id=self._run_id, message_object_id=arrival.message_id
         )
-        # Removes the reply, and what is still being sent of it, from the SuperLink's database.
+        # Removes the reply, including parts still being sent, from the SuperLink's database.
         patiently(lambda: self._stub.ConfirmMessageReceived(confirmed))
         return answer
 
@@ -231,7 +231,7 @@ class SuperLinkInbox:
 
         Raises:
             _NotYet: one of them has not arrived.
-            _Refused: it is not what was asked for.
+            _Refused: it does not match the request.
         """
         most = expected.num_objects
         for number, _ in enumerate(iterate_object_tree(arrival.tree), 1):
@@ -260,7 +260,7 @@ class SuperLinkInbox:
         return cast(bytes, answer.object_content)
 
     def _error(self, arrival: _Arrival, code: int, reason: str) -> Message:
-        """What the SuperLink would say in the place of the reply."""
+        """An error reply as the SuperLink would create it."""
         metadata = Metadata(
             run_id=self._run_id,
             message_id="",
@@ -276,7 +276,7 @@ class SuperLinkInbox:
 
 
 class _Check:
-    """Holds the objects of one reply, from the message down, against what was asked."""
+    """Checks the objects of one reply against the request, from the message down."""
 
     def __init__(self, expected: Expected) -> None:
         self._expected = expected
@@ -285,10 +285,10 @@ class _Check:
         self._left = 0  # bytes of chunks that may still come
 
     def __call__(self, object_id: str, content: bytes) -> list[str]:
-        """The ids of the object's children, once it is checked.
+        """Check an object and return the ids of its children.
 
         Raises:
-            _Refused: a name, a shape or a size that was not asked for.
+            _Refused: a name, shape or size was not requested.
         """
         kind, children, size = get_object_head_values_from_object_content(content)
         if kind == "ArrayChunk":
@@ -336,9 +336,9 @@ def _num_chunks(shape: tuple[int, ...]) -> int:
 
 
 def _bounded_stub(grid: GrpcGrid) -> ServerAppIoStub:
-    """The grid's API on a connection of its own, which no answer larger than a chunk passes.
+    """The grid's API on a separate connection that limits responses to the size of a chunk.
 
-    Flower's own takes 2 GB at once; the connection's parameters are private to it (flwr 1.31).
+    Flower's own connection accepts 2 GB, and its parameters are private (flwr 1.31).
     """
     channel = create_channel(
         server_address=grid._addr,
@@ -356,13 +356,13 @@ def _bounded_stub(grid: GrpcGrid) -> ServerAppIoStub:
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """The answer of the SuperLink, which is asked again while its database is busy.
+    """Call the SuperLink, and retry while its database is busy.
 
-    On a machine with too much to do a query of it can wait for more than Flower allows; the
-    SuperLink then answers with an error and has done nothing.
+    On an overloaded machine a database query can wait longer than Flower allows; the SuperLink then
+    returns an error and has changed nothing.
 
     Raises:
-        grpc.RpcError: any other error, or one that lasts.
+        grpc.RpcError: any other error, or one that persists.
     """
     deadline = time.monotonic() + _BUSY_S
     while True:
@@ -375,11 +375,11 @@ def patiently(call: Callable[[], Result]) -> Result:
 
 
 def _is_too_large(error: grpc.RpcError) -> bool:
-    """Whether an answer is above `_LARGEST_ANSWER`."""
+    """Whether a response exceeded `_LARGEST_ANSWER`."""
     code = getattr(error, "code", lambda: None)()
     return code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def details_of(error: grpc.RpcError) -> str:
-    """What the SuperLink said of its error."""
+    """The SuperLink's description of its error."""
     return getattr(error, "details", lambda: None)() or ""

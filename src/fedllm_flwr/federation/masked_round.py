@@ -1,4 +1,4 @@
-"""A round under secure aggregation: from a client's update to words, and from their sum back.
+"""A round under secure aggregation: encodes a client's update, and decodes the sum.
 
 A vector is the update times w_i / w_max, each group that the algorithm asks for, and the weight w_i
 itself: words of the ring of integers modulo 2^32. w_max bounds the round's weights, so that the
@@ -85,7 +85,7 @@ def as_words(update: Update, session: Session, num_examples: int) -> Words:
     """A client's vector before it is masked, with its share of the noise.
 
     Args:
-        num_examples: n_i, which the client has announced.
+        num_examples: n_i, as announced by the client.
 
     Raises:
         FederationError: a weight above the round's, a value beyond the range, or too little noise.
@@ -108,12 +108,12 @@ def as_words(update: Update, session: Session, num_examples: int) -> Words:
 
 
 class MaskedContributions:
-    """What has come of a round, of which nothing can be read before the sum is unmasked.
+    """The masked vectors of a round; nothing can be read before their sum is unmasked.
 
     Args:
         shared: names and shapes of the update's tensors.
-        groups: that clients send beside the update.
-        like: names and shapes of their tensors.
+        groups: names of the further groups that clients send.
+        like: names and shapes of the tensors in these groups.
     """
 
     def __init__(
@@ -129,10 +129,10 @@ class MaskedContributions:
         """``delta``, the weighted mean, other groups' sums divided by N, and the total weight.
 
         Args:
-            announced: numbers of examples by client.
+            announced: announced numbers of examples by client.
 
         Raises:
-            FederationError: it cannot be unmasked, or is what no honest clients can have sent.
+            FederationError: the sum cannot be unmasked, or honest clients cannot have sent it.
         """
         words, session = self.sum.unmasked(), self.sum.session
         survivors, total = self.sum.survivors, int(words[-1])
@@ -153,5 +153,5 @@ class MaskedContributions:
 
 
 def num_words(shared: Params, groups: Collection[str], like: Params) -> int:
-    """Words of a vector: the update, the groups beside it, and the weight."""
+    """Number of words of a vector: the update, the further groups, and the weight."""
     return num_values(shared) + len(groups) * num_values(like) + 1

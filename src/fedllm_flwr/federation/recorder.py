@@ -1,4 +1,4 @@
-"""What happened in a round, and who is told."""
+"""The report of a round, and the recorder that receives it."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,18 +10,18 @@ from fedllm_flwr.params import Params
 
 @dataclass
 class RoundReport:
-    """What happened in one round, by client name.
+    """The results of one round, by client name.
 
-    ``metrics``, ``num_examples`` and ``failures`` are those of training; ``scores`` and
-    ``score_failures`` those of the clients' evaluation of the new adapter, if there was one.
-    ``ignored`` are replies and nodes that count for no client, such as a second one; ``lost`` names
-    clients that have started anew, each with the round of which its memory is lost; ``cut`` is
-    the share of each client's update that a robust combiner has left out. ``spent`` is epsilon and
-    delta after the round, where privacy is promised; ``is_last``: another round would spend more
-    than ``privacy.target_epsilon``. ``norms`` and ``cosines`` are those of the updates, see
-    `directions.UpdateDirections`. ``adapter_with``, where updates are kept
-    (``evaluation.contribution``), is the adapter that the round would have ended with if the
-    updates of these clients alone had come.
+    ``metrics``, ``num_examples`` and ``failures`` belong to training; ``scores`` and
+    ``score_failures`` to the clients' evaluation of the new adapter, if there was one. ``ignored``
+    lists replies and nodes that were not counted, such as duplicates; ``lost`` maps clients that
+    have lost their memory to the round of that memory; ``cut`` is the fraction of each client's
+    update that a robust combiner has excluded. ``spent`` is (epsilon, delta) after the round, if
+    the run is differentially private; ``is_last``: another round would exceed
+    ``privacy.target_epsilon``. ``norms`` and ``cosines`` describe the updates, see
+    `directions.UpdateDirections`. ``adapter_with``, set if updates are kept
+    (``evaluation.contribution``), returns the adapter that the round would have produced from the
+    given clients alone.
     """
 
     round: int
@@ -30,8 +30,8 @@ class RoundReport:
     num_examples: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
-    refused: set[str] = field(default_factory=set)  # those of the failures that the server refused
-    diverged: set[str] = field(default_factory=set)  # those of the failures with NaN or Inf
+    refused: set[str] = field(default_factory=set)  # failures: the server rejected the reply
+    diverged: set[str] = field(default_factory=set)  # failures: NaN or Inf
     lost: dict[str, int] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class RoundReport:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     num_scored: dict[str, int] = field(default_factory=dict)
     score_failures: dict[str, str] = field(default_factory=dict)
-    attackers: list[str] = field(default_factory=list)  # those of a simulation
+    attackers: list[str] = field(default_factory=list)  # simulated attackers
     seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
@@ -59,11 +59,11 @@ class RoundReport:
         return _mean_loss(self.scores, self.num_scored)
 
     def require(self, min_replies: int) -> None:
-        """Refuse to go on with fewer usable replies.
+        """Require at least `min_replies` usable replies.
 
         Raises:
-            FederationError: names every client that failed, and why; DivergedError if all did
-                for NaN or Inf.
+            FederationError: names every client that failed, and why; a DivergedError if all failed
+                with NaN or Inf.
         """
         if len(self.metrics) >= min_replies:
             return
@@ -76,32 +76,32 @@ class RoundReport:
 
 
 class Recorder:
-    """What is told of a run while it goes on, and decides when it ends; every method may be left.
+    """Observes a run, and may end it early; every method has a default that does nothing.
 
-    A run's own recorder writes metrics, checkpoints and tables; see `server.run_recorder`.
+    The standard recorder writes metrics, checkpoints and tables; see `server.run_recorder`.
     """
 
     def on_start_round(self, round: int, names: list[str]) -> None:
-        """Hears which clients a round asks, before the messages are sent."""
+        """Called with the sampled clients, before their messages are sent."""
 
     def on_reply(self, round: int, name: str, loss: float | None) -> None:
-        """Hears of each reply when it has come; loss None: it could not be used."""
+        """Called for each reply as it arrives; loss None: the reply was not usable."""
 
     def on_update(self, round: int, name: str, delta: Params, acknowledged: int) -> None:
-        """Gets each accepted update where clients keep their own adapters.
+        """Called with each accepted update, if clients keep their own adapters.
 
         Args:
-            acknowledged: round of the client's accepted update before.
+            acknowledged: round of the client's previous accepted update.
         """
 
     def on_round(self, state: ServerState, report: RoundReport) -> None:
-        """Gets the state after a round, and what happened in it."""
+        """Called with the state after a round, and the round's report."""
 
     def on_failed_round(self, report: RoundReport) -> None:
-        """Gets the report of a round in which too few replies could be used."""
+        """Called with the report of a round that had too few usable replies."""
 
     def oldest_checkpoint(self) -> int | None:
-        """Round of the oldest state that the server may go back to; None: it never goes back."""
+        """Round of the oldest checkpoint that the server may resume from; None: it never does."""
         return None
 
     def has_converged(self) -> bool:
@@ -114,5 +114,5 @@ def _mean_loss(
 ) -> float | None:
     total = sum(counts[name] for name in metrics)
     if not total or any("loss" not in each for each in metrics.values()):
-        return None  # sites whose records are private do not tell
+        return None  # sites with record-level privacy report no loss
     return sum(metrics[name]["loss"] * counts[name] for name in sorted(metrics)) / total

@@ -1,4 +1,4 @@
-"""What the server makes of a reply: whose it is, and whether it can be used."""
+"""Reads replies: which client a reply belongs to, and whether it is usable."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,10 +23,10 @@ Content = TypeVar("Content")
 
 
 class Asked:
-    """The clients that were asked something, by message; ties each reply to one, once.
+    """The clients that were sent a request, by message id; matches each reply to one client.
 
-    A reply is known by the message it answers, not by its sender: the SuperLink answers in its
-    own name for a node that was lost.
+    A reply is matched by the message that it answers, not by its sender, because the SuperLink
+    answers in its own name for a node that was lost.
     """
 
     def __init__(self, node_ids: Mapping[str, int], roster: Roster) -> None:
@@ -37,15 +37,15 @@ class Asked:
 
     @property
     def names(self) -> set[str]:
-        """The clients that were asked."""
+        """The clients that were sent a request."""
         return set(self._clients.values())
 
     def client_of(self, reply: Message) -> str:
-        """Name of the client whose answer this is.
+        """Name of the client that this reply belongs to.
 
         Raises:
-            FederationError: it answers nothing that was asked, it answers for the second time,
-                or another node than the one asked sent it.
+            FederationError: it answers no request of this exchange, it is a duplicate, or the wrong
+                node sent it.
         """
         message_id, sender = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
         name = self._clients.get(message_id)
@@ -103,7 +103,7 @@ def _unpack_scores(content: RecordDict) -> dict[str, float]:
 
 
 def _decoded(content: RecordDict, unpack: Callable[[RecordDict], Content]) -> Content:
-    """What `unpack` reads; a client can send any bytes, so any error means a refusal."""
+    """The result of `unpack`; a client can send any bytes, so every error rejects the reply."""
     try:
         return unpack(content)
     except FederationError:

@@ -1,4 +1,4 @@
-"""Who takes part in a run, and who in a round of it."""
+"""The clients of a run, and the sampling of the clients of a round."""
 
 import random
 from collections.abc import Collection
@@ -15,9 +15,9 @@ _LONGEST_MODEL = 200  # characters of what a site says of its model
 
 @dataclass(frozen=True)
 class Client:
-    """A node that takes part: its Flower id of this run, and what it said of itself.
+    """A participating node: its Flower node id in this run, and its description of itself.
 
-    ``by_key``: its name is that of a registered key, which no other node can have.
+    ``by_key``: the name belongs to a registered key, so no other node can use it.
     """
 
     node_id: int
@@ -30,22 +30,22 @@ Roster = dict[str, Client]
 
 
 def choose_clients(roster: Roster, config: Config, server_round: int) -> list[str]:
-    """Names of the clients of a round: the same for the same seed and names."""
+    """Sample the clients of a round, deterministically from the seed and the names."""
     return choose_from(roster, config, server_round)
 
 
 def choose_from(names: Collection[str], config: Config, server_round: int) -> list[str]:
-    """As `choose_clients`, before more than their names is known."""
+    """As `choose_clients`, when only the names are known."""
     seed = derive_seed(config.seed, "sampling", server_round)
     wanted = num_sampled(config, len(names))
     return sorted(random.Random(seed).sample(sorted(names), wanted))
 
 
 def check_roster(roster: Roster, config: Config) -> None:
-    """Refuse clients that are too few for a round, or too many examples for exact sums.
+    """Reject too few clients for a round, and too many examples for exact sums.
 
     Raises:
-        FederationError: names the numbers.
+        FederationError: gives the numbers.
     """
     needed, sampled = min_replies(config, len(roster)), num_sampled(config, len(roster))
     if roster and needed > sampled:
@@ -62,7 +62,7 @@ def check_roster(roster: Roster, config: Config) -> None:
 
 
 def unlike_models(roster: Roster) -> list[str]:
-    """A warning where sites train different base models, whose updates do not add up; else none."""
+    """A warning if sites train different base models, whose updates cannot be averaged."""
     sites: dict[str, list[str]] = {}
     for name, client in sorted(roster.items()):
         model = printable(client.info.model)[:_LONGEST_MODEL] if client.info.model else ""
@@ -71,4 +71,4 @@ def unlike_models(roster: Roster) -> list[str]:
     if len(sites) < 2:
         return []
     groups = "; ".join(f"{', '.join(names)}: {model}" for model, names in sorted(sites.items()))
-    return [f"the sites do not train the same base model ({groups}); an average of theirs is none"]
+    return [f"the sites train different base models ({groups}); their average is meaningless"]

@@ -1,8 +1,8 @@
-"""Round store: tensors by kind on disk, one file for each round that left some.
+"""Round store: versioned tensors on disk, by kind, with one file per round.
 
-What a client remembers of a run and what the server knows of each client are such stores. A round
-starts from exactly the version that the server has acknowledged, so that a lost reply, a repeated
-round or a server that returns to an older checkpoint changes nothing.
+Client memory and the server's copies of it are round stores. A round starts from exactly the
+version that the server has acknowledged, so a lost reply, a repeated round or a resume from an
+older checkpoint does no harm.
 """
 
 import logging
@@ -20,27 +20,27 @@ _ABOUT = "about."  # prefix in the metadata of a file
 
 
 def folder_name(client: str) -> str:
-    """A client's name as that of a folder."""
+    """A folder name for a client's name."""
     return quote(client, safe=" ").replace(".", "%2E")
 
 
 class RoundStore:
-    """Versions of what is kept in `directory`, by round.
+    """Versions of a set of tensors in `directory`, by round.
 
-    A version is written before the server acknowledges its round, if it ever does. So versions
-    pile up until it is known which of them can still be asked for.
+    A version is written before the server acknowledges its round, which may never happen. Versions
+    are therefore kept until it is known that the server cannot ask for them any more.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def rounds(self) -> list[int]:
-        """Rounds of which there is a version, in rising order."""
+        """Rounds that have a version, in ascending order."""
         found = (path.stem.partition("-")[2] for path in self._directory.glob("round-*.*"))
         return sorted(int(number) for number in found if number.isdigit())
 
     def load(self, server_round: int) -> dict[str, Kept] | None:
-        """What a round left, by kind; None, which is logged, if it is not there or unreadable."""
+        """The version of a round, by kind; None (logged) if it is missing or unreadable."""
         try:
             groups, metadata = load_params(self.file(server_round))
         except FederationError as error:
@@ -58,18 +58,18 @@ class RoundStore:
         acknowledged: int,
         oldest_checkpoint: int,
     ) -> None:
-        """Write the version of a round, then remove those that no server can ask for any more.
+        """Write the version of a round, then remove those that the server cannot ask for any more.
 
         Args:
-            acknowledged: round that this one started from, 0 for none. The versions between are
-                of rounds that the server did not accept.
-            oldest_checkpoint: round of the oldest state that the server may go back to. It asks
-                for the newest version that it had accepted by then.
+            acknowledged: round that this one started from, 0 for none. Versions between the two
+                belong to rounds that the server did not accept.
+            oldest_checkpoint: round of the oldest checkpoint that the server may resume from. It
+                would then ask for the newest version that it had accepted by that round.
 
         Raises:
-            FederationError: the file system refuses.
+            FederationError: the file cannot be written.
         """
-        for unfinished in self._directory.glob(".round-*"):  # of a process that was killed
+        for unfinished in self._directory.glob(".round-*"):  # left by a killed process
             unfinished.unlink(missing_ok=True)
         metadata = {f"{_ABOUT}{kind}": each.about for kind, each in kept.items() if each.about}
         groups = {kind: each.tensors for kind, each in kept.items()}
@@ -81,5 +81,5 @@ class RoundStore:
                 self.file(version).unlink(missing_ok=True)
 
     def file(self, server_round: int) -> Path:
-        """Where the version of a round lies, if it is kept."""
+        """Path of the version of a round, which may not exist."""
         return self._directory / f"round-{server_round:05d}.safetensors"

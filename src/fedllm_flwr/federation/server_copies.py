@@ -1,7 +1,8 @@
-"""The server's copies of what clients remember, where its own state is a sum over all of them.
+"""The server's copies of client memory, for algorithms whose server state sums over all clients.
 
-SCAFFOLD's c moves by what clients send: c_i+ - c_i. A client that has lost c_i starts from zero,
-and its old share has to come out of c again; nobody but the server can still know it.
+Clients send the change c_i+ - c_i, which SCAFFOLD's server adds to c. If a client has lost its c_i,
+it starts from zero, and the server must subtract the client's old share from c. Only the server's
+copy still holds that share.
 """
 
 from collections.abc import Mapping
@@ -14,17 +15,17 @@ from fedllm_flwr.federation.messages import Acknowledged, Update
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
 from fedllm_flwr.params import Groups, Kept, Params, add, check_like
 
-_NAMES = {"control": "control variate"}  # kinds of client memory, in words
+_NAMES = {"control": "control variate"}  # kinds of client memory, as shown to users
 
 
 class ServerCopies:
-    """Clients' memory of some kinds by acknowledged round, on disk.
+    """Copies of client memory on disk, by client and acknowledged round.
 
-    Memory holds the tensors of one client at a time.
+    At most one client's tensors are in RAM at a time.
 
     Args:
-        directory: one folder for each client below it.
-        contributes: kind of client memory by the group of tensors that is its change
+        directory: contains one folder per client.
+        contributes: group of tensors -> the kind of client memory whose change it is
             (`Rule.contributes`).
     """
 
@@ -33,10 +34,10 @@ class ServerCopies:
         self._contributes = contributes
 
     def require(self, clients: Mapping[str, Acknowledged]) -> None:
-        """Refuse to go on without the copy of a client that has a share in the server's state.
+        """Require a copy for every client that has a share in the server's state.
 
         Raises:
-            FederationError: names the client and its file's folder.
+            FederationError: names the client and the folder of the missing file.
         """
         for name, client in clients.items() if self._contributes else ():
             folder = self._directory / folder_name(name)
@@ -62,8 +63,8 @@ class ServerCopies:
             like: names and shapes of the adapter's tensors.
 
         Raises:
-            FederationError: a contribution is missing or leads to absurd values, or the file system
-                refuses.
+            FederationError: a contribution is missing or leads to values out of range, or the file
+                cannot be written.
         """
         store = RoundStore(self._directory / folder_name(name))
         before = store.load(acknowledged) if acknowledged and self._contributes else {}

@@ -1,7 +1,7 @@
 """The algorithms as Flower strategies, for this package's server and for any other ServerApp.
 
-Each is a thin face: a rule (`federation.algorithms`) carried out by the rounds
-(`federation.rounds`). The clients are those of this package's ClientApp::
+Each strategy is a thin wrapper: `federation.rounds` executes a rule of `federation.algorithms`. The
+clients run this package's ClientApp::
 
     app = ServerApp()
 
@@ -41,29 +41,29 @@ from fedllm_flwr.plugins import ALGORITHMS
 
 
 class FederatedStrategy(Strategy):
-    """A Flower strategy that carries out the rule of ``algorithm.name``.
+    """A Flower strategy that executes the rule of ``algorithm.name``.
 
     Args:
         config: the run's configuration, or overrides of the default one
             (``["model=smollm2_135m", "training.max_steps=20"]``).
-        roster: the clients that take part, by name; None: all that `start` finds.
-        state: where to go on from; ``state.round`` rounds are done already. None: a new run, from
-            the arrays that `start` is given.
-        recorder: is told of rounds and replies.
-        copies: directory for the server's copies of what clients remember (SCAFFOLD), which a run
-            that is to go on after a stop needs; None: a temporary one.
-        hyper: hyper-parameters of the algorithm, as its rule names them (``eta=0.5``), in the place
-            of those of the configuration.
+        roster: the participating clients, by name; None: all that `start` finds.
+        state: state to resume from, after ``state.round`` completed rounds. None: a new run from
+            the arrays given to `start`.
+        recorder: is notified of rounds and replies.
+        copies: directory for the server's copies of client memory (SCAFFOLD), which is required to
+            resume a run later; None: a temporary directory.
+        hyper: hyper-parameters of the algorithm by the names of its rule (``eta=0.5``), which
+            override those of the configuration.
 
     Raises:
-        ConfigError: an override or a hyper-parameter that does not exist, or a configuration of
+        ConfigError: an override or a hyper-parameter does not exist, or the configuration selects
             another algorithm.
-        FederationError: the clients are too few, or announce too many examples, or what a run that
-            goes on has known of a client is gone.
+        FederationError: there are too few clients, they announce too many examples, or the server
+            has lost its copy of a client's memory in a resumed run.
     """
 
     name: ClassVar[str] = ""
-    """The algorithm of a subclass; without one, whatever the configuration says."""
+    """The algorithm of a subclass; if it is not set, that of the configuration."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class FederatedStrategy(Strategy):
 
     @property
     def rule(self) -> Rule:
-        """What makes this algorithm different from others, with its hyper-parameters."""
+        """The algorithm's rule, with its hyper-parameters."""
         return find_rule(self.config.algorithm)
 
     @property
@@ -125,22 +125,22 @@ class FederatedStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds that are left, ``state.round + 1`` to `num_rounds`.
+        """Run the remaining rounds, ``state.round + 1`` to `num_rounds`.
 
         Args:
-            grid: Flower's way to the clients.
-            initial_arrays: the adapter to start from, float32 by PEFT name. Where the strategy has
-                a state already, it goes on from that, and these arrays may be empty.
-            num_rounds: last round of the run, over which the learning rate falls.
+            grid: Flower's connection to the clients.
+            initial_arrays: the adapter to start from, float32 by PEFT name. May be empty if the
+                strategy already has a state, from which it then resumes.
+            num_rounds: last round of the run; the learning-rate schedule spans all rounds.
             timeout: seconds to wait for replies; None: ``federation.round_timeout_s``.
-            train_config: keys of the section ``training`` with other values.
-            evaluate_config: keys of the section ``evaluation`` with other values.
-            evaluate_fn: called before the first round and after each with the global adapter; what
-                it returns is in the result.
+            train_config: overrides of keys of the section ``training``.
+            evaluate_config: overrides of keys of the section ``evaluation``.
+            evaluate_fn: called with the global adapter before the first round and after each round;
+                its results are in the result.
 
         Raises:
             ConfigError: a key of `train_config` or `evaluate_config` does not exist.
-            FederationError: too few clients, or a round that cannot be completed.
+            FederationError: there are too few clients, or a round cannot be completed.
         """
         self.config = _with_sections(
             changed(self.config, federation={"num_rounds": num_rounds}),
@@ -163,16 +163,16 @@ class FederatedStrategy(Strategy):
         told.result.arrays = _arrays(self.state.adapter)
         return told.result
 
-    # Flower's steps of a round, for a loop other than `start`.
+    # The steps of Flower's `Strategy` interface, for callers with their own loop.
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Messages with this round's assignments to the chosen clients.
+        """Messages with this round's assignments to the sampled clients.
 
         Args:
-            arrays: the global adapter, which has to be that of the strategy's state.
-            config: keys of the section ``training`` with other values.
+            arrays: the global adapter, which must be that of the strategy's state.
+            config: overrides of keys of the section ``training``.
 
         Raises:
             FederationError: the strategy was made without a roster.
@@ -193,8 +193,8 @@ class FederatedStrategy(Strategy):
         """Combine the usable replies, then take the server step.
 
         Raises:
-            FederationError: fewer than ``federation.min_replies`` replies can be used, or the
-                server step leaves the finite numbers.
+            FederationError: fewer than ``federation.min_replies`` replies are usable, or the server
+                step gives values that are not finite.
         """
         opened, channel = self._opened, self._channel
         if opened is None or channel is None or opened.report.round != server_round:
@@ -209,7 +209,7 @@ class FederatedStrategy(Strategy):
         """Messages that ask every client to score the new adapter, if ``evaluation.clients``.
 
         Args:
-            config: keys of the section ``evaluation`` with other values.
+            config: overrides of keys of the section ``evaluation``.
         """
         self.config = _with_sections(self.config, evaluation=config)
         if not self.config.evaluation.clients:
@@ -221,7 +221,7 @@ class FederatedStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """The clients' mean loss on their own records, weighted by their numbers."""
+        """The clients' mean loss on their own records, weighted by their numbers of records."""
         if self._channel is None or not self.config.evaluation.clients:
             return None
         report = RoundReport(server_round, [])
@@ -230,7 +230,7 @@ class FederatedStrategy(Strategy):
         return _metrics(report.score)
 
     def summary(self) -> None:
-        """Nothing: `server.planning` shows the plan of a run before it starts."""
+        """Print nothing: `server.planning` shows the plan of a run before it starts."""
 
     def _take_initial(self, arrays: ArrayRecord) -> None:
         params = unpack_params(arrays, "float32")
@@ -264,7 +264,7 @@ class FederatedStrategy(Strategy):
         replies: Iterable[Message],
         names: Collection[str],
     ) -> Iterator[Reply]:
-        """Flower gives messages their ids when it sends them, so they are known only by now."""
+        """Read replies; message ids are known only now, as Flower assigns them when sending."""
         sent = {one.metadata.message_id: one.metadata.dst_node_id for one in self._sent}
         asked = Asked(sent, channel.roster)
         timeout_s = self.config.federation.round_timeout_s
@@ -424,12 +424,12 @@ STRATEGIES: dict[str, type[FederatedStrategy]] = {
 
 
 def strategy_of(config: Config) -> type[FederatedStrategy]:
-    """The strategy of a configuration's algorithm, also of one that another package adds."""
+    """The strategy of a configuration's algorithm, which may come from another package."""
     return STRATEGIES.get(config.algorithm.name, FederatedStrategy)
 
 
 class _Told(Recorder):
-    """Keeps a strategy's state and Flower's result up to date, and tells the user's recorder."""
+    """Keeps a strategy's state and Flower's result up to date; notifies the user's recorder."""
 
     def __init__(
         self,
@@ -466,7 +466,7 @@ class _Told(Recorder):
         return self._recorder.has_converged()
 
     def on_round(self, state: ServerState, report: RoundReport) -> None:
-        """Note the round's state and metrics."""
+        """Store the round's state and metrics."""
         self._strategy._state = state
         if (trained := _metrics(report.loss)) is not None:
             self.result.train_metrics_clientapp[report.round] = trained
@@ -484,10 +484,10 @@ class _Told(Recorder):
 
 
 def _with_sections(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """`config` with other values in its sections.
+    """`config` with overrides in its sections.
 
     Raises:
-        ConfigError: a key that does not exist, or a value that it cannot have.
+        ConfigError: a key does not exist, or its value is invalid.
     """
     if not any(sections.values()):
         return config

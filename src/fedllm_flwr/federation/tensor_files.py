@@ -20,7 +20,7 @@ _DIGEST = "sha256"
 def save_params(path: Path, groups: Mapping[str, Params], metadata: Mapping[str, str]) -> None:
     """Write groups of tensors to one safetensors file, each name prefixed by its group.
 
-    The file holds a digest of its content, by which `load_params` notices a flipped bit.
+    The file contains a digest of its content, with which `load_params` detects corruption.
     """
     tensors = {
         f"{group}/{name}": np.asarray(value, order="C")
@@ -42,11 +42,10 @@ def _digest(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
 
 
 def load_params(path: Path) -> tuple[dict[str, Params], dict[str, str]]:
-    """Groups of tensors and metadata that `save_params` wrote.
+    """Read the groups of tensors and the metadata that `save_params` wrote.
 
     Raises:
-        FederationError: the file is missing, truncated, of another format, or no longer what was
-            written.
+        FederationError: the file is missing, truncated, damaged, or of another format.
     """
     tensors: dict[str, Array] = {}
     try:
@@ -57,7 +56,7 @@ def load_params(path: Path) -> tuple[dict[str, Params], dict[str, str]]:
     except (OSError, SafetensorError, ValueError) as error:
         raise FederationError(f"cannot read {path}: {error}.") from error
     if metadata.get("format") != _FORMAT:
-        raise FederationError(f"{path} is no checkpoint of this version.")
+        raise FederationError(f"{path} is not a checkpoint of this version.")
     written = metadata.pop(_DIGEST, "")
     if _digest(tensors, metadata) != written:
         raise FederationError(

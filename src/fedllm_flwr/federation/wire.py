@@ -1,9 +1,9 @@
 """Dataclasses to Flower's `RecordDict` and back; the only module that knows the encoding.
 
-Tensors travel under their PEFT names in float32, bfloat16 or float16. Flower's arrays know no
-bfloat16, so its bits travel as int16 next to the name of the dtype, and are decoded before any
-arithmetic. The configuration travels as JSON data and is typed again on arrival. Whatever a peer
-sends, reading it gives the dataclass or a `FederationError`.
+Tensors are sent under their PEFT names in float32, bfloat16 or float16. Flower's arrays do not
+support bfloat16, so its bits are sent as int16 with the name of the dtype, and decoded before any
+arithmetic. The configuration is sent as JSON and parsed into its schema on arrival. Reading any
+message of a peer gives the dataclass or a `FederationError`.
 """
 
 import functools
@@ -39,7 +39,7 @@ from fedllm_flwr.federation.secure.site import Opened, Unmask
 from fedllm_flwr.federation.updates.cast import STORED, decode, encode
 from fedllm_flwr.params import Params
 
-# Keys that name something on the server's disk or network; a client never learns them.
+# Keys that refer to the server's disk or network, and are never sent to clients.
 _SERVER_ONLY = (
     *("output_dir", "resume", "tracking", "compare", "federation.ray_address"),
     *("evaluation.suites", "evaluation.data_root"),
@@ -55,9 +55,9 @@ _Value = TypeVar("_Value", int, float, bool, str, bytes)
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """A peer can send any bytes, so any error while reading them is a `FederationError`.
+    """Turn every error while reading a peer's bytes into a `FederationError`.
 
-    Its text may go back to the peer: it quotes nothing but the peer's own message.
+    Its text may be sent back to the peer, so it quotes only the peer's own message.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def pack_params(params: Params, dtype: str) -> tuple[ArrayRecord, str]:
     """Tensors in wire dtype, and that dtype.
 
     Raises:
-        FederationError: a finite value is beyond float16.
+        FederationError: a finite value is out of float16's range.
     """
     arrays = {name: WireArray(encode(name, values, dtype)) for name, values in params.items()}
     return ArrayRecord(arrays), dtype
@@ -109,7 +109,7 @@ def pack_assignment(assignment: Assignment) -> RecordDict:
 
 
 def pack_assignments(assignments: Iterable[Assignment]) -> Iterator[RecordDict]:
-    """Assignments of one round as records; what several clients get is encoded once and shared."""
+    """Assignments of one round as records; groups shared by several clients are encoded once."""
     encoded: dict[int, tuple[Params, ArrayRecord]] = {}  # by id of the group, which is kept alive
     texts: dict[int, tuple[Config, str]] = {}
     for assignment in assignments:
@@ -155,7 +155,7 @@ def unpack_assignment(content: RecordDict) -> Assignment:
     """The `Assignment` in a server's message.
 
     Raises:
-        FederationError: it lacks a record or a field, or holds one that makes no sense.
+        FederationError: a record or a field is missing or invalid.
     """
     settings = _settings(content, "task")
     dtype = _field(settings, "dtype", str)
@@ -183,7 +183,7 @@ def unpack_assignment(content: RecordDict) -> Assignment:
 
 
 def _session(content: RecordDict, config: Config) -> Session | None:
-    """That of a round under secure aggregation, with the bounds that the run's settings say."""
+    """The secure-aggregation session in a message, checked against the run's settings."""
     if not config.privacy.secure_aggregation or "session" not in content.config_records:
         return None
     about, cards = _settings(content, "session"), _settings(content, "cards")
@@ -279,7 +279,7 @@ def unpack_update(content: RecordDict) -> Update | MaskedUpdate:
     """The `Update` in a client's reply, or the `MaskedUpdate`.
 
     Raises:
-        FederationError: the reply lacks a record or a field, or holds one of a wrong type.
+        FederationError: a record or a field is missing or of the wrong type.
     """
     settings = _settings(content, "update")
     dtype = _field(settings, "dtype", str)
@@ -309,7 +309,7 @@ def unpack_update(content: RecordDict) -> Update | MaskedUpdate:
 
 
 def pack_query(config: Config) -> RecordDict:
-    """The question every node is asked once: who are you, and how much data do you hold."""
+    """The request that asks every node for its name and its number of examples."""
     question = ConfigRecord({"version": __version__, "config": _config_text(config)})
     return RecordDict({"query": question})
 
@@ -324,10 +324,10 @@ def unpack_query(content: RecordDict) -> Config:
 
 @_reading()
 def unpack_config(content: RecordDict) -> tuple[int, Config]:
-    """Round and configuration of a task, or of a query, which is round 0; without its tensors.
+    """Round and configuration of an assignment or of a query (round 0), without reading tensors.
 
     Raises:
-        FederationError: it is neither.
+        FederationError: the message is neither.
     """
     if (settings := content.config_records.get("task")) is not None:
         return _field(settings, "round", int), _config(settings)
@@ -360,7 +360,7 @@ def pack_failure(failure: Failure) -> RecordDict:
 
 @_reading()
 def unpack_failure(content: RecordDict) -> Failure | None:
-    """The `Failure` in a reply, or None if the reply is none."""
+    """The `Failure` in a reply, or None if there is none."""
     if "failure" not in content:
         return None
     record = _settings(content, "failure")
@@ -372,12 +372,12 @@ def unpack_failure(content: RecordDict) -> Failure | None:
 
 
 def pack_scores(scores: Mapping[str, float], num_examples: int) -> RecordDict:
-    """A client's scores of the global adapter, and the number of examples behind them."""
+    """A client's scores of the global adapter, and the number of examples scored."""
     return RecordDict({"metrics": MetricRecord({**scores, "num_examples": num_examples})})
 
 
 def _config_text(config: Config) -> str:
-    """What clients learn of the configuration, as JSON."""
+    """The configuration as JSON, without the keys that clients must not see."""
     sections = asdict(config)
     for key in (*_SERVER_ONLY, *adapter_keys()):
         *path, leaf = key.split(".")
@@ -407,7 +407,7 @@ def _field(record: ConfigRecord, name: str, kind: type[_Value]) -> _Value:
     if name not in record:
         raise FederationError(f"it lacks {name!r}")
     value = record[name]
-    if type(value) is not kind:  # not isinstance: a truth value is no number
+    if type(value) is not kind:  # not isinstance: bool is not accepted as int
         raise FederationError(f"{name}={_shown(repr(value))} is no {_KINDS[kind]}")
     return value
 
@@ -420,6 +420,6 @@ def _non_negative(record: ConfigRecord, name: str) -> float:
 
 
 def _shown(text: str) -> str:
-    """A peer's wording, bounded and on one line."""
+    """Text of a peer, truncated and on one line."""
     cut = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
     return cut if cut.isprintable() else repr(cut)[1:-1]
