@@ -191,7 +191,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
     leaving, left = chain.client_end(own_groups, passage)
     kept |= {kind: Kept(tensors) for kind, tensors in left.items()}
     groups = dict(leaving)
-    if rule.contributes and chain.links:  # memory moves by what arrives, as the server's copy does
+    if rule.contributes and chain.links:  # as the server's copy: memory changes by what arrives
         received_as = {group: as_received(params) for group, params in groups.items()}
         arriving = chain.server_end(received_as, own_groups, passage)
         for group, kind in rule.contributes.items():
@@ -199,7 +199,7 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
             kept[kind] = Kept(add(own, arriving[group]))
     ClientMemory.keep(assignment, state_dir, kept)
     if config.privacy.at_clients and config.federation.engine == "deployment":
-        metrics = {}  # none of these is private
+        metrics = {}  # they carry no privacy guarantee
     else:
         metrics |= {
             "tokens": float(work.batches.num_tokens),

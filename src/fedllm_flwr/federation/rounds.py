@@ -270,9 +270,9 @@ class Rounds:
         return float(weights[self.weighting()])
 
     def weighting(self) -> str:
-        """What an update's weight in the mean is."""
+        """How updates are weighted: ``examples``, ``used`` or ``uniform``."""
         if self.config.privacy.unit == "client":
-            return "uniform"  # the bound of a contribution is that of its share in the sum
+            return "uniform"  # the clipping bound of an update then bounds its share of the sum
         chosen = self.config.algorithm.weighting
         return self.rule.weighting[self.rule.variant] if chosen == "auto" else chosen
 
@@ -304,7 +304,7 @@ class Rounds:
         return state.round if oldest is None else oldest
 
     def bytes_per_client(self, state: ServerState) -> tuple[int, int]:
-        """Bytes of tensors that a client is sent in the last round, and that it sends."""
+        """Bytes of tensors that a client receives and sends in the last round."""
         last = self.config.federation.num_rounds
         (assignment,) = self._assignments(state, {"": 0}, last, 0.0).values()
         return self.wire_bytes(assignment.tensors), self.bytes_up(state.params, last)
