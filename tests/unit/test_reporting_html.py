@@ -217,3 +217,9 @@ def test_contrast_of_both_themes() -> None:
                     assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
         for i in range(10):
             assert contrast(colors[f"c{i}"], colors["bg"]) >= 3, i
+
+
+def test_clients_whose_updates_are_cut_are_named() -> None:
+    records = [record(number, cut={"b": 0.9}) for number in (1, 2, 3)]
+    shown = render(run_page(RunFacts("a", Config(), records)))
+    assert "b: its updates were cut or refused in 3 of 3 rounds" in shown

@@ -31,7 +31,14 @@ from fedllm_flwr.reporting.measures import (
     deciding_score,
     unrelated_cosine,
 )
-from fedllm_flwr.reporting.metrics import RoundRecord, best_record, name_of_start, summarise
+from fedllm_flwr.reporting.metrics import (
+    RoundRecord,
+    best_record,
+    cut_clients,
+    cut_lines,
+    name_of_start,
+    summarise,
+)
 from fedllm_flwr.reporting.personal import client_rows
 from fedllm_flwr.reporting.table import result_label, summary_rows
 from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds
@@ -494,7 +501,7 @@ def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[B
 
 
 def _events(records: Sequence[RoundRecord]) -> list[Block]:
-    """Updates that are missing or refused, clients that cannot take part or have started anew."""
+    """Clients that are cut, updates that are missing, clients that are left out or start anew."""
     rows = []
     for record in records:
         number = str(record["round"])
@@ -509,11 +516,14 @@ def _events(records: Sequence[RoundRecord]) -> list[Block]:
         rows += [[number, "-", line] for line in record.get("ignored", [])]
         if record.get("failed"):
             rows.append([number, "-", "the run stopped in this round"])
+    named = [f"{line}." for line in cut_lines(cut_clients(records))]
+    blocks: list[Block] = [Text(named)] if named else []
     if not rows:
-        return [Text(["Nothing: every client that was asked sent an update that could be used."])]
+        whole = "Nothing: every client that was asked sent an update that could be used."
+        return blocks or [Text([whole])]
     left = len(rows) - _MOST_EVENTS
     note = f"The last {_MOST_EVENTS} of {len(rows)}; all are in metrics.jsonl." * (left > 0)
-    return [Table(["round", "client", "what"], rows[-_MOST_EVENTS:], note=note)]
+    return [*blocks, Table(["round", "client", "what"], rows[-_MOST_EVENTS:], note=note)]
 
 
 def configuration(facts: RunFacts) -> list[Block]:
