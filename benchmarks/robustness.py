@@ -1,6 +1,6 @@
 """Every combiner against every attack on the demo: accuracy, and a backdoor's success.
 
-    python benchmarks/robustness.py out.json [--seeds 1] [--rounds 8] [key=value ...]
+    python benchmarks/robustness.py out.json [--seeds 0 1 2] [--rounds 8] [key=value ...]
         [--attacks none sign_flip ...] [--combiners mean krum,robust.average=1 ...]
 
 All ten clients take part in each round, and three of them attack. The file keeps what was measured:
@@ -28,7 +28,7 @@ def main() -> None:
     """Run what the file does not hold yet, and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--attacks", nargs="+", default=ATTACKS)
     parser.add_argument("--combiners", nargs="+", default=COMBINERS)
@@ -39,7 +39,7 @@ def main() -> None:
     if kept.setdefault("setting", setting) != setting:
         parser.error(f"{arguments.out} holds runs of another setting: {kept['setting']}")
     found = kept.setdefault("scores", {})
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for attack in arguments.attacks:
             for combiner in arguments.combiners:
                 name = f"{combiner} {attack} {seed}"

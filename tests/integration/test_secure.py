@@ -8,10 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
+from fedllm_flwr.client.app import app
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
 from fedllm_flwr.federation.messages import Failure
+from fedllm_flwr.federation.secure.graph import Session
+from fedllm_flwr.federation.secure.masks import Words
+from fedllm_flwr.federation.secure.server import MaskedSum
+from fedllm_flwr.federation.secure.site import SecureSite
 from fedllm_flwr.federation.state import load_state
 from fedllm_flwr.federation.wire import pack_failure, unpack_assignment, unpack_unmask
 from fedllm_flwr.params import Params
@@ -86,6 +92,67 @@ def test_one_of_three_may_drop_out_at_any_point(kind: str, tmp_path: Path) -> No
     assert distance(adapter(run), adapter(plain)) < 0.03  # two steps of AdamW after the rounding
 
 
+DROPOUTS: dict[int, dict[int, str]] = {  # by round: clients, and before or after what they go
+    1: {},
+    2: {0: "before sending"},
+    3: {1: "after masking"},
+    4: {2: "before unmasking"},
+    5: {0: "before sending", 3: "before sending"},
+    6: {1: "after masking", 4: "after masking"},
+    7: {2: "before unmasking", 5: "before unmasking"},
+    8: {0: "before sending", 1: "before unmasking"},
+}
+
+
+class LeavingApp(ClientApp):
+    """The real client app of six clients, which go as `DROPOUTS` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._round = 0
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        kind, client = message.metadata.message_type, int(context.node_config["partition-id"])
+        if kind == "train":
+            self._round = unpack_assignment(message.content).round
+        gone = Message(pack_failure(Failure("Gone", "it went away")), reply_to=message)
+        point = DROPOUTS.get(self._round, {}).get(client)
+        if (kind, point) in (("train", "before sending"), ("query.unmask", "before unmasking")):
+            return gone
+        reply = app(message, context)
+        return gone if (kind, point) == ("train", "after masking") else reply
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_sum_is_the_plain_one_bit_for_bit_whoever_goes_and_when(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, one, and the most that may go, at each point of the protocol."""
+    vectors: dict[tuple[str, str], Words] = {}
+    added: list[int] = []
+    mask, unmasked = SecureSite.mask, MaskedSum.unmasked
+
+    def noting(self: SecureSite, session: Session, words: Words) -> dict[str, bytes]:
+        vectors[session.id, self._name] = words.copy()
+        return mask(self, session, words)
+
+    def checked(self: MaskedSum) -> Words:
+        found, session = unmasked(self), self.session
+        each = [vectors[session.id, name] for name in self.survivors]
+        np.testing.assert_array_equal(found, np.sum(each, axis=0, dtype=np.uint32))
+        added.append(len(each))
+        return found
+
+    monkeypatch.setattr(SecureSite, "mask", noting)
+    monkeypatch.setattr(MaskedSum, "unmasked", checked)
+    six = ("federation.num_clients=6", "federation.sample_clients=6", "federation.num_rounds=8")
+    short = (*six, "training.max_steps=1", "evaluation.every=0", "federation.min_replies=4")
+    run = run_intercepted(tmp_path, LeavingApp(), SECURE[0], f"algorithm={algorithm}", *short)
+    assert added == [6, 5, 5, 6, 4, 4, 6, 5]
+    assert [len(record["clients"]) for record in records(run)[1:]] == added
+
+
 def test_a_round_that_cannot_be_unmasked_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
     gone = [silent(client, "query.unmask", 2) for client in (0, 1)]
 
@@ -94,12 +161,14 @@ def test_a_round_that_cannot_be_unmasked_is_dropped_and_the_run_goes_on(tmp_path
             reply = each(message, context, reply)
         return reply
 
-    chosen = (*THREE, "federation.num_rounds=3", "algorithm=scaffold")
+    promise = ("privacy.unit=client", "privacy.sampling=visible", "privacy.noise_multiplier=1")
+    chosen = (*THREE, "federation.num_rounds=3", "algorithm=scaffold", *promise)
     run = run_intercepted(tmp_path / "run", WrappedApp(after=after), *chosen)
     rounds = records(run)
     assert rounds[2]["clients"] == {}
     assert "1 sites have answered for the mask" in rounds[2]["failures"]["client-0"]
     assert len(rounds[3]["clients"]) == 3
+    assert 0 < rounds[1]["epsilon"] < rounds[2]["epsilon"] < rounds[3]["epsilon"]  # paid for
     state = load_state(run.path / "checkpoints")[0]
     assert [state.clients[name].updates for name in sorted(state.clients)] == [2, 2, 2]
 

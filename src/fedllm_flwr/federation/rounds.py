@@ -217,7 +217,10 @@ class Rounds:
                 f"round {report.round}: {self._dropped} rounds in succession were dropped; the "
                 f"last one: {error}"
             ) from error
-        return replace(opened.state, round=report.round)
+        state = replace(opened.state, round=report.round)
+        report.spent = self.mechanism.spent(opened.roster)  # what was to be opened is paid for
+        report.is_last = self.mechanism.is_spent(state, opened.roster)
+        return state
 
     def questions(self, state: ServerState, roster: Roster) -> dict[str, Assignment]:
         """The requests that ask all clients to score the adapter of `state`."""
