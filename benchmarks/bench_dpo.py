@@ -113,7 +113,8 @@ def programs(
     def first(batches: RoundBatches) -> float:
         values, chosen = np.zeros_like(work.kept), np.unique(drawn)
         budget = work.config.evaluation.batch_tokens
-        values[chosen] = reference_log_probs(work.model, None, work.pairs.take(chosen), budget)
+        rows = work.pairs.take(chosen).rows
+        values[chosen] = reference_log_probs(work.model, None, rows, budget).reshape(-1, 2)
         return work.train(batches, values, [])
 
     return {

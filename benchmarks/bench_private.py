@@ -86,9 +86,18 @@ class Programs:
             steps = [part.tolist() for part in np.split(drawn, training.max_steps)]
             by_length = [sorted(s, key=lambda i: int(self.examples.lengths[i])) for s in steps]
             train_privately(
-                *(self.model, self.model.trainable(), self.losses, np.arange(len(self.examples))),
-                *(RoundBatches(by_length, 1, training.batch_size, 1, 1), self.config, 1e-3, 0, 1),
-                *(True, [], lambda: None),
+                self.model,
+                self.model.trainable(),
+                self.losses,
+                np.arange(len(self.examples)),
+                RoundBatches(by_length, 1, training.batch_size, 1, 1),
+                self.config,
+                learning_rate=1e-3,
+                seed=0,
+                rows_per_example=1,
+                drops_out=True,
+                callbacks=[],
+                penalty=lambda: None,
             )
         return (time.process_time() - started) / training.max_steps
 

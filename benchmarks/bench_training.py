@@ -41,14 +41,9 @@ from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.data.federated import load_federated_data
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
+from fedllm_flwr.models.inputs import collate_padded, needed_logits
 from fedllm_flwr.tasks.sft.training import train_sft
-from fedllm_flwr.training.batches import (
-    RoundBatches,
-    collate_padded,
-    needed_logits,
-    round_batches,
-    split_step,
-)
+from fedllm_flwr.training.batches import RoundBatches, round_batches, split_step
 from fedllm_flwr.training.schedule import draw_examples
 
 LEARNING_RATE = 5e-4
