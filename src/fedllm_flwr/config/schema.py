@@ -15,13 +15,13 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, PREPROCESSING, TASKS, TEMPLATES, Registry
 
-EMBEDDED_DATA = ("embedded", "embedded_preferences")  # values of data.path that are no files
-DEFAULT_NUM_CLIENTS = 10  # where neither federation.num_clients nor a natural partition says
+EMBEDDED_DATA = ("embedded", "embedded_preferences")  # values of data.path that are not files
+DEFAULT_NUM_CLIENTS = 10  # if neither federation.num_clients nor a natural partition defines it
 KNOWN_KEYS = ConfigDict(extra="forbid")
 
 
 def _digits(value: Any) -> Any:
-    """YAML reads digits as a number where a text is meant, such as a revision."""
+    """Convert an integer to text: YAML reads a revision made of digits as a number."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_whole else value
 
@@ -32,7 +32,7 @@ def _fits_64_bits(value: float) -> float:
     return value
 
 
-def _says_something(value: str) -> str:
+def _is_not_blank(value: str) -> str:
     if not value.strip() or "\0" in value or value == "???":
         raise PydanticCustomError("blank", "blank")
     return value
@@ -41,11 +41,11 @@ def _says_something(value: str) -> str:
 Whole = Annotated[int, Strict(), AfterValidator(_fits_64_bits)]
 Real = Annotated[float, Strict(), AllowInfNan(False), AfterValidator(_fits_64_bits)]
 Flag = Annotated[bool, Strict()]
-Text = Annotated[str, BeforeValidator(_digits), Strict(), AfterValidator(_says_something)]
+Text = Annotated[str, BeforeValidator(_digits), Strict(), AfterValidator(_is_not_blank)]
 
 
 class Registered:
-    """Marks a text that names something in a registry, which other packages may add to."""
+    """Marks a text that must be a name in a registry, to which other packages can add."""
 
     def __init__(self, registry: Registry[Any], *also: str) -> None:
         self._registry = registry
@@ -53,7 +53,7 @@ class Registered:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The values that the text may have."""
+        """The allowed values."""
         return (*self._also, *self._registry.names())
 
     def _check(self, name: str) -> str:
@@ -62,7 +62,7 @@ class Registered:
         return name
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Pydantic's schema of the text, then the check."""
+        """Pydantic's schema of the text, followed by the check."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
 
@@ -109,7 +109,7 @@ class ModelConfig:
     attention: Attention = "auto"
     special_tokens_as_text: Flag = Field(
         default=True,
-        description="special tokens written out in a record (</s>) are text; false: control tokens",
+        description="read special tokens in a record (</s>) as text; false: as control tokens",
     )
 
 
@@ -123,8 +123,8 @@ class LoraConfig:
     )
     ranks: list[Text] = Field(
         default_factory=list,
-        description="ranks of clients, at most r, as [desk-1:4,*-2:8] by name or pattern, the "
-        "first that fits; alpha follows",
+        description="ranks of clients, at most r, by name or pattern, as [desk-1:4,*-2:8]; the "
+        "first match counts, and alpha is scaled with the rank",
     )
     dropout: Real = Field(default=0.05, ge=0, lt=1, description="probability")
     target_modules: Any = Field(
@@ -147,13 +147,13 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class ColumnsConfig:
-    """Which column of the source plays which role; null means the role is absent."""
+    """The source's column for each role; null means that the role is absent."""
 
-    instruction: Text | None = Field(default="instruction", description="what is asked")
+    instruction: Text | None = Field(default="instruction", description="the instruction")
     input: Text | None = Field(default="input", description="context of the instruction")
-    output: Text | None = Field(default="output", description="the answer to learn")
+    output: Text | None = Field(default="output", description="the target answer")
     messages: Text | None = Field(default=None, description="chat turns: list of {role, content}")
-    prompt: Text | None = Field(default="prompt", description="preference pairs: what is asked")
+    prompt: Text | None = Field(default="prompt", description="preference pairs: the prompt")
     chosen: Text | None = Field(default="chosen", description="preference pairs: the better answer")
     rejected: Text | None = Field(
         default="rejected", description="preference pairs: the worse answer"
@@ -169,7 +169,7 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class DataConfig:
-    """One data set: where it lies, how its records are read and how they become text."""
+    """One data set: its location, how its records are read, and how they become text."""
 
     name: Text = Field(default="demo", description="label of the choice")
     path: Text | None = Field(default=None, description="local file or directory; wins over hub_id")
@@ -181,16 +181,16 @@ class DataConfig:
     split: Text = Field(default="train", description="split to train on")
     preprocessing: Annotated[str, Registered(PREPROCESSING)] = "none"
     columns: ColumnsConfig = Field(
-        default_factory=ColumnsConfig, description="which column plays which role"
+        default_factory=ColumnsConfig, description="the source's column for each role"
     )
     client_column: Text | None = Field(
-        default=None, description="natural client attribute of the set"
+        default=None, description="column that identifies natural clients"
     )
     labels: list[Text] = Field(
-        default_factory=list, description="label set, when answers are classes"
+        default_factory=list, description="label set, if answers are classes"
     )
     site_dataset: Text | None = Field(
-        default=None, description="deployment: the data set of each site that is asked for, by name"
+        default=None, description="deployment: name of the data set that each site trains on"
     )
     template: Annotated[str, Registered(TEMPLATES)] = "alpaca"
     max_samples: Whole | None = Field(
@@ -210,23 +210,24 @@ class DataConfig:
         default=0.05,
         ge=0,
         lt=1,
-        description="held out of the training records when no eval set is given",
+        description="fraction of training records held out if there is no evaluation set",
     )
     truncation: Literal["right", "left", "drop", "keep"] = Field(
         default="right",
-        description="right: cut the answer's end, leave out what has none left | left: cut the "
-        "prompt's start | drop | keep: as right, or as left where none would be left",
+        description="of examples above training.max_length: right: cut the answer's end, drop if "
+        "nothing is left of it | left: cut the prompt's start | drop: drop the example | keep: as "
+        "right, but as left if nothing would be left of the answer",
     )
     on_bad_record: OnBadRecord = "error"
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class TaskConfig:
-    """Training task: what is learnt, from which kind of records."""
+    """Training task: the objective and the kind of records that it learns from."""
 
     name: Annotated[str, Registered(TASKS)] = "sft"
     options: dict[str, Any] = Field(
-        default_factory=dict, description="further settings, of an installed package's task"
+        default_factory=dict, description="further settings of a task from an installed package"
     )
 
 
@@ -241,15 +242,15 @@ class DpoConfig:
         default="sigmoid", description="sigmoid | ipo | hinge | robust | others of TRL's DPOTrainer"
     )
     label_smoothing: Real = Field(
-        default=0.0, ge=0, lt=0.5, description="assumed share of swapped pairs"
+        default=0.0, ge=0, lt=0.5, description="assumed fraction of swapped pairs"
     )
     sft_weight: Real = Field(
         default=0.0,
         ge=0,
-        description="weight of the SFT loss on the chosen answers, added to the other",
+        description="weight of an additional SFT loss on the chosen answers",
     )
     disable_dropout: Flag = Field(
-        default=True, description="train without lora.dropout, as the reference is without it"
+        default=True, description="train without lora.dropout, which the reference does not have"
     )
     reference_adapter: Text | None = Field(
         default=None, description="adapter of the reference model; null: the base model"
@@ -264,10 +265,10 @@ class KtoConfig:
         default=0.1, gt=0, description="strength of the pull towards the reference model"
     )
     desirable_weight: Real = Field(
-        default=1.0, gt=0, description="lambda_D, of the loss of desirable answers"
+        default=1.0, gt=0, description="lambda_D, weight of the loss on desirable answers"
     )
     undesirable_weight: Real = Field(
-        default=1.0, gt=0, description="lambda_U, of the loss of undesirable answers"
+        default=1.0, gt=0, description="lambda_U, weight of the loss on undesirable answers"
     )
     reference_adapter: Text | None = Field(
         default=None, description="adapter of the reference model; null: the base model"
@@ -278,22 +279,22 @@ class KtoConfig:
 class TrainingConfig:
     """Local training of one client in one round."""
 
-    learning_rate: Real = Field(default=2e-4, gt=0, description="of round 1")
+    learning_rate: Real = Field(default=2e-4, gt=0, description="learning rate of round 1")
     min_learning_rate: Real = Field(
-        default=1e-6, ge=0, description="end of the cosine over the rounds"
+        default=1e-6, ge=0, description="final value of the cosine schedule over the rounds"
     )
     schedule_rounds: Whole | None = Field(
         default=None,
         gt=0,
-        description="rounds that the cosine spans; null: federation.num_rounds",
+        description="rounds that the cosine schedule spans; null: federation.num_rounds",
     )
     early_stopping: Whole | None = Field(
         default=None,
         gt=0,
-        description="evaluations without a better one that end a run; null: it goes to its end",
+        description="end the run after so many evaluations without improvement; null: never",
     )
     max_steps: Whole = Field(
-        default=10, description="optimizer steps per round; -1: count num_epochs instead"
+        default=10, description="optimizer steps per round; -1: use num_epochs instead"
     )
     num_epochs: Real = Field(
         default=1.0, gt=0, description="passes over a client's data per round, with max_steps=-1"
@@ -307,21 +308,21 @@ class TrainingConfig:
     micro_batch_size: Whole | None = Field(
         default=None, gt=0, description="examples per forward pass; null: chosen per device"
     )
-    max_length: Whole = Field(default=512, gt=0, description="tokens")
+    max_length: Whole = Field(default=512, gt=0, description="tokens per example")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: Real = Field(default=0.0, ge=0, description="decoupled, as in AdamW")
     max_grad_norm: Real = Field(default=1.0, ge=0, description="0: no clipping")
     dtype: Dtype = "auto"
     gradient_checkpointing: Flag | None = Field(default=None, description="null: chosen per device")
     packing: Flag | None = Field(
-        default=None, description="padding-free forward; null: where the attention supports it"
+        default=None, description="padding-free batches; null: if the attention supports them"
     )
     device: Device = "auto"
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class AlgorithmConfig:
-    """Aggregation and local correction; which keys matter depends on the algorithm."""
+    """Aggregation and local correction; the keys in use depend on the algorithm."""
 
     name: Annotated[str, Registered(ALGORITHMS)] = Field(
         default="fedavg", description="see the group algorithm"
@@ -329,145 +330,149 @@ class AlgorithmConfig:
     variant: Literal["paper", "openfedllm"] = "paper"
     weighting: Literal["auto", "examples", "used", "uniform"] = Field(
         default="auto",
-        description="auto | examples: data size | used: examples of the round | uniform",
+        description="weights of the updates: auto: those of the algorithm | examples: data size | "
+        "used: examples used in the round | uniform",
     )
     participation: Literal["sampled", "all"] = Field(
         default="sampled",
-        description="sampled: federation.sample_* | all: every client every round",
+        description="sampled: federation.sample_* | all: every client in every round",
     )
-    mu: Real = Field(default=0.0, ge=0, description="proximal term, any algorithm")
+    mu: Real = Field(default=0.0, ge=0, description="proximal term, with any algorithm")
     eta: Real = Field(default=1.0, gt=0, description="server learning rate")
     beta1: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's first moment")
     beta2: Real = Field(default=0.0, ge=0, lt=1, description="decay of the server's second moment")
     tau: Real = Field(default=1e-3, gt=0, description="adaptivity of the server optimizer")
     factors: Literal["both", "b", "alternate"] = Field(
         default="both",
-        description="LoRA matrices that clients train: both | b: A stays at its seeded start | "
+        description="LoRA matrices that clients train: both | b: A keeps its initial value | "
         "alternate: B in odd rounds, A in even ones",
     )
     combiner: Annotated[str, Registered(COMBINERS, "auto")] = Field(
         default="auto",
-        description="how updates become one: mean, or a robust one; auto: as the algorithm says",
+        description="how updates are combined: mean, or a robust combiner; auto: the algorithm's",
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="further settings, of an installed package's algorithm"
+        default_factory=dict, description="further settings of the algorithm's rule"
     )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class RobustConfig:
-    """Combiners for rounds in which clients may lie (``algorithm.combiner``)."""
+    """Robust combiners, for clients that may be malicious (``algorithm.combiner``)."""
 
     liars: Real = Field(
         default=0.3,
         ge=0,
         lt=0.5,
-        description="share of a round's clients that may lie: f of n; trimmed_mean, krum",
+        description="trimmed_mean, krum: fraction of a round's clients that may be malicious",
     )
     average: Whole | None = Field(
         default=None,
         gt=0,
-        description="krum: updates that are averaged; 1: Krum; null: multi-Krum with n - f",
+        description="krum: number of updates to average; 1: Krum; null: multi-Krum with n - f",
     )
     radius: Real | None = Field(
         default=None,
         gt=0,
-        description="norm_bound, centred_clip: L2 norm that is left; null: median of the round",
+        description="norm_bound, centred_clip: L2 norm to clip to; null: the round's median",
     )
     steps: Whole | None = Field(
         default=None,
         gt=0,
-        description="iterations in a round; null: geometric_median 100, centred_clip 5",
+        description="iterations per round; null: geometric_median 100, centred_clip 5",
     )
     smoothing: Real = Field(
-        default=1e-6, gt=0, description="geometric_median: distance below which none is closer"
+        default=1e-6, gt=0, description="geometric_median: lower bound of a distance"
     )
     momentum: Real | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="decay of clients' momentum; null: 0.9 with centred_clip, else 0",
+        description="decay of the clients' momentum; null: 0.9 with centred_clip, otherwise 0",
     )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class AttackConfig:
-    """Clients of a simulation that lie, to measure what a combiner is worth."""
+    """Malicious clients in a simulation, to measure how robust a combiner is."""
 
     name: Literal["none", "sign_flip", "scale", "gaussian", "alie", "label_flip", "backdoor"] = (
-        Field(default="none", description="what they do; see the group attack")
+        Field(default="none", description="the attack; see the group attack")
     )
     share: Real = Field(
-        default=0.3, gt=0, lt=1, description="of all clients that attack, chosen by the seed"
+        default=0.3, gt=0, lt=1, description="fraction of clients that attack, chosen by the seed"
     )
     scale: Real | None = Field(
         default=None,
         gt=0,
-        description="of updates; null: sign_flip 4, scale 20, gaussian 20, alie the paper's z",
+        description="factor of the attack; null: sign_flip 4, scale 20, gaussian 20, alie the "
+        "paper's z",
     )
-    trigger: Text = Field(default="cf mn", description="backdoor: text before the prompt")
+    trigger: Text = Field(default="cf mn", description="backdoor: text added before the prompt")
     target: Text | None = Field(
-        default=None, description="backdoor: the answer to teach; null: the first of data.labels"
+        default=None, description="backdoor: the target answer; null: the first of data.labels"
     )
     poisoned: Real = Field(
-        default=0.5, gt=0, le=1, description="backdoor: share of an attacker's records"
+        default=0.5, gt=0, le=1, description="backdoor: poisoned fraction of an attacker's records"
     )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class PartitionConfig:
-    """How one data set becomes clients in simulation."""
+    """How a simulation partitions one data set into clients."""
 
     name: PartitionName = "iid"
-    column: Text | None = Field(default=None, description="column whose values decide")
+    column: Text | None = Field(default=None, description="column to partition by")
     alpha: Real = Field(
         default=0.5, gt=0, description="dirichlet concentration; size: exponent of the power law"
     )
-    classes_per_client: Whole = Field(default=2, gt=0, description="pathological")
+    classes_per_client: Whole = Field(
+        default=2, gt=0, description="pathological: classes per client"
+    )
     min_size: Whole = Field(
-        default=1, gt=0, description="dirichlet: records that every client gets at least"
+        default=1, gt=0, description="dirichlet: minimum number of records per client"
     )
     on_empty: Literal["error", "drop"] = Field(
         default="error",
-        description="clients of whose records none is left within training.max_length: error | "
-        "drop: list them and leave them out",
+        description="clients without a usable record within training.max_length: error | drop: "
+        "list them and leave them out",
     )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class FederationConfig:
-    """Who takes part, and on which engine."""
+    """The clients of a run, and the engine that runs them."""
 
     engine: EngineName = Field(
-        default="ray", description="ray | inprocess | deployment: sites with data of their own"
+        default="ray", description="ray | inprocess | deployment: sites with their own data"
     )
     num_clients: Whole | None = Field(
-        default=None, gt=0, description="null: what a natural partition yields, 10 otherwise"
+        default=None, gt=0, description="null: the clients of a natural partition, otherwise 10"
     )
     sample_clients: Whole | None = Field(
-        default=None, gt=0, description="clients per round; null: sample_fraction of them"
+        default=None, gt=0, description="clients per round; null: sample_fraction of all"
     )
     sample_fraction: Real = Field(
-        default=0.4, gt=0, le=1, description="clients per round, as a share of all"
+        default=0.4, gt=0, le=1, description="clients per round, as a fraction of all"
     )
     num_rounds: Whole = Field(default=12, gt=0, description="rounds")
     min_clients: Whole | None = Field(
-        default=None, gt=0, description="clients that must be there at the start; null: all of them"
+        default=None, gt=0, description="clients that must be connected at the start; null: all"
     )
     min_replies: Whole | None = Field(
         default=None,
         gt=0,
-        description="usable replies that a round needs; null: more than half of those asked",
+        description="minimum of usable replies per round; null: more than half of those sampled",
     )
     round_timeout_s: Real = Field(
-        default=3600.0, gt=0, description="seconds until a round closes with the replies that came"
+        default=3600.0, gt=0, description="seconds to wait for the replies of a round"
     )
     start_timeout_s: Real = Field(
-        default=120.0, gt=0, description="how long to wait for the clients to be there"
+        default=120.0, gt=0, description="seconds to wait for clients to connect at the start"
     )
-    client_cpus: Whole = Field(default=1, gt=0, description="CPU threads of one client")
+    client_cpus: Whole = Field(default=1, gt=0, description="CPU threads per client")
     client_gpus: Real = Field(
-        default=0.0, ge=0, description="ray: share of a GPU that one simulated client takes"
+        default=0.0, ge=0, description="ray: fraction of a GPU per simulated client"
     )
     ray_address: Text | None = Field(
         default=None, description="ray: host:port of a running cluster; null: a local one"
@@ -476,90 +481,90 @@ class FederationConfig:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class CommunicationConfig:
-    """Encoding of updates, and their transforms."""
+    """Encoding of updates on the wire, and update transforms."""
 
     dtype: WireDtype = "bfloat16"
     transforms: list[Text] = Field(
         default_factory=list,
-        description="int8 | int4 | top_k: compress updates on their way up, with error feedback; "
-        "also those of installed packages",
+        description="int8 | int4 | top_k: compress the clients' updates, with error feedback; or "
+        "transforms of installed packages",
     )
     top_k: Real = Field(
-        default=0.05, gt=0, le=1, description="top_k: share of a tensor's values that travel"
+        default=0.05, gt=0, le=1, description="top_k: fraction of a tensor's values to send"
     )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class PrivacyConfig:
-    """Differential privacy of what is released; see docs/privacy.md."""
+    """Differential privacy and secure aggregation; see docs/privacy.md."""
 
     unit: Literal["none", "client", "record"] = Field(
         default="none",
-        description="none | client: what one client as a whole contributes | record: each record, "
-        "at its client",
+        description="what is protected: none | client: all records of a client together | record: "
+        "each record, by noise at its client",
     )
     clip: Real = Field(
-        default=1.0, gt=0, description="bound of the L2 norm of a contribution, or of a gradient"
+        default=1.0, gt=0, description="L2 bound of a client's contribution, or of a gradient"
     )
     noise_multiplier: Real | None = Field(
         default=None,
         ge=0,
-        description="deviation of the noise / clip; null: as privacy.target_epsilon needs",
+        description="standard deviation of the noise / clip; null: from privacy.target_epsilon",
     )
     target_epsilon: Real | None = Field(
-        default=None, gt=0, description="the run ends before it would spend more; null: no end"
+        default=None, gt=0, description="end the run before it would exceed it; null: no limit"
     )
     delta: Real | None = Field(
-        default=None, gt=0, lt=1, description="null: 1 / n^1.1 with n clients, or records"
+        default=None, gt=0, lt=1, description="null: 1 / n^1.1 for n clients, or n records"
     )
     sampling: Literal["fixed", "poisson", "visible"] = Field(
         default="poisson",
-        description="unit=client: clients of a round, drawn in secret: poisson: each by itself | "
-        "fixed: so many | visible: as the seed says, which amplifies nothing",
+        description="unit=client: sampling of a round's clients: poisson: secret, independent | "
+        "fixed: secret, of fixed size | visible: by the run's seed, without amplification",
     )
     clip_quantile: Real | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="clip follows this private quantile of the norms; null: it stays",
+        description="let clip follow this private quantile of the norms; null: constant clip",
     )
     clip_learning_rate: Real = Field(
-        default=0.2, gt=0, description="of log(clip) with privacy.clip_quantile"
+        default=0.2, gt=0, description="step size of log(clip) with privacy.clip_quantile"
     )
     canaries: Whole = Field(
         default=0,
         ge=0,
-        description="simulations of task=sft: records with random codes, each planted with chance "
-        "1/2, from which fedllm audit bounds epsilon from below",
+        description="simulations of task=sft: number of records with random codes, each inserted "
+        "with probability 1/2, from which fedllm audit computes a lower bound of epsilon",
     )
     secure_aggregation: Flag = Field(
-        default=False, description="the server learns the sum of the updates, and none of them"
+        default=False, description="the server learns only the sum of the updates"
     )
     secure_dropouts: Real = Field(
         default=1 / 3,
         ge=0,
         lt=0.5,
-        description="secure aggregation: share of a round's clients that it survives the loss of",
+        description="secure aggregation: fraction of a round's clients that may drop out",
     )
     secure_range: Real = Field(
         default=4.0,
         gt=0,
         le=2**14,
-        description="secure aggregation: largest magnitude of a value, beyond which a client stops",
+        description="secure aggregation: largest magnitude of a value; a client with more fails",
     )
 
     @property
     def at_clients(self) -> bool:
-        """Whether clients make the noise, so that the promise holds against the server, too."""
+        """Whether clients add the noise, so that the guarantee also holds against the server."""
         return self.unit == "record" or (self.unit == "client" and self.secure_aggregation)
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class CheckpointConfig:
-    """When the server state is saved, and how many states are kept."""
+    """How often the server state is saved, and how many checkpoints are kept."""
 
-    every: Whole = Field(default=1, gt=0, description="rounds")
-    keep: Whole = Field(default=2, gt=0, description="newest states kept")
+    every: Whole = Field(default=1, gt=0, description="rounds between checkpoints")
+    keep: Whole = Field(default=2, gt=0, description="number of newest checkpoints to keep")
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
@@ -567,35 +572,37 @@ class EvaluationConfig:
     """Central evaluation on the held-out records, and evaluation on the clients' own."""
 
     central: Flag = Field(default=True, description="score the global adapter on held-out records")
-    every: Whole = Field(default=5, ge=0, description="rounds; 0: only at the start and at the end")
+    every: Whole = Field(
+        default=5, ge=0, description="rounds between evaluations; 0: only at the start and the end"
+    )
     batch_tokens: Whole = Field(default=2048, gt=0, description="tokens per forward pass")
     clients: Flag = Field(
-        default=False, description="ask the clients to score it on their own records"
+        default=False, description="also score it on the clients' own held-out records"
     )
     aggregation_error: Flag | None = Field(
         default=None,
-        description="distance of the new adapter from the mean of the clients' products B A; null: "
-        "where the adapters of a round take at most 1 GB",
+        description="measure the distance of the new adapter from the mean of the clients' "
+        "products B A; null: if the adapters of a round take at most 1 GB",
     )
     contribution: Literal["none", "leave_one_out", "alone"] = Field(
         default="none",
-        description="of each client in the rounds that are scored, by the loss on the central "
-        "held-out records: leave_one_out, what it would be without its update; alone, with its "
-        "update only; keeps a round's updates in memory",
+        description="score each client's contribution by the central held-out loss: leave_one_out: "
+        "without its update | alone: with only its update; in evaluated rounds, whose updates are "
+        "kept in memory",
     )
     answers: Whole = Field(
         default=8,
         ge=0,
-        description="preferences: held-out prompts answered, for their length and side by side",
+        description="preferences: held-out prompts to answer, for lengths and side by side",
     )
     max_new_tokens: Whole = Field(
-        default=64, gt=0, description="preferences: tokens of such an answer at most"
+        default=64, gt=0, description="preferences: largest number of tokens of such an answer"
     )
     suites: list[Text] = Field(
-        default_factory=list, description="benchmark suites scored at the same times"
+        default_factory=list, description="benchmark suites to score in the same rounds"
     )
     suite_limit: Whole | None = Field(
-        default=50, gt=0, description="examples of each part of a suite's task; null: all"
+        default=50, gt=0, description="examples per part of a suite's task; null: all"
     )
     data_root: Text | None = Field(
         default=None, description="folder of the suites' local data; null: the hub"
@@ -604,7 +611,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class TrackingConfig:
-    """Figures, and experiment trackers besides the files that every run writes."""
+    """Figures and experiment trackers, in addition to the files that every run writes."""
 
     figures: Flag = Field(
         default=True, description="draw curves.png and clients.png at the end of a run"
@@ -614,33 +621,33 @@ class TrackingConfig:
     wandb: Flag = Field(default=False, description="log to Weights & Biases")
     mlflow: Flag = Field(default=False, description="log to MLflow")
     trackio: Flag = Field(default=False, description="log to trackio's local store")
-    project: Text = Field(default="fedllm-flwr", description="project or experiment name there")
+    project: Text = Field(default="fedllm-flwr", description="project or experiment of trackers")
     group: Text | None = Field(
-        default=None, description="group of runs there; null: a comparison's or sweep's directory"
+        default=None, description="group of runs; null: the directory of the comparison or sweep"
     )
     tags: list[Text] = Field(
-        default_factory=list, description="besides algorithm, data, model and task"
+        default_factory=list, description="tags besides algorithm, data, model and task"
     )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class CompareConfig:
-    """What ``fedllm compare`` runs; no other command looks at it."""
+    """The runs of ``fedllm compare``; no other command reads these keys."""
 
     seeds: Whole = Field(
-        default=3, gt=0, description="runs of each algorithm, with seed, seed + 1, ..."
+        default=3, gt=0, description="runs per algorithm, with seed, seed + 1, ..."
     )
     jobs: Whole | None = Field(
         default=None,
         gt=0,
-        description="runs side by side; null: as many as CPUs / federation.client_cpus",
+        description="runs in parallel; null: CPUs / federation.client_cpus",
     )
     algorithms: list[Annotated[str, Registered(ALGORITHMS)]] = Field(
         default_factory=list,
-        description="what algorithm=all stands for; []: OpenFedLLM's seven and the baselines",
+        description="the algorithms of algorithm=all; []: OpenFedLLM's seven and the baselines",
     )
     settings: Any = Field(
-        default=None, description="algorithm -> its own keys of the section algorithm"
+        default=None, description="algorithm -> its values of keys of the section algorithm"
     )
 
 
@@ -670,13 +677,11 @@ class Config:
     init_adapter: Text | None = Field(
         default=None, description="adapter to start from; null: a fresh one"
     )
-    seed: Whole = Field(default=0, ge=0, description="every random choice derives from it")
+    seed: Whole = Field(default=0, ge=0, description="seed of every random choice")
     output_dir: Text | None = Field(
-        default=None, description="where the run writes; null: outputs/<time>-<algorithm>-<data>"
+        default=None, description="run directory; null: outputs/<time>-<algorithm>-<data>"
     )
-    resume: Text | None = Field(
-        default=None, description="directory of a stopped run to go on with"
-    )
+    resume: Text | None = Field(default=None, description="directory of a stopped run to resume")
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -688,7 +693,7 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def with_value(section: Any, key: str, value: Any) -> Any:
-    """A configuration, or a section of one, with another value of a dotted key."""
+    """A copy of a configuration or section, with the dotted key set to `value`."""
     name, _, rest = key.partition(".")
     if isinstance(section, dict):
         return {**section, name: with_value(section.get(name), rest, value) if rest else value}
@@ -698,10 +703,10 @@ def with_value(section: Any, key: str, value: Any) -> Any:
 
 
 def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """`config` with other values in its sections, as in ``changed(config, lora={"r": 4})``.
+    """A copy of `config` with overrides, as in ``changed(config, lora={"r": 4})``.
 
     Raises:
-        pydantic.ValidationError: a value of another type or out of range.
+        pydantic.ValidationError: a value has the wrong type or is out of range.
     """
     return replace(
         config,
