@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from fedllm_flwr.config.compose import compose
+from fedllm_flwr.factors import core_of
 from fedllm_flwr.federation.channel import Reply
 from fedllm_flwr.federation.messages import ClientInfo, Update
 from fedllm_flwr.federation.recorder import Recorder
@@ -30,9 +31,10 @@ from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.params import Params
 
 WIDTH = 4096
+ROUND = 3  # a later one: the first rounds of fed_sb do something else
 RULES = (
     *("fedavg", "fedavg+error", "ffa", "rolora", "lora_fair", "fedex", "flexlora", "hetlora"),
-    *("flora", "fedsa", "ditto"),
+    *("flora", "fedsa", "fed_sb", "ditto"),
 )
 
 
@@ -64,12 +66,17 @@ def measure(name: str, clients: int, layers: int, rank: int) -> dict[str, float]
     rounds = Rounds(find_rule(config.algorithm), config, Recorder(), Path())
     names = [f"client-{i:02d}" for i in range(clients)]
     roster = {n: Client(i, ClientInfo(n, 100, "0")) for i, n in enumerate(names)}
-    state = rounds.begin(ServerState(0, adapter(layers, rank, 99, 0.02)), roster)
-    opened = rounds.open(state, roster, 1)
+    start = adapter(layers, rank, 99, 0.02)
+    if rounds.rule.has_cores:  # they start from a base model
+        start = {n: 0 * v if "lora_B" in n else v for n, v in start.items()}
+    state = rounds.begin(ServerState(ROUND - 1, start), roster)
+    opened = rounds.open(state, roster, ROUND)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = 0.0
     for i, client in enumerate(names):
-        delta = rounds.shared(adapter(layers, rank, i, 0.002), 1)
+        delta = adapter(layers, rank, i, 0.002)
+        delta |= {core_of(n): v[:rank] for n, v in delta.items() if "lora_B" in n}
+        delta = {n: delta[n] for n in rounds.shared(state.params, ROUND)}
         started = time.process_time()
         opened.take(Reply(client, Update(delta, 100, {"loss": 1.0})))
         seconds += time.process_time() - started

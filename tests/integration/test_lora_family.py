@@ -1,5 +1,7 @@
 """Rules about A and B on the tiny model: what travels, what is exact, what is exported."""
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +9,19 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedllm_flwr.config.compose import compose
+from fedllm_flwr.config.compose import compose, load_run
+from fedllm_flwr.deployment.audit import AuditLog, settings_digest
+from fedllm_flwr.deployment.ledger import Ledger
+from fedllm_flwr.deployment.personal import personal_adapter
+from fedllm_flwr.deployment.policy import Policy
+from fedllm_flwr.deployment.site_state import SiteState
 from fedllm_flwr.errors import ConfigError, FederationError, RunInterrupted
 from fedllm_flwr.factors import core_of, folded, is_b, rank_of
 from fedllm_flwr.federation.state import newest_readable, read_state, state_file
 from fedllm_flwr.federation.tensor_files import load_params
 from fedllm_flwr.models.adapted_model import load_beside
 from fedllm_flwr.runs.adapter_files import load_kept
+from fedllm_flwr.runs.directory import RunDirectory
 from fedllm_flwr.runs.kept_adapters import find_adapter
 from tiny_runs import interrupting, outcome, records, resume, run_intercepted, run_tiny, tiny
 
@@ -113,6 +121,21 @@ def test_what_travels(tmp_path: Path) -> None:
     assert rank_of(final_state(directory).params) == whole.lora.r
 
 
+def a_site(folder: Path, name: str, run: RunDirectory, memory: Path) -> Path:
+    """A site's directory after Flower's run 77, which has left this file in its memory."""
+    state = SiteState(folder / "state")
+    node = f'client-name = "{name}"\nstate-dir = "{state.root}"\ndevice = "cpu"\n'
+    state.folder("own", name).mkdir(parents=True)
+    (folder / "node.toml").write_text(node)
+    shutil.copy(memory, state.folder("own", name))
+    config = load_run(run.path, "run")
+    Ledger(state.ledger).count("77", config, Policy(), "own")
+    settings = asdict(config)
+    entry = {"run": "77", "settings_digest": settings_digest(settings)}
+    AuditLog(folder / "audit").append(entry, settings)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["fedsa", pytest.param("ditto", marks=pytest.mark.slow)])
 def test_personal_adapters_stay_at_the_clients_and_are_scored(name: str, tmp_path: Path) -> None:
     directory = run_tiny(tmp_path, *FAMILY[name], "federation.sample_clients=3")
@@ -131,6 +154,10 @@ def test_personal_adapters_stay_at_the_clients_and_are_scored(name: str, tmp_pat
         np.testing.assert_equal(
             find_adapter(f"{directory.path}@client={client}").tensors(), expected
         )
+        site = a_site(tmp_path / client, client, directory, file)
+        np.testing.assert_equal(personal_adapter(site, "77").tensors(), own)
+    with pytest.raises(ConfigError, match="no run of this id in the audit log"):
+        personal_adapter(site, "78")
     if name == "fedsa":  # B stays: not a value of it has reached the server
         assert not any(v.any() for key, v in state.params.items() if "lora_B" in key)
         a = sum(v.size for key, v in state.params.items() if "lora_A" in key)

@@ -10,7 +10,8 @@ def add_site(
 ) -> None:
     """``fedllm site <step>``; `add` makes a parser for one step."""
     text = (
-        "a site of a real federation: init, start, requests, approve, decline, log, ledger, forget"
+        "a site of a real federation: init, start, requests, approve, decline, log, ledger, merge, "
+        "forget"
     )
     site = commands.add_parser("site", help=text, description=text)
     steps = site.add_subparsers(required=True, metavar="step")
@@ -30,6 +31,9 @@ def add_site(
         help="how the data are read: none, hh_rlhf, fingpt, medalpaca, mathinstruct; default none",
     )
     step.add_argument("--threads", type=int, help="CPU threads; default OMP_NUM_THREADS, else all")
+    step.add_argument(
+        "--lora-rank", type=int, help="greatest rank of an adapter that is trained here"
+    )
     step.add_argument("--gpus", help="GPUs that training may use, as 0 or 0,1; default all")
     step.add_argument("--server", required=True, help="host:port of the server")
     step.add_argument("--ca", help="ca.crt from the server's operator")
@@ -96,6 +100,11 @@ def add_site(
     step = add(steps, "ledger", ledger, "what the records have been spent on, in epsilon")
     step.add_argument("directory", help="directory of site init")
 
+    step = add(steps, "merge", merge_own, "write the model with this site's own adapter in it")
+    step.add_argument("directory", help="directory of site init")
+    step.add_argument("run", help="Flower's id of a run with algorithm=fedsa or ditto")
+    step.add_argument("output", help="directory to write")
+
     step = add(steps, "forget", forget, "remove what a site keeps of its runs and records")
     step.add_argument("directory", help="directory of site init")
     step.add_argument("run", nargs="?", help="Flower's id of a run, or its folder in state/runs")
@@ -157,6 +166,23 @@ def start(arguments: argparse.Namespace) -> int:
     start_supernode(arguments.directory, arguments.options)
 
 
+def merge_own(arguments: argparse.Namespace) -> int:
+    """Merge the site's own adapter into the base model."""
+    from pathlib import Path
+
+    from fedllm_flwr.deployment.personal import personal_adapter
+    from fedllm_flwr.runs.kept_adapters import check_output
+
+    output = Path(arguments.output).expanduser()
+    check_output(output)
+    kept = personal_adapter(arguments.directory, arguments.run)
+    from fedllm_flwr.commands.merge import merge
+
+    for line in merge(kept, output):
+        print(line, flush=True)
+    return 0
+
+
 def forget(arguments: argparse.Namespace) -> int:
     """Remove state of runs."""
     from fedllm_flwr.deployment.site_state import forget_runs
@@ -183,6 +209,7 @@ def init(arguments: argparse.Namespace) -> int:
         preprocessing=arguments.preprocessing,
         threads=arguments.threads,
         gpus=arguments.gpus,
+        lora_rank=arguments.lora_rank,
         policy=arguments.policy,
     )
     print("\n".join(init_site(arguments.directory, options)))

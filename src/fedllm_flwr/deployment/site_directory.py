@@ -70,6 +70,7 @@ class SiteOptions:
     approval: str = EVERY_RUN  # which runs wait for the operator
     policy: Sequence[str] = ()  # key=value in the place of the policy's defaults
     threads: int | None = None  # of the CPU; None: see `node.site_threads`
+    lora_rank: int | None = None  # greatest rank of an adapter; None: what the server asks for
     gpus: str | None = None  # as CUDA_VISIBLE_DEVICES; None: all
 
     @property
@@ -134,6 +135,8 @@ class SiteOptions:
         check_gpus(self.gpus)
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"--threads {self.threads}: give 1 or more")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ConfigError(f"--lora-rank {self.lora_rank}: give 1 or more")
         if self.device not in DEVICES:
             raise ConfigError(
                 f"--device {shown(self.device)}: no such device; choose from {', '.join(DEVICES)}"
@@ -180,6 +183,7 @@ class SiteOptions:
             "device": self.device,
             "gpus": self.gpus,
             "threads": self.threads,
+            "lora-rank": self.lora_rank,
             "state-dir": folder / "state",
             "policy-path": folder / "policy.yaml",
             "site-dir": folder,  # requests for approval and the audit log
