@@ -417,6 +417,7 @@ def test_a_cut_to_the_needed_rank_loses_nothing(seed):
     ("settings_of_rule", "said"),
     [
         ({"name": "flora", "variant": "openfedllm"}, "algorithm.variant=openfedllm"),
+        ({"name": "flora", "eta": 0.5}, "algorithm.eta=0.5 has no effect with algorithm=flora"),
         ({"name": "flora", "options": {"max_rank": 0}}, "max_rank must be >= 1"),
         ({"name": "lora_fair", "options": {"strength": 0.0}}, "use algorithm=fedavg"),
         ({"name": "scaffold", "factors": "b"}, "algorithm.factors=b does not go with"),

@@ -37,6 +37,24 @@ def test_ray_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ["algorithm=flora", "lora.ranks=[*1:4,*2:2]"],
+        ["algorithm=fed_sb", "federation.num_rounds=4"],
+        ["algorithm=ditto"],
+    ],
+    ids=lambda rule: rule[0],
+)
+def test_rules_about_factors_on_ray(rule: list[str], tmp_path: Path) -> None:
+    """Other ranks, frozen factors, cores, adapters of the clients' own: the bits of in-process."""
+    with started(["fedllm", "run", *tiny("output_dir=run", *rule)], tmp_path) as process:
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, errors) == (0, "")
+    assert outcome(tmp_path / "run") == outcome(run_tiny(tmp_path / "inprocess", *rule))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt", [interrupt_process, interrupt_group, terminate_process])
 @pytest.mark.parametrize("engine", ["ray", "inprocess"])
 def test_ctrl_c(

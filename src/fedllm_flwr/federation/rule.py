@@ -124,6 +124,11 @@ class Rule(ABC):
                 f"algorithm.variant={algorithm.variant}: algorithm={algorithm.name} has none; drop "
                 "it, or use algorithm.variant=paper."
             )
+        if cls.stacks and algorithm.eta != 1 and "eta" not in names:
+            raise ConfigError(
+                f"algorithm.eta={algorithm.eta:g} has no effect with algorithm={algorithm.name}, "
+                "whose server step takes no rate; set algorithm.eta=1."
+            )
         rule = cls(**{**known, **options})
         if rule.factors not in cls.takes_factors:
             raise ConfigError(
