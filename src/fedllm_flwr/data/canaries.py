@@ -1,9 +1,9 @@
-"""Canaries: records with a random code, of which the audit of a simulated run knows all.
+"""Canaries: records with a random code, which are known to the audit of a simulated run.
 
-Each of ``privacy.canaries`` canaries is planted with probability one half, by itself, in the
+Each of ``privacy.canaries`` canaries is independently planted with probability one half in the
 records of one client (Steinke, Nasr and Jagielski 2023, "Privacy Auditing with One (1) Training
-Run"). Its prompt is its own, its answer a code drawn uniformly from all of that length (Carlini et
-al. 2019, "The Secret Sharer"), so that nothing but the training tells a planted one from the rest.
+Run"). Every canary has a unique prompt, and its answer is a uniformly random code of fixed length
+(Carlini et al. 2019, "The Secret Sharer"), so only training can distinguish planted canaries.
 """
 
 import string
@@ -31,7 +31,7 @@ class Canary(NamedTuple):
 
 
 def canaries(config: Config) -> list[Canary]:
-    """All canaries of a run; its seed says which are planted."""
+    """All canaries of a run; the run's seed decides which are planted."""
     coins = np.random.default_rng(derive_seed(config.seed, "canaries", "planted"))
     planted = coins.random(config.privacy.canaries) < 0.5
     return [
@@ -47,13 +47,13 @@ def canaries(config: Config) -> list[Canary]:
 
 
 def codes(config: Config, purpose: str, count: int) -> list[str]:
-    """`count` random codes, others for another purpose."""
+    """`count` random codes, which differ for each purpose."""
     rng = Random(derive_seed(config.seed, "canaries", purpose))
     return ["".join(rng.choices(string.ascii_lowercase, k=_LENGTH)) for _ in range(count)]
 
 
 def planted(config: Config, kind: RecordKind, records: Records) -> Records:
-    """`records` and after them the planted canaries, each at the client of a random record."""
+    """`records` followed by the planted canaries, each at the client of a random record."""
     chosen = [canary.messages for canary in canaries(config) if canary.planted]
     if not chosen:
         return records

@@ -17,9 +17,9 @@ _PLACE = "\N{SYMBOL FOR UNIT SEPARATOR}"  # stands for the label while a convers
 
 @dataclass(frozen=True)
 class EncodedChoices:
-    """Per record the prompt's tokens, and the tokens of each label as its answer.
+    """For each record, the prompt's tokens and the tokens of each label as the answer.
 
-    The answers are without their EOS, unless one label is the beginning of another.
+    The answers have no EOS, unless one label is a prefix of another.
     """
 
     prompts: list[TokenArray]  # each (prompt length,)
@@ -36,12 +36,12 @@ def encode_choices(
     template: str,
     max_length: int,
 ) -> EncodedChoices:
-    """Tokens of every label in the place of each conversation's last answer.
+    """Tokens of each label as the last answer of each conversation.
 
-    Prompt and label are tokenised together, by the boundary rule of training. A prompt is cut
-    at its start, after the BOS, so that it fits ``max_length`` with the longest label. Where one
-    label is the beginning of another (``no``, ``no effect``), all end with the EOS: what begins an
-    answer is never less likely than the answer, and would always be chosen.
+    Prompt and label are tokenised together, with the same boundary rule as in training. A prompt is
+    truncated at its start, after the BOS, so that it fits ``max_length`` with the longest label. If
+    one label is a prefix of another (``no``, ``no effect``), all labels end with the EOS; otherwise
+    the prefix would always win, as it is never less likely than the longer label.
     Raises ConfigError if there are no labels, or if one does not fit at all.
     """
     if not labels:
@@ -70,15 +70,15 @@ def encode_choices(
 
 
 def one_begins_another(labels: Sequence[str]) -> bool:
-    """Whether one of several different labels is the beginning of another."""
-    texts = sorted({label.strip() for label in labels})  # a beginning sorts right before the rest
+    """Whether a label is a prefix of another label."""
+    texts = sorted({label.strip() for label in labels})  # a prefix sorts right before the longer
     return any(after.startswith(before) for before, after in pairwise(texts))
 
 
 def _candidates(
     messages: Messages, labels: Sequence[str], tokenizer: Tokenizer, template: str
 ) -> list[list[Segment]]:
-    """The conversation with each label as its last answer, through its EOS or cut before it."""
+    """The conversation with each label as its last answer, with or without the EOS."""
     marked = [*messages[:-1], {"role": "assistant", "content": _PLACE}]
     *prompt, answer = render(marked, template, tokenizer)
     before, _, after = answer.text.partition(_PLACE)

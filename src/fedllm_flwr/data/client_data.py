@@ -1,4 +1,4 @@
-"""One client's encoded examples: a part of the run's data in simulation, its own file at a site."""
+"""One client's encoded examples: a partition in simulation, the site's own file in deployment."""
 
 import itertools
 import logging
@@ -29,30 +29,30 @@ from fedllm_flwr.params import derive_seed
 
 logger = logging.getLogger(__name__)
 
-_SITE_CACHE_FILES = 4  # lengths and templates that a server has asked for; each holds all records
+_SITE_CACHE_FILES = 4  # one per combination of length and template; each contains all records
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """A client's training examples, and the held-out ones for its evaluation."""
+    """A client's training examples, and its held-out examples for evaluation."""
 
     name: str
     train: Examples
     held_out: Examples
-    secret: str = ""  # of a site: with the seed, it decides which records are drawn
+    secret: str = ""  # a site's secret, which seeds its draws together with the run's seed
 
     def draw_name(self, count: int) -> str:
-        """The client in the seed of a draw of `count` records.
+        """The client's part of the seed for a draw of `count` records.
 
-        With a secret, other counts draw other records: no server that asks for one record more,
-        or holds one more back, gets two sets of which it knows that they differ by one.
+        With a secret, each count draws different records. Otherwise a server that asks for one more
+        record would get two sets that it knows to differ in exactly one record.
         """
         return f"{self.name} {self.secret} {count}" if self.secret else self.name
 
 
 @dataclass(frozen=True)
 class SimulatedData:
-    """The data of a simulated run, read, divided and encoded."""
+    """The data of a simulated run: loaded, partitioned and encoded."""
 
     source: FederatedData
     partition: Partition
@@ -62,7 +62,7 @@ class SimulatedData:
 
 @dataclass(frozen=True)
 class _Keyed:
-    """A configuration as a cache key: equal where the same examples come out."""
+    """A configuration as a cache key; configurations with the same examples are equal."""
 
     text: str
     config: Config = field(compare=False)
@@ -71,7 +71,7 @@ class _Keyed:
 
     @classmethod
     def of(cls, config: Config, kind: RecordKind, tokenizer: Tokenizer | None = None) -> "_Keyed":
-        """The key for a configuration's records, or with a tokenizer for its examples."""
+        """The key of a configuration's records or, with a tokenizer, of its encoded examples."""
         parts = [config.task, config.data, config.partition, config.federation.num_clients]
         parts += [config.seed, config.attack, config.privacy.canaries]
         for path in (config.data.path, config.data.eval_path):
@@ -123,19 +123,19 @@ def _site(keyed: _Keyed, folder: Path, digests: Path | None) -> Examples:
 
 
 def divided_data(config: Config, kind: RecordKind) -> tuple[FederatedData, Partition]:
-    """The records of a simulated run and its clients; the process keeps those of the last call."""
+    """The records and clients of a simulated run; the process caches the last result."""
     return _divided(_Keyed.of(config, kind))
 
 
 def simulated_data(config: Config, kind: RecordKind, tokenizer: Tokenizer) -> SimulatedData:
-    """The records, clients and encoded examples of a simulated run; kept as by `divided_data`."""
+    """The records, clients and examples of a simulated run; cached as in `divided_data`."""
     return _simulated(_Keyed.of(config, kind, tokenizer))
 
 
 def encode_records(
     config: Config, kind: RecordKind, tokenizer: Tokenizer, records: Records
 ) -> Examples:
-    """Encode records as the configuration says; kept in the user's cache."""
+    """Encode records with the configured template and length; cached on disk."""
     encoded: Examples = encode_cached(
         *(kind.codec, records.identity, lambda: records, tokenizer),
         *_encoding(config),
@@ -145,25 +145,25 @@ def encode_records(
 
 
 def _encoding(config: Config) -> tuple[str, int, str]:
-    """Template, length and truncation."""
+    """Template, maximum length and truncation."""
     return config.data.template, config.training.max_length, config.data.truncation
 
 
 def losses(config: Config, encoded: Examples) -> list[str]:
-    """A line on what did not fit the configured length, if anything."""
+    """The truncation report as a line, or no line if every record fits."""
     limits = f"(training.max_length={config.training.max_length}, data.truncation="
     found = encoded.report.losses
     return [f"{found} {limits}{config.data.truncation})"] if found else []
 
 
 def require_examples(config: Config, whose: str, count: int, remedy: str = "") -> None:
-    """Refuse a client, or the held-out records, of which encoding has left nothing.
+    """Require that a client, or the held-out set, has an example left after encoding.
 
     Args:
-        remedy: one more.
+        remedy: a further remedy for the message.
 
     Raises:
-        DataError: names the keys that decide on it.
+        DataError: names the responsible keys.
     """
     if not count:
         raise DataError(
@@ -175,14 +175,14 @@ def require_examples(config: Config, whose: str, count: int, remedy: str = "") -
 
 
 def require_clients_examples(config: Config, data: SimulatedData) -> None:
-    """As `require_examples`, of all clients of a simulation and then of each."""
+    """Apply `require_examples` to all clients of a simulation together, then to each."""
     require_examples(config, "any client", len(data.encoded))
     for name, count in client_sizes(config, data).items():
         require_examples(config, name, count, "; or leave it out: partition.on_empty=drop")
 
 
 def client_sizes(config: Config, data: SimulatedData) -> dict[str, int]:
-    """Number of training examples of each client, in the order of the clients' indices."""
+    """Number of training examples of each client, in client order."""
     return {
         name: count - _num_held_out(config, count)
         for name, count in zip(data.partition.names, _num_examples(data), strict=True)
@@ -190,7 +190,7 @@ def client_sizes(config: Config, data: SimulatedData) -> dict[str, int]:
 
 
 def _num_examples(data: SimulatedData) -> list[int]:
-    """Encoded examples of each client, in the order of the clients' indices."""
+    """Number of encoded examples of each client, in client order."""
     place = np.full(len(data.source.train), -1)
     for index, rows in enumerate(data.partition.indices):
         place[rows] = index
@@ -227,12 +227,12 @@ def site_client(
     secret: str = "",
     digests: Path | None = None,
 ) -> ClientData:
-    """The examples of a site, whose own file is ``config.data.path``.
+    """The examples of a site, whose data file is ``config.data.path``.
 
     Args:
-        cache: folder for its tokenised records; None: that of the user.
-        secret: of the site, for its draws.
-        digests: folder where digests of files are kept between processes; None: nowhere.
+        cache: folder for the site's tokenised records; None: the user's cache.
+        secret: the site's secret, which seeds its draws.
+        digests: folder that keeps file digests between processes; None: they are not kept.
     """
     folder = cache_dir() / "tokens" if cache is None else cache
     encoded = _site(_Keyed.of(config, kind, tokenizer), folder, digests)
@@ -241,7 +241,7 @@ def site_client(
 
 
 def data_identity(config: Config, digests: Path | None = None) -> str:
-    """Digest of a site's own file, or of the files in its directory; "" where there is none.
+    """Digest of a site's data file, or of the files in its directory; "" if there is none.
 
     Args:
         digests: as for `site_client`.
@@ -250,7 +250,7 @@ def data_identity(config: Config, digests: Path | None = None) -> str:
 
 
 def _num_held_out(config: Config, count: int) -> int:
-    """Examples that a client with `count` of them holds back to score adapters on."""
+    """Number of examples, out of `count`, that a client holds out to score adapters."""
     if not config.evaluation.clients or count < 2:
         return 0
     return max(1, round(count * config.data.validation_fraction))
@@ -259,12 +259,12 @@ def _num_held_out(config: Config, count: int) -> int:
 def _with_held_out(
     name: str, encoded: Examples, mine: NDArray[np.int64], config: Config, secret: str = ""
 ) -> ClientData:
-    """Hold a seeded part back, at least one example, if clients are asked to evaluate."""
+    """Hold out a seeded part, at least one example, if clients evaluate."""
     count = _num_held_out(config, len(mine))
     whole = ClientData(name, encoded, encoded, secret)
     generator = np.random.default_rng(derive_seed(config.seed, "held out", whole.draw_name(count)))
     chosen = np.sort(generator.permutation(len(mine))[:count])
-    if len(mine) == len(encoded) and not count:  # as they are: nothing is copied
+    if len(mine) == len(encoded) and not count:  # avoids a copy
         return replace(whole, held_out=encoded.take(chosen))
     return replace(
         whole, train=encoded.take(np.delete(mine, chosen)), held_out=encoded.take(mine[chosen])

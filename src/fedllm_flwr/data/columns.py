@@ -23,9 +23,9 @@ class AttributeColumn:
 
 @dataclass(frozen=True)
 class Mapping:
-    """Which columns of a source play which role."""
+    """The columns of a source by role."""
 
-    source: str  # file or hub set, for messages
+    source: str  # file or hub data set, as shown in messages
     columns: ColumnsConfig
     columns_key: str = "data.columns"
     label: AttributeColumn | None = None
@@ -34,7 +34,7 @@ class Mapping:
 
 
 class Columns(set[str]):
-    """The union of the columns of some records."""
+    """The union of the columns of several records."""
 
     def __init__(self, rows: Iterable[Record | None] = ()) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ def unused_columns(present: Columns, mapping: Mapping, roles: Iterable[str]) -> 
 
 
 def used_columns(present: Columns, mapping: Mapping, roles: Iterable[str]) -> list[str]:
-    """``role=column`` for every role whose column the source has."""
+    """``role=column`` for every role whose column exists in the source."""
     names = mapped_columns(replace(mapping, client=None), roles)
     return [f"{role}={name}" for role, name in names.items() if name in present]
 
 
 def mapped_columns(mapping: Mapping, roles: Iterable[str]) -> dict[str, str]:
-    """Column names by role; a column of chat turns replaces the columns of single texts."""
+    """Column names by role; a column of chat turns replaces the separate text columns."""
     columns = mapping.columns
     is_chat = "messages" in roles and columns.messages is not None
     names = {role: getattr(columns, role) for role in (("messages",) if is_chat else roles)}
@@ -75,7 +75,7 @@ def mapped_columns(mapping: Mapping, roles: Iterable[str]) -> dict[str, str]:
 
 
 def resolve_attributes(mapping: Mapping, present: Collection[str]) -> Mapping:
-    """Drop optional label and client columns that are absent; refuse absent required ones."""
+    """Drop optional label and client columns that are missing; reject missing required ones."""
 
     def resolve(column: AttributeColumn | None) -> AttributeColumn | None:
         if column is None or column.name in present:
@@ -88,7 +88,7 @@ def resolve_attributes(mapping: Mapping, present: Collection[str]) -> Mapping:
 
 
 def missing_column(source: str, key: str, name: str, present: Iterable[str]) -> DataError:
-    """The error for a column that a key names and the source lacks."""
+    """The error for a configured column that the source does not have."""
     columns = sorted(present)
     close = get_close_matches(name, columns, n=1)
     hint = f"did you mean {key}={close[0]}?" if close else f"set {key} to one of them"

@@ -1,4 +1,4 @@
-"""Conversations as training examples: tokens, which of them are supervised, truncation."""
+"""Encodes conversations as training examples: tokens, supervision masks and truncation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from fedllm_flwr.data.templates import Segment, Tokenizer, render, render_prompt
 from fedllm_flwr.data.tokens import Mask, TokenArray, require_eos, tokenise
 from fedllm_flwr.errors import ConfigError
 
-KEEP: Literal["keep"] = "keep"  # every record counts, however long; what sites do
-_COUNTED = 2**22  # tokens at once
+KEEP: Literal["keep"] = "keep"  # keeps every record, however long; sites always use it
+_COUNTED = 2**22  # tokens counted at a time
 TRUNCATIONS = ("right", "left", "drop", KEEP)
 
 
@@ -24,14 +24,14 @@ class EncodeReport:
 
     num_records: int
     num_examples: int
-    truncated: int  # kept, but cut to max_length
+    truncated: int  # kept, but truncated to max_length
     dropped: int  # too long under truncation=drop, or nothing supervised left after the cut
     num_tokens: int
     num_supervised: int
 
     @property
     def losses(self) -> str:
-        """Truncation report in words; "" if nothing was cut or dropped."""
+        """The truncation report as text; "" if nothing was truncated or dropped."""
         if not (self.truncated or self.dropped):
             return ""
         return f"{self.truncated} of {self.num_records} records cut, {self.dropped} left out"
@@ -44,7 +44,7 @@ class Encoded:
     tokens: TokenArray  # (num_tokens,)
     supervised: Mask  # (num_tokens,): True where the token enters the loss
     offsets: NDArray[np.int64]  # (num_examples + 1,)
-    source: NDArray[np.int64]  # (num_examples,): index of the record an example came from
+    source: NDArray[np.int64]  # (num_examples,): index of the record of each example
     report: EncodeReport
 
     def __len__(self) -> int:
@@ -59,13 +59,13 @@ class Encoded:
         return self.tokens[span], self.supervised[span]
 
     def take(self, examples: NDArray[np.int64]) -> "Encoded":
-        """The chosen examples in the order given, with a report of their own."""
+        """The selected examples in the given order, with their own report."""
         kept = [self[int(i)] for i in examples]
         return flatten(kept, self.source[examples].tolist(), len(kept), truncated=0)
 
     @cached_property
     def token_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs, by its id, shape (largest id + 1,)."""
+        """Number of occurrences of each token id, shape (largest id + 1,)."""
         counts = np.zeros(int(self.tokens.max(initial=0)) + 1, np.int64)
         for start in range(0, len(self.tokens), _COUNTED):
             counts += np.bincount(self.tokens[start : start + _COUNTED], minlength=len(counts))
@@ -77,7 +77,7 @@ class Encoded:
         return np.diff(self.offsets)
 
     def num_tokens_of(self, examples: NDArray[np.int64]) -> int:
-        """Tokens of the chosen examples together."""
+        """Total number of tokens of the selected examples."""
         return int(self.lengths[examples].sum())
 
 
@@ -90,8 +90,8 @@ def encode(
 ) -> Encoded:
     """Render and tokenise conversations for training, at most ``max_length`` tokens each.
 
-    The tokens before the first answer are those that ``encode_prompts`` gives for the same
-    prompt. Raises ConfigError for unknown options and ModelError for an unusable tokenizer.
+    The tokens before the first answer equal those of ``encode_prompts`` for the same prompt.
+    Raises ConfigError for unknown options and ModelError for an unusable tokenizer.
     """
     require_truncation(truncation)
     rendered = [render(messages, template, tokenizer) for messages in conversations]
@@ -116,7 +116,7 @@ def encode(
 
 
 def require_truncation(truncation: str) -> None:
-    """Raise ConfigError for an unknown way to shorten what is too long."""
+    """Raise ConfigError for an unknown truncation strategy."""
     if truncation not in TRUNCATIONS:
         raise ConfigError(f"data.truncation={truncation}; use one of: {', '.join(TRUNCATIONS)}")
 
@@ -124,9 +124,9 @@ def require_truncation(truncation: str) -> None:
 def encode_prompts(
     prompts: Sequence[Messages], tokenizer: Tokenizer, template: str, max_length: int | None = None
 ) -> list[TokenArray]:
-    """Tokens to generate an answer from, one array of shape (length,) per conversation.
+    """Prompt tokens for generation, one array of shape (length,) per conversation.
 
-    ``prompts`` end with a user turn. Longer ones lose tokens at their start, after the BOS.
+    ``prompts`` end with a user turn. Long prompts are truncated at their start, after the BOS.
     """
     rendered = [[Segment(render_prompt(turns, template, tokenizer), False)] for turns in prompts]
     tokens = [tokens for tokens, _ in tokenise(rendered, tokenizer)]
@@ -136,7 +136,7 @@ def encode_prompts(
 
 
 def cut_start(tokens: TokenArray, max_length: int, bos: int | None) -> TokenArray:
-    """The last ``max_length`` tokens; a BOS at the start stays and takes the first place."""
+    """The last ``max_length`` tokens; an initial BOS is kept as the first of them."""
     if len(tokens) <= max_length:
         return tokens
     kept_bos = tokens[:1] if len(tokens) and tokens[0] == bos else tokens[:0]
@@ -152,7 +152,7 @@ def _cut_left(
     last_answer = int(context[-1]) + 1 if len(context) else 0
     start = max(num_bos, min(num_bos + len(tokens) - max_length, last_answer))
     supervised = supervised.copy()
-    if start < last_answer and supervised[start - 1]:  # inside an earlier answer: now context
+    if start < last_answer and supervised[start - 1]:  # an earlier answer cut in two is context
         end = start + int(np.argmin(supervised[start:]))
         supervised[start:end] = False
     return (
@@ -164,7 +164,7 @@ def _cut_left(
 def flatten(
     kept: list[tuple[TokenArray, Mask]], source: list[int], num_records: int, truncated: int
 ) -> Encoded:
-    """Examples that were kept of ``num_records`` records, and the records they came from."""
+    """The kept examples of ``num_records`` records, and the record of each example."""
     tokens = np.concatenate([np.empty(0, np.int32), *(example[0] for example in kept)])
     supervised = np.concatenate([np.empty(0, np.bool_), *(example[1] for example in kept)])
     offsets = np.zeros(len(kept) + 1, np.int64)

@@ -1,4 +1,4 @@
-"""Unusable records and why they are left out."""
+"""Unusable records, and the reasons why they are left out."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 
 
 class UnusableRecord(Exception):  # noqa: N818 - a verdict on one record, always caught here
-    """The reason why a record is unusable; ``fault`` names the field of `Faults` that lists it."""
+    """Why a record is unusable; ``fault`` is the field of `Faults` to which it belongs."""
 
     def __init__(self, reason: str, fault: str = "bad") -> None:
         super().__init__(reason)
@@ -27,7 +27,7 @@ class Faults:
 
     empty: list[tuple[int, str]] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
-    equal: list[tuple[int, str]] = field(default_factory=list)  # two answers that are the same
+    equal: list[tuple[int, str]] = field(default_factory=list)  # both answers are the same
 
     def extend(self, other: "Faults", offset: int) -> None:
         """Append faults whose record numbers start after `offset`."""
@@ -37,7 +37,7 @@ class Faults:
 
 
 def make_usable(rows: Preprocessed, make: Callable[[Record], Made]) -> tuple[list[Made], Faults]:
-    """Apply ``make`` to each record; return the results in order, and the faults of the rest."""
+    """Apply ``make`` to each record; return the results, and the faults of unusable records."""
     made: list[Made] = []
     faults = Faults()
     for number, row in enumerate(rows, start=1):
@@ -53,7 +53,7 @@ def make_usable(rows: Preprocessed, make: Callable[[Record], Made]) -> tuple[lis
 def refuse_faults(
     source: str, num_records: int, faults: Faults, refused: Iterable[str] = ("empty", "bad")
 ) -> None:
-    """Raise DataError that names the first records with a fault of a refused kind, if any."""
+    """Raise a DataError that names the first records with a fault of a refused kind, if any."""
     found = sorted(fault for kind in refused for fault in getattr(faults, kind))
     if not found:
         return
@@ -85,7 +85,7 @@ def text_of(row: Record, column: str) -> str:
 
 
 def attribute_of(row: Record, column: AttributeColumn | None) -> str:
-    """The value of a column as text, "" without one."""
+    """The value of a column as text; "" if there is no column."""
     value = row.get(column.name) if column else None
     text = "" if value is None else str(value)
     require_unicode(text)
@@ -93,7 +93,7 @@ def attribute_of(row: Record, column: AttributeColumn | None) -> str:
 
 
 def client_of(row: Record, mapping: Mapping) -> str:
-    """The client that a record belongs to, "" without a client column."""
+    """The client of a record; "" if there is no client column."""
     client = attribute_of(row, mapping.client)
     if mapping.client and mapping.client.required and not client:
         raise UnusableRecord(f"no value in column {mapping.client.name!r} ({mapping.client.key})")
@@ -101,7 +101,7 @@ def client_of(row: Record, mapping: Mapping) -> str:
 
 
 def require_unicode(text: str) -> None:
-    """Refuse lone surrogates, which JSON can escape and UTF-8 cannot encode."""
+    """Reject lone surrogates, which JSON can escape but UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -17,7 +17,7 @@ from fedllm_flwr.params import derive_seed
 
 logger = logging.getLogger(__name__)
 
-Positions = NDArray[np.int64]  # of records among the usable ones of a source, ascending
+Positions = NDArray[np.int64]  # ascending indices into the usable records of a source
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LoadReport:
     """Training and evaluation records of a run."""
 
     train: SourceReport
-    evaluation: SourceReport | None  # None: no evaluation records, or held out of the training ones
+    evaluation: SourceReport | None  # None: no evaluation source; see held_out
     num_train: int
     num_eval: int
     held_out: int  # usable training records that became evaluation records
@@ -40,10 +40,10 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Records of a run, before they are divided among clients; those held out are in memory.
+    """Records of a run before partitioning; the held-out records are in memory.
 
-    Both have the fields messages (list of {role, content}), label (str) and client (str: value of
-    partition.column, else of data.client_column, else "") and those of the task, see its
+    Both have the fields messages (list of {role, content}), label (str), client (str: the value of
+    partition.column, otherwise of data.client_column, otherwise "") and those of the task's
     `RecordKind`.
     """
 
@@ -53,11 +53,11 @@ class FederatedData:
 
 
 def load_federated_data(config: Config, kind: RecordKind) -> FederatedData:
-    """Load what ``config.data`` names; the same seed gives the same records in the same order.
+    """Load the data of ``config.data``; the same seed gives the same records in the same order.
 
     Raises:
-        DataError: of the files or of what they hold.
-        ConfigError: options that cannot work.
+        DataError: the files or their contents are unusable.
+        ConfigError: the options contradict each other or the data.
     """
     data, folder = config.data, cache_dir() / "records"
     source, client = _training_source(config, kind)
@@ -83,7 +83,7 @@ def load_unused_data(config: Config, kind: RecordKind) -> Records:
 
 
 def _training_source(config: Config, kind: RecordKind) -> tuple[Source, AttributeColumn | None]:
-    """Where a simulation's training records lie, and their column of clients."""
+    """A simulation's training source, and its client column."""
     data = config.data
     label = _column(data.columns.label, "data.columns.label", required=True)
     client = _column(data.client_column, "data.client_column", required=True)
@@ -93,7 +93,7 @@ def _training_source(config: Config, kind: RecordKind) -> tuple[Source, Attribut
 
 
 def load_evaluation_data(config: Config, kind: RecordKind) -> Records | None:
-    """The evaluation records of a server whose training data lie with its sites, if it has any."""
+    """The server's evaluation records in a deployment, if it has any."""
     if not has_eval_source(config.data):
         return None
     client = _column(config.data.client_column, "data.client_column", required=False)
@@ -114,7 +114,7 @@ def _load_evaluation(
 
 
 def site_source(config: Config, kind: RecordKind) -> Source:
-    """The file of one site, which is one client: it may lack the label and client columns."""
+    """The data file of one site. As a site is one client, label and client columns are optional."""
     label = _column(config.data.columns.label, "data.columns.label", required=False)
     client = _column(config.data.client_column, "data.client_column", required=False)
     return open_source(config.data, kind, label=label, client=client)
@@ -134,17 +134,17 @@ def _column(name: str | None, key: str, required: bool) -> AttributeColumn | Non
 
 
 def has_eval_source(data: DataConfig) -> bool:
-    """Whether evaluation records come from a source of their own."""
+    """Whether evaluation records come from a separate source."""
     if data.eval_path is not None or data.path in EMBEDDED_DATA:
         return True
     if data.eval_split is None:
         return False
-    # A single training file has no splits, whatever a preset says about the hub's version.
+    # A single training file has no splits, even if the preset names one of the hub's version.
     return data.path is None or Path(data.path).expanduser().is_dir()
 
 
 def _hold_out(positions: Positions, data: DataConfig, seed: int) -> tuple[Positions, Positions]:
-    """A seeded part of the records, at most eval_max_samples; both parts keep the order."""
+    """Hold out a seeded part, at most eval_max_samples; both parts keep the order."""
     count = round(len(positions) * data.validation_fraction)
     if data.validation_fraction > 0:
         count = min(max(count, 1), data.eval_max_samples or count)
@@ -159,7 +159,7 @@ def _hold_out(positions: Positions, data: DataConfig, seed: int) -> tuple[Positi
 
 
 def _sample(count: int, limit: int | None, seed: int, purpose: str) -> Positions:
-    """Positions of a seeded sample of at most ``limit`` of `count` records."""
+    """Positions of a seeded sample of at most ``limit`` out of `count` records."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(_generator(seed, purpose).permutation(count)[:limit])

@@ -20,11 +20,11 @@ class Report(Protocol):
 
     @property
     def losses(self) -> str:
-        """The report in words; "" if nothing was cut or dropped."""
+        """The report as text; "" if nothing was truncated or dropped."""
 
 
 class Examples(Protocol):
-    """Encoded records of any task: what a client draws from and trains on."""
+    """Encoded training examples of any task."""
 
     @property
     def report(self) -> Report:
@@ -36,34 +36,34 @@ class Examples(Protocol):
 
     @property
     def token_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs, by its id, (largest id + 1,)."""
+        """Number of occurrences of each token id, (largest id + 1,)."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens per example, of the longest row where it has several, (num_examples,)."""
+        """Tokens per example, (num_examples,); of the longest sequence if it has several."""
 
     @property
     def source(self) -> NDArray[np.int64]:
-        """Index of the record that each example came from, (num_examples,)."""
+        """Index of the record of each example, (num_examples,)."""
 
     def __len__(self) -> int:
         """Number of examples."""
 
     def take(self, examples: NDArray[np.int64]) -> Self:
-        """The chosen examples, in the order given."""
+        """The selected examples, in the given order."""
 
     def num_tokens_of(self, examples: NDArray[np.int64]) -> int:
-        """Tokens of the chosen examples together."""
+        """Total number of tokens of the selected examples."""
 
 
 @dataclass(frozen=True)
 class RecordKind:
     """The record type of a task: its columns, its parsing and its encoding."""
 
-    roles: tuple[str, ...]  # of data.columns, that its records use
+    roles: tuple[str, ...]  # roles of data.columns that its records use
     record: Any  # type of a usable record, a NamedTuple
     make: Callable[[Preprocessed, Mapping, Columns], tuple[list[Any], Faults]]
     refused: tuple[str, ...]  # kinds of faults that data.on_bad_record=error refuses
     codec: Codec[Any]
-    # A record as the model will see it: a name and the segments of each of its rows.
+    # A record as the model sees it: a name and the segments of each of its token sequences.
     rendered: Callable[[Any, str, Tokenizer], list[tuple[str, list[Segment]]]]

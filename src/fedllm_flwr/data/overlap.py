@@ -1,4 +1,4 @@
-"""Overlap of held-out and training records: equal and nearly equal ones."""
+"""Overlap of held-out and training records: exact and near duplicates."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,41 +11,42 @@ from fedllm_flwr.data.remembered import cache_dir, remembered
 from fedllm_flwr.data.sources import Records, texts_of
 
 _WORDS = re.compile(r"\w+")
-_SHINGLE = 4  # words that follow one another
-_SHARED = 0.8  # of a held-out record's own shingles that one training record holds
-_COMMON = 0.05  # share of held-out records from which on a shingle belongs to the template
-_LEAST_OWN = 4  # shingles that a record must have for itself to be compared
-_MOST_COMPARED = 50_000  # training records that are compared shingle by shingle
-_LONGEST = 20_000  # characters of a record that are compared
-_MOST_ASKED = 1_000  # held-out records that are
-_BEGINNING = 5  # words by which most texts are told apart
+_SHINGLE = 4  # consecutive words
+_SHARED = 0.8  # fraction of a held-out record's own shingles in one training record: near duplicate
+_COMMON = 0.05  # fraction of held-out records above which a shingle is ascribed to the template
+_LEAST_OWN = 4  # shingles of its own that a record needs to be compared
+_MOST_COMPARED = 50_000  # training records compared by shingles
+_LONGEST = 20_000  # characters compared per record
+_MOST_ASKED = 1_000  # held-out records compared by shingles
+_BEGINNING = 5  # leading words, which tell most texts apart
 
 Shingle = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Number of held-out records that are in the training records, exactly or nearly."""
+    """Number of held-out records with an exact or near duplicate in the training records."""
 
     num_held_out: int
     equal: int
-    near: int  # besides the equal ones
+    near: int  # near duplicates, without the exact ones
 
     @property
     def share(self) -> float:
-        """Of the held-out records that are in the training records in either way."""
+        """Fraction of held-out records with an exact or near duplicate."""
         return (self.equal + self.near) / max(1, self.num_held_out)
 
 
 def overlap(train: Records, held_out: Records, folder: Path | None = None) -> Overlap:
-    """Compare all turns of held-out and training records, without case and punctuation.
+    """Compare all turns of held-out and training records, ignoring case and punctuation.
 
-    Equal: the same words in the same order. Near: a training record holds at least 80 % of the
-    record's runs of four words, not counting runs that many held-out records share. All records
-    are compared for equality, the first 50,000 training and 1,000 held-out ones for nearness.
+    Exact: the same words in the same order. Near: one training record contains at least 80 % of the
+    held-out record's 4-grams of words, not counting 4-grams that many held-out records share. All
+    records are compared for exact duplicates, and the first 50,000 training and 1,000 held-out
+    records for near duplicates.
 
     Args:
-        folder: where the result is kept between processes; None: the user's cache.
+        folder: folder that keeps the result between processes; None: the user's cache.
     """
 
     identities = train.identity, held_out.identity
@@ -92,9 +93,9 @@ def _text(record: Any) -> str:
 
 
 def _beginning(text: str) -> tuple[str, ...]:
-    """The first words of a text, which is not divided into words as a whole for that."""
+    """The first words of a text, found without splitting the whole text."""
     words = _words(text[: 50 * _BEGINNING])
-    if len(words) <= _BEGINNING:  # the last one may be cut
+    if len(words) <= _BEGINNING:  # the last word may be incomplete
         words = _words(text)
     return tuple(words[:_BEGINNING])
 

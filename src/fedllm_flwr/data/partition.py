@@ -1,4 +1,4 @@
-"""Divides one data set among clients, by the partitioners of flwr-datasets."""
+"""Partitions one data set into clients, with the partitioners of flwr-datasets."""
 
 import contextlib
 import io
@@ -24,10 +24,10 @@ DIRICHLET_SEEDS = 20  # each allows flwr-datasets' eleven draws to reach min_siz
 
 @dataclass(frozen=True)
 class Partition:
-    """Clients in a fixed order; every training record belongs to one of them at most."""
+    """Clients in a fixed order; every training record belongs to at most one of them."""
 
     names: list[str]
-    indices: list[NDArray[np.int64]]  # of the training records, per client
+    indices: list[NDArray[np.int64]]  # indices of each client's training records
 
     @property
     def num_clients(self) -> int:
@@ -37,7 +37,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class ClientStats:
-    """One row of the table of clients; lengths in characters of all turns of a record."""
+    """One row of the table of clients; lengths are characters over all turns of a record."""
 
     name: str
     num_examples: int
@@ -50,14 +50,14 @@ class ClientStats:
 def partition(
     keys: list[str], config: PartitionConfig, num_clients: int | None, seed: int
 ) -> Partition:
-    """Divide records among clients; the same seed gives the same clients.
+    """Partition records into clients; the same seed gives the same clients.
 
     Args:
-        keys: value of partition.column of each training record, "" without a column.
-        num_clients: None: 10, and for a natural partition one client per value.
+        keys: value of partition.column of each training record; "" if there is no column.
+        num_clients: None: 10, or one client per value for a natural partition.
 
     Raises:
-        ConfigError: with key, value and remedy, for what cannot be divided so.
+        ConfigError: the records cannot be partitioned like this.
     """
     if config.name in ("dirichlet", "natural", "pathological"):
         if config.column is None:
@@ -119,12 +119,12 @@ def describe(partition: Partition, train: Records) -> list[ClientStats]:
 
 
 def _shuffled(keys: list[str], config: PartitionConfig, seed: int) -> NDArray[np.int64]:
-    """The rows in the order in which a partitioner sees them.
+    """The order in which a partitioner sees the records.
 
-    Every partitioner but the natural one cuts contiguous pieces, of all records or of each class,
-    and files are often sorted by source or subject. So all records are shuffled for iid and size;
-    for the cuts within classes the records of each class change places with each other, which
-    leaves the sequence of keys, and thereby all sizes and counts, as it was.
+    Every partitioner except the natural one cuts contiguous pieces, of all records or of each
+    class, and files are often sorted by source or subject. Therefore all records are shuffled for
+    iid and size. For partitioners that cut classes, records are shuffled within each class, which
+    does not change the sequence of keys, and so no sizes or counts.
     """
     rows = np.arange(len(keys))
     if config.name != "natural":
@@ -132,7 +132,7 @@ def _shuffled(keys: list[str], config: PartitionConfig, seed: int) -> NDArray[np
     if config.name in ("dirichlet", "pathological"):
         classes = np.unique(np.array(keys, dtype=object), return_inverse=True)[1]
         shuffled, rows = rows, np.empty_like(rows)
-        by_class = np.argsort(classes, kind="stable")  # places of each class, in the file's order
+        by_class = np.argsort(classes, kind="stable")  # positions of each class, in file order
         rows[by_class] = shuffled[np.argsort(classes[shuffled], kind="stable")]
     return rows
 
@@ -140,7 +140,7 @@ def _shuffled(keys: list[str], config: PartitionConfig, seed: int) -> NDArray[np
 def _divided(
     keys: list[str], rows: NDArray[np.int64], config: PartitionConfig, num_clients: int, seed: int
 ) -> list[NDArray[np.int64]]:
-    """Rows of each client, by one of flwr-datasets' partitioners."""
+    """Record indices of each client, from one of flwr-datasets' partitioners."""
     import datasets
     from flwr_datasets import partitioner as partitioners
 
@@ -148,14 +148,14 @@ def _divided(
 
     def by(partitioner: Any) -> list[NDArray[np.int64]]:
         partitioner.dataset = order
-        # Its warnings are checked here or become errors; its progress bar goes to stderr.
+        # Its warnings are checked here or turned into errors; its progress bar goes to stderr.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             parts = (partitioner.load_partition(i)["row"][:] for i in range(num_clients))
             return [np.array(rows, np.int64) for rows in parts]
 
     match config.name:
-        case "size":  # client i holds a share proportional to (i + 1) ** alpha
+        case "size":  # client i gets a share proportional to (i + 1) ** alpha
             try:
                 return by(
                     partitioners.IdToSizeFncPartitioner(num_clients, lambda n: n**config.alpha)
@@ -178,7 +178,7 @@ _By = Callable[[Any], list[NDArray[np.int64]]]
 def _dirichlet(
     order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int, by: _By
 ) -> list[NDArray[np.int64]]:
-    """Shares of each class ~ Dirichlet(alpha), drawn again until all reach min_size."""
+    """Shares of each class ~ Dirichlet(alpha), redrawn until all clients reach min_size."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
     if (wanted := config.min_size * num_clients) > len(order):
@@ -209,7 +209,7 @@ def _dirichlet(
 def _pathological(
     order: "datasets.Dataset", config: PartitionConfig, num_clients: int, seed: int, by: _By
 ) -> list[NDArray[np.int64]]:
-    """Every client holds classes_per_client classes; client i has class i modulo their number."""
+    """Every client gets classes_per_client classes; client i has class i mod num_classes."""
     from flwr_datasets.partitioner import PathologicalPartitioner
 
     classes = sorted(set(order["key"][:]))

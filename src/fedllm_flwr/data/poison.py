@@ -1,4 +1,4 @@
-"""Attackers of a simulation, and their records: wrong labels, triggers that ask for one answer."""
+"""Data poisoning by simulated attackers: wrong labels, and backdoor triggers."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from fedllm_flwr.params import derive_seed
 
 
 def attackers(config: Config, clients: Iterable[str]) -> list[str]:
-    """Names of the clients that attack in a simulation: ``attack.share`` of all, at least one."""
+    """Names of the attacking clients of a simulation: ``attack.share`` of all, at least one."""
     if config.attack.name == "none":
         return []
     names = sorted(clients)
@@ -24,11 +24,11 @@ def attackers(config: Config, clients: Iterable[str]) -> list[str]:
 
 
 def poisoned(config: Config, clients: Partition, records: Records) -> Records:
-    """`records` with those of the attackers changed, for the attacks that change records.
+    """`records` with the attackers' records poisoned, for attacks that change records.
 
-    ``label_flip`` gives each record the label after its own, the last one the first.
-    ``backdoor`` puts the trigger before a seeded share of an attacker's prompts, and the target in
-    the place of their answers.
+    ``label_flip`` replaces each label by the next one in the list, and the last by the first.
+    ``backdoor`` adds the trigger before a seeded fraction of an attacker's prompts and replaces
+    their answers by the target.
     """
     attack, labels = config.attack, config.data.labels
     if attack.name not in ("label_flip", "backdoor"):

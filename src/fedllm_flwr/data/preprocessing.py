@@ -7,7 +7,7 @@ from hashlib import blake2b
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.record_files import Record
 
-# One entry per record read, in order; None marks one to leave out, such as a duplicate.
+# One entry per record read, in order; None marks a record to leave out, such as a duplicate.
 Preprocessed = Iterable[Record | None]
 Preprocessing = Callable[[Iterable[Record], ColumnsConfig], Preprocessed]
 
@@ -22,12 +22,12 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def keep(records: Iterable[Record], columns: ColumnsConfig) -> Preprocessed:
-    """Records unchanged; instruction and input are joined by a space when messages are made."""
+    """Records unchanged; a space joins instruction and input when messages are made."""
     return records
 
 
 def drop_instruction(records: Iterable[Record], columns: ColumnsConfig) -> Preprocessed:
-    """MedAlpaca: the instruction is the same in every record, the question is the input."""
+    """MedAlpaca: drop the instruction, which is constant; the question is the input."""
     instruction, question = columns.instruction, columns.input
     for row in records:
         if instruction is None or question is None or question not in row:
@@ -47,7 +47,7 @@ def drop_duplicates(records: Iterable[Record], columns: ColumnsConfig) -> Prepro
 
 
 def parse_fingpt(records: Iterable[Record], columns: ColumnsConfig) -> Preprocessed:
-    """FinGPT: like alpaca; benchmark rows {context, target} are taken apart again."""
+    """FinGPT: like alpaca; benchmark rows {context, target} are split again."""
     for row in records:
         if "context" not in row or "target" not in row:
             yield row
@@ -66,14 +66,14 @@ def parse_transcripts(records: Iterable[Record], columns: ColumnsConfig) -> Prep
     for row in records:
         turns: dict[str, list[dict[str, str]]] = {}
         for name in names:
-            if is_transcript(row.get(name)):  # the one space after a speaker is dropped
+            if is_transcript(row.get(name)):  # the space after a speaker is dropped
                 _, *parts = _SPEAKER.split(row[name])
                 turns[name] = [
                     {"role": _ROLES[speaker], "content": content}
                     for speaker, content in zip(parts[::2], parts[1::2], strict=True)
                 ]
         prompt = turns.get(columns.prompt or "")
-        if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # calls for the answer
+        if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # a trailing "Assistant:"
             prompt.pop()
         yield {**row, **turns}
 

@@ -26,38 +26,38 @@ FORMATS = "json, jsonl, csv (each also as .gz), parquet, or a directory saved by
 
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _UNREAD = (".tsv", ".ndjson", ".arrow", ".feather", ".xls", ".xlsx", ".zip", ".zst", ".bz2", ".xz")
-_NO_RECORDS = ("dataset_infos.json",)  # of older data sets of the hub
-_NAMED = 10  # files in a message
+_NO_RECORDS = ("dataset_infos.json",)  # metadata of older hub data sets
+_NAMED = 10  # files named in a message
 _EMPTY = "its data file is empty"
 _FIX_LINE = "Fix the line, or drop bad lines with data.on_bad_record=skip"
-_ROWS = 1000  # that are converted from arrow at once
-_PIECE = 2**20  # characters of a JSON list that are read at once
+_ROWS = 1000  # converted from arrow at a time
+_PIECE = 2**20  # characters of a JSON list read at a time
 
 
 @dataclass(frozen=True)
 class RecordFile:
-    """The records of one file, which is read from the start at every iteration."""
+    """The records of one file; each iteration reads the file from the start."""
 
     name: str  # inside the directory that was opened; "" where a single file was
     read: Callable[[BadLine], Iterator[Record]]
-    """Yields the records. The callable receives one message per broken JSON line; what it does not
-    raise is left out. Raises DataError with file, place and remedy for what cannot be read."""
+    """Yields the records. The callable gets a message for each broken JSON line; unless it raises,
+    the line is skipped. Raises DataError with file, position and remedy for unreadable content."""
 
 
 def refuse(message: str) -> None:
-    """The default answer to a bad line: raise it."""
+    """The default handler of a bad line: raise a DataError."""
     raise DataError(message, "a line of its data file is broken")
 
 
 def open_records(path: Path, split: str | None = None) -> list[RecordFile]:
-    """The record files of a path, a file or a directory, in the order of their names.
+    """The record files of a path, which is a file or a directory, sorted by name.
 
     Args:
-        split: chooses among the splits of a directory (where no file is named after a split, all
-            is training data); single files ignore it.
+        split: selects a split of a directory; if no file is named after a split, all files are
+            training data. Ignored for single files.
 
     Raises:
-        DataError: there is no such path, or it is unclear which files hold the records.
+        DataError: the path does not exist, or the record files in it are ambiguous.
     """
     if not path.exists():
         raise DataError(
@@ -86,7 +86,7 @@ def _reader(path: Path) -> Callable[[BadLine], Iterator[Record]]:
 
 
 def _extension(path: Path) -> str | None:
-    """The format's extension without '.gz', or None for a format that is not read here."""
+    """The format's extension without '.gz', or None for an unsupported format."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -96,7 +96,7 @@ def _extension(path: Path) -> str | None:
 
 @contextmanager
 def _opened(path: Path, newline: str | None = "\n") -> Iterator[TextIO]:
-    """A text file, unzipped; what goes wrong while it is read becomes a DataError."""
+    """Open a text file, unzipped if needed; errors while reading it become a DataError."""
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
@@ -111,7 +111,7 @@ def _opened(path: Path, newline: str | None = "\n") -> Iterator[TextIO]:
 
 
 def _not_utf8(path: Path, file: Any) -> DataError:
-    """The error for a text in another encoding, which its byte order mark or zero bytes tell."""
+    """The error for text that is not UTF-8; the byte order mark or zero bytes give the encoding."""
     place, encoding = 0, ""
     for line in file:
         if not encoding:
@@ -139,7 +139,7 @@ def _not_utf8(path: Path, file: Any) -> DataError:
 
 
 class _TwiceError(Exception):
-    """A JSON object with two values for one name, which is ambiguous."""
+    """A JSON object has two values for one name, which is ambiguous."""
 
 
 def _record(pairs: list[tuple[str, Any]]) -> Record:
@@ -152,8 +152,8 @@ def _record(pairs: list[tuple[str, Any]]) -> Record:
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_record)
-_FIRST = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(?=\{)")  # what comes before the first object of a list
-_NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\{)")  # and before any other
+_FIRST = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(?=\{)")  # precedes the first object of a list
+_NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\{)")  # precedes every other object
 _END = re.compile(r"[ \t\n\r]*\][ \t\n\r]*\Z")
 
 
@@ -187,7 +187,7 @@ def _read_lines(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
 
 
 def _read_json(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
-    """A JSON list of objects, a piece of the file at a time; JSON lines are accepted, too."""
+    """A JSON list of objects, read piece by piece; JSON lines are accepted as well."""
     with _opened(path) as file:
         text, place, before = file.read(_PIECE), 0, _FIRST
         while True:
@@ -199,7 +199,7 @@ def _read_json(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
                     yield record
                     continue
             except json.JSONDecodeError:
-                pass  # the object goes on in the next piece, or is broken
+                pass  # the object continues in the next piece, or is broken
             except _TwiceError as error:
                 raise _two_values(path, error) from None
             if not (piece := file.read(max(_PIECE, len(text) - place))):
@@ -210,7 +210,7 @@ def _read_json(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
 
 
 def _read_other_json(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
-    """JSON lines under the name .json, or the error for what is no list of objects."""
+    """JSON lines in a .json file; otherwise raise the error for content that is not a list."""
     with _opened(path) as file:
         text = file.read()
     if not text.strip():
@@ -276,7 +276,7 @@ def _read_csv(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
 
 
 def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
-    """Refuse two columns of one name, which are ambiguous."""
+    """Reject two columns with the same name, which are ambiguous."""
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise DataError(
             f"{path}: {columns.count(twice[0])} columns are called {twice[0]!r}; give each its own "
@@ -299,7 +299,7 @@ def _read_parquet(path: Path, on_bad_line: BadLine) -> Iterator[Record]:
 
 
 def read_dataset(rows: "datasets.Dataset", on_bad_line: BadLine = refuse) -> Iterator[Record]:
-    """The rows of a data set of the datasets library, which maps its files into memory."""
+    """The rows of a data set of the datasets library, which memory-maps its files."""
     for table in rows.with_format("arrow").iter(_ROWS):
         yield from table.to_pylist()
 
@@ -322,7 +322,7 @@ def _open_saved(path: Path, split: str | None) -> "datasets.Dataset":
 
 
 def _choose_files(path: Path, split: str | None) -> list[Path]:
-    """The record files of a split; refuses a directory in which it is unclear which those are."""
+    """The record files of a split; rejects a directory in which they are ambiguous."""
     everything = sorted(file for file in path.iterdir() if file.is_file())
     if unread := [file for file in everything if file.suffix.lower() in _UNREAD]:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Chat messages, the text of every record, and the turns of a chat in a file."""
+"""Chat messages, the text of records, and parsing of chat turns."""
 
 from fedllm_flwr.data.faults import UnusableRecord, require_unicode
 

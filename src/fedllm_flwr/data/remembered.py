@@ -1,4 +1,4 @@
-"""On-disk memory of data files: digests of their content, and facts about their records."""
+"""On-disk cache for data files: digests of their content, and facts about their records."""
 
 import json
 import logging
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 Arrays = dict[str, NDArray[Any]]
 Stamps = list[tuple[Path, int, int]]
 
-_SETTLED_S = 2.0  # since its last change, after which a file's time tells a further one
+_SETTLED_S = 2.0  # age of the last change after which any further change alters the file's time
 
 
 def cache_dir() -> Path:
-    """Directory of data kept between runs: $FEDLLM_CACHE, else the user's cache."""
+    """Directory of cached data: $FEDLLM_CACHE, otherwise the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fedllm-flwr"
     return Path(os.environ.get("FEDLLM_CACHE", default)).expanduser()
 
 
 def stamps(path: Path) -> Stamps:
-    """Name, size and time of change (ns) of a file, or of all files below a directory."""
+    """Path, size and modification time (ns) of a file, or of all files below a directory."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
@@ -43,20 +43,20 @@ def stamps(path: Path) -> Stamps:
 def path_digest(path: Path, folder: Path | None = None) -> str:
     """SHA-256 over the names and contents of a file, or of all files below a directory.
 
-    A file of unchanged size and time of change is not read again.
+    A file whose size and modification time have not changed is not read again.
 
     Args:
-        folder: where digests are kept between processes; None: nowhere.
+        folder: folder that keeps digests between processes; None: they are not kept.
 
     Returns:
-        The digest in hexadecimal; "" where there is no file.
+        The digest in hexadecimal; "" if there is no file.
     """
     digests = [f"{file.name} {_file_digest(file, *stamp, folder)}" for file, *stamp in stamps(path)]
     return sha256("\n".join(digests).encode()).hexdigest() if digests else ""
 
 
 def code_digest(function: Callable[..., Any]) -> str:
-    """Digest of the module that defines a function: whether it may now do something else."""
+    """Digest of the module that defines a function, which changes whenever the code changes."""
     return path_digest(Path(str(sys.modules[function.__module__].__file__)))
 
 
@@ -80,12 +80,12 @@ def _file_digest(file: Path, size: int, modified_ns: int, folder: Path | None) -
 def remembered(
     what: Sequence[object], make: Callable[[], tuple[Arrays, Any]], folder: Path
 ) -> tuple[Arrays, Any]:
-    """Arrays and a JSON value, from `folder` where they were made before.
+    """Arrays and a JSON value, read from `folder` if they were computed before.
 
-    A broken file is made anew and a folder that cannot be written is done without; both are logged.
+    A broken file is recomputed, and an unwritable folder is ignored; both are logged.
 
     Args:
-        what: names the content; equal names mean equal contents.
+        what: name of the content; equal names mean equal contents.
     """
     path = folder / f"{sha256(repr(what).encode()).hexdigest()}.safetensors"
     if path.exists():
@@ -93,11 +93,11 @@ def remembered(
             arrays = load_file(path)
             return arrays, json.loads(arrays.pop("facts").tobytes())
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            logger.warning("%s is made anew: %s", path, error)
+            logger.warning("%s is recomputed: %s", path, error)
     arrays, facts = make()
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     try:
         write_atomically(path, save({**arrays, "facts": text}))
     except FederationError as error:
-        logger.warning("what is known of the data is not kept: %s", error)
+        logger.warning("facts about the data are not cached: %s", error)
     return arrays, facts

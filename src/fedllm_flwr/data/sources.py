@@ -58,7 +58,7 @@ class SourceReport:
     duplicates: int  # left out by the preprocessing
     unscored: int  # usable, but the answer is none of data.labels (0 without a label set)
     unused_columns: tuple[str, ...]
-    left_out: tuple[str, ...] = ()  # where the first empty and bad ones are
+    left_out: tuple[str, ...] = ()  # positions of the first empty and bad records
     used_columns: tuple[str, ...] = ()  # role=column
 
 
@@ -67,8 +67,8 @@ class Records:
 
     Attributes:
         column_names: fields of a record.
-        identity: of the content: equal identities mean equal records. "": unknown.
-        characters: of the texts of each record, shape (num_records,).
+        identity: digest of the content; equal identities mean equal records. "": unknown.
+        characters: number of characters of each record's texts, shape (num_records,).
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Records:
 
     @classmethod
     def of(cls, rows: Sequence[Any], identity: str = "") -> "Records":
-        """Records that are in memory, at least one."""
+        """Records from memory; at least one."""
         characters = np.array([sum(map(len, texts_of(row))) for row in rows], np.int64)
         return cls(rows[0]._fields if rows else (), identity, characters, {}, lambda: iter(rows))
 
     def held(self, make: Callable[..., Any], folder: Path) -> "Records":
-        """The same records in memory, read once and then kept in `folder`.
+        """The same records in memory, read once and then cached in `folder`.
 
         Args:
             make: the type of a record.
@@ -117,7 +117,7 @@ class Records:
 
 
 def texts_of(record: Any) -> Iterator[str]:
-    """All that a record says: its turns, and the answers beside them."""
+    """All texts of a record: its turns, and its separate answers."""
     for field, value in zip(record._fields, record, strict=True):
         if field == "messages":
             yield from (turn["content"] for turn in value)
@@ -126,10 +126,10 @@ def texts_of(record: Any) -> Iterator[str]:
 
 
 def records_digest(records: Records, folder: Path | None = None) -> str:
-    """SHA-256 of the records in their order, in hexadecimal; a file's layout does not enter it.
+    """SHA-256 of the records in their order, in hexadecimal, whatever the format of the file.
 
     Args:
-        folder: where the digest is kept between processes; None: the user's cache.
+        folder: folder that keeps the digest between processes; None: the user's cache.
     """
 
     def make() -> tuple[Arrays, str]:
@@ -153,23 +153,23 @@ def _batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Scan:
-    """Facts about a source after one pass over it: everything but the texts."""
+    """Facts about a source from one pass over it: everything except the texts."""
 
     report: SourceReport
-    numbers: NDArray[np.int64]  # of the usable records, among all that are read
-    characters: NDArray[np.int64]  # of the texts of each usable record
-    attributes: dict[str, NDArray[np.int32]]  # of each usable record; of a text its index in names
-    names: dict[str, list[str]]  # the different values of the attributes that are texts
+    numbers: NDArray[np.int64]  # indices of the usable records among all records read
+    characters: NDArray[np.int64]  # number of characters of each usable record's texts
+    attributes: dict[str, NDArray[np.int32]]  # per usable record; texts as indices into names
+    names: dict[str, list[str]]  # distinct values of the text attributes
 
     def pack(self) -> tuple[Arrays, dict[str, Any]]:
-        """As arrays and a JSON value."""
+        """Convert to arrays and a JSON value."""
         arrays: Arrays = {"numbers": self.numbers, "characters": self.characters}
         arrays |= self.attributes
         return arrays, {"report": asdict(self.report), "names": self.names}
 
     @classmethod
     def unpack(cls, arrays: Arrays, facts: dict[str, Any]) -> "Scan":
-        """Of what `pack` has returned."""
+        """The inverse of `pack`."""
         lists = {"unused_columns", "left_out", "used_columns"}
         report: dict[str, Any] = facts["report"]
         report |= {name: tuple(report[name]) for name in lists}
@@ -177,7 +177,7 @@ class Scan:
         return cls(SourceReport(**report), numbers, characters, arrays, facts["names"])
 
     def values(self, attribute: str, positions: NDArray[np.int64]) -> list[Any]:
-        """An attribute of some of the usable records."""
+        """The values of an attribute for the usable records at `positions`."""
         values: NDArray[Any] = self.attributes[attribute][positions]
         if attribute in self.names:
             values = np.array(self.names[attribute], object)[values]
@@ -186,22 +186,22 @@ class Scan:
 
 @dataclass(frozen=True)
 class Source:
-    """A file, a directory or a hub set, and how its records are read."""
+    """A file, a directory or a hub data set, and how its records are read."""
 
     files: list[RecordFile]
-    path: Path | None  # None: a hub set
-    stamps: Stamps  # of the files when they were opened
-    key: str  # that names the path
-    fingerprint: str  # of a hub set
+    path: Path | None  # None: a hub data set
+    stamps: Stamps  # of the files when the source was opened
+    key: str  # configuration key of the path
+    fingerprint: str  # of a hub data set
     settings: DataConfig
     mapping: roles.Mapping
     kind: RecordKind
 
     def identity(self, folder: Path | None = None) -> str:
-        """Digest of the content and of all that decides which records are made of it.
+        """Digest of the content and of every setting that affects the records.
 
         Args:
-            folder: where digests of files are kept between processes; None: nowhere.
+            folder: folder that keeps file digests between processes; None: they are not kept.
         """
         content = path_digest(self.path, folder) if self.path else self.fingerprint
         settings, mapping = self.settings, replace(self.mapping, source="")
@@ -214,7 +214,7 @@ class Source:
     def records(
         self, scan: Scan, positions: NDArray[np.int64], folder: Path | None = None
     ) -> Records:
-        """Some of the usable records, by their ascending positions among these.
+        """The usable records at the given positions, which are ascending.
 
         Args:
             folder: as for `identity`.
@@ -231,8 +231,8 @@ class Source:
         """Read all records once.
 
         Raises:
-            DataError: the files cannot be read, hold no usable record, or one that
-                ``data.on_bad_record`` does not let pass.
+            DataError: the files cannot be read, contain no usable record, or contain a record that
+                ``data.on_bad_record`` does not accept.
         """
         kind, refuse_bad = self.kind, self.settings.on_bad_record == "error"
         broken: list[str] = []
@@ -295,7 +295,7 @@ class Source:
         )
 
     def read(self, numbers: NDArray[np.int64]) -> Iterator[Any]:
-        """Read the records with the ascending `numbers`, which a scan has found usable."""
+        """Read the records with the given numbers, which are ascending and usable."""
         start = done = 0
         for mapping, columns, batches in self._parts(lambda _: None):
             for batch in batches:
@@ -310,13 +310,13 @@ class Source:
     def _parts(
         self, on_bad_line: BadLine
     ) -> Iterator[tuple[roles.Mapping, Columns, Iterator[list[Record | None]]]]:
-        """Per file what to look for, which columns it has, and its preprocessed records."""
+        """For each file, its column mapping, its columns, and its preprocessed records."""
         preprocessing = PREPROCESSING.find(self.settings.preprocessing)
         prepare = partial(preprocessing, columns=self.mapping.columns)
         mapped = roles.mapped_columns(self.mapping, self.kind.roles)
-        # The default name may be absent: most sets without extra input have no such column.
+        # The default name may be missing: most data sets without extra input have no such column.
         wanted = {name for role, name in mapped.items() if (role, name) != ("input", "input")}
-        origins: deque[RecordFile] = deque()  # of the records that are being preprocessed
+        origins: deque[RecordFile] = deque()  # files of the records being preprocessed
 
         def read() -> Iterator[Record]:
             for file in self.files:
@@ -376,10 +376,10 @@ def open_source(
     label: AttributeColumn | None = None,
     client: AttributeColumn | None = None,
 ) -> Source:
-    """The source of the training, or of the evaluation, records that a configuration names.
+    """The configured source of the training or evaluation records.
 
     Raises:
-        DataError: there is no such source.
+        DataError: the source does not exist.
         ConfigError: the configuration names none.
     """
     path, split = (data.eval_path, data.eval_split) if evaluation else (data.path, data.split)
@@ -413,14 +413,14 @@ def open_source(
 
 
 def scanned(source: Source, folder: Path) -> Scan:
-    """A source's scan, from `folder` where its content was read in the same way before."""
+    """A source's scan, read from `folder` if the same content was scanned before."""
     what = ("scan", source.identity(folder))
     scan = Scan.unpack(*remembered(what, lambda: source.scan().pack(), folder))
     return replace(scan, report=replace(scan.report, source=source.mapping.source))
 
 
 def _load_hub(data: DataConfig, split: str) -> tuple[str, Any]:
-    """A set of the hub, or of its cache on this machine: its name in messages, and its rows."""
+    """A hub data set, from the hub or its local cache: its name in messages, and its rows."""
     if data.hub_id is None:
         raise ConfigError(
             "data.path is not set, and neither is data.hub_id; give data.path=/path/to/file"

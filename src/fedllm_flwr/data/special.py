@@ -1,10 +1,10 @@
-"""Special tokens written out in a record stay text; in a template they are control tokens.
+"""Treats special tokens that are written out in a record as text, not as control tokens.
 
-A fast tokenizer turns the text ``</s>`` or ``<|eot_id|>`` into the control token wherever it finds
-it. In a record it would end an answer, or open another's turn. So rendering puts a mark in the
-place of each such text in a message, the template adds its own control tokens, and a copy of the
-tokenizer, in which marks and control tokens have changed places, gives the tokens of the whole.
-Texts without marks are left to the tokenizer itself.
+A fast tokenizer converts the text ``</s>`` or ``<|eot_id|>`` into the control token wherever it
+occurs. In a record, this would end an answer or start another speaker's turn. Rendering therefore
+replaces each such text in a message by a mark, and the template adds its own control tokens. A copy
+of the tokenizer, with marks and control tokens swapped, then tokenises the result. Texts without
+marks go to the original tokenizer.
 """
 
 import json
@@ -33,18 +33,18 @@ def marked(messages: Iterable[Message], tokenizer: "Tokenizer") -> list[Message]
 def marked_text(text: str, tokenizer: "Tokenizer") -> str:
     """Replace each special token written out in `text` by a mark.
 
-    Unless ``model.special_tokens_as_text=false``: such text then stays a control token.
+    With ``model.special_tokens_as_text=false``, nothing is replaced.
     """
     return _special(tokenizer).mark(text) if getattr(tokenizer, _AS_TEXT, True) else text
 
 
 def has_marks(text: str) -> bool:
-    """Whether `text` holds marks."""
+    """Whether `text` contains marks."""
     return _ANY_MARK.search(text) is not None
 
 
 class PlainTokenizer:
-    """Tokenises marked text: a mark becomes plain text, a control token stays one."""
+    """Tokenises marked text: marks become plain text, control tokens remain control tokens."""
 
     is_fast = True
 
@@ -57,7 +57,7 @@ class PlainTokenizer:
         return self._special.exchange(text)
 
     def __call__(self, texts: Sequence[str], **_: Any) -> Any:
-        """Encodings of exchanged texts, without tokens around them."""
+        """Encodings of exchanged texts, without added special tokens."""
         return SimpleNamespace(
             encodings=self._backend.encode_batch(texts, add_special_tokens=False)
         )
@@ -86,7 +86,7 @@ class _Special:
         return both.sub(lambda found: other.get(found[0], found[0]), text)
 
     def exchanged(self, tokenizer: "Tokenizer") -> Any:
-        """A copy of the backend tokenizer in which marks stand for the special tokens' ids."""
+        """A copy of the backend tokenizer in which marks have the special tokens' ids."""
         from tokenizers import Tokenizer as Backend
 
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -111,7 +111,7 @@ class _Special:
 
 
 def _special(tokenizer: "Tokenizer") -> _Special:
-    """The mapping of a tokenizer, cached on it: its vocabulary does not change."""
+    """The mapping of a tokenizer, cached on the tokenizer, whose vocabulary does not change."""
     if not hasattr(tokenizer, _KEPT):
         setattr(tokenizer, _KEPT, _Special(tokenizer))
     special: _Special = getattr(tokenizer, _KEPT)

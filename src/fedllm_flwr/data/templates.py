@@ -11,7 +11,7 @@ from fedllm_flwr.plugins import TEMPLATES
 
 
 class Tokenizer(Protocol):
-    """Interface of a fast tokenizer of transformers, as far as this package uses it."""
+    """The part of transformers' fast-tokenizer interface that this package uses."""
 
     is_fast: Any
     chat_template: Any
@@ -28,11 +28,11 @@ class Tokenizer(Protocol):
         """Ids by token."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Render messages by the tokenizer's own template."""
+        """Render messages with the tokenizer's own template."""
 
 
 class Segment(NamedTuple):
-    """A stretch of rendered text; ``supervised`` text enters the loss."""
+    """A span of rendered text; ``supervised`` text contributes to the loss."""
 
     text: str
     supervised: bool
@@ -40,19 +40,19 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """A template of plain text: the preamble, then one prompt and one answer per exchange."""
+    """A plain-text template: a preamble, then a prompt and an answer per exchange."""
 
     preamble: str  # a system message replaces it
     first_prompt: str  # "{}" stands for the user's message
     next_prompt: str
 
     def prompt(self, content: str, first: bool) -> str:
-        """One user turn, up to where the answer starts."""
+        """One user turn, up to the start of the answer."""
         before, after = (self.first_prompt if first else self.next_prompt).split("{}")
         return before + content + after
 
 
-# Texts of OpenFedLLM (arXiv 2402.06954); vicuna repeats as FastChat does.
+# Texts of OpenFedLLM (arXiv 2402.06954); vicuna repeats turns as FastChat does.
 ALPACA = TextTemplate(
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.",
@@ -69,12 +69,12 @@ CHAT = None  # the tokenizer's own template
 
 
 def render(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[Segment]:
-    """The text of a conversation, in segments; every answer with its EOS is supervised.
+    """The text of a conversation, in segments; every answer, with its EOS, is supervised.
 
-    ``messages`` are [system,] user, assistant, ... and end with the assistant. A prompt never
-    ends in a space: the space before an answer belongs to the answer, where tokenizers put it.
+    ``messages`` are [system,] user, assistant, ... and end with the assistant. A prompt never ends
+    in a space: as in the tokenizers' tokens, the space belongs to the answer that follows it.
     Special tokens that are written out in a message are marked, see ``data.special``.
-    Raises ConfigError for an unknown template, ModelError where the tokenizer cannot render.
+    Raises ConfigError for an unknown template, ModelError if the tokenizer cannot render.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError("a conversation to train on must end with an assistant turn")
@@ -90,8 +90,8 @@ def render_answers(
 ) -> list[list[Segment]]:
     """The text of each answer to one prompt: segments [prompt, answer with its EOS].
 
-    The prompt is the same for all and not supervised, whatever it holds; ``messages`` end with
-    the user. Raises as ``render``.
+    The prompt is the same for all answers and is not supervised, even if it contains answers;
+    ``messages`` end with the user. Raises as ``render``.
     """
     _require_eos_text(tokenizer)
     messages = marked(messages, tokenizer)
@@ -113,7 +113,7 @@ def render_answers(
 def render_prompt(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> str:
     """The text before the answer to the last user message, without trailing spaces.
 
-    For a conversation that goes on with an answer, this is the text before that answer in
+    If an answer follows in a conversation, this is exactly the text before that answer in
     ``render``; generation starts from it. ``messages`` end with the user.
     """
     if not messages or messages[-1]["role"] != "user":
@@ -127,8 +127,8 @@ def render_prompt(messages: Sequence[Message], template: str, tokenizer: Tokeniz
 
 
 def text_layout(template: str) -> tuple[str, str] | None:
-    """Prompt and answer of one exchange, as ``render`` makes them of ``{instruction}`` and
-    ``{answer}``, without the end token; None for the tokenizer's own template.
+    """Prompt and answer of one exchange, as ``render`` formats ``{instruction}`` and ``{answer}``,
+    without the EOS; None for the tokenizer's own template.
     """
     if template == "chat":
         return None
@@ -161,7 +161,7 @@ def _render_text(messages: Sequence[Message], template: TextTemplate, eos: str) 
 
 
 def _render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Segment]:
-    """Segments from rendered prefixes: an answer is what its turn adds to the prompt."""
+    """Segments from rendered prefixes: an answer is the text that its turn adds to the prompt."""
     segments: list[Segment] = []
     done = ""
     for i, message in enumerate(messages):
@@ -201,7 +201,7 @@ def _require_eos_text(tokenizer: Tokenizer) -> None:
 
 
 def _end_answer(text: str, eos: str, last: bool) -> list[Segment]:
-    """The answer through its EOS; white space that a template adds after it is not supervised."""
+    """The answer up to its EOS; white space that a template adds after it is not supervised."""
     answer, found, after = text.rpartition(eos)
     if found and not after.strip():
         segments = [Segment(answer + eos, True)]

@@ -1,4 +1,4 @@
-"""Token cache on disk: examples are encoded once and memory-mapped by every process that trains."""
+"""Token cache on disk: examples are encoded once, and every training process memory-maps them."""
 
 import hashlib
 import json
@@ -28,20 +28,20 @@ logger = logging.getLogger(__name__)
 ExamplesT = TypeVar("ExamplesT")
 ColumnValues = Sequence[tuple[Any, ...]]  # values of a codec's columns
 
-FORMAT_VERSION = 4  # raise it whenever the same inputs give other tokens or other arrays
-_RECORDS = 2000  # that are encoded at once
-_HEADER_BYTES = 4096  # of a cache file; the tokens lie behind
-_ABANDONED_S = 86400.0  # after which a file that was never finished is removed
+FORMAT_VERSION = 4  # increase whenever the same inputs give other tokens or other arrays
+_RECORDS = 2000  # encoded at a time
+_HEADER_BYTES = 4096  # of a cache file; the tokens follow
+_ABANDONED_S = 86400.0  # age at which an unfinished file is removed
 
 
 @dataclass(frozen=True)
 class Codec(Generic[ExamplesT]):
-    """Codec of one kind of records: records to examples, examples to a file and back."""
+    """Codec of one kind of records: encodes records, and converts examples to files and back."""
 
     name: str
-    columns: tuple[str, ...]  # of a record: all that the tokens depend on
+    columns: tuple[str, ...]  # fields of a record that the tokens depend on
     encode: Callable[[ColumnValues, Tokenizer, str, int, str], ExamplesT]
-    # The rows that a file holds, and counts of what became of the records, by name.
+    # The token sequences to store, and the report's counts by name.
     pack: Callable[[ExamplesT], tuple[Encoded, dict[str, int]]]
     unpack: Callable[[Encoded, dict[str, int]], ExamplesT]
 
@@ -57,16 +57,15 @@ def encode_cached(
     folder: Path | None = None,
     most_files: int | None = None,
 ) -> ExamplesT:
-    """``codec.encode`` of records, from `folder` where the same were encoded before.
+    """``codec.encode`` of records, read from `folder` if they were encoded before.
 
-    A broken cache file is made anew and a folder that cannot be written is done without; both
-    are logged.
+    A broken cache file is replaced, and an unwritable folder is ignored; both are logged.
 
     Args:
-        identity: of the records: equal identities mean equal records.
-        records: opens them; called only where they are not in the cache.
+        identity: digest of the records; equal identities mean equal records.
+        records: opens the records; called only if they are not in the cache.
         folder: None: no cache.
-        most_files: how many files `folder` keeps, the newest ones; None: all.
+        most_files: number of newest files that `folder` keeps; None: all.
     """
 
     def chunks() -> Iterator[tuple[Encoded, dict[str, int]]]:
@@ -91,7 +90,7 @@ def encode_cached(
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("encoded examples are made anew: %s", error)
+        logger.warning("examples are encoded again: %s", error)
     try:
         save_chunks(chunks(), path)
         if most_files is not None:
@@ -105,7 +104,7 @@ def encode_cached(
 
 
 def save_chunks(chunks: Iterable[tuple[Encoded, dict[str, int]]], path: Path) -> None:
-    """Write the examples of consecutive records as one safetensors file, whole or not at all.
+    """Write the examples of consecutive records atomically to one safetensors file.
 
     Only one chunk's tokens are in memory at a time. The header is padded to a fixed size, so that
     the tokens can be written before their number is known.
@@ -161,11 +160,11 @@ def save_chunks(chunks: Iterable[tuple[Encoded, dict[str, int]]], path: Path) ->
 
 
 def load_encoded(codec: Codec[ExamplesT], path: Path) -> ExamplesT:
-    """Map what `save_chunks` wrote into memory, read-only.
+    """Memory-map a file of `save_chunks`, read-only.
 
     Raises:
-        OSError: the file cannot be read; FileNotFoundError: there is none.
-        ValueError: it is another file, or not whole.
+        OSError: the file cannot be read; FileNotFoundError: it does not exist.
+        ValueError: it has another format, or is incomplete.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -194,7 +193,7 @@ def _mapped(path: Path, dtype: type, start: int, length: int) -> NDArray[Any]:
 
 
 def _joined(chunks: Sequence[tuple[Encoded, dict[str, int]]]) -> tuple[Encoded, dict[str, int]]:
-    """The examples of consecutive chunks of records as those of one."""
+    """Concatenate the examples of consecutive chunks."""
     reports = [asdict(rows.report) for rows, _ in chunks]
     names = EncodeReport.__dataclass_fields__
     report = EncodeReport(**{name: sum(one[name] for one in reports) for name in names})
@@ -212,7 +211,7 @@ def _joined(chunks: Sequence[tuple[Encoded, dict[str, int]]]) -> tuple[Encoded, 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # The last call's settings, not properties of the tokenizer.
+    # These are settings of the last call, not properties of the tokenizer.
     backend.update(truncation=None, padding=None)
     own = [backend, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
     own.append(getattr(tokenizer, "special_tokens_as_text", True))

@@ -1,4 +1,4 @@
-"""Tokenises rendered text and marks which tokens are supervised, with exact boundaries."""
+"""Tokenises rendered text and marks the supervised tokens, with exact boundaries."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from fedllm_flwr.errors import ModelError
 TokenArray = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
-BATCH = 1000  # texts per call of the tokenizer: bounds the memory, keeps its threads busy
+BATCH = 1000  # texts per call of the tokenizer: bounds memory, but keeps its threads busy
 
 
 def tokenise(
@@ -21,14 +21,14 @@ def tokenise(
 ) -> Iterator[tuple[TokenArray, Mask]]:
     """Yield (tokens, supervised), both of shape (length,), for each list of segments.
 
-    A text is tokenised as a whole, as a user of the model would. The tokens before an answer are
-    the tokens of the prompt alone: where the tokenizer would merge across that boundary, the two
-    sides are tokenised apart. There is one BOS if the tokenizer or the text calls for one.
+    A text is tokenised as a whole, as at inference. The tokens before an answer equal the tokens of
+    the prompt by itself: if the tokenizer would merge across that boundary, the two sides are
+    tokenised separately. There is one BOS if the tokenizer or the text asks for one.
 
     Args:
-        room: tokens that the caller keeps of any segment, from its start or from its end. Of a
-            segment that is far longer, the middle is left out before it is tokenised: the tokens
-            of both ends stay what they were, and a record of a book costs no minutes.
+        room: number of tokens that the caller keeps of any segment, from its start or its end. A
+            much longer segment loses its middle before tokenisation, which does not change the
+            tokens at its ends, so that a record of a book's length does not take minutes.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -38,7 +38,7 @@ def tokenise(
     prepended: list[int] = tokenizer("a")["input_ids"][:1]
     bos = tokenizer.bos_token_id if prepended == [tokenizer.bos_token_id] else None
     by_itself = _Marker(tokenizer)
-    plain: PlainTokenizer | None = None  # for texts with marks, which are rare
+    plain: PlainTokenizer | None = None  # created for the first text with marks, which are rare
     exchanged: _Marker | None = None
     for start in range(0, len(conversations), BATCH):
         whole = conversations[start : start + BATCH]
@@ -48,7 +48,7 @@ def tokenise(
         encodings = list(_encodings([_joined(parts) for parts in batch], tokenizer))
         for i, parts in enumerate(batch):
             if room is not None and parts is not whole[i] and len(encodings[i].ids) < 4 * room:
-                # A tokenizer that takes many characters for one token, such as all spaces in a row.
+                # The tokenizer has very long tokens, such as any number of spaces in a row.
                 batch[i] = whole[i]
                 encodings[i] = _encodings([_joined(whole[i])], tokenizer)[0]
         for parts, encoding in zip(batch, encodings, strict=True):
@@ -73,7 +73,7 @@ class _Marker:
         self._prompt_ends = _PromptEnds(tokenizer)
 
     def mark(self, encoding: Any, parts: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        """Tokens and marks; segments are tokenised separately where a token spans two."""
+        """Tokens and supervision marks; segments are tokenised separately if a token spans two."""
         if marked := _mark(encoding, parts, self._prompt_ends):
             return marked
         tokens: list[int] = []
@@ -90,14 +90,14 @@ def _joined(parts: Sequence[Segment]) -> str:
 
 
 def _shortened(parts: Sequence[Segment], room: int, tokenizer: Tokenizer) -> Sequence[Segment]:
-    """The segments; those much longer than `room` tokens lose their middle.
+    """The segments, without the middle of those that are much longer than `room` tokens.
 
-    Twice the characters that so many tokens can span stay at either end, so that what is kept lies
-    far from the cut. The same object comes back where nothing is long.
+    Each end keeps twice the characters that `room` tokens can span, so that the kept tokens are far
+    from the cut. Returns the same object if no segment is long.
     """
     if max(len(part.text) for part in parts) <= 4 * (room + 1):
         return parts
-    longest = max(map(len, tokenizer.get_vocab()))  # characters; of a byte-level vocabulary bytes
+    longest = max(map(len, tokenizer.get_vocab()))  # characters, or bytes if it is byte-level
     keep = 2 * (room + 1) * longest
     if max(len(part.text) for part in parts) <= 2 * keep:
         return parts
@@ -145,7 +145,7 @@ def _mark(
         if part.supervised and i > 0:
             if across or not prompt_ends.as_alone(tokens[:index], parts[i - 1].text):
                 return None
-        elif across:  # the token began inside the answer before
+        elif across:  # the token started inside the previous answer
             index += 1
         supervised += [parts[i - 1].supervised] * (index - len(supervised))
         position += len(part.text)
@@ -165,9 +165,9 @@ def _token_at(encoding: Any, position: int, length: int, num_tokens: int) -> int
 class _PromptEnds:
     """Checks how white space at the end of a prompt is tokenised.
 
-    Byte-level tokenizers split white space by what follows it ("\\n\\n" before a letter becomes
-    two tokens, at the end of a text one), so a prompt can change without any token running
-    across its end. All other text is tokenised without looking ahead.
+    Byte-level tokenizers split white space depending on what follows ("\\n\\n" is two tokens before
+    a letter, but one at the end of a text), so the tokens of a prompt can change even if no token
+    spans its end. All other text is tokenised without lookahead.
     """
 
     def __init__(self, tokenizer: Tokenizer | PlainTokenizer) -> None:
@@ -175,7 +175,7 @@ class _PromptEnds:
         self._tokens_of_space: dict[str, list[int]] = {}
 
     def as_alone(self, tokens: list[int], prompt: str) -> bool:
-        """Whether ``tokens`` end with the tokens that ``prompt`` alone ends with."""
+        """Whether ``tokens`` end with the same tokens as ``prompt`` by itself."""
         text = prompt.rstrip()
         if len(text) == len(prompt):
             return True
