@@ -21,8 +21,8 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="MODEL", help="base model: hub id, directory, or embedded")
     add = parser.add_argument_group("on what").add_argument
     names: dict[str, Any] = {"type": _names, "action": "extend", "default": []}
-    add("--suite", dest="suites", **names, help="suites: finance,medical,...")
-    add("--task", dest="tasks", **names, help="single tasks, by name")
+    add("--suite", dest="suites", metavar="SUITE", **names, help="suites: finance,medical,...")
+    add("--task", dest="tasks", metavar="TASK", **names, help="single tasks, by name")
     add("--limit", type=int, metavar="N", help="first N examples of each part")
     add("--shots", type=int, metavar="N", help="solved examples in a prompt")
     add("--data-root", type=_path, metavar="DIR", help="local data files; default: the hub")

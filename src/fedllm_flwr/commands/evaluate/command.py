@@ -96,7 +96,8 @@ def evaluate(request: EvaluateOptions) -> Path:
     )
     check_evaluation_fit(candidates[0].config, request.prompt, request.template)
     output = _output(request)
-    print(f"evaluating {len(candidates)} models on {len(tasks)} tasks   output  {output}")
+    models = f"{len(candidates)} model{'s' * (len(candidates) > 1)}"
+    print(f"evaluating {models} on {len(tasks)} task{'s' * (len(tasks) > 1)}   output  {output}")
     unfinished = [item.adapter.unfinished for item in candidates if item.adapter]
     for line in [*filter(None, dict.fromkeys(unfinished)), *skipped]:
         print(f"  {line}")
