@@ -19,9 +19,10 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.evaluation.suites.catalogue import Suite, SuiteMetric, SuiteTask
 from fedllm_flwr.evaluation.suites.samples import Samples
 
-TASK = SuiteTask("t", "s", "", "", "", "", "", (SuiteMetric("acc", column="acc"),))
+METRIC = SuiteMetric("acc", column="acc")
+TASK = SuiteTask("t", "s", "", "", "", "", "", (METRIC,))
 SUITE = Suite("s", "", (TASK,), ())
-ACC = ScoreColumn("s", "t", "acc", headline=True)
+ACC = ScoreColumn("s", "t", METRIC, headline=True)
 # Accuracies of 100 examples, by row, seed and client.
 FEDAVG = {0: 0.80, 1: 0.72, 2: 0.82}
 LOCAL = {0: (0.5, 0.6), 1: (0.6, 0.5), 2: (0.5, 0.5)}
@@ -94,7 +95,7 @@ def test_one_seed_gets_another_mark() -> None:
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_the_best_client_is_the_lowest_where_less_is_better(higher_is_better: bool) -> None:
-    metric = SuiteMetric("acc", column="acc", higher_is_better=higher_is_better)
+    metric = replace(METRIC, higher_is_better=higher_is_better)
     task = replace(TASK, metrics=(metric,))
     a, b = (Candidate("local", Config(), seed=0, client=client) for client in "ab")
     scored = {a.name: {"t": samples(0.2)}, b.name: {"t": samples(0.5)}}

@@ -186,7 +186,7 @@ def _draw(output: Path, comparison: ScoreTable) -> None:
             for row in comparison.rows
         }
         names = [column.task for column in columns]
-        chances = [column.chance for column in columns]
+        chances = [column.metric.chance for column in columns]
         plot_bars(names, bars, chances, output / f"{suite}.png", all_suites()[suite].title)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm_flwr.commands.evaluate.candidates import Candidate
 from fedllm_flwr.commands.evaluate.scorer import Scored
-from fedllm_flwr.evaluation.suites.catalogue import Suite, SuiteTask
+from fedllm_flwr.evaluation.suites.catalogue import Suite, SuiteMetric, SuiteTask
 from fedllm_flwr.evaluation.suites.scores import average_estimate, task_estimates
 from fedllm_flwr.evaluation.suites.statistics import Estimate, IntervalEstimate, mean_of, over_seeds
 
@@ -21,10 +21,8 @@ class ScoreColumn:
 
     suite: str
     task: str
-    metric: str
-    chance: float | None = None
-    higher_is_better: bool = True
-    headline: bool = False
+    metric: SuiteMetric
+    headline: bool = False  # stands for its task in tables
 
 
 @dataclass(frozen=True)
@@ -87,26 +85,25 @@ def compare_scores(
 
 
 def _best(column: ScoreColumn, scores: Sequence[Estimate]) -> Estimate:
-    return (max if column.higher_is_better else min)(scores, key=attrgetter("value"))
+    return (max if column.metric.higher_is_better else min)(scores, key=attrgetter("value"))
 
 
 def _worst(column: ScoreColumn, scores: Sequence[Estimate]) -> Estimate:
-    return (min if column.higher_is_better else max)(scores, key=attrgetter("value"))
+    return (min if column.metric.higher_is_better else max)(scores, key=attrgetter("value"))
 
 
 def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[ScoreColumn]:
     names = {task.name for task in tasks}
     columns = []
     for suite in suites:
-        for task in suite.tasks:
-            if task.name in names:
-                for i, metric in enumerate(task.metrics):
-                    better, chance = metric.higher_is_better, metric.chance
-                    columns.append(
-                        ScoreColumn(suite.name, task.name, metric.name, chance, better, i == 0)
-                    )
         columns += [
-            ScoreColumn(suite.name, average.name, average.metric, headline=True)
+            ScoreColumn(suite.name, task.name, metric, headline=i == 0)
+            for task in suite.tasks
+            if task.name in names
+            for i, metric in enumerate(task.metrics)
+        ]
+        columns += [
+            ScoreColumn(suite.name, average.name, SuiteMetric(average.metric), headline=True)
             for average in suite.averages
             if names.issuperset(average.tasks)
         ]
@@ -136,7 +133,7 @@ def _row(
 ) -> ModelRow:
     found: dict[ScoreColumn, dict[int | None, Estimate]] = {}
     for column in columns:
-        key = (column.task, column.metric)
+        key = (column.task, column.metric.name)
         by_seed: dict[int | None, list[Estimate]] = {}
         for member in members:
             if key in each[member.name]:

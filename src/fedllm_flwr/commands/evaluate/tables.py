@@ -73,12 +73,12 @@ def _record(comparison: ScoreTable, column: ScoreColumn, row: ModelRow) -> dict[
     return {
         "suite": column.suite,
         "task": column.task,
-        "metric": column.metric,
+        "metric": column.metric.name,
         "headline": column.headline,
         "model": row.name.strip(),
         "models": row.num_models,
         "examples": score.num_examples,
-        "chance": column.chance,
+        "chance": column.metric.chance,
         "value": score.value,
         "low": low,
         "high": high,
@@ -113,12 +113,12 @@ def every_metric(comparison: ScoreTable) -> list[list[str]]:
     rows = [["task", "metric", *(row.name.strip() for row in comparison.rows)]]
     for column in comparison.columns:
         values = [_interval(row.scores.get(column)) for row in comparison.rows]
-        rows.append([column.task, column.metric, *values])
+        rows.append([column.task, column.metric.name, *values])
     return rows
 
 
 def _scores(comparison: ScoreTable, columns: Sequence[ScoreColumn]) -> list[list[str]]:
-    table = [["", *(column.task for column in columns)], ["", *(c.metric for c in columns)]]
+    table = [["", *(column.task for column in columns)], ["", *(c.metric.name for c in columns)]]
     for row in comparison.rows:
         cells = [row.name]
         for column in columns:
@@ -128,9 +128,10 @@ def _scores(comparison: ScoreTable, columns: Sequence[ScoreColumn]) -> list[list
             else:
                 cells.append("-")
         table.append(cells)
-    if any(column.chance is not None for column in columns):
-        chances = ["-" if c.chance is None else f"{c.chance:.3f}" for c in columns]
-        table.append(["by chance", *chances])
+    chances = [column.metric.chance for column in columns]
+    if any(chance is not None for chance in chances):
+        shown = ["-" if chance is None else f"{chance:.3f}" for chance in chances]
+        table.append(["by chance", *shown])
     return table
 
 
