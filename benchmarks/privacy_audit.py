@@ -29,9 +29,9 @@ LEVELS = {
 }
 RUN = [
     *("federation.engine=inprocess", "partition=iid", "federation.num_clients=3"),
-    *("federation.sample_fraction=1.0", "federation.num_rounds=4", "data.max_samples=400"),
-    *("privacy.canaries=200", "privacy.delta=1e-5", "training.max_steps=25"),
-    *("training.batch_size=24", "training.learning_rate=1e-2", "lora.dropout=0"),
+    *("federation.sample_fraction=1.0", "federation.num_rounds=4", "data.max_samples=120"),
+    *("privacy.canaries=100", "privacy.delta=1e-5", "training.max_steps=25"),
+    *("training.batch_size=16", "training.learning_rate=1e-2", "lora.dropout=0"),
     *("evaluation.every=0", "tracking.figures=false", "tracking.report=false"),
 ]
 RECORDS = 600  # of either kind that the audit scores

@@ -174,7 +174,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     kept = find_adapter(arguments.run)
     from fedllm_flwr.commands.audit import audit
 
-    for line in audit(kept, Path(arguments.run).expanduser(), arguments.records):
+    run = kept.run or Path(arguments.run).expanduser()
+    for line in audit(kept, run, arguments.records):
         print(line, flush=True)
     return 0
 
