@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from statistics import mean, stdev
 
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.reporting.console import Console
@@ -85,8 +86,24 @@ def scores(setting: str, epsilon: str, seed: int, data: Path | None) -> dict[str
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Accuracy by setting and epsilon: mean and standard deviation over seeds."""
-    return ""
+    """Scores by setting and epsilon: mean, and standard deviation over the seeds."""
+    columns = ("loss", "accuracy", "macro_f1")
+    lines = [
+        "| setting | epsilon | seeds | loss | accuracy | macro F1 |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for setting in SETTINGS:
+        for epsilon in EPSILONS:
+            runs = [v for k, v in found.items() if k.startswith(f"{setting}, epsilon {epsilon},")]
+            if not runs:
+                continue
+            cells = []
+            for column in columns:
+                values = [run[column] for run in runs]
+                spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{mean(values):.3f}{spread}")
+            lines.append(f"| {setting} | {epsilon} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

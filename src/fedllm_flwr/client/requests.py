@@ -19,7 +19,13 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.deployment.datasets import asked_dataset
 from fedllm_flwr.deployment.ledger import Ledger
 from fedllm_flwr.deployment.privacy_account import account_of
-from fedllm_flwr.errors import ApprovalPending, DataError, FedLLMError, RefusedError
+from fedllm_flwr.errors import (
+    ApprovalPending,
+    DataError,
+    FedLLMError,
+    NotFiniteError,
+    RefusedError,
+)
 from fedllm_flwr.factors import rank_of
 from fedllm_flwr.federation.masked_round import as_words
 from fedllm_flwr.federation.messages import (
@@ -57,7 +63,7 @@ def answer(kind: str, content: RecordDict, site: Site) -> RecordDict:
     """
     try:
         return HANDLERS[kind](content, site)
-    except ApprovalPending as error:
+    except (ApprovalPending, NotFiniteError) as error:
         logger.warning("%s: %s", kind, error)
         return failed(error, site)
     except Exception as error:  # the server gets a reason and not a hang

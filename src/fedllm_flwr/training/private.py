@@ -219,7 +219,10 @@ def add_clipped(
         ]
     ).norm(dim=0)
     if not bool(norms.isfinite().all()):
-        text = "a record's gradient holds NaN or infinity; its norm cannot be bounded"
+        text = (
+            f"a record's gradient holds NaN or infinity: privacy.clip={bound:g} bounds no such "
+            "gradient; lower training.learning_rate"
+        )
         raise NotFiniteError(text, text)
     scale = torch.where(norms > bound, _BELOW * bound / norms, 1.0).float()
     for name, value in gradients.items():

@@ -1,5 +1,6 @@
 """The clip of an update to a bound of its L2 norm, at both ends."""
 
+from fedllm_flwr.errors import NotFiniteError
 from fedllm_flwr.federation.updates.transform import Passage, Stage, UpdateTransform
 from fedllm_flwr.params import Groups
 from fedllm_flwr.privacy.clipping import clipped
@@ -21,4 +22,11 @@ class Clip(UpdateTransform):
         Raises:
             NotFiniteError: a value is NaN or infinite.
         """
-        return clipped(groups, self.config.privacy.clip)
+        try:
+            return clipped(groups, self.config.privacy.clip)
+        except NotFiniteError as error:
+            text = (
+                f"{error}: privacy.clip={self.config.privacy.clip:g} bounds no such update; lower "
+                "training.learning_rate"
+            )
+            raise NotFiniteError(text, text) from error
