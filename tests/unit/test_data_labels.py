@@ -42,6 +42,6 @@ def test_held_out_records_that_cannot_be_scored_are_refused() -> None:
         require_scored(LABELS, records("one", "two", "three\nlines", "four"))
     assert str(caught.value) == (
         "data.labels=[good,bad,ugly]: no held-out record has one of them as its answer (answers "
-        "are: one, two, three\\nlines, ...); give the answers there are, or data.labels=[] for "
+        "are: one, two, three\\nlines, ...); give the answers that occur, or data.labels=[] for "
         "records without classes"
     )

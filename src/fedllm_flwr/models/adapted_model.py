@@ -1,4 +1,4 @@
-"""The base model with its LoRA adapter, and the one that a process keeps."""
+"""The base model with its LoRA adapter, and the cache of one model per process."""
 
 import gc
 import inspect
@@ -44,28 +44,28 @@ class AdaptedModel:
     attention: str
     num_base_parameters: int
     quantized: bool
-    initial: Params = field(repr=False)  # the adapter as it was made, by (seed, LoRA settings)
+    initial: Params = field(repr=False)  # initial adapter, from the seed and the LoRA settings
     _cores: list[tuple[torch.nn.Module, RemovableHandle]] = field(default_factory=list, repr=False)
 
     @property
     def pad_id(self) -> int:
-        """A token to fill up batches with; it is masked and never enters a loss."""
+        """The padding token, which is masked and never contributes to a loss."""
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(eos if pad is None else pad)
 
     @cached_property
     def selects_logits(self) -> bool:
-        """Whether the model can compute logits at chosen positions only."""
+        """Whether the model can compute logits at selected positions only."""
         return "logits_to_keep" in inspect.signature(self.peft.get_base_model().forward).parameters
 
     @cached_property
     def takes_positions(self) -> bool:
-        """Whether the model can be told the positions of tokens."""
+        """Whether the model accepts ``position_ids``."""
         return "position_ids" in inspect.signature(self.peft.get_base_model().forward).parameters
 
     @cached_property
     def cache_name(self) -> str:
-        """What the model calls its keys and values: a new name since transformers 5.24."""
+        """Name of the KV cache argument, which changed in transformers 5.24."""
         parameters = inspect.signature(self.peft.get_base_model().forward).parameters
         return "cache" if "cache" in parameters else "past_key_values"
 
@@ -78,19 +78,19 @@ class AdaptedModel:
         }
 
     def load(self, params: Params, frozen: Params | None = None) -> None:
-        """Put `params` in the place of the adapter's tensors.
+        """Replace the adapter's tensors by `params`.
 
-        PEFT would take any tensor of the model, also one of the frozen base, and keep it there;
-        so names and shapes have to be those of the adapter that was made here, but for the rank. An
-        adapter of a smaller rank is trained in this rank. The scale alpha / r is the same for all.
-        A core R of `params` stands between the B and A of its module, B R A x.
+        PEFT would accept any tensor of the model, including those of the frozen base. Therefore
+        names and shapes must be those of the adapter that was created here, except for the rank. An
+        adapter of a smaller rank is trained at that rank. The scale alpha / r is the same for all
+        ranks. A core R of `params` is applied between A and B of its module: B R A x.
 
         Args:
-            frozen: factors of any rank beside the adapter, which are not trained; None: the rows
-                of A and columns of B of `params` above the adapter's rank, if it has more.
+            frozen: factors of any rank that are applied in addition to the adapter and not trained;
+                None: the rows of A and columns of B of `params` above the adapter's rank, if any.
 
         Raises:
-            ModelError: names, shapes or values that cannot be the adapter's.
+            ModelError: names, shapes or values do not fit the adapter.
         """
         rank, own = rank_of(self.initial), params
         if frozen is None and rank_of(params) > rank:
@@ -116,7 +116,7 @@ class AdaptedModel:
                 parameter.requires_grad_(False)
 
     def _set_cores(self, cores: dict[str, torch.Tensor]) -> None:
-        """Put these cores in the place of those that are there."""
+        """Replace the current cores by these."""
         for changed, handle in self._cores:
             handle.remove()
             del changed.core
@@ -137,7 +137,7 @@ class AdaptedModel:
             self._cores.append((module, module.register_forward_pre_hook(_through_core)))
 
     def _resize(self, adapter: str, rank: int) -> None:
-        """Give one of PEFT's adapters another rank, with the scale that all have."""
+        """Change the rank of one of PEFT's adapters, and keep its scale."""
         configs = self.peft.peft_config
         if adapter in configs and configs[adapter].r == rank:
             return
@@ -147,7 +147,7 @@ class AdaptedModel:
         if adapter == _FROZEN:
             changes["lora_dropout"] = 0.0
         with torch.random.fork_rng(devices=[]):
-            if adapter in configs:  # PEFT needs another one while it is away
+            if adapter in configs:  # PEFT needs at least one adapter meanwhile
                 self.peft.add_adapter(_SPARE, replace(own, r=1))
                 self.peft.set_adapter(_SPARE)
                 self.peft.delete_adapter(adapter)
@@ -157,25 +157,25 @@ class AdaptedModel:
                 self.peft.delete_adapter(_SPARE)
 
     def check_frozen(self, frozen: Params) -> None:
-        """Refuse factors of other modules than the adapter's, or of ranks that differ.
+        """Reject factors of modules that the adapter does not have, or with unequal ranks.
 
         Raises:
-            ModelError: names the first of them and what is wrong with it.
+            ModelError: names the first such factor and the problem.
         """
         if frozen:
             like = padded(self.initial, rank_of(frozen)) if rank_of(frozen) else self.initial
             self.check(frozen, "frozen factors", like)
 
     def check(self, params: Params, what: str, like: Params | None = None) -> None:
-        """Refuse tensors of other names or shapes than the adapter's, or with NaN or infinity.
+        """Reject tensors with names or shapes other than the adapter's, or with NaN or infinity.
 
         Args:
-            what: they are, for the message.
-            like: with the names and shapes that they have to have; None: those of the adapter, or
-                of one with a smaller rank.
+            what: name of the tensors in the message.
+            like: tensors with the expected names and shapes; None: those of the adapter, or of
+                one with a smaller rank.
 
         Raises:
-            ModelError: names the first of them and what is wrong with it.
+            ModelError: names the first such tensor and the problem.
         """
         rank = rank_of(params)
         if like is None:
@@ -187,7 +187,7 @@ class AdaptedModel:
             raise ModelError(text, text) from error
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The adapter's parameters by PEFT state-dict name, as `params` names them."""
+        """The adapter's parameters, by the same PEFT state-dict names as `params`."""
         return {
             _state_dict_name(name): parameter
             for name, parameter in self.peft.named_parameters()
@@ -195,18 +195,18 @@ class AdaptedModel:
         }
 
     def gradient_checkpointing(self, requested: bool | None) -> bool:
-        """Whether to recompute activations: automatic for large models on CUDA."""
+        """Whether to use gradient checkpointing; by default for large models on CUDA."""
         large = self.num_base_parameters > _CHECKPOINTING_FROM
         return (self.device.type == "cuda" and large) if requested is None else requested
 
 
 def _through_core(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """R A x in the place of A x, on its way into B."""
+    """Replace the input A x of B by R A x."""
     return (module.core(inputs[0]),)
 
 
 def _core_name(name: str) -> str:
-    """PEFT calls a core by the module of B that it was put into."""
+    """A core's name, which PEFT derives from the module of B to which it belongs."""
     return name.replace(f".lora_B.{_TRAINED}.core.", ".lora_R.")
 
 
@@ -216,16 +216,16 @@ def _tensors(params: Params) -> dict[str, torch.Tensor]:
 
 
 def _state_dict_name(name: str) -> str:
-    """A parameter's name without the adapter's; PEFT also leaves off DoRA's ``.weight``."""
+    """A parameter's name without the adapter's name; PEFT also drops DoRA's ``.weight``."""
     name = _core_name(name).replace(".default", "")
     return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
 class ModelCache:
-    """The adapted model that a process keeps, since loading one takes seconds.
+    """Cache of one adapted model per process, since loading a model takes seconds.
 
-    One model is kept: another adapter shape is put into the same base, and another base model
-    replaces it, after the old one has left the memory.
+    If only the adapter's shape changes, the base model is reused. Another base model replaces the
+    cached one, which is freed first.
     """
 
     def __init__(self) -> None:
@@ -244,7 +244,7 @@ class ModelCache:
         attention = resolve_attention(config.model.attention, device)
         base_key = (config.model, config.quantization, device, dtype, attention)
         adapter_key = (config.lora, config.seed)
-        kept, self._model = self._model, None  # nothing is kept of a model that cannot be adapted
+        kept, self._model = self._model, None  # a model that cannot be adapted is not cached
         if kept is not None and base_key == self._base_key:
             if adapter_key == self._adapter_key:
                 self._model = kept
@@ -253,7 +253,7 @@ class ModelCache:
         else:
             if kept is not None:
                 del kept
-                gc.collect()  # the modules of a model refer to each other
+                gc.collect()  # the modules of a model form reference cycles
             base = load_base(config, device, dtype, attention)
         self._base_key, self._adapter_key = base_key, adapter_key
         self._model = _adapt(base, config, device, dtype, attention)
@@ -264,12 +264,12 @@ _process_models = ModelCache()
 
 
 def load_model(config: Config) -> AdaptedModel:
-    """The model of `config`, from the one cache of this process; see `ModelCache.load`."""
+    """The model of `config`, from this process's cache; see `ModelCache.load`."""
     return _process_models.load(config)
 
 
 def load_beside(config: Config) -> AdaptedModel:
-    """Another model, beside the one that this process keeps; its caller keeps it.
+    """A further model, which is not cached.
 
     Raises:
         ModelError, ConfigError: it cannot be loaded or adapted as asked.
@@ -281,10 +281,10 @@ def load_beside(config: Config) -> AdaptedModel:
 
 
 def load_dequantized(config: Config) -> AdaptedModel:
-    """The quantized base model of `config` with its weights in full again, and a fresh adapter.
+    """The quantized base model of `config`, dequantized, with a fresh adapter.
 
-    These are the weights that the adapter was trained on, as bitsandbytes gives them back. Its
-    caller keeps the model.
+    These are the weights that the adapter was trained on, as bitsandbytes dequantizes them. The
+    model is not cached.
 
     Raises:
         ModelError, ConfigError: it cannot be loaded or adapted as asked.
@@ -300,7 +300,7 @@ def load_dequantized(config: Config) -> AdaptedModel:
 def _adapt(
     base: Any, config: Config, device: torch.device, dtype: torch.dtype, attention: str
 ) -> AdaptedModel:
-    """Put a fresh adapter into `base`, its random matrices drawn from the run's seed."""
+    """Add a fresh adapter to `base`, with random matrices from the run's seed."""
     num_parameters = count_parameters(base)
     _check_targets(config, base)
     settings = lora_config(config.lora, base.config.model_type)
@@ -325,7 +325,7 @@ def _adapt(
 
 
 def _check_targets(config: Config, base: Any) -> None:
-    """Refuse a name that no module has: PEFT passes over it where another one matches."""
+    """Reject a target that matches no module: PEFT ignores it if another target matches."""
     targets = config.lora.target_modules
     if isinstance(targets, str):
         return
@@ -347,8 +347,8 @@ def _no_target(config: Config, target: Any) -> ConfigError:
 def lora_config(lora: LoraSettings, model_type: str) -> LoraConfig:
     """PEFT's configuration of the adapter.
 
-    ``target_modules=auto`` is PEFT's choice for the architecture, all linear layers where it has
-    none.
+    ``target_modules=auto`` is PEFT's default for the architecture, or all linear layers if PEFT has
+    no default.
     """
     targets: Any = lora.target_modules
     if targets == "auto":

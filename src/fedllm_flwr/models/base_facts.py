@@ -1,4 +1,4 @@
-"""What the files of a base model say of it, without loading its weights."""
+"""Facts about a base model from its files, without loading its weights."""
 
 import json
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ class BaseFacts:
 
     path: str  # as the user gives it
     model_type: str
-    context: int | None  # tokens of the longest text; None where nothing limits it
+    context: int | None  # maximum length in tokens; None: unlimited
     vocabulary: int  # rows of the input embedding
-    layers: dict[str, int]  # those that can be adapted: the smaller of input and output width
-    output_layer: str | None  # its name; all-linear leaves it out
+    layers: dict[str, int]  # adaptable layers -> the smaller of input and output width
+    output_layer: str | None  # its name; excluded from all-linear
 
     def targets(self, lora: LoraConfig) -> dict[str, int]:
         """The layers that ``lora.target_modules`` adapts, with their widths.
 
         Raises:
-            ConfigError: a name that no such layer has.
+            ConfigError: a target matches no such layer.
         """
         names = lora.target_modules
         if names == "auto":
-            # PEFT takes seconds to import, which a command that is wrong need not wait for.
+            # Importing PEFT takes seconds, which a wrong command should not have to wait for.
             from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
             known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(self.model_type)
@@ -71,10 +71,10 @@ def _is_called(layer: str, name: str) -> bool:
 
 @lru_cache(maxsize=4)
 def base_facts(model: "ModelKey") -> BaseFacts:
-    """Facts of a base model; its files are looked at, its weights are not read.
+    """Facts about a base model; its files are inspected, but its weights are not read.
 
     Raises:
-        ModelError: files are missing or cut short, or it is no causal language model.
+        ModelError: files are missing or truncated, or it is not a causal language model.
     """
     settings = model.config
     source = model_source(settings)
@@ -130,14 +130,14 @@ def _context(config: Any) -> int | None:
 
 
 def _check_directions(path: str, skeleton: Any) -> None:
-    """Attention of transformers says whether it is causal; that of encoders says it is not."""
+    """Reject encoders: transformers' attention modules declare whether they are causal."""
     said = [module.is_causal for module in skeleton.modules() if hasattr(module, "is_causal")]
     if said and not any(said):
         raise both_directions(path, type(skeleton).__name__)
 
 
 def _width(module: Any) -> int:
-    """The smaller of a layer's input and output widths; 0 for what cannot be adapted."""
+    """The smaller of a layer's input and output widths; 0 if the layer cannot be adapted."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -146,7 +146,7 @@ def _width(module: Any) -> int:
 
 
 def _check_files(model: ModelConfig, folder: Path, skeleton: Any) -> None:
-    """Refuse weight files that are missing, cut short or of another model."""
+    """Reject weight files that are missing, truncated or of another model."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:

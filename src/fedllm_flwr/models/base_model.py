@@ -20,8 +20,8 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
     """The frozen base model on its device, in eval mode.
 
     Raises:
-        ModelError: it cannot be loaded, its weights are not what its config.json asks for, or it is
-            no causal language model.
+        ModelError: it cannot be loaded, its weights do not match its config.json, or it is not a
+            causal language model.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -34,7 +34,7 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused below
+            ignore_mismatched_sizes=True,  # reported, and rejected below
         )
     except ModelError:
         raise
@@ -51,10 +51,11 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
 
 
 def _keep_weights(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation on some CPUs.
+    """Prevent bitsandbytes from repacking 4-bit weights at the first evaluation on some CPUs.
 
-    Where the CPU has AVX512-BF16 it rounds the scales to bfloat16 then, for good, so that training
-    would depend on what the process evaluated before; widths that are no multiple of 64 fail.
+    On CPUs with AVX512-BF16, repacking permanently rounds the scales to bfloat16, so training would
+    depend on what the process evaluated before. It also fails for widths that are not a multiple of
+    64.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -62,7 +63,7 @@ def _keep_weights(model: Any) -> None:
 
 
 def _check_complete(config: Config, report: dict[str, Any]) -> None:
-    """Refuse weights that are not there or do not fit: transformers puts random ones instead."""
+    """Reject missing or misshapen weights, which transformers would replace by random ones."""
     wrong = {name: "has another shape" for name, *_ in report["mismatched_keys"]}
     wrong |= dict.fromkeys(report["missing_keys"], "is missing")
     if wrong:
@@ -89,7 +90,7 @@ def _quantization(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
 
 
 def count_parameters(model: Any) -> int:
-    """Parameters of the base model; packed 4-bit weights count as what they stand for."""
+    """Number of parameters of the base model; packed 4-bit weights are counted unpacked."""
     total = 0
     for parameter in model.parameters():
         quantized_shape = getattr(getattr(parameter, "quant_state", None), "shape", None)

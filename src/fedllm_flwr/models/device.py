@@ -1,4 +1,4 @@
-"""Where and in which precision a model runs; automatic defaults per device."""
+"""Device, precision and attention implementation of a model, with defaults per device."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ def resolve_device(requested: str) -> torch.device:
     """The device of ``training.device``; auto prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        ConfigError: the device asked for is not there.
+        ConfigError: this machine does not have the requested device.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -36,7 +36,7 @@ def resolve_device(requested: str) -> torch.device:
 def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
     """The dtype of the base model's weights and of the forward pass.
 
-    auto: bfloat16 on CUDA devices that compute in it, float16 on older ones, float32 elsewhere.
+    auto: bfloat16 on CUDA devices that support it, float16 on older ones, float32 elsewhere.
     Adapters are always float32.
     """
     if requested != "auto":
@@ -52,7 +52,7 @@ def resolve_attention(requested: str, device: torch.device) -> str:
     """The attention implementation of ``model.attention``; auto prefers FlashAttention on CUDA.
 
     Raises:
-        ConfigError: FlashAttention is asked for where it cannot run.
+        ConfigError: FlashAttention is requested but cannot run here.
     """
     has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     if requested == "auto":
@@ -69,10 +69,10 @@ def resolve_attention(requested: str, device: torch.device) -> str:
 def micro_batch_size(
     training: TrainingConfig, device: torch.device, num_parameters: int, rows: int = 1
 ) -> int:
-    """Examples per forward pass, of so many `rows` each.
+    """Examples per forward pass, with `rows` token sequences each.
 
-    Unless the user says so: four rows on a CPU, where padding costs more than a pass does, and
-    for models beyond 0.5 B parameters, where memory is short; the whole batch otherwise.
+    Unless the user sets it: four sequences on a CPU, where padding costs more than a further pass,
+    and for models above 0.5 B parameters, where memory is scarce; otherwise the whole batch.
     """
     if training.micro_batch_size is not None:
         return training.micro_batch_size
@@ -82,7 +82,7 @@ def micro_batch_size(
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Run with `count` CPU threads; the number of threads can change the last bits of a sum."""
+    """Run with `count` CPU threads; their number can change the last bits of a sum."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -102,7 +102,7 @@ def gpu_count() -> int:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device for people: its name and memory, or the number of CPUs."""
+    """A readable description: the device's name and memory, or the number of CPUs."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

@@ -15,7 +15,7 @@ def model_fingerprint(folder: Path, cache: Path) -> str:
     """``sha256:<64 digits>`` over the names and contents of a model's files.
 
     Args:
-        cache: a file that keeps the digests by size and modification time, as reading a large
+        cache: file that keeps the digests by size and modification time, since reading a large
             model takes minutes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From token sequences to the inputs of a forward pass: batches by length, padding, positions."""
+"""Inputs of a forward pass from token sequences: batches by length, padding and positions."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.data.tokens import TokenArray
 from fedllm_flwr.models.adapted_model import AdaptedModel
 
-IGNORED = -100  # label of tokens that do not enter the loss, as transformers has it
+IGNORED = -100  # transformers' label of tokens that do not contribute to the loss
 
 
 def by_length(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[int]]:
@@ -40,7 +40,7 @@ def left_padded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and attention mask on the model's device, both (prompts, longest).
 
-    The padding stands on the left, so that all continuations start at one place.
+    The padding is on the left, so that all continuations start at the same position.
     """
     longest = max(len(prompt) for prompt in prompts)
     tokens = np.full((len(prompts), longest), model.pad_id, np.int64)
@@ -52,7 +52,7 @@ def left_padded(
 
 
 def positions(model: AdaptedModel, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``position_ids`` that start at the first real token, if the model takes them."""
+    """``position_ids`` that start at the first real token, if the model accepts them."""
     if not model.takes_positions:
         return {}
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
@@ -77,10 +77,10 @@ def collate_padded(examples: Encoded, batch: list[int], pad_id: int) -> dict[str
 
 
 def collate_packed(examples: Encoded, batch: list[int]) -> dict[str, torch.Tensor]:
-    """input_ids, position_ids and labels, each (1, tokens), examples end to end without padding.
+    """input_ids, position_ids and labels, each (1, tokens): examples packed without padding.
 
-    Positions start anew with each example, which is how attention tells them apart. The first
-    token of an example is no label, for the one before it belongs to another.
+    Positions restart with each example, by which attention separates the examples. The first token
+    of an example is not a label, because the token before it belongs to another example.
     """
     tokens, supervised = zip(*(examples[index] for index in batch), strict=True)
     places = np.concatenate([np.arange(len(example)) for example in tokens])
@@ -94,11 +94,11 @@ def collate_packed(examples: Encoded, batch: list[int]) -> dict[str, torch.Tenso
 
 
 def needed_logits(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same batch with logits asked for only where a label needs them.
+    """The same batch with logits only at the positions that have a label.
 
-    The projection to the vocabulary is a large part of a small model, and its output the largest
-    tensor of a large one. ``logits_to_keep`` (kept,) are the positions at which any row of the
-    batch has a next token to learn, ``shift_labels`` (rows, kept) those tokens.
+    The projection to the vocabulary is a large part of a small model's computation, and its output
+    is the largest tensor of a large model. ``logits_to_keep`` (kept,) are the positions at which
+    any row has a supervised next token; ``shift_labels`` (rows, kept) are those tokens.
     """
     labels = inputs["labels"]
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -1,4 +1,4 @@
-"""A loaded base model is tried on a few tokens: does it compute, and does it read forwards only?"""
+"""Probes a loaded base model on a few tokens: are its logits finite, and is it causal?"""
 
 from typing import Any
 
@@ -8,21 +8,21 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ModelError
 
 _LENGTH = 6  # tokens of a probe
-# Largest change of logits before a token that another token makes, as a share of the largest
-# logit: exact arithmetic would give 0, and quantized layers choose their outliers by the batch.
+# Largest change of earlier logits if the last token changes, relative to the largest logit. Exact
+# arithmetic would give 0, but quantized layers select their outliers per batch.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 _QUANTIZED_TOLERANCE = 0.2
 
 
 def check_computes(model: Any, config: Config) -> None:
-    """Refuse a base model that yields no numbers, or whose tokens see those that follow.
+    """Reject a base model with non-finite weights or logits, or with non-causal attention.
 
-    No weight may be NaN or Inf: attention on CPUs passes over some of them in silence. Two texts
-    of a few tokens that differ in their last one go through the model: the logits before it must
-    be finite, and the same in both.
+    No weight may be NaN or Inf, because attention on CPUs silently ignores some of them. The model
+    then gets two short texts that differ only in their last token: the logits before it must be
+    finite, and the same for both.
 
     Raises:
-        ModelError: names the model and what is wrong with it.
+        ModelError: names the model and the problem.
     """
     _check_weights(model, config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -47,7 +47,7 @@ def check_computes(model: Any, config: Config) -> None:
 
 
 def both_directions(path: str, architecture: str) -> ModelError:
-    """The error for a model that sees what it should predict."""
+    """The error for a model that sees the tokens that it should predict."""
     return ModelError(
         f"model.path={path}: {architecture} reads a text in both directions, so it would learn to "
         "copy the answer that it sees instead of writing one; give a causal language model.",
@@ -56,7 +56,7 @@ def both_directions(path: str, architecture: str) -> ModelError:
 
 
 def _check_weights(model: Any, config: Config) -> None:
-    """Refuse weights with NaN or Inf; a sum shows either in one pass and without a copy."""
+    """Reject weights with NaN or Inf; a sum detects both in one pass and without a copy."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.detach().sum(dtype=torch.float32).isfinite():
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Tokenizers of base models, and where the files of a base model lie."""
+"""Tokenizers of base models, and the location of a base model's files."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ def model_source(model: ModelConfig) -> str:
     """Directory or hub id of the base model.
 
     Raises:
-        ModelError: a local directory that is not there, or that holds no model.
+        ModelError: a local directory does not exist, or contains no model.
     """
     if model.path == "embedded":
         return str(EMBEDDED)
@@ -60,7 +60,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def unusable_model(model: ModelConfig, part: str, error: Exception) -> ModelError:
-    """The error of a model part that could not be loaded: what is wrong, and the remedy."""
+    """The error for a part of a model that could not be loaded, with the remedy."""
     text = str(error)
     is_hub = not Path(model_source(model)).is_dir()
     if is_hub and ("couldn't connect" in text.lower() or "offline" in text.lower()):

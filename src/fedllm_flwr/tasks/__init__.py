@@ -1,4 +1,4 @@
-"""Training tasks by name: what is learnt, from which records, and how it is scored."""
+"""The registry of training tasks: supervised and preference objectives by name."""
 
 from functools import cache
 
@@ -14,25 +14,25 @@ def names() -> tuple[str, ...]:
 
 @cache
 def find(name: str) -> TrainingTask:
-    """The entry of the task `name`; neither this nor its declarations import torch.
+    """The task `name`; looking it up does not import torch.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: no installed task has this name.
     """
     entry: TrainingTask = TASKS.find(name)()
     return entry
 
 
 def task_of(config: Config) -> TrainingTask:
-    """The entry of a configuration's task."""
+    """The task of a configuration."""
     return find(config.task.name)
 
 
 def all_metrics() -> dict[str, Metric]:
-    """The scores of all tasks by name, in the order of tables."""
+    """The metrics of all tasks by name, in table order."""
     return {metric.name: metric for name in names() for metric in find(name).metrics}
 
 
 def table_metrics() -> list[str]:
-    """Names of the scores that tables of several runs show."""
+    """Names of the metrics that comparison tables show."""
     return [name for name, metric in all_metrics().items() if metric.title]

@@ -1,4 +1,4 @@
-"""Micro-batches of one client's round: sorted by length, so that little is computed on padding."""
+"""Micro-batches of one client's round, sorted by length to reduce padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-# Examples whose cuts are chosen together; of more, neighbours in length are divided among
-# themselves, for the table of all cuts grows with the square of their number.
+# Largest number of examples divided at once. Larger steps are first split by length, because the
+# table of all cuts grows with the square of their number.
 _MOST_TOGETHER = 128
 
 MicroBatch = list[int]
-"""Indices of the examples that go through the model together."""
+"""Indices of the examples of one forward pass."""
 
 
 def split_step(indices: Sequence[int], lengths: NDArray[np.int64], count: int) -> list[MicroBatch]:
     """Divide the examples of one optimizer step into `count` micro-batches with little padding.
 
-    Examples are sorted by length and cut where the padded size, the sum over micro-batches of
-    (examples x longest), is smallest. No micro-batch is larger than an equal share of examples as
-    long as the longest, so that memory is bounded; within that, short examples go together in
-    larger numbers than long ones.
+    Examples are sorted by length and split to minimise the padded size, the sum over micro-batches
+    of (examples x longest). No micro-batch is larger than an equal share of examples as long as the
+    longest one, which bounds memory; within that bound, micro-batches of short examples contain
+    more examples.
     """
     order = sorted(indices, key=lambda i: (int(lengths[i]), i))
     count = min(count, len(order))
@@ -38,14 +38,14 @@ def split_step(indices: Sequence[int], lengths: NDArray[np.int64], count: int) -
 def _divided(
     order: list[int], lengths: NDArray[np.int64], count: int, allowed: int
 ) -> list[MicroBatch]:
-    """Neighbours in length cut into `count` micro-batches of at most `allowed` padded tokens."""
+    """Sorted examples split into `count` micro-batches of at most `allowed` padded tokens."""
     if count == 1:
         return [order]
     padded = _padded_sizes(lengths[order], allowed)
-    # cost[i]: least padded size of the first i examples in the micro-batches so far.
+    # cost[i]: smallest padded size of the first i examples in the micro-batches so far.
     cost = np.full(len(order) + 1, np.inf)
     cost[0] = 0.0
-    starts = []  # of the last micro-batch, by its end
+    starts = []  # start of the last micro-batch, by its end
     for _ in range(count):
         options = cost[:-1, None] + padded
         starts.append(options.argmin(0))
@@ -70,14 +70,14 @@ def _padded_sizes(ascending: NDArray[np.int64], allowed: int) -> NDArray[np.floa
 
 @dataclass(frozen=True)
 class RoundBatches(Dataset[list[int]]):
-    """A round as a data set of micro-batches: `per_step` of them make one optimizer step."""
+    """A round as a data set of micro-batches; an optimizer step has `per_step` of them."""
 
     batches: list[MicroBatch]
     per_step: int
-    items_per_step: int  # examples (or pairs) of one optimizer step
+    items_per_step: int  # examples (or pairs) per optimizer step
     num_tokens: int  # real tokens of the round
-    computed_tokens: int  # tokens that pass through the model, padding included
-    packed: bool = False  # examples end to end, without padding
+    computed_tokens: int  # tokens that pass through the model, including padding
+    packed: bool = False  # examples are concatenated, without padding
 
     @property
     def num_steps(self) -> int:

@@ -1,10 +1,10 @@
 """Client-side corrections of the gradient, as one callback for unmodified trainers.
 
-FedProx (Li et al. 2020) adds mu (w_i - w) to the gradient, SCAFFOLD (Karimireddy et al. 2020)
-adds c - c_i. Neither paper clips. Here both are added after gradient clipping, so that
-max_grad_norm bounds the gradient of the client's own loss and the correction stays whole: inside,
-a pull of mu ||w_i - w|| that exceeds the norm would be cut, and would shrink the client's own
-gradient with it; c - c_i would no longer cancel the drift.
+FedProx (Li et al. 2020) adds mu (w_i - w) to the gradient, SCAFFOLD (Karimireddy et al. 2020) adds
+c - c_i. Neither paper clips gradients. Here both are added after gradient clipping, so that
+max_grad_norm bounds only the gradient of the client's own loss. If they were added before, clipping
+would limit the proximal pull mu ||w_i - w|| and shrink the client's own gradient with it, and
+c - c_i would no longer cancel the drift.
 
 OpenFedLLM has the proximal term in the loss, where it is clipped with it, and subtracts
 lr (c - c_i) from the weights after each step (`LocalTerms.as_openfedllm`).
@@ -24,15 +24,15 @@ Tensors = dict[str, torch.Tensor]
 
 
 class DriftCorrection(TrainerCallback):
-    """Adds mu (w_i - start) and the offset of `terms` to the gradient, and averages its own.
+    """Adds mu (w_i - start) and the offset of `terms` to the gradient; averages the raw gradient.
 
-    ``steps`` counts the optimizer's steps without those that a gradient scaler (float16) has
-    skipped because the gradient had overflown: they move no weight, and their gradient is NaN.
+    ``steps`` counts optimizer steps, except those that a gradient scaler (float16) has skipped
+    because the gradient overflowed: they change no weight, and their gradient is NaN.
 
     Args:
         parameters: the adapter's parameters by name, at ``terms.start``.
-        terms: what the algorithm adds to the client's objective.
-        learning_rate: the local one, for the form that acts after the optimizer's step.
+        terms: the terms that the algorithm adds to the client's objective.
+        learning_rate: local learning rate, for corrections after the optimizer step.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DriftCorrection(TrainerCallback):
         self._skipped = False
 
     def penalty(self) -> torch.Tensor | None:
-        """mu/2 ||w_i - w||^2 where it is a part of the loss, and the tails of the factors."""
+        """Terms of the loss: mu/2 ||w_i - w||^2 as in OpenFedLLM, and the tails of the factors."""
         terms = []
         if self._start and self._terms.as_openfedllm:
             own = self._parameters.items()
@@ -77,7 +77,7 @@ class DriftCorrection(TrainerCallback):
         return torch.stack(terms).sum() if terms else None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Correct the gradient, clipped already, before the optimizer sees it."""
+        """Correct the clipped gradient before the optimizer step."""
         self._skipped = args.fp16 and not self._finite()
         if self._skipped:
             return
@@ -102,12 +102,12 @@ class DriftCorrection(TrainerCallback):
                 parameter.sub_(self._offset[name], alpha=self._learning_rate)
 
     def _finite(self) -> bool:
-        """Whether no gradient is infinite or NaN: what the scaler takes a step on."""
+        """Whether all gradients are finite; otherwise the gradient scaler skips the step."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
 
     def mean_gradient(self) -> Params:
-        """Mean over the steps of the client's own, clipped, uncorrected gradient."""
+        """Mean over the steps of the client's own gradient: clipped, but not corrected."""
         return {
             name: (total / max(1, self.steps)).cpu().numpy().astype(np.float32)
             for name, total in self._gradient_sum.items()

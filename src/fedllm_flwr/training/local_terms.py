@@ -1,6 +1,6 @@
-"""What an algorithm adds to a client's own objective, and what comes out of local training.
+"""The terms that an algorithm adds to a client's objective, and the result of local training.
 
-NumPy only: rules (`federation.rule`) state these terms, `training.drift` applies them.
+NumPy only: rules (`federation.rule`) define these terms, and `training.drift` applies them.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from fedllm_flwr.params import Params
 
 @dataclass(frozen=True)
 class LocalTerms:
-    """One client's local training, as a rule wants it.
+    """How a rule modifies one client's local training.
 
     Args:
-        start: adapter that local training starts from, and that the proximal term pulls towards.
+        start: initial adapter, which the proximal term also pulls towards.
         mu: weight of the proximal term ``mu/2 ||w_i - start||^2``; 0 for none.
         offset: added to the gradient of every step, by tensor name: ``c - c_i`` in SCAFFOLD.
-        as_openfedllm: the proximal term is a part of the loss and clipped with its gradient, and
-            the offset is not added to the gradient: after each step ``w_i -= lr * offset``.
-        averages_gradient: whether the mean of the client's own gradients is wanted afterwards.
-        trains: which tensors are trained, by name; None: all of them.
-        anchor: what the proximal term pulls towards in the place of `start`.
-        tail: (strength, share): strength ||B[:, k:]|| ||A[k:]|| is a part of the loss, for each
-            module, with k = share x rank.
+        as_openfedllm: the proximal term is part of the loss, and is clipped with its gradient; the
+            offset is not added to the gradient, but ``w_i -= lr * offset`` after each step.
+        averages_gradient: whether to compute the mean of the client's own gradients.
+        trains: selects the tensors to train by name; None: all of them.
+        anchor: adapter that the proximal term pulls towards instead of `start`.
+        tail: (strength, share): adds strength ||B[:, k:]|| ||A[k:]|| to the loss for each module,
+            with k = share x rank.
     """
 
     start: Params
@@ -38,15 +38,15 @@ class LocalTerms:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training has led to.
+    """The result of local training.
 
     Args:
-        params: the client's adapter w_i afterwards.
-        delta: D_i = w_i - w, its difference from the global adapter that was sent.
-        mean_gradient: mean over the steps of the client's own gradient, clipped, without the
+        params: w_i, the client's adapter after training.
+        delta: D_i = w_i - w, its difference from the received global adapter.
+        mean_gradient: mean over the steps of the client's own clipped gradient, without the
             rule's terms; empty unless `LocalTerms.averages_gradient`.
-        steps: K, optimizer steps without those that a gradient scaler has skipped.
-        learning_rate: the local one, the same in all steps.
+        steps: K, the number of optimizer steps, except those that a gradient scaler has skipped.
+        learning_rate: local learning rate, the same in all steps.
         optimizer: ``training.optimizer``.
     """
 

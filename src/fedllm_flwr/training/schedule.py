@@ -1,4 +1,4 @@
-"""At what learning rate and on which examples a round trains. NumPy only."""
+"""Learning rate and examples of a round of local training. NumPy only."""
 
 import math
 
@@ -10,11 +10,11 @@ from fedllm_flwr.params import derive_seed
 
 
 def cosine_learning_rate(training: TrainingConfig, server_round: int, num_rounds: int) -> float:
-    """Local learning rate of a round (from 1): half a cosine from the initial to the minimal one.
+    """Local learning rate of a round (from 1): half a cosine from the initial to the minimum.
 
     lr_r = lr_min + (lr - lr_min) (1 + cos(pi (r - 1) / R)) / 2, constant within the round (the
-    schedule of OpenFedLLM). R is ``training.schedule_rounds``, else all rounds; after it the rate
-    stays at its minimum.
+    schedule of OpenFedLLM). R is ``training.schedule_rounds``, or the number of all rounds if it is
+    null; after round R the rate stays at its minimum.
     """
     num_rounds = training.schedule_rounds or num_rounds
     place = min(1.0, (server_round - 1) / num_rounds)
@@ -35,10 +35,10 @@ def draw_examples(
 ) -> NDArray[np.int64]:
     """Indices of the `count` examples that a client trains on in a round.
 
-    The client's data is an endless stream of shuffled passes; after so many accepted `updates`
-    of this client, it reads the next window of `count` examples. Rounds in which it is not
-    sampled, or whose reply is lost, do not move it on: what the server has accepted of the client
-    holds no example twice before all were seen.
+    The client's data is an endless stream of shuffled epochs. Each of its accepted `updates` has
+    consumed one window of `count` examples, and the round reads the next window. Rounds in which
+    the client is not sampled, or whose reply is lost, do not advance the stream: the accepted
+    updates contain no example twice before all examples were seen.
     """
     start = updates * count
     positions = np.arange(start, start + count)

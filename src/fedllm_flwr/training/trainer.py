@@ -1,4 +1,4 @@
-"""What all local training has in common: arguments of transformers' Trainer, and one run of it."""
+"""Common parts of local training: arguments of transformers' Trainer, and one run of it."""
 
 import gc
 import tempfile
@@ -15,7 +15,7 @@ from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.training.batches import RoundBatches
 
 Penalty = Callable[[], torch.Tensor | None]
-"""A term of the loss that depends on the adapter alone, if there is one."""
+"""A term of the loss that depends only on the adapter, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Trained:
 
 
 class BareTrainer(Trainer):
-    """transformers' Trainer without its count of operations, which walks all modules each time.
+    """transformers' Trainer without its FLOP count, which walks over all modules in every step.
 
     Args:
-        penalty: a term of a step's loss. It is clipped with the rest, and not reported.
+        penalty: an additional term of a step's loss, which is clipped with it but not reported.
     """
 
     def __init__(self, penalty: Penalty, **arguments: Any) -> None:
@@ -50,16 +50,16 @@ class BareTrainer(Trainer):
     ) -> torch.Tensor:
         """A micro-batch's share of the sum over the step."""
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        assert isinstance(loss, torch.Tensor)  # no outputs were asked for
+        assert isinstance(loss, torch.Tensor)  # no outputs were requested
         return with_penalty(loss, self._penalty, 1 / self.args.gradient_accumulation_steps)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted."""
+        """Return 0: operations are not counted."""
         return 0
 
 
 def with_penalty(loss: torch.Tensor, penalty: Penalty, share: float) -> torch.Tensor:
-    """`loss` with the gradient of so large a `share` of the penalty, and with its own value."""
+    """`loss` plus the gradient of `share` times the penalty; the value of `loss` is unchanged."""
     term = penalty()
     return loss if term is None else loss + share * (term - term.detach())
 
@@ -71,10 +71,10 @@ def training_arguments(
     learning_rate: float,
     seed: int,
 ) -> TrainingArguments:
-    """Arguments for one round: a fresh optimizer at a constant rate, nothing written or logged."""
+    """Arguments for one round: new optimizer, constant learning rate, no files and no logs."""
     on_cuda = model.device.type == "cuda"
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # the Trainer makes it; nothing is written there
+        output_dir=tempfile.gettempdir(),  # required by the Trainer; nothing is written there
         per_device_train_batch_size=1,
         gradient_accumulation_steps=batches.per_step,
         max_steps=batches.num_steps,
@@ -98,16 +98,16 @@ def training_arguments(
         average_tokens_across_devices=False,
         logging_nan_inf_filter=False,  # a diverged client's loss is NaN, not the last good one
     )
-    if arguments.n_gpu > 1:  # one client, one device: no DataParallel on a machine with several
+    if arguments.n_gpu > 1:  # a client uses one device: no DataParallel
         arguments._n_gpu = 1
     return arguments
 
 
 def run(trainer: Trainer, model: AdaptedModel) -> Trained:
-    """Train, and leave the model as the next round's Trainer expects it.
+    """Train, and restore the model for the next round's Trainer.
 
-    A Trainer starts with a full garbage collection: half a second where it walks through all that
-    the libraries have made, less than a millisecond while that is out of the collector's sight.
+    A Trainer starts with a full garbage collection. It takes half a second if it walks over all
+    objects of the libraries, and less than a millisecond while these are frozen (`gc.freeze`).
     """
     trainer.remove_callback(PrinterCallback)
     gc.freeze()
@@ -132,7 +132,7 @@ def _checkpointing(model: AdaptedModel, training: TrainingConfig) -> dict[str, A
 
 @contextmanager
 def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off while training: the reference has none, and noise would pass for preference."""
+    """Switch dropout off: the reference has none, and dropout noise would bias the log-ratios."""
     before = {m: m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
     try:
         for module in before:

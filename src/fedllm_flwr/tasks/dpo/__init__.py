@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Dpo(TrainingTask):
-    """Preference alignment against a reference model that stays the same for the whole run."""
+    """Preference alignment against a reference model that is fixed for the whole run."""
 
     name = "dpo"
     has_example_losses = True
@@ -55,7 +55,7 @@ class Dpo(TrainingTask):
     prompts: ClassVar[Mapping[str, str]] = {"demo_preferences": "When can I expect the refund?"}
 
     def refusal(self, config: Config) -> str | None:
-        """Options that one loss has and another has not."""
+        """Options that the selected loss does not support."""
         if config.privacy.unit == "record" and config.dpo.loss_type in ("aot", "aot_unpaired"):
             return (
                 f"dpo.loss_type={config.dpo.loss_type} with privacy.unit=record: it sorts the "
@@ -74,23 +74,23 @@ class Dpo(TrainingTask):
         return None
 
     def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
-        """The two answers."""
+        """The chosen and the rejected answer."""
         return ("chosen", "rejected")
 
     def claims(self, columns: ColumnsConfig, error: DataError) -> bool:
-        """Columns named for pairs, or transcripts of pairs: the error says what to do."""
+        """Whether columns of pairs are configured, or `error` recommends reading transcripts."""
         named = {columns.chosen, columns.rejected} - {ColumnsConfig.chosen, ColumnsConfig.rejected}
         return bool(named) or "hh_rlhf" in str(error)
 
     @property
     def records(self) -> "RecordKind":
-        """A shared context, a better and a worse answer to it."""
+        """Pairs of a chosen and a rejected answer to a shared context."""
         from fedllm_flwr.tasks.dpo.pairs import PREFERENCES
 
         return PREFERENCES
 
     def prepare(self, work: LocalWork) -> "Mapping[str, Kept]":
-        """Log-probabilities of the drawn pairs' answers under the reference model."""
+        """Compute the reference model's log-probabilities of the drawn pairs' answers."""
         from fedllm_flwr.tasks.preferences.reference import ReferenceCache
 
         cache = ReferenceCache(
@@ -106,7 +106,7 @@ class Dpo(TrainingTask):
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
-        """Minimise the loss ``dpo.loss_type`` of the pairs."""
+        """Minimise the mean ``dpo.loss_type`` loss of the pairs."""
         from fedllm_flwr.tasks.dpo.training import train_dpo
 
         return train_dpo(
@@ -123,13 +123,13 @@ class Dpo(TrainingTask):
         )
 
     def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
-        """The loss ``dpo.loss_type`` of each pair."""
+        """The ``dpo.loss_type`` loss of each pair."""
         from fedllm_flwr.tasks.dpo.training import pair_losses
 
         return pair_losses(work, prepared["reference"].tensors["values"])
 
     def drops_out(self, config: Config) -> bool:
-        """Unless ``dpo.disable_dropout``."""
+        """Whether dropout is on: not with ``dpo.disable_dropout``."""
         return not config.dpo.disable_dropout
 
     def held_out(
@@ -148,7 +148,7 @@ class Dpo(TrainingTask):
     def score_client(
         self, config: Config, model: "AdaptedModel", examples: Any, tensors: "Mapping[str, Params]"
     ) -> Scores:
-        """Scores of `preference_scores`."""
+        """The scores of `preference_scores`."""
         from fedllm_flwr.tasks.dpo.held_out import score_pairs
 
         return score_pairs(config, model, examples, tensors["params"], tensors.get("reference"))

@@ -32,18 +32,18 @@ class PreferenceSet:
 
     @property
     def num_prompts(self) -> int:
-        """Prompts that `side_by_side` answers."""
+        """Number of prompts that `side_by_side` answers."""
         return len(self.prompts.tokens)
 
     def side_by_side(self, model: AdaptedModel, params: Params, label: str) -> str:
-        """The model's answers without and with the adapter `params`, and the better ones."""
+        """The model's answers without and with the adapter `params`, and the chosen answers."""
         return self.prompts.side_by_side(model, params, label)
 
     def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
-        """Scores of the model as it is, those of `preference_scores` and ``answer_tokens``.
+        """Scores of the model with its current adapter: `preference_scores` and ``answer_tokens``.
 
-        The latter is the mean length of its free answers: optimising preferences tends to make
-        them longer.
+        ``answer_tokens`` is the mean length of generated answers, which preference optimisation
+        tends to increase.
         """
         policy = score_examples(model, self.pairs.rows, batch_tokens).log_probs.reshape(-1, 2)
         scores = preference_scores(policy, self.reference, self.beta)
@@ -59,7 +59,7 @@ def make_preference_set(
     pairs: EncodedPairs,
     reference: Params | None,
 ) -> PreferenceSet:
-    """Put together what is needed to score adapters; computes the reference once.
+    """Prepare held-out pairs for scoring; computes the reference log-probabilities once.
 
     Args:
         records: a data set with the columns messages, chosen and rejected.
@@ -90,9 +90,9 @@ def preference_scores(policy: LogProbs, reference: LogProbs, beta: float) -> Sco
     """Scores from log p of chosen and rejected answers, (pairs, 2), under both models.
 
     The reward of an answer is beta log(p / p_ref) (Rafailov et al. 2023). ``accuracy`` is the
-    share of pairs whose chosen answer has the higher reward, ties counting half; ``margin`` the
-    mean difference of the rewards; ``loss`` the sigmoid loss of DPO, whatever loss is trained.
-    ``likelihood_accuracy`` compares log p alone, which depends on the answers' lengths.
+    fraction of pairs whose chosen answer has the higher reward, ties counting half; ``margin`` the
+    mean difference of the rewards; ``loss`` DPO's sigmoid loss, whatever loss is trained.
+    ``likelihood_accuracy`` compares only log p, which depends on the answers' lengths.
     """
     log_probs = policy.astype(np.float64)
     rewards = beta * (log_probs - reference)

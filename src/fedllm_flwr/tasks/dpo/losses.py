@@ -19,11 +19,11 @@ DISCOPOP_TAU = 0.05
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """What the losses need of a micro-batch; each tensor (pairs,).
+    """A micro-batch of pairs as input to the losses; each tensor has shape (pairs,).
 
     ``chosen`` and ``rejected`` are log-probabilities of whole answers (nats) under the policy,
-    with gradients, ``ref_chosen`` and ``ref_rejected`` those under the reference; the rest are the
-    answers' numbers of tokens.
+    with gradients; ``ref_chosen`` and ``ref_rejected`` are those under the reference. The rest are
+    the answers' numbers of tokens.
     """
 
     chosen: Tensor
@@ -93,7 +93,7 @@ def exo_pair(pairs: ScoredPairs, beta: float, eps: float) -> Tensor:
 
 
 def nca_pair(pairs: ScoredPairs, beta: float, eps: float) -> Tensor:
-    """NCA: the likelihood of both answers is held against noise (Chen et al. 2024)."""
+    """NCA: noise contrastive alignment of both answers' likelihoods (Chen et al. 2024)."""
     win, lose = beta * pairs.r_w, beta * pairs.r_l
     return -logsigmoid(win) - 0.5 * logsigmoid(-win) - 0.5 * logsigmoid(-lose)
 
@@ -109,7 +109,7 @@ def sppo_hard(pairs: ScoredPairs, beta: float, eps: float) -> Tensor:
 
 
 def aot(pairs: ScoredPairs, beta: float, eps: float) -> Tensor:
-    """AOT: the policy's margins dominate the reference's (Melnyk et al. 2024); sorts its pairs."""
+    """AOT: the policy's margins dominate the reference's; sorts the pairs (Melnyk et al. 2024)."""
     policy = torch.sort(pairs.chosen - pairs.rejected).values
     reference = torch.sort(pairs.ref_chosen - pairs.ref_rejected).values
     kept, swapped = _kept_and_swapped(beta * (policy - reference))
@@ -141,7 +141,7 @@ def discopop(pairs: ScoredPairs, beta: float, eps: float) -> Tensor:
 
 
 def _kept_and_swapped(rho: Tensor) -> tuple[Tensor, Tensor]:
-    """DPO's loss of the pairs as they are labelled, and with the labels swapped."""
+    """DPO's loss of the pairs as labelled, and with swapped labels."""
     return -logsigmoid(rho), -logsigmoid(-rho)
 
 
@@ -155,5 +155,5 @@ LOSSES: dict[str, Loss] = {
 
 
 def share_above_zero(values: NDArray[np.float64]) -> float:
-    """Share of the margins above zero, ties counting half: equal rewards prefer neither answer."""
+    """Fraction of margins above zero; ties count half, as equal rewards prefer neither answer."""
     return float(np.mean(0.5 + 0.5 * np.sign(values)))

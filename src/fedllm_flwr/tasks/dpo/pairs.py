@@ -1,4 +1,4 @@
-"""Preference pairs as training examples: two rows of tokens that share their prompt."""
+"""Preference pairs as training examples: two token sequences ("rows") with the same prompt."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,18 +18,18 @@ from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
 
 @dataclass(frozen=True)
 class PairReport:
-    """What became of the pairs: num_records = num_pairs + dropped."""
+    """Truncation report: num_records = num_pairs + dropped."""
 
     num_records: int
     num_pairs: int
     prompts_cut: int  # pairs whose prompt lost its start
-    prompt_tokens_cut: int  # tokens that those prompts lost together; less what was never tokenised
+    prompt_tokens_cut: int  # total tokens cut from these prompts, as far as they were tokenised
     answers_cut: int  # answers that lost their end, at most two per pair
-    dropped: int  # too long under truncation=drop, or two equal answers after the cut
+    dropped: int  # too long under truncation=drop, or both answers equal after truncation
 
     @property
     def losses(self) -> str:
-        """What did not fit, in words; empty if all did."""
+        """The truncation report as text; "" if every pair fits."""
         if not (self.prompts_cut or self.answers_cut or self.dropped):
             return ""
         return (
@@ -41,9 +41,9 @@ class PairReport:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Tokenised pairs; rows 2i and 2i + 1 are the prompt of pair i and its better, worse answer.
+    """Tokenised pairs; rows 2i and 2i + 1 are pair i's prompt with the chosen, rejected answer.
 
-    ``supervised`` marks the tokens of the last answer alone, with its EOS.
+    ``supervised`` marks only the tokens of the last answer, with its EOS.
     """
 
     rows: Encoded
@@ -53,14 +53,14 @@ class EncodedPairs:
         return len(self.rows) // 2
 
     def __getitem__(self, index: int) -> tuple[TokenRow, TokenRow]:
-        """(tokens, supervised) of the chosen and of the rejected row, as views."""
+        """(tokens, supervised) of the chosen and the rejected row, as views."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index %= len(self)
         return self.rows[2 * index], self.rows[2 * index + 1]
 
     def take(self, pairs: NDArray[np.int64]) -> "EncodedPairs":
-        """The chosen pairs, in the order given; the report counts them alone."""
+        """The selected pairs, in the given order, with a report of only these pairs."""
         report = PairReport(len(pairs), len(pairs), 0, 0, 0, 0)
         return EncodedPairs(self.rows.take(_rows_of(pairs)), report)
 
@@ -71,21 +71,21 @@ class EncodedPairs:
 
     @property
     def token_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in all rows, by its id."""
+        """Number of occurrences of each token id in all rows."""
         return self.rows.token_counts
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of the longer row of each pair, shape (num_pairs,)."""
+        """Number of tokens of each pair's longer row, shape (num_pairs,)."""
         return np.maximum(self.rows.lengths[::2], self.rows.lengths[1::2])
 
     @property
     def source(self) -> NDArray[np.int64]:
-        """Index of the record a pair came from, shape (num_pairs,)."""
+        """Index of the record of each pair, shape (num_pairs,)."""
         return self.rows.source[::2]
 
     def num_tokens_of(self, pairs: NDArray[np.int64]) -> int:
-        """Tokens of both rows of the chosen pairs together."""
+        """Total number of tokens in both rows of the selected pairs."""
         return self.rows.num_tokens_of(_rows_of(pairs))
 
 
@@ -106,10 +106,10 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Render and tokenise pairs for training, at most ``max_length`` tokens per row.
 
-    The prompt's tokens are those that ``encode_prompts`` gives. Of a pair that is too long, the
-    prompt loses its start, but keeps half of ``max_length``; answers lose their end only where
-    they are longer than what the prompt leaves. truncation=drop leaves such pairs out, keep
-    leaves none out, not even those whose answers are equal after the cut.
+    The prompt's tokens equal those of ``encode_prompts``. If a pair is too long, the start of the
+    prompt is cut, down to half of ``max_length``; then the end of an answer is cut if it still does
+    not fit. truncation=drop leaves out pairs that are too long; keep leaves out no pair, not even
+    one whose answers are equal after truncation.
     Raises ConfigError for unknown options and ModelError for an unusable tokenizer.
     """
     require_truncation(truncation)
@@ -137,7 +137,7 @@ def encode_pairs(
 
 @dataclass
 class _Losses:
-    """What the pairs that are kept lost to max_length."""
+    """Counts of tokens that the kept pairs have lost to truncation."""
 
     prompts: int = 0
     prompt_tokens: int = 0
@@ -145,7 +145,7 @@ class _Losses:
     rows: int = 0
 
     def add(self, prompt: int, chosen: int, rejected: int) -> None:
-        """Count the tokens that one pair lost."""
+        """Count the tokens that one pair has lost."""
         self.prompts += prompt > 0
         self.prompt_tokens += prompt
         self.answers += (chosen > 0) + (rejected > 0)
@@ -159,13 +159,13 @@ class _Losses:
 
 
 def _by_pair(rows: Iterator[TokenRow]) -> Iterator[_Tokens]:
-    """The parts of every two rows; the prompt's tokens do not depend on the answer."""
+    """The parts of each pair of rows; the prompt's tokens do not depend on the answer."""
     for (tokens, supervised), (other, other_supervised) in zip(rows, rows, strict=True):
         yield _Tokens(*split(tokens, supervised), split(other, other_supervised)[1])
 
 
 def _fit(whole: _Tokens, max_length: int, bos: int | None) -> _Tokens:
-    """The end of the prompt and the starts of the answers that ``max_length`` tokens hold."""
+    """The end of the prompt and the starts of the answers, to fit ``max_length`` tokens."""
     longest = max(len(whole.chosen), len(whole.rejected))
     prompt = cut_prompt(whole.prompt, longest, max_length, bos)
     room = max(max_length - len(prompt), 0)
@@ -181,7 +181,7 @@ PREFERENCES = RecordKind(
     roles=("prompt", "chosen", "rejected"),
     record=Pair,
     make=make_pairs,
-    refused=("bad",),  # pairs without a difference teach nothing and are left out in any case
+    refused=("bad",),  # pairs with equal answers are always left out, as they teach nothing
     codec=Codec(
         name="pairs",
         columns=("messages", "chosen", "rejected"),

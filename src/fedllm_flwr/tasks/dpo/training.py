@@ -1,7 +1,7 @@
 """Direct preference optimisation (Rafailov et al. 2023) of the adapter on one client's pairs.
 
-The reference model's log-probabilities are given: the reference stays the same for the whole run,
-so that they are computed once per client.
+The reference model is fixed for the whole run, so its log-probabilities are computed once per
+client and passed in.
 """
 
 import torch
@@ -22,9 +22,9 @@ from fedllm_flwr.training.trainer import Penalty, Trained
 
 
 def pair_losses(work: LocalWork, reference: LogProbs) -> ExampleLosses:
-    """Loss of each pair by itself, where it has one: all of `LOSSES` that do not sort their pairs.
+    """Per-pair losses, for all of `LOSSES` that do not sort their pairs.
 
-    The SFT term is the mean over a pair's own tokens. Dropout is not switched off here.
+    The SFT term is the mean over a pair's own tokens. The caller switches dropout off.
 
     Args:
         reference: as `train_dpo` takes it.
@@ -57,18 +57,18 @@ def train_dpo(
 ) -> Trained:
     """Train the adapter in place, see `train_on_answers`.
 
-    Losses that are no mean over pairs (aot, aot_unpaired and the SFT term) are taken of each
+    Losses that are not a mean over pairs (aot, aot_unpaired and the SFT term) are computed per
     micro-batch.
 
     Args:
         reference: log p_ref of chosen and rejected answers of the drawn pairs, (pairs, 2).
 
     Returns:
-        Loss, and over the round's pairs, as they were when trained on: ``accuracy``, the share
-        whose chosen answer has the higher reward, ties counting half, and ``margin``, the mean
+        The loss and, over the round's pairs at the time of their step: ``accuracy``, the fraction
+        whose chosen answer has the higher reward, ties counting half; and ``margin``, the mean
         difference of the rewards beta log pi / pi_ref.
     """
-    margins: list[Tensor] = []  # of each micro-batch's pairs, in order
+    margins: list[Tensor] = []  # one tensor per micro-batch, in order
 
     def loss(answers: Answers, batch: MicroBatch) -> Tensor:
         rows = answers.log_probs, answers.reference, answers.tokens

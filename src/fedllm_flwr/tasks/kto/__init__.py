@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on answers that were liked or not."""
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on desirable and undesirable answers."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedllm_flwr.training.private import ExampleLosses
     from fedllm_flwr.training.trainer import Penalty, Trained
 
-_IDEAL = (1.0, 4 / 3)  # of lambda_D n_D / (lambda_U n_U): the paper's equation 8
+_IDEAL = (1.0, 4 / 3)  # range of lambda_D n_D / (lambda_U n_U): the paper's equation 8
 
 
 class Kto(TrainingTask):
@@ -58,7 +58,7 @@ class Kto(TrainingTask):
         ),
     )
     fixed_keys = ("evaluation.batch_tokens",)  # the reference's values depend on it
-    # A weight near 0 would train on one kind of answers alone: on fewer than a site counts.
+    # With a weight near 0, training would use only one kind of answers: fewer than the site counts.
     bounds = (Bound("kto.desirable_weight", 0.1, 10), Bound("kto.undesirable_weight", 0.1, 10))
 
     def refusal(self, config: Config) -> str | None:
@@ -72,11 +72,11 @@ class Kto(TrainingTask):
         return None
 
     def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
-        """Prompt, answer and verdict."""
+        """Prompt, answer and label."""
         return ("prompt", "answer", "desirable")
 
     def claims(self, columns: ColumnsConfig, error: DataError) -> bool:
-        """Columns named for judged answers."""
+        """Whether the configured columns are those of judged answers."""
         return (columns.answer, columns.desirable) != (
             ColumnsConfig.answer,
             ColumnsConfig.desirable,
@@ -84,21 +84,21 @@ class Kto(TrainingTask):
 
     @property
     def records(self) -> "RecordKind":
-        """A context, and an answer that was liked, or one that was not."""
+        """A context with a desirable or an undesirable answer."""
         from fedllm_flwr.tasks.kto.examples import JUDGED
 
         return JUDGED
 
     def remarks(self, config: Config, data: "SimulatedData") -> list[str]:
-        """Weights that do not make up for unequal numbers of both kinds of answers."""
+        """A remark if the weights do not balance desirable and undesirable answers."""
         examples: Any = data.encoded
         desirable = int(examples.desirable.sum())
         undesirable = len(examples) - desirable
         if not desirable or not undesirable:
             kind = "undesirable" if not desirable else "desirable"
             return [
-                f"task=kto: all {len(examples)} answers are {kind}; nothing holds the other kind "
-                "against them"
+                f"task=kto: all {len(examples)} answers are {kind}; no answer of the other kind "
+                "balances them"
             ]
         kto, (low, high) = config.kto, _IDEAL
         ratio = kto.desirable_weight * desirable / (kto.undesirable_weight * undesirable)
@@ -112,7 +112,7 @@ class Kto(TrainingTask):
         ]
 
     def prepare(self, work: LocalWork) -> "Mapping[str, Kept]":
-        """Log-probabilities under the reference: of the drawn answers, and of mismatched ones."""
+        """Compute the reference's log-probabilities of the drawn and of mismatched answers."""
         from fedllm_flwr.params import Kept
         from fedllm_flwr.tasks.kto.training import mismatched_reference
         from fedllm_flwr.tasks.preferences.reference import ReferenceCache
@@ -121,7 +121,7 @@ class Kto(TrainingTask):
         batch_tokens = work.config.evaluation.batch_tokens
         cache = ReferenceCache(batch_tokens, work.remembered.get("reference"))
         known = cache.of(work.model, reference, work.examples, work.drawn)
-        if work.config.privacy.unit == "record":  # which mixes no examples
+        if work.config.privacy.unit == "record":  # examples must not be mixed
             return {"reference": known}
         return {
             "reference": known,
@@ -135,20 +135,20 @@ class Kto(TrainingTask):
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
-        """Raise the implied rewards of desirable answers, lower those of undesirable ones."""
+        """Increase the implied rewards of desirable answers, decrease those of undesirable ones."""
         from fedllm_flwr.tasks.kto.training import train_kto
 
         reference, mismatched = prepared["reference"].tensors, prepared["mismatched"].tensors
         return train_kto(work, reference["values"], mismatched["values"], callbacks, penalty)
 
     def example_losses(self, work: LocalWork, prepared: "Mapping[str, Kept]") -> "ExampleLosses":
-        """Loss of each answer, compared with a reward of 0."""
+        """Loss of each answer, with the reference point z0 = 0."""
         from fedllm_flwr.tasks.kto.training import answer_losses
 
         return answer_losses(work, prepared["reference"].tensors["values"])
 
     def drops_out(self, config: Config) -> bool:
-        """No: the reference has none."""
+        """Dropout is always off, as in the reference model."""
         return False
 
     def held_out(
@@ -167,7 +167,7 @@ class Kto(TrainingTask):
     def score_client(
         self, config: Config, model: "AdaptedModel", examples: Any, tensors: "Mapping[str, Params]"
     ) -> Scores:
-        """Scores of `JudgedSet`, without answers of the model's own."""
+        """The scores of `JudgedSet`, without generated answers."""
         from fedllm_flwr.tasks.kto.held_out import JudgedSet
         from fedllm_flwr.tasks.preferences.answers import Prompts
 

@@ -1,4 +1,4 @@
-"""Judged answers as training examples: one row of tokens each, and whether it is desirable."""
+"""Judged answers as training examples: a token sequence ("row") and its desirability."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,16 +19,16 @@ _EMPTY: TokenRow = (np.empty(0, np.int32), np.empty(0, np.bool_))
 
 @dataclass(frozen=True)
 class AnswerReport:
-    """What became of the answers: num_answers = examples + dropped."""
+    """Truncation report: num_answers = examples + dropped."""
 
     num_answers: int
     prompts_cut: int  # answers whose prompt lost its start
     answers_cut: int  # answers that lost their end
-    dropped: int  # too long under truncation=drop, or nothing left after the cut
+    dropped: int  # too long under truncation=drop, or nothing left after truncation
 
     @property
     def losses(self) -> str:
-        """What did not fit, in words; empty if all did."""
+        """The truncation report as text; "" if every answer fits."""
         if not (self.prompts_cut or self.answers_cut or self.dropped):
             return ""
         return (
@@ -39,7 +39,7 @@ class AnswerReport:
 
 @dataclass(frozen=True)
 class EncodedAnswers:
-    """Tokenised answers, each a row; ``supervised`` marks the answer alone, with its EOS."""
+    """Tokenised answers, one row each; ``supervised`` marks only the answer, with its EOS."""
 
     rows: Encoded
     desirable: NDArray[np.bool_]  # (num_examples,)
@@ -49,7 +49,7 @@ class EncodedAnswers:
         return len(self.rows)
 
     def take(self, examples: NDArray[np.int64]) -> "EncodedAnswers":
-        """The chosen answers, in the order given; the report counts them alone."""
+        """The selected answers, in the given order, with a report of only these answers."""
         report = AnswerReport(len(examples), 0, 0, 0)
         return EncodedAnswers(self.rows.take(examples), self.desirable[examples], report)
 
@@ -60,7 +60,7 @@ class EncodedAnswers:
 
     @property
     def token_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in all rows, by its id."""
+        """Number of occurrences of each token id in all rows."""
         return self.rows.token_counts
 
     @property
@@ -70,20 +70,20 @@ class EncodedAnswers:
 
     @property
     def source(self) -> NDArray[np.int64]:
-        """Index of the record an answer came from, shape (num_examples,)."""
+        """Index of the record of each answer, shape (num_examples,)."""
         return self.rows.source
 
     def num_tokens_of(self, examples: NDArray[np.int64]) -> int:
-        """Tokens of the chosen rows together."""
+        """Total number of tokens of the selected rows."""
         return self.rows.num_tokens_of(examples)
 
     def mismatched(self, order: NDArray[np.int64], max_length: int) -> Encoded:
-        """Each prompt with the answer of the example before it, the first with the last's.
+        """Pair each prompt with the previous example's answer, and the first with the last's.
 
-        What the KL divergence is estimated on; longer rows lose the end of the answer.
+        KTO estimates the KL divergence on these rows; long rows lose the end of their answer.
 
         Args:
-            order: of the examples that are mixed with each other, (count,).
+            order: indices of the examples to mix, in order, (count,).
         """
         parts = [split(*self.rows[int(i)]) for i in order]
         rows = []
@@ -102,13 +102,13 @@ def encode_answers(
 ) -> EncodedAnswers:
     """Render and tokenise answers for training, at most ``max_length`` tokens per row.
 
-    Of a row that is too long, the prompt loses its start, but keeps half of ``max_length``; the
-    answer loses its end only where it is longer than what the prompt leaves. truncation=drop
-    leaves such rows out, keep none.
+    If a row is too long, the start of the prompt is cut, down to half of ``max_length``; then the
+    end of the answer is cut if it still does not fit. truncation=drop leaves out rows that are too
+    long; keep leaves out none.
 
     Raises:
-        ConfigError: unknown options.
-        ModelError: an unusable tokenizer.
+        ConfigError: an option is unknown.
+        ModelError: the tokenizer is unusable.
     """
     require_truncation(truncation)
     answers = [
@@ -146,9 +146,9 @@ def encode_answers(
 
 
 def _packed(answers: EncodedAnswers) -> tuple[Encoded, dict[str, int]]:
-    """Two rows a record, the desirable and the undesirable answer; one that is not there is empty.
+    """Two rows per record, the desirable and the undesirable answer; a missing answer is empty.
 
-    So the place of a row says which of both it is.
+    The parity of a row's index therefore gives its desirability.
     """
     lengths = np.zeros(2 * (int(answers.source.max(initial=-1)) + 1), np.int64)
     lengths[2 * answers.source + ~answers.desirable] = answers.lengths

@@ -25,9 +25,9 @@ class JudgedSet:
     """Held-out answers with the reference model's log-probabilities.
 
     Attributes:
-        mismatched: each prompt with another's answer, for the reference point.
-        reference: of the answers, (answers,).
-        mismatched_reference: of the mismatched ones, (answers,).
+        mismatched: each prompt with another prompt's answer, for the reference point.
+        reference: log p_ref of the answers, (answers,).
+        mismatched_reference: log p_ref of the mismatched answers, (answers,).
     """
 
     answers: EncodedAnswers
@@ -48,7 +48,7 @@ class JudgedSet:
         reference: Params | None,
         prompts: Prompts,
     ) -> "JudgedSet":
-        """Computes the reference once; leaves its adapter in the model.
+        """Compute the reference log-probabilities; leaves the reference's adapter in the model.
 
         Args:
             reference: adapter of the reference model; None: the base model.
@@ -66,18 +66,18 @@ class JudgedSet:
 
     @property
     def num_prompts(self) -> int:
-        """Prompts that `side_by_side` answers."""
+        """Number of prompts that `side_by_side` answers."""
         return len(self.prompts.tokens)
 
     def side_by_side(self, model: AdaptedModel, params: Params, label: str) -> str:
-        """The model's answers without and with the adapter `params`, and the liked ones."""
+        """The model's answers without and with the adapter `params`, and the desirable answers."""
         return self.prompts.side_by_side(model, params, label)
 
     def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
-        """Scores of the model as it is.
+        """Scores of the model with its current adapter.
 
-        Those of `answer_scores`; ``loss``, KTO's with the reference point ``kl`` of all answers;
-        ``answer_tokens``, the mean length of the model's own answers.
+        These are `answer_scores`; ``loss``, KTO's loss with the reference point ``kl`` estimated on
+        all answers; and ``answer_tokens``, the mean length of generated answers.
         """
         policy = score_examples(model, self.answers.rows, batch_tokens).log_probs
         mixed = score_examples(model, self.mismatched, batch_tokens).log_probs
@@ -99,10 +99,10 @@ def make_judged_set(
     answers: EncodedAnswers,
     reference: Params | None,
 ) -> JudgedSet:
-    """Put together what is needed to score adapters.
+    """Prepare held-out answers for scoring.
 
     Args:
-        records: with the fields messages and desirable.
+        records: a data set with the fields messages and desirable.
         answers: the same records, encoded.
         reference: adapter of the reference model; None: the base model.
     """
@@ -114,9 +114,9 @@ def make_judged_set(
 def answer_scores(rewards: NDArray[np.float64], desirable: NDArray[np.bool_]) -> Scores:
     """Scores from rewards beta log pi / pi_ref, (answers,).
 
-    ``accuracy`` is the share of answers whose reward has the right sign, ties counting half;
-    ``margin`` the mean reward of desirable answers less that of undesirable ones. A score of a
-    kind of answers that does not occur is left out.
+    ``accuracy`` is the fraction of answers whose reward has the right sign, ties counting half;
+    ``margin`` is the mean reward of desirable answers minus that of undesirable ones. Scores of a
+    kind of answer that does not occur are omitted.
     """
     right = np.where(desirable, rewards, -rewards)
     scores = {"accuracy": float(np.mean(0.5 + 0.5 * np.sign(right)))}

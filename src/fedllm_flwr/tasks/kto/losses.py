@@ -1,4 +1,4 @@
-"""The loss of KTO, and the point that it compares implied rewards with."""
+"""The loss of KTO, and the reference point of its implied rewards."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ def kto_loss(ratio: Tensor, desirable: Tensor, z0: float, kto: KtoConfig) -> Ten
 
     Args:
         ratio: implied rewards log pi(y|x) / pi_ref(y|x), (answers,).
-        desirable: whether an answer is, (answers,).
+        desirable: whether each answer is desirable, (answers,).
     """
     gain = torch.where(desirable, ratio - z0, z0 - ratio)
     weight = torch.where(desirable, kto.desirable_weight, kto.undesirable_weight)

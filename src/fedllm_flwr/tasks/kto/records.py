@@ -1,6 +1,6 @@
-"""From raw records to judged answers: a context, and an answer that was liked, or one that was not.
+"""From raw records to judged answers: a context with a desirable or an undesirable answer.
 
-A record of a preference data set holds one of each, which nothing pairs from here on.
+A record of a preference data set gives one answer of each kind, which are then no longer paired.
 """
 
 from functools import partial
@@ -29,17 +29,17 @@ _VERDICTS = {
     "false": False,
     "0": False,
     "0.0": False,
-}  # as text, without case: spreadsheets and CSV know no truth values
+}  # lower-case text, as spreadsheets and CSV have no booleans
 
 
 class Judged(NamedTuple):
-    """One usable record: one answer, or of a preference pair both."""
+    """One usable record: one answer, or both answers of a preference pair."""
 
     messages: Messages  # the context: [system,] user, assistant, ..., user
     desirable: str  # "": none
     undesirable: str  # "": none
-    label: str  # class of the record; without one, which of its answers it has
-    client: str  # value of the partition's (or the set's own client) column, "" without one
+    label: str  # class of the record, otherwise the kinds of answers that it has
+    client: str  # value of the partition or client column, "" if there is none
 
 
 def make_judged(
@@ -47,14 +47,14 @@ def make_judged(
 ) -> tuple[list[Judged], Faults]:
     """The usable records as judged answers, in order, and the faults of the others.
 
-    Records with the columns of an answer and of its verdict (true, false, 1 or 0) are taken as
-    they are, those with a chosen and a rejected answer as one of each kind.
+    Records have the columns of an answer and of its label (true, false, 1 or 0), or a chosen and a
+    rejected answer, which become one answer of each kind.
 
     Args:
-        present: columns of the file that the records are from.
+        present: columns of the records' file.
 
     Raises:
-        DataError: a mapped column is in no record of the file.
+        DataError: no record of the file has a mapped column.
     """
     columns, key = mapping.columns, mapping.columns_key
     wanted = {"answer": columns.answer, "desirable": columns.desirable}
@@ -62,7 +62,7 @@ def make_judged(
         pairs, faults = make_pairs(rows, mapping, present)
         return [Judged(*pair) for pair in pairs], faults
     are_texts = present.values.get(columns.answer or "", {}).keys() <= {str}
-    # The default name may be absent where the answers come with the turns before them.
+    # The default name may be missing if the answers' columns include the preceding turns.
     if columns.prompt is not None and (are_texts or columns.prompt != ColumnsConfig.prompt):
         wanted["prompt"] = columns.prompt
     for role, name in wanted.items():

@@ -3,12 +3,12 @@
 With the implied reward r = log pi(y|x) / pi_ref(y|x) and the reference point z0, an estimate of
 KL(pi || pi_ref), an answer's loss is (equation 7)
 
-    lambda_D (1 - sigma(beta (r - z0)))   where it is desirable,
-    lambda_U (1 - sigma(beta (z0 - r)))   where it is not.
+    lambda_D (1 - sigma(beta (r - z0)))   if it is desirable,
+    lambda_U (1 - sigma(beta (z0 - r)))   if it is not.
 
-z0 is the mean of the implied rewards of mismatched answers, each prompt of the step with the answer
-of the example before it, and at least 0. It is estimated on all examples of an optimizer step, with
-the adapter as it is before the step, and has no gradient.
+z0 is the mean of the implied rewards of mismatched answers, but at least 0: each prompt of the step
+is paired with the previous example's answer. It is estimated on all examples of an optimizer step
+with the adapter before the step, and has no gradient.
 """
 
 import numpy as np
@@ -44,7 +44,7 @@ def mismatched_reference(work: LocalWork, reference: Params | None) -> LogProbs:
 
 
 def answer_losses(work: LocalWork, reference: LogProbs) -> ExampleLosses:
-    """Loss of each answer by itself, with z0 = 0: its estimate would mix a step's examples.
+    """Per-answer losses with z0 = 0, since estimating z0 would mix the examples of a step.
 
     Args:
         reference: as `train_kto` takes it.
@@ -69,12 +69,12 @@ def train_kto(
     """Train the adapter in place, see `train_on_answers`; dropout is off, as in the reference.
 
     Args:
-        reference: log p_ref of the drawn answers, in an array for all, (answers, 1).
-        mismatched: of `mismatched_reference`.
+        reference: log p_ref of the answers, set for the drawn ones, (answers, 1).
+        mismatched: the result of `mismatched_reference`.
 
     Returns:
-        Loss, and over the round's answers, as they were when trained on, the ``accuracy`` and
-        ``margin`` of `answer_scores`, and ``kl``, the mean of the reference points.
+        The loss; over the round's answers at the time of their step, the ``accuracy`` and
+        ``margin`` of `answer_scores`; and ``kl``, the mean of the reference points.
     """
     config, model, desirable = work.config, work.model, work.examples.desirable
     steps, per_step = _steps(work), work.batches.per_step

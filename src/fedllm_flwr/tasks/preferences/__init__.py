@@ -1,4 +1,4 @@
-"""What the tasks that learn preferences share: records, the reference model, scores, answers."""
+"""Common parts of the preference tasks: records, the reference model, scores and answers."""
 
 from fedllm_flwr.tasks.base import Metric
 

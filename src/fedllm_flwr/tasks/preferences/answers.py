@@ -1,4 +1,4 @@
-"""The model's own answers to held-out prompts: how long they are, and what they say."""
+"""Generated answers to held-out prompts: their mean length, and a side-by-side comparison."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,9 @@ from fedllm_flwr.params import Params
 
 @dataclass(frozen=True)
 class Prompts:
-    """Held-out prompts that the model answers freely, and the better answers in the data."""
+    """Held-out prompts for generation, and the preferred answers in the data."""
 
-    texts: list[str]  # the last turn of each
+    texts: list[str]  # the last turn of each prompt
     tokens: list[TokenArray]
     chosen: list[str]
     decoding: Decoding
@@ -32,12 +32,12 @@ class Prompts:
     def of(
         cls, config: Config, model: AdaptedModel, records: Any, rows: NDArray[np.int64], column: str
     ) -> "Prompts":
-        """The prompts of the first ``evaluation.answers`` of `rows`, cut to leave room to answer.
+        """The first ``evaluation.answers`` prompts, truncated to leave room for an answer.
 
         Args:
             records: a data set with the column messages.
-            rows: indices of the records that may be asked.
-            column: of `records`, that holds the better answers.
+            rows: indices of the records to choose from.
+            column: column of `records` with the preferred answers.
         """
         room = config.evaluation.max_new_tokens
         wanted = rows[: config.evaluation.answers].tolist()
@@ -50,17 +50,17 @@ class Prompts:
         return cls(texts, tokens, [better[i] for i in wanted], Decoding(room))
 
     def mean_tokens(self, model: AdaptedModel) -> float:
-        """Mean length of the greedy answers of the model as it is."""
+        """Mean length of greedy answers of the model with its current adapter."""
         answers = generate(model, self.tokens, self.decoding)
         return float(np.mean([len(answer) for answer in answers]))
 
     def side_by_side(
         self, model: AdaptedModel, params: Params, label: str = "with the adapter"
     ) -> str:
-        """Markdown with the prompts and their answers: base model's, adapter's, the data's.
+        """Markdown with the prompts and the answers of base model, adapter and data.
 
         Args:
-            label: what the adapter `params` is called there.
+            label: name of the adapter `params` in the text.
         """
         if not self.tokens:
             return ""

@@ -1,4 +1,4 @@
-"""From raw records to preference pairs: a shared context, a better and a worse answer to it."""
+"""From raw records to preference pairs: a shared context, a chosen and a rejected answer."""
 
 from functools import partial
 from typing import NamedTuple
@@ -30,14 +30,14 @@ class Pair(NamedTuple):
     """One usable record."""
 
     messages: Messages  # the shared context: [system,] user, assistant, ..., user
-    chosen: str  # the better next turn of the assistant
+    chosen: str  # the preferred next turn of the assistant
     rejected: str
-    label: str  # class of the record, "" without one
-    client: str  # value of the partition's (or the set's own client) column, "" without one
+    label: str  # class of the record, "" if it has none
+    client: str  # value of the partition or client column, "" if there is none
 
 
 class Answer(NamedTuple):
-    """The answer in a column, and the turns that the column holds before it."""
+    """The answer in a column, and the turns before it in the same column."""
 
     context: Messages
     text: str
@@ -46,14 +46,14 @@ class Answer(NamedTuple):
 def make_pairs(rows: Preprocessed, mapping: Mapping, present: Columns) -> tuple[list[Pair], Faults]:
     """The usable records as pairs, in order, and the faults of the others.
 
-    chosen and rejected are texts that answer the column prompt, or lists of turns that end with
-    the answer, after the prompt or in its place.
+    chosen and rejected are either texts that answer the column prompt, or lists of turns that end
+    with the answer and may replace the prompt.
 
     Args:
-        present: columns of the file that the records are from.
+        present: columns of the records' file.
 
     Raises:
-        DataError: a mapped column is in no record of the file.
+        DataError: no record of the file has a mapped column.
     """
     _require_columns(mapping, present)
     mapping = resolve_attributes(mapping, present)
@@ -71,7 +71,7 @@ def _require_columns(mapping: Mapping, present: Columns) -> None:
     if prompt is None or prompt in present:
         return
     answers = present.values.get(columns.chosen or "", {})
-    # The default name may be absent where the answers come with the turns before them.
+    # The default name may be missing if the answers' columns include the preceding turns.
     if prompt != ColumnsConfig.prompt or answers.keys() <= {str}:
         error = missing_column(mapping.source, f"{key}.prompt", prompt, present)
         if is_transcript(answers.get(str)):
@@ -102,7 +102,7 @@ def _make_pair(row: Record, mapping: Mapping) -> Pair:
 
 
 def answer_in(row: Record, column: str) -> Answer:
-    """The answer in a column: a text, or the last of a list of turns."""
+    """The answer in a column: a text, or the last turn of a list of turns."""
     value = row.get(column)
     if isinstance(value, list) and value:
         *context, last = _join_turns(value)
@@ -124,7 +124,7 @@ def answer_in(row: Record, column: str) -> Answer:
 
 
 def _join_turns(turns: list[object]) -> Messages:
-    """Turns as messages; those of one role in a row become one, with blank lines between them."""
+    """Turns as messages; consecutive turns of one role are joined with blank lines."""
     messages: Messages = []
     for message in map(parse_turn, turns):
         if messages and messages[-1]["role"] == message["role"]:
@@ -136,7 +136,7 @@ def _join_turns(turns: list[object]) -> Messages:
 
 
 def context_of(row: Record, columns: ColumnsConfig, *answers: Answer) -> Messages:
-    """The turns before the answers, which their columns and that of the prompt must agree on."""
+    """The turns before the answers; the prompt column and the answers' columns must agree."""
     contexts = [answer.context for answer in answers if answer.context]
     context = contexts[0] if contexts else []
     if not all(_same(context, other) for other in contexts):

@@ -1,7 +1,7 @@
-"""Log-probabilities of the reference model, each answer's once in a run.
+"""Log-probabilities of the reference model, computed once per answer and run.
 
-The reference is the base model, or a given adapter on it, from the first round to the last; never
-a copy of the global adapter of some round.
+The reference is the base model, or a given adapter on it, for the whole run. It is never a copy of
+the global adapter of some round.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 class Answered(Protocol):
-    """Examples of one or more rows each, whose supervised tokens are the answer of the row."""
+    """Examples of one or more rows each; the supervised tokens of a row are its answer."""
 
     @property
     def rows(self) -> Encoded:
-        """All rows; those of one example follow each other."""
+        """All rows; the rows of an example are consecutive."""
 
     def __len__(self) -> int:
         """Number of examples."""
 
     def take(self, examples: NDArray[np.int64]) -> Self:
-        """The chosen examples, in the order given."""
+        """The selected examples, in the given order."""
 
 
 def reference_log_probs(
@@ -43,8 +43,8 @@ def reference_log_probs(
     """log p_ref(answer | context) of each row, (rows,), in nats.
 
     Args:
-        reference: adapter of the reference model; None: the base model alone. The model is left
-            with this adapter in it.
+        reference: adapter of the reference model; None: the base model alone. The model keeps this
+            adapter afterwards.
     """
     if reference is not None:
         model.load(reference)
@@ -54,11 +54,11 @@ def reference_log_probs(
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """A client's reference log-probabilities, remembered from round to round.
+    """A client's reference log-probabilities, kept in its client memory.
 
-    Only examples that a round draws are computed, and only those that no acknowledged round has
-    drawn: the reference costs one forward pass an example in a whole run. What a round computes
-    depends on the acknowledged rounds alone, so that a repeated round gives the same bits.
+    A round computes them only for drawn examples that no acknowledged round has drawn, which costs
+    one forward pass per example in a whole run. What a round computes depends only on the
+    acknowledged rounds, so a repeated round gives the same bits.
     """
 
     batch_tokens: int
@@ -71,11 +71,11 @@ class ReferenceCache:
         examples: Answered,
         drawn: NDArray[np.int64],
     ) -> Kept:
-        """What to remember: ``values`` (examples, rows per example), those of `drawn` among them.
+        """The client memory to keep: ``values`` (examples, rows per example), including `drawn`.
 
-        ``known`` (examples,) says of which examples; the text identifies them and the model.
+        ``known`` (examples,) marks the computed examples; the text identifies examples and model.
 
-        The model is left changed.
+        Changes the adapter in the model.
         """
         identity = _identity(model, reference, examples.rows)
         per_example = len(examples.rows) // len(examples)
@@ -100,9 +100,9 @@ class ReferenceCache:
 
 
 def _identity(model: AdaptedModel, reference: Params | None, rows: Encoded) -> str:
-    """What tells these answers under this reference model from others: a digest.
+    """A digest that identifies these answers under this reference model.
 
-    A site may keep one state directory for several runs, which differ in any of this.
+    A site may use one state directory for several runs that differ in either.
     """
     base = model.peft.get_base_model().config
     quantization = getattr(base, "quantization_config", None)

@@ -1,4 +1,4 @@
-"""Training on whole answers: a loss of their log-probabilities under policy and reference."""
+"""Training with losses of whole answers' log-probabilities under policy and reference."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,10 +30,10 @@ from fedllm_flwr.training.trainer import (
 
 @dataclass(frozen=True)
 class Answers:
-    """The rows of a micro-batch, side by side: first rows of all examples, then second ones."""
+    """The rows of a micro-batch: the first rows of all examples, then their second rows."""
 
-    token_log_probs: Tensor  # (rows, positions), with gradients; zero but at answers' tokens
-    tokens: Tensor  # of each answer, (rows,)
+    token_log_probs: Tensor  # (rows, positions), with gradients; zero except at answer tokens
+    tokens: Tensor  # number of tokens of each answer, (rows,)
     reference: Tensor  # log p_ref of each answer, (rows,)
 
     @property
@@ -48,7 +48,7 @@ AnswersLoss = Callable[[Answers, MicroBatch], Tensor]
 
 @dataclass(frozen=True)
 class AnswerRows:
-    """What is trained on: rows of tokens, `per_example` following each other for one example."""
+    """The training rows; each example has `per_example` consecutive rows."""
 
     rows: Encoded
     per_example: int
@@ -69,8 +69,8 @@ def train_on_answers(
 ) -> Trained:
     """Train the adapter in place, one optimizer step per ``batches.per_step`` micro-batches.
 
-    The loss of a step is the mean over its examples, however they are divided into micro-batches.
-    The optimizer is fresh, the learning rate constant.
+    The loss of a step is the mean over its examples, independent of their division into
+    micro-batches. The optimizer is newly initialised and the learning rate is constant.
     """
 
     def collate(items: Sequence[MicroBatch]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class AnswerTrainer(BareTrainer):
         **arguments: Any,
     ) -> None:
         super().__init__(penalty, **arguments)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by per_step
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, which is divided by per_step
         self._loss = loss
         self._batches = batches
         self._selects_logits = selects_logits

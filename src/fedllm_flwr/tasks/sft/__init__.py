@@ -1,4 +1,4 @@
-"""Instruction tuning: the next token of the answers, by cross-entropy."""
+"""Instruction tuning: next-token cross-entropy on the answers."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Sft(TrainingTask):
-    """Supervised fine-tuning on instructions, or on chats."""
+    """Supervised fine-tuning on instructions or chats."""
 
     name = "sft"
     has_example_losses = True
@@ -44,12 +44,12 @@ class Sft(TrainingTask):
     }
 
     def distinct_roles(self, columns: ColumnsConfig) -> tuple[str, ...]:
-        """A chat is one column, and none of these."""
+        """Prompt and answer, unless a chat column replaces them."""
         return () if columns.messages is not None else ("instruction", "output")
 
     @property
     def records(self) -> "RecordKind":
-        """Conversations whose assistant turns are learnt."""
+        """Conversations with supervised assistant turns."""
         from fedllm_flwr.tasks.sft.examples import INSTRUCTIONS
 
         return INSTRUCTIONS
@@ -61,7 +61,7 @@ class Sft(TrainingTask):
         callbacks: "list[TrainerCallback]",
         penalty: "Penalty",
     ) -> "Trained":
-        """Minimise the mean negative log-likelihood of a step's answer tokens."""
+        """Minimise the mean negative log-likelihood of the answer tokens of a step."""
         from fedllm_flwr.tasks.sft.training import train_sft
 
         return train_sft(
@@ -76,13 +76,13 @@ class Sft(TrainingTask):
         )
 
     def remarks(self, config: Config, data: "SimulatedData") -> list[str]:
-        """Labels that are nobody's answer."""
+        """A remark on labels that are not the answer of any record."""
         from fedllm_flwr.tasks.sft.labels import unseen_labels
 
         return unseen_labels(config.data, data.source.train, data.source.eval)
 
     def check_held_out(self, config: Config, records: "Records") -> None:
-        """With ``data.labels``, one of them is the answer of some record."""
+        """With ``data.labels``, require that one of them is the answer of some record."""
         from fedllm_flwr.tasks.sft.labels import require_scored
 
         require_scored(config.data, records)
@@ -105,7 +105,7 @@ class Sft(TrainingTask):
         encoded: Any,
         tensors: "Mapping[str, Params]",
     ) -> HeldOut:
-        """Loss of the answers, and with ``data.labels`` the most likely label."""
+        """Records to score the answers' loss and, with ``data.labels``, the most likely label."""
         from fedllm_flwr.tasks.sft.held_out import make_evaluation_set
 
         return make_evaluation_set(config, model.tokenizer, records, encoded)

@@ -1,4 +1,4 @@
-"""Instructions as the data layer reads and encodes them."""
+"""The record kind of instructions: how the data layer reads and encodes them."""
 
 from fedllm_flwr.data.encode import Encoded, encode
 from fedllm_flwr.data.kinds import RecordKind

@@ -1,4 +1,4 @@
-"""Held-out instructions: loss, token accuracy, and classes by likelihood."""
+"""Scores on held-out instructions: loss, token accuracy, and classification by likelihood."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fedllm_flwr.tasks.base import Scores
 
 @dataclass(frozen=True)
 class Backdoor:
-    """Held-out records with a backdoor's trigger, of which none has the answer that it teaches."""
+    """Held-out records with a backdoor's trigger; none of them has the target answer."""
 
     choices: EncodedChoices
     target: int  # index into data.labels
@@ -29,7 +29,7 @@ class Backdoor:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Held-out records, encoded; ``choices`` and ``targets`` where answers are classes."""
+    """Encoded held-out records; with ``choices`` and ``targets`` if answers are classes."""
 
     examples: Encoded
     choices: EncodedChoices | None
@@ -41,7 +41,7 @@ class EvaluationSet:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The scores to look at first."""
+        """The main scores, most important first."""
         if self.choices is None:
             return ("loss",)
         attack = () if self.backdoor is None else ("attack_success",)
@@ -49,7 +49,7 @@ class EvaluationSet:
 
     @property
     def num_prompts(self) -> int:
-        """Free answers are not compared."""
+        """No answers are generated."""
         return 0
 
     def side_by_side(self, model: AdaptedModel, params: Params, label: str) -> str:
@@ -57,9 +57,11 @@ class EvaluationSet:
         return ""
 
     def score(self, model: AdaptedModel, batch_tokens: int) -> Scores:
-        """Scores of the model as it is: loss (nats per answer token), perplexity, token_accuracy;
-        with classes also accuracy and macro_f1 of the most likely label; with a backdoor
-        attack_success, the share of triggered records that get its answer.
+        """Scores of the model with its current adapter.
+
+        These are loss (nats per answer token), perplexity and token_accuracy; with classes also
+        accuracy and macro_f1 of the most likely label; with a backdoor attack_success, the fraction
+        of triggered records for which the target is most likely.
         """
         tokens = score_examples(model, self.examples, batch_tokens)
         scores: Scores = {
@@ -88,7 +90,7 @@ def _chosen(model: AdaptedModel, choices: EncodedChoices, batch_tokens: int) -> 
 def make_evaluation_set(
     config: Config, tokenizer: Tokenizer, records: object, encoded: Encoded
 ) -> EvaluationSet:
-    """Encode the labels to choose among; records whose answer is no known label are not scored.
+    """Encode the candidate labels; records whose answer is not a known label are not scored.
 
     Args:
         records: a data set with columns messages and choice.

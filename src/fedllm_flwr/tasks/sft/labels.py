@@ -1,4 +1,4 @@
-"""Whether ``data.labels`` are the answers that the records have."""
+"""Checks that ``data.labels`` match the records' answers."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -13,7 +13,7 @@ _QUOTED = 3  # answers in a message
 
 
 def unseen_labels(data: DataConfig, *sources: Records) -> list[str]:
-    """A line on the labels that are the answer of no record of any source, if there are such."""
+    """A line on the labels that are not the answer of any record, if there are any."""
     seen = {choice for source in sources for choice in source["choice"]}
     unseen = [label for i, label in enumerate(data.labels) if i not in seen]
     if not unseen:
@@ -23,7 +23,7 @@ def unseen_labels(data: DataConfig, *sources: Records) -> list[str]:
 
 
 def require_scored(data: DataConfig, held_out: Records) -> None:
-    """Refuse labels by which not one held-out record can be scored.
+    """Require that at least one held-out record has one of the labels as its answer.
 
     Raises:
         DataError: names the labels and some of the answers.
@@ -31,13 +31,13 @@ def require_scored(data: DataConfig, held_out: Records) -> None:
     if data.labels and all(choice < 0 for choice in held_out["choice"]):
         raise DataError(
             f"data.labels={shown(data.labels)}: no held-out record has one of them as its answer "
-            f"({_quoted(held_out)}); give the answers there are, or data.labels=[] for "
+            f"({_quoted(held_out)}); give the answers that occur, or data.labels=[] for "
             "records without classes"
         )
 
 
 def _quoted(records: Iterable[Any]) -> str:
-    """The first different answers of conversations, each cut to one short line."""
+    """The first distinct answers, each truncated to one short line."""
     first: dict[str, None] = {}
     for record in records:
         first[shown(record.messages[-1]["content"].strip()[:30])] = None

@@ -31,9 +31,9 @@ class Example(NamedTuple):
     """One usable record."""
 
     messages: Messages
-    label: str  # class of the record, "" without one
-    client: str  # value of the partition's (or the set's own client) column, "" without one
-    choice: int  # index of the answer in data.labels, -1 when it is none of them
+    label: str  # class of the record, "" if it has none
+    client: str  # value of the partition or client column, "" if there is none
+    choice: int  # index of the answer in data.labels, -1 if it is not one of them
 
 
 def make_examples(
@@ -42,10 +42,10 @@ def make_examples(
     """The usable records as examples, in order, and the faults of the others.
 
     Args:
-        present: columns of the file that the records are from.
+        present: columns of the records' file.
 
     Raises:
-        DataError: a mapped column is in no record of the file.
+        DataError: no record of the file has a mapped column.
     """
     _require_columns(mapping, present)
     mapping = resolve_attributes(mapping, present)
@@ -59,7 +59,7 @@ def _require_columns(mapping: Mapping, present: set[str]) -> None:
         required = {"messages": columns.messages}
     else:
         required = {"instruction": columns.instruction or "", "output": columns.output or ""}
-        # The default name may be absent: most sets without extra input have no such column.
+        # The default name may be missing: most data sets without extra input have no such column.
         if columns.input is not None and columns.input != ColumnsConfig.input:
             required["input"] = columns.input
     for role, name in required.items():

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of the adapter on one client's examples, by transformers' Trainer.
 
-TRL's SFTTrainer computes entropies and token accuracies in every step; on small models that took
-20 to 50 % more time than this bare Trainer, which is within a few percent of a plain loop.
+TRL's SFTTrainer computes entropies and token accuracies in every step. On small models it took 20
+to 50 % more time than this bare Trainer, which is within a few percent of a plain PyTorch loop.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,11 @@ def train_sft(
 ) -> Trained:
     """Train the adapter in place, one optimizer step per ``batches.per_step`` micro-batches.
 
-    The loss of a step is the sum over all its supervised tokens divided by their number, however
-    they are divided into micro-batches. The optimizer is fresh, the learning rate constant.
+    The loss of a step is the mean over all its supervised tokens, independent of their division
+    into micro-batches. The optimizer is newly initialised and the learning rate is constant.
 
     Raises:
-        ModelError: the model computes only means over a batch, which do not add up to a step's.
+        ModelError: the model computes only batch means, which do not add up to the step's mean.
     """
     trainer = BareTrainer(
         penalty,
@@ -63,7 +63,7 @@ def train_sft(
 
 
 def _collator(model: AdaptedModel, examples: Encoded, packed: bool) -> Collator:
-    """Items of the data set are micro-batches; the loader hands them over one at a time."""
+    """A collator for a data set whose items are micro-batches; the loader passes one at a time."""
     selects_logits = model.selects_logits
 
     def collate(items: list[MicroBatch]) -> dict[str, torch.Tensor]:
