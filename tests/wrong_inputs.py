@@ -209,7 +209,7 @@ MODELS = _rows(
     ("directory that is no model", f"{OWN}folder", "config.json"),
     ("hub model without a network", "model=llama3_2_1b", "model.path="),
     ("tokenizer without end token", f"{OWN}no_eos", "eos_token"),
-    ("tokenizer with more ids than the model", f"{OWN}short_vocabulary", "its tokenizer makes"),
+    ("tokenizer with more ids than the model", f"{OWN}short_vocabulary", "its tokenizer produces"),
     ("no tokenizer", f"{OWN}no_tokenizer", "its tokenizer cannot be loaded"),
     ("no chat template", f"{OWN}no_template data.template=chat", "no chat template"),
     ("no weights", f"{OWN}no_weights", "no *.safetensors there"),

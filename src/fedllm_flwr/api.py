@@ -273,7 +273,7 @@ def compare(
     arguments = [*own, *overrides, *_data_overrides(data, eval_data)]
     root, failed = compared(arguments, config_dir)
     if failed:
-        raise FederationError(f"{failed} runs have failed; go on with: resume={root}.")
+        raise FederationError(f"{failed} runs have failed; resume with: resume={root}.")
     return Comparison(root)
 
 

@@ -85,7 +85,7 @@ def test_all_clients_fail(tmp_path: Path) -> None:
     assert message.startswith("round 1: 0 of 3 replies could be used, federation.min_replies=2. ")
     assert all(f"{name}: " in message for name in clients)
     assert message.endswith(
-        f"(the start is saved; go on with: fedllm run resume={tmp_path / 'run'})"
+        f"(the start is saved; resume with: fedllm run resume={tmp_path / 'run'})"
     )
     assert "\n" not in message
     # Once the cause is mended the run goes on, as if nothing had been.
@@ -152,7 +152,7 @@ def test_full_disk_keeps_the_checkpoints_before(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: cannot write {disk}/run/checkpoints/round-")
     assert os.strerror(errno.ENOSPC) in done.stderr
     last = int(checkpoints[-1].split("-")[1].split(".")[0])
-    assert f"(round {last} is saved; go on with: fedllm run resume={disk}/run)" in done.stderr
+    assert f"(round {last} is saved; resume with: fedllm run resume={disk}/run)" in done.stderr
     # On a disk with room the run goes on and ends as one that always had room.
     overrides = [text for text in overrides if not text.startswith("output_dir")]
     whole = run_tiny(tmp_path / "whole", *overrides)

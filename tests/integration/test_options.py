@@ -164,7 +164,7 @@ def test_a_stopped_sweep_keeps_its_rows_and_goes_on(
     monkeypatch.setattr("fedllm_flwr.commands.sweep.run_simulation", interrupted)
     assert cli.main(["run", "--quiet", "--multirun", *sweep]) == 130
     how = "fedllm run --multirun resume=seeds"
-    assert f"interrupted; 1 of 2 runs are done, go on with: {how}" in capsys.readouterr().err
+    assert f"interrupted; 1 of 2 runs are done, resume with: {how}" in capsys.readouterr().err
     [row] = _rows("seeds")
     assert (row["run"], row["seed"]) == ("seed=1", "1")
     final = json.loads(Path("seeds/0-seed=1/summary.json").read_text())["final"]
@@ -173,7 +173,7 @@ def test_a_stopped_sweep_keeps_its_rows_and_goes_on(
     assert cli.main(["status", "seeds"]) == 3
     shown = capsys.readouterr().out
     assert shown.startswith("seeds: sweep, 1 of 2 runs finished, 1 waiting\n")
-    assert f"go on with: {how}" in shown
+    assert f"resume with: {how}" in shown
     assert cli.main(["run", "--quiet", "--multirun", "resume=seeds", "seed=4,5"]) == 2
     assert "seed=4,5: a sweep goes on with its own overrides" in capsys.readouterr().err
 

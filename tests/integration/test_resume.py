@@ -51,7 +51,7 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(
         # In the middle of round 2: one client has trained and stored its state, one has not.
         run_intercepted(tmp_path / "stopped", interrupting(2, after=1), chosen)
     assert str(caught.value) == (
-        f"interrupted; round 1 is saved; go on with: fedllm run resume={tmp_path / 'stopped'}"
+        f"interrupted; round 1 is saved; resume with: fedllm run resume={tmp_path / 'stopped'}"
     )
     assert newest_round(tmp_path / "stopped" / "checkpoints") == 1
     expected, found = outcome(whole), outcome(resume(tmp_path / "stopped"))
@@ -92,7 +92,7 @@ def test_openfedllm_scaffold_goes_on_too(whole_run: WholeRun, tmp_path: Path) ->
 
 
 def test_interrupt_in_the_first_round_keeps_the_start(whole_run: WholeRun, tmp_path: Path) -> None:
-    with pytest.raises(RunInterrupted, match="the start is saved; go on with: fedllm run resume="):
+    with pytest.raises(RunInterrupted, match="the start is saved; resume with: fedllm run resume="):
         run_intercepted(tmp_path / "stopped", interrupting(1, after=0))
     assert outcome(resume(tmp_path / "stopped")) == outcome(whole_run("algorithm=fedavg"))
 
@@ -226,7 +226,7 @@ def test_all_checkpoints_unreadable(tmp_path: Path) -> None:
     run_tiny(tmp_path / "run", "federation.num_rounds=1")
     for checkpoint in (tmp_path / "run/checkpoints").iterdir():
         checkpoint.write_bytes(b"")
-    with pytest.raises(FederationError, match=r"no readable checkpoint; start the run anew\.$"):
+    with pytest.raises(FederationError, match=r"no readable checkpoint; start a new run\.$"):
         resume(tmp_path / "run", "federation.num_rounds=2")
     assert (tmp_path / "run/config.yaml").is_file()  # what is there of the run stays
 

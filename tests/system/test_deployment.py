@@ -153,7 +153,7 @@ def test_killed_app_of_the_server_is_said_at_once_with_the_command_that_goes_on(
     said = followed.stderr.strip()
     assert (followed.returncode, seconds < 30) == (1, True), followed.stdout + said
     assert "was killed or has crashed without a word" in said
-    advised = said.split("go on with: ")[1].split()
+    advised = said.split("resume with: ")[1].split()
     assert advised == ["fedllm", "server", "run", str(federation.folder), f"resume={output}"]
     status = federation.run("fedllm", "status", str(output))
     assert " ".join(advised) in status.stdout

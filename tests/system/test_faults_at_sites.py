@@ -100,7 +100,7 @@ def test_trainer_killed_over_a_task_is_started_again(federation: Deployment, run
 
     assert recovers(run, "amber"), run.records()[-1]
     assert run.failures("amber", now) == []
-    assert "the resident trainer died over a message" in federation.sites["amber"].said()
+    assert "the resident trainer died on a message" in federation.sites["amber"].said()
     assert [p.pid for p in federation.processes(TRAINER, "amber")] != [trainer.pid]
 
 

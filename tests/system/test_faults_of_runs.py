@@ -92,7 +92,7 @@ def test_full_disk_of_the_server_keeps_the_checkpoint(federation: Deployment, wh
         fill(disk / "filler")
         said = "No space left on device"
         assert ends_saying(run, said), run.said()
-        assert f"go on with: fedllm server run {federation.folder} resume={disk}/run" in run.said()
+        assert f"resume with: fedllm server run {federation.folder} resume={disk}/run" in run.said()
         (disk / "filler").unlink()
         resumed = federation.submit(disk / "run", f"resume={disk}/run")
         assert finished(resumed), resumed.said()

@@ -71,7 +71,7 @@ def test_ctrl_c(
         assert nothing_left(tmp_path) == []
     last = newest_round(tmp_path / "run/checkpoints")
     assert errors == (
-        f"error: interrupted; round {last} is saved; go on with: fedllm run resume=run\n"
+        f"error: interrupted; round {last} is saved; resume with: fedllm run resume=run\n"
     )
     again = ["fedllm", "run", "resume=run", f"federation.num_rounds={(last or 0) + 1}"]
     with started(again, tmp_path) as process:

@@ -94,7 +94,7 @@ def test_killed_app_is_noticed_by_its_lock(server: Path, place: str) -> None:
         SubmittedRun(server, "77", named).check_not_killed()
     assert str(error.value) == (
         f"run 77: the server's app (process {process.pid}) was killed or has crashed without a "
-        "word, out of memory perhaps; round 3 is saved; go on with: fedllm server run "
+        "word, out of memory perhaps; round 3 is saved; resume with: fedllm server run "
         f"{server} resume={directory.path}"
     )
 

@@ -37,7 +37,7 @@ def test_a_site_trains_at_most_its_own_rank(own: dict[str, int], rank: int) -> N
 
 @pytest.mark.parametrize(
     ("own", "said"),
-    [(0, "no whole number above 0"), ("4", "no whole number above 0"), (3, "set lora.alpha=16")],
+    [(0, "not a positive integer"), ("4", "not a positive integer"), (3, "set lora.alpha=16")],
 )
 def test_a_site_says_what_is_wrong_with_its_rank(own: object, said: str) -> None:
     config = Config(lora=LoraConfig(r=8, alpha=4))

@@ -114,7 +114,7 @@ def test_killed_run_has_stopped(run: RunDirectory, capsys: pytest.CaptureFixture
 
     assert code == NOT_WELL
     assert "stopped, 1 of 2 rounds" in said
-    assert f"round 1 is saved; go on with: fedllm run resume={run.path}" in said
+    assert f"round 1 is saved; resume with: fedllm run resume={run.path}" in said
 
 
 def test_killed_deployment_names_the_servers_command(
@@ -129,7 +129,7 @@ def test_killed_deployment_names_the_servers_command(
     code, said = status(capsys, str(run.path))
 
     assert code == NOT_WELL
-    assert f"round 1 is saved; go on with: {go_on} resume={run.path}" in said
+    assert f"round 1 is saved; resume with: {go_on} resume={run.path}" in said
 
 
 def test_failed_run_says_with_what(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +252,7 @@ def test_comparison(run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFix
         f"{root}: comparison, 0 of 2 runs finished, 1 stopped, 1 waiting",
         "  fedavg-seed0  stopped    round 1 of 2",
         "  fedavg-seed1  waiting",
-        f"  go on with: fedllm compare resume={root}",
+        f"  resume with: fedllm compare resume={root}",
     ]
     with held(begun):
         code, shown = status(capsys, str(root), "--json")

@@ -24,30 +24,30 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round of local training: a `Task` comes, an `Update` goes back."""
+    """One round of local training: answers an `Assignment` with an `Update`."""
     return _reply("train", message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Score the global adapter on the client's held-out examples; only numbers go back."""
+    """Score the global adapter on the client's held-out examples; only scores are sent back."""
     return _reply("evaluate", message, context)
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say who this client is and how many examples it holds."""
+    """Report this client's name and number of examples."""
     return _reply("query", message, context)
 
 
 @app.query("unmask")
 def unmask(message: Message, context: Context) -> Message:
-    """The second exchange of a round under secure aggregation: shares of masks."""
+    """Answer the second exchange of a secure-aggregation round with shares of masks."""
     return _reply("unmask", message, context)
 
 
 def _reply(kind: str, message: Message, context: Context) -> Message:
-    """Simulated clients share the process that keeps the model; a site's is started afresh."""
+    """Answer in this process for a simulated client, or by the resident trainer for a site."""
     node_config = dict(context.node_config)
     if "partition-id" in node_config and (index := noted_index(message.content)) is not None:
         node_config["partition-id"] = index
@@ -66,9 +66,10 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
 
 
 def require_confined(site: Site) -> None:
-    """Answer only where no code of a server's bundle can run, unless the site's operator allows it.
+    """Require that the node cannot run a server's code, unless the site's operator allows it.
 
-    Flower's own program loads whatever app a bundle names; this check is part of only this app.
+    Flower's own program loads any app that a server's bundle names, so a site must use
+    `fedllm site start`, which loads only this app.
 
     Raises:
         RefusedError: Flower's own program has loaded this app.
@@ -79,7 +80,7 @@ def require_confined(site: Site) -> None:
         logger.error(
             "this SuperNode was started by Flower's own program, which runs code that a server "
             "sends; start it with `fedllm site start` (trust-server-code=true in its node config "
-            "lets it answer all the same)"
+            "lets it answer anyway)"
         )
         raise RefusedError("its operator has to start it with `fedllm site start`")
     logger.warning(

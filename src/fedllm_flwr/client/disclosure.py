@@ -1,4 +1,4 @@
-"""Entries of a site's audit log: who asked for what, and which numbers left the site."""
+"""Entries of a site's audit log: each request, and the size of the data that left the site."""
 
 import math
 import time
@@ -21,12 +21,12 @@ _VERDICTS = {"ApprovalPending": WAITING, "ApprovalDeclined": "declined"}
 def audited(
     kind: str, asked: RecordDict, reply: RecordDict, site: Site, started: float
 ) -> RecordDict:
-    """`reply`, once it is in the site's audit log; a failure where the log cannot be written.
+    """Return `reply` after writing it to the audit log, or a failure if the log is not writable.
 
     A site keeps a log if its node config has ``site-dir``, as `fedllm site init` writes it.
 
     Args:
-        started: time.monotonic() when the message came.
+        started: time.monotonic() when the message arrived.
     """
     if "site-dir" not in site.node_config:
         return reply
@@ -39,7 +39,7 @@ def audited(
     try:
         server_round, config = unpack_config(asked)
     except FederationError as error:
-        if kind != "unmask":  # which has no settings, and answers the round before it
+        if kind != "unmask":  # which has no settings, and belongs to a logged round
             entry["unreadable"] = str(error)
     else:
         settings = asdict(config)
@@ -70,7 +70,7 @@ def audit_folder(site_dir: Path) -> Path:
 
 
 def disclosed(reply: RecordDict) -> dict[str, Any]:
-    """Records used, and the values, bytes and L2 norms of the tensors in a reply."""
+    """Number of records, and the values, bytes and L2 norms of the tensors in a reply."""
     said: dict[str, Any] = {}
     for record in reply.config_records.values():
         said |= dict(record.items())
@@ -80,7 +80,7 @@ def disclosed(reply: RecordDict) -> dict[str, Any]:
     records = said.get("num_examples", 0)
     left: dict[str, Any] = {"records": records, "values": 0, "bytes": 0, "norms": {}}
     for name, arrays in reply.array_records.items():
-        if said.get("dtype") == MASKED:  # a norm of masked words says nothing
+        if said.get("dtype") == MASKED:  # the norm of masked words is meaningless
             left["values"] += sum(math.prod(array.shape) for array in arrays.values())
             left["bytes"] += sum(len(array.data) for array in arrays.values())
             left["masked"] = True

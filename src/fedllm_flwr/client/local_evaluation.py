@@ -1,4 +1,4 @@
-"""Evaluation of the global adapter, and of the client's own, on its own held-out examples."""
+"""Evaluation of the global adapter and the client's personal adapter on its held-out examples."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from fedllm_flwr.tasks import task_of
 def evaluate_locally(
     assignment: Assignment, data: ClientData, memory_folder: Path
 ) -> dict[str, float]:
-    """The training task's scores of the global adapter; only these numbers leave the client.
+    """The task's scores of the global adapter; only these numbers leave the client.
 
-    Where the rule leaves the client an adapter of its own, that one's scores are there too, as
-    ``personal_loss`` and the like.
+    If the rule has personal adapters, the scores of the client's own adapter are included, as
+    ``personal_loss`` and so on.
     """
     if not len(data.held_out):
         raise DataError(f"{data.name} holds no examples back; raise data.validation_fraction")

@@ -57,22 +57,22 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def answer(kind: str, content: RecordDict, site: Site) -> RecordDict:
-    """The answer to a message of Flower's type `kind`: train, evaluate or query.
+    """Answer a message of Flower's type `kind`: train, evaluate or query.
 
-    Any error becomes a `Failure`, in wording that is safe to leave this site.
+    Any error becomes a `Failure` with a text that may safely leave this site.
     """
     try:
         return HANDLERS[kind](content, site)
     except (ApprovalPending, NotFiniteError) as error:
         logger.warning("%s: %s", kind, error)
         return failed(error, site)
-    except Exception as error:  # the server gets a reason and not a hang
+    except Exception as error:  # the server gets a reason instead of a timeout
         logger.exception("%s failed", kind)
         return failed(error, site)
 
 
 def train(content: RecordDict, site: Site) -> RecordDict:
-    """One round of local training: an `Assignment` comes, an `Update` goes back."""
+    """One round of local training: answers an `Assignment` with an `Update`."""
     from fedllm_flwr.client.local_round import train_locally
 
     assignment, data, dataset = accepted(content, site)
@@ -98,14 +98,14 @@ def train(content: RecordDict, site: Site) -> RecordDict:
 
 
 def unmask(content: RecordDict, site: Site) -> RecordDict:
-    """Answer the second exchange of a round under secure aggregation with shares of masks."""
+    """Answer the second exchange of a secure-aggregation round with shares of masks."""
     question = unpack_unmask(content)
     name = question.asked if site.is_simulated else site.name
     return pack_opened(site.secure(name, content).unmask(question))
 
 
 def evaluate(content: RecordDict, site: Site) -> RecordDict:
-    """Score the global adapter on the node's held-out examples; only numbers go back."""
+    """Score the global adapter on the node's held-out examples; only scores are sent back."""
     from fedllm_flwr.client.local_evaluation import evaluate_locally
 
     if site.policy.asks_for_privacy:
@@ -119,10 +119,10 @@ def evaluate(content: RecordDict, site: Site) -> RecordDict:
 
 
 def query(content: RecordDict, site: Site) -> RecordDict:
-    """Tell the server who this node is and how many examples it holds; a site does so once a run.
+    """Report this node's name and number of examples; a site is asked once per run.
 
-    A site's number follows only from its file, its settings and the task: no record is left out
-    for its length, whatever template or length the server asks for.
+    A site's number of examples depends only on its file, its settings and the task: whatever
+    template or length the server chooses, no record is left out because of its length.
     """
     from fedllm_flwr.runs.fit import check_site_fit
 
@@ -147,7 +147,7 @@ def query(content: RecordDict, site: Site) -> RecordDict:
 
 
 def with_card(info: ClientInfo, config: Config, content: RecordDict, site: Site) -> ClientInfo:
-    """The answer to a query, with the keys of a run under secure aggregation."""
+    """`info` with the client's public keys, if the run uses secure aggregation."""
     if not config.privacy.secure_aggregation:
         return info
     return replace(info, card=site.secure(info.name, content).card().to_text())
@@ -162,10 +162,10 @@ HANDLERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
 
 
 def accepted(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData, str]":
-    """A server's assignment with the site's own configuration, the data, and their name.
+    """A server's assignment with the site's own configuration, the site's data, and its name.
 
     Raises:
-        FedLLMError: the policy forbids it, or the site's data cannot be used as asked.
+        FedLLMError: the policy forbids it, or the site's data do not fit it.
     """
     assignment = unpack_assignment(content)
     asked = assignment.config.data.site_dataset
@@ -181,14 +181,14 @@ def accepted(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData, 
 
 
 def check_unchanged(config: Config, memory: Path, digests: Path) -> None:
-    """Refuse other data in the middle of a run, whose control variates and sizes are of the first.
+    """Reject a change of data during a run: client memory and sizes belong to the first data.
 
     Args:
         memory: the client's folder of the run.
-        digests: folder where digests of files are kept.
+        digests: folder that keeps file digests.
 
     Raises:
-        DataError: the site's file is another one than in an earlier round of the run.
+        DataError: the site's file differs from that of an earlier round of the run.
         FederationError: the folder cannot be written.
     """
     from fedllm_flwr.data.client_data import data_identity
@@ -208,9 +208,10 @@ def check_unchanged(config: Config, memory: Path, digests: Path) -> None:
 
 
 def failed(error: Exception, site: Site) -> RecordDict:
-    """The answer of a node whose request has failed.
+    """The reply to a failed request.
 
-    A site tells the server a text that was written for it, or the error's class; its log has all.
+    A site sends the server only a text that is meant for it, or the error's class; the site's log
+    has the details.
     """
     kind, more = type(error).__name__, "the site's log says more"
     cause = error if isinstance(error, OSError) else error.__cause__

@@ -1,10 +1,9 @@
-"""What a simulation notes in its messages: who the client is, and where it keeps its memory.
+"""Notes in the messages of a simulation: the client's index and the directory of client memory.
 
-The server divides its own data among simulated clients, so that it knows all of them without asking
-(`federation.census.known`); a node of the simulation is whichever client a message names. The
-directory of the clients' memory lies in that of the run, and travels with each message: a worker
-process may be older than the run, or run on another machine. A site reads no such note, see
-`Site.memory_folder`.
+The server partitions its own data into simulated clients, so it knows all of them without asking
+(`federation.census.known`). A simulated node acts as the client that a message names. Client memory
+is in the run's directory, whose path is part of each message because a worker process may be older
+than the run, or run on another machine. Sites ignore such notes, see `Site.memory_folder`.
 """
 
 from pathlib import Path
@@ -15,14 +14,14 @@ _RECORD, _STATE_DIR, _INDEX = "simulation", "state_dir", "client"
 
 
 def add_note(content: RecordDict, state_dir: Path, index: int) -> None:
-    """Note in a message which of the run's clients it is for, and where they keep their memory."""
+    """Add to a message the index of its client, and the directory of client memory."""
     content[_RECORD] = ConfigRecord({_STATE_DIR: str(state_dir.resolve()), _INDEX: index})
 
 
 def noted_state_dir(content: RecordDict) -> Path | None:
-    """The directory that is noted in a message; None where this machine does not have the run's.
+    """The directory of client memory in a message; None if this machine does not have it.
 
-    That is so on another machine of a Ray cluster without a shared file system.
+    That is the case on another machine of a Ray cluster without a shared file system.
     """
     if _RECORD not in content.config_records:
         return None
@@ -31,7 +30,7 @@ def noted_state_dir(content: RecordDict) -> Path | None:
 
 
 def noted_index(content: RecordDict) -> str | None:
-    """Which of the run's clients a message is for; None where it does not say."""
+    """The index of a message's client; None if the message has none."""
     if _RECORD not in content.config_records:
         return None
     return str(content.config_records[_RECORD][_INDEX])

@@ -1,4 +1,4 @@
-"""The node that answers a message: a site with its own data, or a simulated client."""
+"""The node that answers messages: a site with its own data, or a simulated client."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ NodeConfig = Mapping[str, str | int | float | bool]
 
 @dataclass(frozen=True)
 class Site:
-    """The node that answers: what its operator has configured, and Flower's ids."""
+    """The node that answers a message: its node config, and Flower's ids."""
 
     node_config: NodeConfig
     run_id: int
@@ -40,7 +40,7 @@ class Site:
 
     @property
     def is_simulated(self) -> bool:
-        """Whether this node is a simulated client, whose data are part of the server's."""
+        """Whether this node is a simulated client, whose data belong to the server."""
         return "partition-id" in self.node_config
 
     @property
@@ -50,7 +50,7 @@ class Site:
 
     @cached_property
     def policy(self) -> Policy:
-        """The site's limits; a simulated client, whose data are the server's, has none."""
+        """The site's policy; a simulated client, whose data belong to the server, has no limits."""
         return Policy.unlimited() if self.is_simulated else site_policy(self.node_config)
 
     @property
@@ -63,7 +63,7 @@ class Site:
     def memory_folder(self, name: str, run: str, content: RecordDict) -> Path:
         """Directory of a client's memory of a run.
 
-        A site derives it from its own node config; only a simulated client takes it from the
+        A site derives it from its own node config; only a simulated client reads it from the
         message.
         """
         from fedllm_flwr.data.remembered import cache_dir
@@ -76,7 +76,7 @@ class Site:
     def secure(self, name: str, content: RecordDict) -> SecureSite:
         """The client's part in secure aggregation.
 
-        A site signs with the key that its server has registered, where it has one.
+        A site signs with its registered key, if it has one.
         """
         run = str(self.run_id)
         if self.is_simulated:
@@ -88,18 +88,18 @@ class Site:
         return SecureSite(self.state.root / "secure", of_run, run, name, own)
 
     def own_config(self, config: Config, server_round: int = 0, run: str = "") -> Config:
-        """The server's configuration with the values that only this site decides.
+        """The server's configuration, with the values that only this site decides.
 
-        These are the data, how they are read and which records count, the model's directory, the
-        device and the number of threads.
+        These are the data and how they are read, the model's directory, the device and the number
+        of threads.
 
         Args:
-            server_round: of the request, 0 before the first.
+            server_round: round of the request, 0 before the first.
             run: the server's own id of the run.
 
         Raises:
-            RefusedError: the site has no data, or the server names a model by a local path, asks
-                for more than the policy allows, or takes a site for a simulated client.
+            RefusedError: the site has no data, or the server names a model by a local path, exceeds
+                the policy, or treats the site as a simulated client.
             ApprovalPending: the operator has not decided on the run yet.
             ApprovalDeclined: the operator has declined it.
         """
@@ -114,7 +114,7 @@ class Site:
         dataset = asked_dataset(own, config.data.site_dataset)
         path = config.model.path
         is_hub_id = path.count("/") == 1 and not path.startswith((".", "~", "/"))
-        is_hub_id = is_hub_id and not Path(path).exists()  # below the folder that the site runs in
+        is_hub_id = is_hub_id and not Path(path).exists()  # relative to the working directory
         if "model-path" not in own and path != "embedded" and not is_hub_id:
             raise RefusedError(
                 f"model.path={path} is no hub id; name this site's own copy with model-path in its "
@@ -158,17 +158,17 @@ class Site:
         )
 
     def rank(self, config: Config, name: str) -> int:
-        """The rank of a client's adapter: the server's choice, at most a site's own ``lora-rank``.
+        """The rank of a client's adapter: the server's choice, limited by a site's ``lora-rank``.
 
         Raises:
-            RefusedError: ``lora-rank`` is no whole number above 0, or has no whole alpha.
+            RefusedError: ``lora-rank`` is not a positive integer, or gives a fractional alpha.
         """
         rank, own = rank_of_client(config, name), self.node_config.get("lora-rank")
         if self.is_simulated or own is None:
             return rank
         if type(own) is not int or own < 1:
             raise RefusedError(
-                "lora-rank of the site's node config is no whole number above 0; correct it there"
+                "lora-rank of the site's node config is not a positive integer; correct it there"
             )
         if own < rank and not divides(config.lora, own):
             raise RefusedError(
@@ -178,7 +178,7 @@ class Site:
         return min(own, rank)
 
     def data(self, config: Config) -> "ClientData":
-        """The client's tokenised records, of a configuration as `own_config` gives it."""
+        """The client's tokenised records, for a configuration from `own_config`."""
         from fedllm_flwr.data.client_data import simulated_client, site_client
         from fedllm_flwr.models.tokenizer import load_tokenizer
 

@@ -94,7 +94,7 @@ def _carry_out(root: Path, runs: Sequence[SweptRun], quiet: bool) -> dict[str, s
             finished = sum(item.done for item in runs)
             command = shlex.quote(f"resume={root}")
             raise RunInterrupted(
-                f"interrupted; {finished} of {len(runs)} runs are done, go on with: "
+                f"interrupted; {finished} of {len(runs)} runs are done, resume with: "
                 f"fedllm run --multirun {command}"
             ) from interrupt
         finally:
@@ -120,7 +120,7 @@ def _new_directory(configs: Sequence[Config]) -> Path:
     root = Path(given).expanduser()
     if (root / SWEEP).is_file():
         raise ConfigError(
-            f"output_dir={given} holds a sweep already; give another directory, or go on with it: "
+            f"output_dir={given} holds a sweep already; give another directory, or resume it: "
             f"fedllm run --multirun {shlex.quote(f'resume={root}')}"
         )
     if root.is_dir() and any(root.iterdir()):

@@ -157,7 +157,7 @@ class SubmittedRun:
         if (found := self._locked_by_run()) is None:
             return None
         command = f"fedllm server run {shlex.quote(str(self.folder))}"
-        return how_to_go_on(found[0], command) or "nothing was saved yet, start it anew"
+        return how_to_go_on(found[0], command) or "nothing was saved yet; start a new run"
 
     def check_not_killed(self) -> None:
         """Say at once that the server's app was killed; Flower notices it after a minute.

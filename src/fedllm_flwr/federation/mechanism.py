@@ -207,7 +207,7 @@ class ReleaseLog:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FederationError(
                 f"{self._path} cannot be read ({error}), so that what the run has spent is not "
-                "known; put it back, or start the run anew."
+                "known; put it back, or start a new run."
             ) from error
         return found
 

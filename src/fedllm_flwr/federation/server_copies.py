@@ -45,7 +45,7 @@ class ServerCopies:
                 kinds = " and ".join(_NAMES.get(kind, kind) for kind in self._contributes.values())
                 raise FederationError(
                     f"the {kinds} of {name} of round {client.round} is not in {folder} any more; "
-                    "put it back, or start the run anew."
+                    "put it back, or start a new run."
                 )
 
     def accept(

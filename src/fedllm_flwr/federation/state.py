@@ -84,7 +84,7 @@ def load_state(directory: Path) -> tuple[ServerState, list[str]]:
             return read_state(path), warnings
         except FederationError as error:
             warnings.append(f"{error} Falling back to the checkpoint before.")
-    raise FederationError(f"{directory} holds no readable checkpoint; start the run anew.")
+    raise FederationError(f"{directory} holds no readable checkpoint; start a new run.")
 
 
 def state_file(directory: Path, server_round: int) -> Path:

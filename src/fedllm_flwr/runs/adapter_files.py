@@ -1,4 +1,4 @@
-"""Adapters on disk: exported for PEFT, and read back to start from."""
+"""Export of adapters for PEFT, and loading of adapters to start from."""
 
 import contextlib
 import json
@@ -30,9 +30,9 @@ _SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "u
 def save_adapter(
     path: Path, model: AdaptedModel, params: Params, config: Config, summary: Mapping[str, Any]
 ) -> None:
-    """Write `params` as a directory that ``PeftModel.from_pretrained`` loads, with a model card.
+    """Write `params` as a directory for ``PeftModel.from_pretrained``, with a model card.
 
-    The directory appears as a whole, in the place of an older one.
+    The directory atomically replaces an older one.
 
     Raises:
         FederationError: it cannot be written.
@@ -48,14 +48,14 @@ def save_best(
     config: Config,
     summary: Mapping[str, Any],
 ) -> None:
-    """Write the adapter of the best round so far, with that round and its scores beside it.
+    """Write the adapter of the best round so far, with the round and its scores.
 
     Args:
-        adapters: tensors; or those of local baselines by client, each for a folder of its own.
-        summary: up to that round; its ``best`` is written to ``score.json``.
+        adapters: the tensors, or for local baselines the tensors by client, one folder each.
+        summary: summary up to that round; its ``best`` is written to ``score.json``.
 
     Raises:
-        FederationError: it cannot be written; an older one is still there.
+        FederationError: it cannot be written; an older one is kept.
     """
     several = {key: value for key, value in adapters.items() if isinstance(value, dict)}
     with _replacing(path) as fresh:
@@ -68,7 +68,7 @@ def save_best(
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `path`, as a whole, when the block ends."""
+    """An empty folder that atomically replaces `path` when the block ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -83,7 +83,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _write_settings(file: Path, **changes: float) -> None:
-    """Lists of names in order: PEFT writes those of its sets as Python's hashes have them."""
+    """Sort the lists of names, which PEFT writes in Python's random set order."""
     settings = json.loads(file.read_text(encoding="utf-8")) | changes
     named = ("target_modules", "exclude_modules", "modules_to_save")
     settings |= {key: sorted(settings[key]) for key in named if isinstance(settings.get(key), list)}
@@ -91,7 +91,7 @@ def _write_settings(file: Path, **changes: float) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back what a process that was killed between two renames had moved away from `path`."""
+    """Restore `path` after a process was killed between the two renames of a replacement."""
     for folder in path.parent.glob(f".{path.name}.*"):
         if not path.exists() and (folder / _OLD).is_dir():
             (folder / _OLD).replace(path)
@@ -119,7 +119,7 @@ def _export(
 
 
 def give_usual_mode(folder: Path, like: str) -> None:
-    """Let those read all files who may read the file `like`; safetensors makes private ones."""
+    """Give all files the read permissions of `like`; safetensors creates private files."""
     for file in folder.iterdir():
         shutil.copymode(folder / like, file)
 
@@ -128,11 +128,11 @@ def load_adapter(path: Path, model: AdaptedModel, any_rank: bool = False) -> Par
     """The tensors of an exported adapter, for the same base model and LoRA settings.
 
     Args:
-        any_rank: take a greater rank with the same scale, as of a run that kept frozen factors.
+        any_rank: accept a larger rank with the same scale, as of a run with frozen factors.
 
     Raises:
-        ModelError: it is missing, broken, of another shape, or would be scaled otherwise than it
-            was trained; names the key, this run's value and the adapter's.
+        ModelError: it is missing, broken, of another shape, or was trained with another scale;
+            names the key, this run's value and the adapter's.
     """
     try:
         saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -162,10 +162,10 @@ def load_adapter(path: Path, model: AdaptedModel, any_rank: bool = False) -> Par
 
 
 def load_kept(kept: KeptAdapter, model: AdaptedModel) -> Params:
-    """The tensors of an adapter that a command was given, fit for `model`.
+    """The tensors of a kept adapter, checked against `model`.
 
     Raises:
-        ModelError: broken, or of another shape.
+        ModelError: it is broken, or of another shape.
     """
     tensors = kept.tensors()
     if tensors is None:

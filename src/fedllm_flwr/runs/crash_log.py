@@ -1,4 +1,4 @@
-"""Report of an unforeseen error: one line, and the traceback in a file."""
+"""Report of an unexpected error: one line, and the traceback in a file."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ _OUT_OF_MEMORY = (
 
 
 def log_folder() -> Path:
-    """Directory of traces: below $FEDLLM_CACHE, else the user's cache."""
+    """Directory of tracebacks: below $FEDLLM_CACHE, otherwise below the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fedllm-flwr"
     return Path(os.environ.get("FEDLLM_CACHE", default)).expanduser() / "errors"
 
 
 def explain_crash(error: BaseException, arguments: Sequence[str] = ()) -> str:
-    """One line on an unforeseen error; its trace is written to the file that the line names."""
+    """One line on an unexpected error; its traceback is written to the file that the line names."""
     text, is_defect = " ".join(str(error).split()), False
     file = getattr(error, "filename", None)
     if getattr(error, "errno", None) in _DISK_FULL or "No space left" in text:

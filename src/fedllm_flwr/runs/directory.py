@@ -1,4 +1,4 @@
-"""The directory of a run: fixed names, creation, resumption."""
+"""The directory of a run: file names, creation and resumption."""
 
 import contextlib
 import json
@@ -21,12 +21,12 @@ from fedllm_flwr.reporting.metrics import has_converged, read_metrics
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
-# Options that may change when a stopped run goes on. The rule: none of them decides who trains on
-# what, or enters a number that is trained or aggregated, so that the run ends in the bits of one
-# that had the new value from the start. Some are the user's own wish: more rounds or an earlier
-# end, the learning rate's curve over them, how many replies a round needs. Whatever is not named
-# here, a new key included, stays as it was: evaluation.clients holds records back from training,
-# data.eval_path decides whether some are.
+# Options that may change when a stopped run is resumed. The rule: none of them affects which client
+# trains on which records, or a number that is trained or aggregated, so that the run ends with the
+# same bits as if it had the new value from the start. Exceptions are explicit wishes of the user:
+# more rounds or an earlier end, the learning-rate schedule over them, and the number of replies
+# that a round needs. All other keys, including new ones, cannot change. For example,
+# evaluation.clients and data.eval_path affect which records are held out from training.
 _FREE_TO_CHANGE = {
     "federation.num_rounds",
     "federation.engine",
@@ -41,7 +41,7 @@ _FREE_TO_CHANGE = {
     "evaluation.central",
     "evaluation.every",
     "evaluation.contribution",
-    "evaluation.batch_tokens",  # but for tasks with a reference model, see TrainingTask.fixed_keys
+    "evaluation.batch_tokens",  # except with a reference model, see TrainingTask.fixed_keys
     "evaluation.answers",
     "evaluation.max_new_tokens",
     "evaluation.suites",
@@ -61,7 +61,7 @@ _FREE_TO_CHANGE = {
     "output_dir",
     "resume",
 }
-SCORE_FILE = "score.json"  # beside the best adapter: its round and scores
+SCORE_FILE = "score.json"  # round and scores of the best adapter, in its directory
 _DEFAULT_PARENT = Path("outputs")
 
 
@@ -83,22 +83,22 @@ class RunDirectory:
 
     @property
     def data(self) -> Path:
-        """Digests of the records that the run was begun with."""
+        """Digests of the records that the run was started with."""
         return self.path / "data.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Server states."""
+        """Checkpoints of the server state."""
         return self.path / "checkpoints"
 
     @property
     def client_states(self) -> Path:
-        """States of simulated clients."""
+        """Client memory of simulated clients."""
         return self.path / "clients"
 
     @property
     def known_clients(self) -> Path:
-        """The server's memory of each client: SCAFFOLD's copies of the control variates."""
+        """The server's copies of client memory: SCAFFOLD's control variates."""
         return self.path / "known"
 
     @property
@@ -108,27 +108,27 @@ class RunDirectory:
 
     @property
     def adapters(self) -> Path:
-        """The clients' own final adapters (algorithm=local), each as PEFT loads it."""
+        """The clients' own final adapters (algorithm=local), in PEFT's format."""
         return self.path / "adapters"
 
     @property
     def adapter(self) -> Path:
-        """The final adapter, as PEFT loads it."""
+        """The final adapter, in PEFT's format."""
         return self.path / "adapter"
 
     @property
     def adapter_best(self) -> Path:
-        """The adapter of the round with the best validation score so far, as PEFT loads it."""
+        """The adapter of the round with the best validation score so far, in PEFT's format."""
         return self.path / "adapter-best"
 
     @property
     def adapters_best(self) -> Path:
-        """As `adapter_best` with algorithm=local: a directory for each client."""
+        """As `adapter_best`, with algorithm=local: one directory per client."""
         return self.path / "adapters-best"
 
     @property
     def summary(self) -> Path:
-        """The result in one JSON object."""
+        """The run's result as one JSON object."""
         return self.path / "summary.json"
 
     @property
@@ -143,12 +143,12 @@ class RunDirectory:
 
     @property
     def report(self) -> Path:
-        """All of the run on one page, see `runs.report`."""
+        """The report of the run as one HTML page, see `runs.report`."""
         return self.path / "report.html"
 
     @property
     def lock(self) -> Path:
-        """Lock of the run's process; removed when the run ends well."""
+        """Lock of the run's process; removed when the run completes."""
         return self.path / "run.lock"
 
     @property
@@ -181,7 +181,7 @@ _OWN_FILES = (
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of several: its configuration, whose ``output_dir`` is set."""
+    """One of several runs, with a configuration that sets ``output_dir``."""
 
     config: Config = field(kw_only=True)
 
@@ -196,7 +196,7 @@ class PlannedRun:
         return self.directory.summary.is_file()
 
     def begin(self) -> Config:
-        """The configuration to run: it resumes the run if there is a checkpoint, else starts it."""
+        """The configuration to run: resumes the run if it has a checkpoint, otherwise starts it."""
         if newest_round(self.directory.checkpoints) is not None:
             return replace(self.config, resume=str(self.directory.path))
         self.directory.config.unlink(missing_ok=True)  # stopped before its first checkpoint
@@ -204,7 +204,7 @@ class PlannedRun:
 
 
 def foreign_files(folder: Path, own: Sequence[str]) -> list[str]:
-    """Names in a directory, if it is one, that match none of the patterns in `own`; sorted."""
+    """Sorted names in a directory, if it exists, that match no pattern of `own`."""
     if not folder.is_dir():
         return []
     names = sorted(path.name for path in folder.iterdir())
@@ -212,10 +212,10 @@ def foreign_files(folder: Path, own: Sequence[str]) -> list[str]:
 
 
 def create(config: Config) -> RunDirectory:
-    """Make the directory of a new run and write its configuration.
+    """Create the directory of a new run and write its configuration.
 
     Raises:
-        ConfigError: it holds a run or other files already, or cannot be written.
+        ConfigError: it already contains a run or other files, or cannot be written.
     """
     if config.output_dir is None:
         # outputs/<month day-hour minute>-<algorithm>-<data>, numbered if that exists
@@ -229,7 +229,7 @@ def create(config: Config) -> RunDirectory:
     directory = RunDirectory(path.expanduser())
     if directory.config.exists() or directory.checkpoints.exists():
         raise ConfigError(
-            f"output_dir={path} holds a run already; give another directory, or go on with it: "
+            f"output_dir={path} holds a run already; give another directory, or resume it: "
             f"resume={path}."
         )
     if foreign := foreign_files(directory.path, _OWN_FILES):
@@ -245,12 +245,12 @@ def create(config: Config) -> RunDirectory:
 
 
 def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
-    """The directory of the run that ``config.resume`` names, if `config` goes on with it.
+    """The directory of the run ``config.resume``, if `config` may resume it, and remarks.
 
-    Nothing is written; see `continue_with`. What the user should know of it comes in lines.
+    Writes nothing; see `continue_with`.
 
     Raises:
-        ConfigError: it holds no run, or an option differs that would change the result.
+        ConfigError: it contains no run, or an option differs that would change the result.
     """
     directory = RunDirectory(Path(str(config.resume)).expanduser())
     saved = load_run(directory.path, f"resume={shown(config.resume)}")
@@ -268,7 +268,7 @@ def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
     last = newest_round(directory.checkpoints)
     if last is None:
         raise FederationError(
-            f"resume={directory.path}: the run stopped before its first checkpoint; start it anew, "
+            f"resume={directory.path}: the run stopped before its first checkpoint; start a new one, "
             "in another directory or after deleting this one."
         )
     if config.federation.num_rounds < last:
@@ -280,14 +280,14 @@ def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
 
 
 def continue_with(directory: RunDirectory, config: Config) -> None:
-    """Make `config`, which `reopen` has checked, that of the run."""
+    """Write `config`, which `reopen` has checked, as the run's configuration."""
     saved = load_run(directory.path, str(directory.path))
     goes_on = replace(config, output_dir=saved.output_dir, resume=None)
     write_atomically(directory.config, to_yaml(goes_on).encode())
 
 
 def _about_schedule(saved: Config, config: Config, last: int) -> list[str]:
-    """A line where the rounds to come get another learning rate than they would have had."""
+    """A remark if the learning rates of the remaining rounds differ from the original schedule."""
     old = saved.training.schedule_rounds or saved.federation.num_rounds
     new = config.training.schedule_rounds or config.federation.num_rounds
     if old == new or last >= config.federation.num_rounds:
@@ -304,7 +304,7 @@ def _about_schedule(saved: Config, config: Config, last: int) -> list[str]:
 
 
 def is_finished(directory: RunDirectory, config: Config) -> bool:
-    """Whether all rounds are done and their results written."""
+    """Whether all rounds are completed and their results written."""
     trained = directory.adapter.is_dir() or directory.adapters.is_dir()
     if not (trained and directory.summary.is_file()):
         return False
@@ -323,7 +323,7 @@ def stopped_early(directory: RunDirectory, config: Config) -> bool:
 
 
 def best_round(directory: RunDirectory) -> int | None:
-    """The round whose adapter is kept as the best one; None where none is."""
+    """The round whose adapter is kept as the best one; None if there is none."""
     for folder in (directory.adapter_best, directory.adapters_best):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return int(json.loads((folder / SCORE_FILE).read_text("utf-8"))["round"])
@@ -347,16 +347,16 @@ def already_finished(directory: RunDirectory, config: Config) -> str:
 
 
 def how_to_go_on(directory: RunDirectory, command: str = "fedllm run") -> str | None:
-    """The last saved round of a stopped run, and the command that resumes it; None without one."""
+    """The last saved round of a stopped run, and the command to resume it, if any."""
     last = newest_readable(directory.checkpoints)
     if last is None:
         return None
     kept = f"round {last} is saved" if last else "the start is saved"
-    return f"{kept}; go on with: {command} {shlex.quote(f'resume={directory.path}')}"
+    return f"{kept}; resume with: {command} {shlex.quote(f'resume={directory.path}')}"
 
 
 def discard(directory: RunDirectory) -> None:
-    """Remove the files of a run that stopped before its first checkpoint; no other run's."""
+    """Remove the files of a run that stopped before its first checkpoint, and no others."""
     if newest_round(directory.checkpoints) is not None:
         return
     leftovers = (
@@ -374,7 +374,7 @@ def discard(directory: RunDirectory) -> None:
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values; None where one side lacks the key."""
+    """Dotted keys whose values differ, with both values; None for a missing key."""
     found: dict[str, tuple[Any, Any]] = {}
     for name in {**old, **new}:
         before, after = old.get(name), new.get(name)

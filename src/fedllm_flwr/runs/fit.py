@@ -1,10 +1,10 @@
-"""The fit check: whether configuration, model, tokenizer, data and adapter fit together.
+"""The fit check: whether configuration, model, tokenizer, data and adapter are compatible.
 
 Every engine and command calls it before a run directory exists: `check_fit` for a run (also for
 each run of a comparison or a sweep, and on the server of a deployment), `check_site_fit` for a
 site's own data and copy of the model, `check_evaluation_fit` for ``fedllm evaluate``. It reads the
 model's config.json, its tokenizer, the headers of its weights and the data; weights are not loaded.
-What is odd and not wrong becomes a warning in the plan: `fit_warnings`.
+Suspicious but valid settings become warnings in the plan: `fit_warnings`.
 """
 
 import json
@@ -38,17 +38,17 @@ from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.reporting.trackers import check_trackers
 from fedllm_flwr.tasks import task_of
 
-_FEW_SCORED = 100  # held-out records below which a score says little without an interval
-_UNKNOWN_SHARE = 0.01  # of the tokens
-_OVERLAP_SHARE = 0.01  # of the held-out records
+_FEW_SCORED = 100  # held-out records below which a score needs a confidence interval
+_UNKNOWN_SHARE = 0.01  # fraction of the tokens
+_OVERLAP_SHARE = 0.01  # fraction of the held-out records
 _ADAPTER_SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 
 
 def check_fit(config: Config) -> "SimulatedData | None":
-    """Refuse a run whose parts do not fit each other, in seconds and with nothing left behind.
+    """Reject a run with incompatible parts, within seconds and without leaving files behind.
 
     Returns:
-        The data of a simulation, which have been read and encoded; None in a deployment.
+        The encoded data of a simulation; None in a deployment.
 
     Raises:
         FedLLMError: names the key, its value and the remedy.
@@ -82,7 +82,7 @@ def check_fit(config: Config) -> "SimulatedData | None":
     facts = _check_model(config)
     tokenizer = load_tokenizer(config.model)
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    render(turns, config.data.template, tokenizer)  # refuses a template that cannot be rendered
+    render(turns, config.data.template, tokenizer)  # rejects a template that cannot be rendered
     if config.federation.engine == "deployment":
         _check_special_ids(config, tokenizer, facts)
         return None
@@ -122,21 +122,21 @@ def _check_estimation(config: Config) -> None:
 
 
 def check_site_fit(config: Config, examples: Examples) -> None:
-    """As `check_fit`, of a site's own copy of the model and of its own examples.
+    """As `check_fit`, for a site's own copy of the model and its own examples.
 
     Raises:
-        FedLLMError: names the key, its value and the remedy; quotes nothing of the data.
+        FedLLMError: names the key, its value and the remedy; does not quote the data.
     """
     facts = _check_model(config)
     check_token_ids(config, examples, facts.vocabulary)
 
 
 def check_evaluation_fit(config: Config, prompt: str, template: str | None) -> None:
-    """Refuse a model that ``fedllm evaluate`` cannot score, or cannot prompt as asked.
+    """Reject a model that ``fedllm evaluate`` cannot score, or cannot prompt in this way.
 
     Args:
-        prompt: of ``--prompt``.
-        template: of ``--template``, if given.
+        prompt: value of ``--prompt``.
+        template: value of ``--template``, if given.
 
     Raises:
         FedLLMError: names the option and the remedy.
@@ -153,7 +153,7 @@ def check_evaluation_fit(config: Config, prompt: str, template: str | None) -> N
 
 
 def _check_model(config: Config) -> BaseFacts:
-    """Checks of base model and adapter that need no data."""
+    """Checks of the base model and the adapter that need no data."""
     from fedllm_flwr.models.device import resolve_attention, resolve_device
 
     resolve_attention(config.model.attention, resolve_device(config.training.device))
@@ -168,7 +168,7 @@ def _check_model(config: Config) -> BaseFacts:
     rank, narrowest = config.lora.r, min(facts.layers.values())
     if config.lora.target_modules in ("auto", "all-linear") and rank <= narrowest:
         return facts
-    targets = facts.targets(config.lora)  # also refuses names without a layer
+    targets = facts.targets(config.lora)  # also rejects names that match no layer
     if targets and rank > (widest := max(targets.values())):
         raise ConfigError(
             f"lora.r={rank} is above the width of the layers it adapts (at most {widest} in "
@@ -179,7 +179,7 @@ def _check_model(config: Config) -> BaseFacts:
 
 
 def check_token_ids(config: Config, examples: Examples, vocabulary: int) -> None:
-    """Refuse token ids that the base model has no embedding for.
+    """Reject token ids for which the base model has no embedding.
 
     Raises:
         ModelError: names the model, the largest id and the size of the vocabulary.
@@ -190,7 +190,7 @@ def check_token_ids(config: Config, examples: Examples, vocabulary: int) -> None
 
 
 def _check_special_ids(config: Config, tokenizer: Any, facts: BaseFacts) -> None:
-    """As `check_token_ids` where there are no data: of the tokens that every text has."""
+    """As `check_token_ids`, without data: for the special tokens of every text."""
     largest = max(tokenizer("Hello.")["input_ids"] + [tokenizer.eos_token_id or 0])
     if largest >= facts.vocabulary:
         raise _foreign_token(config, largest, facts.vocabulary)
@@ -198,9 +198,10 @@ def _check_special_ids(config: Config, tokenizer: Any, facts: BaseFacts) -> None
 
 def _foreign_token(config: Config, token: int, vocabulary: int) -> ModelError:
     return ModelError(
-        f"model.path={config.model.path}: its tokenizer makes token {token}, but the model has "
-        f"{vocabulary} (0 to {vocabulary - 1}); use the tokenizer that the model was made with.",
-        "its model's tokenizer is not the one that the model was made with",
+        f"model.path={config.model.path}: its tokenizer produces token id {token}, but the model "
+        f"has {vocabulary} embeddings (0 to {vocabulary - 1}); use the tokenizer that belongs to "
+        "the model.",
+        "its tokenizer does not belong to its base model",
     )
 
 
@@ -208,8 +209,8 @@ def fit_warnings(config: Config, data: SimulatedData | None, held_out: Records |
     """Warnings about a run's settings, one line each, for the plan.
 
     Args:
-        data: of a simulation; None for a deployment, whose data lie with its sites.
-        held_out: records for central scores, if any.
+        data: data of a simulation; None for a deployment, whose data are at its sites.
+        held_out: records for central evaluation, if any.
     """
     lines: list[str] = []
     rank, layers = config.lora.r, base_facts(ModelKey.of(config.model))
@@ -272,7 +273,7 @@ def scored_on_one(config: Config, sizes: Mapping[str, int]) -> list[str]:
     """A warning if clients score the adapter on a single record each.
 
     Args:
-        sizes: training examples by client, what is held back not among them.
+        sizes: training examples by client, without the held-out ones.
     """
     if not config.evaluation.clients:
         return []
@@ -289,10 +290,10 @@ def scored_on_one(config: Config, sizes: Mapping[str, int]) -> list[str]:
 
 
 def first_refusal(configs: Sequence[Config]) -> None:
-    """`check_fit` of several runs, once for those that differ only in their seed or algorithm.
+    """`check_fit` for several runs, once for runs that differ only in their seed or algorithm.
 
     Raises:
-        FedLLMError: of the first that cannot work.
+        FedLLMError: the error of the first invalid run.
     """
     seen: set[str] = set()
     for config in configs:

@@ -1,15 +1,15 @@
-"""Finds the adapter that a command names: final, best or of a round of a run, or a PEFT directory.
+"""Finds the adapter that a command names: a run's final, best or other round's, or a PEFT adapter.
 
 Notation, for every command that takes an adapter::
 
-    outputs/RUN                 the final adapter; of a run that has not finished, the newest round
-    outputs/RUN@best            of the round with the lowest loss on held-out records
-    outputs/RUN@round=8         of a round whose checkpoint is kept
-    outputs/RUN@client=desk-3   one client's own, of a run with algorithm=local
-    outputs/RUN/adapter         any directory that holds an adapter_config.json
+    outputs/RUN                 the final adapter; for an unfinished run, that of the newest round
+    outputs/RUN@best            the adapter of the round with the lowest loss on held-out records
+    outputs/RUN@round=8         the adapter of a round whose checkpoint is kept
+    outputs/RUN@client=desk-3   one client's adapter in a run with algorithm=local
+    outputs/RUN/adapter         any directory with an adapter_config.json
 
-Parts after ``@`` may be combined: ``outputs/RUN@best,client=desk-3``. Nothing heavy is imported,
-so that a wrong path is refused at once.
+Parts after ``@`` may be combined: ``outputs/RUN@best,client=desk-3``. The module imports no heavy
+libraries, so that a wrong path is rejected at once.
 """
 
 import json
@@ -45,14 +45,14 @@ class KeptAdapter:
     """An adapter on disk, and the configuration that it was trained with.
 
     Args:
-        label: what to call it: ``final``, ``best (round 8)``, ``round 8``, or a directory's name.
+        label: name to show: ``final``, ``best (round 8)``, ``round 8``, or a directory's name.
         config: base model, LoRA settings and template.
-        path: a directory of PEFT's; or a file with a group of tensors.
+        path: a PEFT directory, or a file with a group of tensors.
         group: name of that group; None for a directory.
-        run: directory of the run that it was trained in, if it lies in one.
-        client: whose it is, where each client has its own.
-        unfinished: what to tell the user of a run that has not finished; else "".
-        memory: file with a client's memory, where its own adapter comes from both.
+        run: directory of the run that trained it, if it is inside one.
+        client: its client, if each client has its own adapter.
+        unfinished: remark for the user if the run has not finished; otherwise "".
+        memory: file of a client's memory, if its adapter is combined from both files.
     """
 
     label: str
@@ -66,13 +66,13 @@ class KeptAdapter:
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold its weights and settings."""
+        """The files with its weights and settings."""
         if self.group is not None:
             return [self.path] if self.memory is None else [self.path, self.memory]
         return [self.path / "adapter_model.safetensors", self.path / "adapter_config.json"]
 
     def tensors(self) -> Params | None:
-        """Its tensors where they lie in a checkpoint; None for a directory of PEFT's."""
+        """Its tensors, if they are in a checkpoint; None for a PEFT directory."""
         if self.group is None:
             return None
         groups, _ = load_params(self.path)
@@ -92,14 +92,14 @@ class _Wanted:
 
 
 def find_adapter(typed: str, base: str | None = None, template: str | None = None) -> KeptAdapter:
-    """The one adapter that `typed` names.
+    """The single adapter that `typed` names.
 
     Args:
         typed: see the notation above.
-        base, template: base model and template of an adapter that belongs to no run.
+        base, template: base model and template of an adapter outside of a run.
 
     Raises:
-        ConfigError: there is none, or there are several.
+        ConfigError: there is no such adapter, or several.
     """
     found = find_adapters(typed, base, template)
     if len(found) > 1:
@@ -115,10 +115,10 @@ def find_adapter(typed: str, base: str | None = None, template: str | None = Non
 def find_adapters(
     typed: str, base: str | None = None, template: str | None = None
 ) -> list[KeptAdapter]:
-    """As `find_adapter`; of a run with ``algorithm=local`` those of all clients.
+    """As `find_adapter`; for a run with ``algorithm=local``, the adapters of all clients.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such adapter.
     """
     path, wanted = _parsed(typed)
     if (path / "adapter_config.json").is_file():
@@ -151,10 +151,10 @@ def find_adapters(
 
 
 def check_output(path: Path) -> None:
-    """Refuse a directory that exists or cannot be made.
+    """Reject an output directory that exists or cannot be created.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: names the directory.
     """
     if path.exists():
         raise ConfigError(f"{path} exists; give a directory that does not.")
@@ -163,7 +163,7 @@ def check_output(path: Path) -> None:
 
 
 def _parsed(typed: str) -> tuple[Path, _Wanted]:
-    """Directory and choice; an ``@`` in the name of a directory that exists is part of the name."""
+    """Directory and selection; an ``@`` in the name of an existing directory belongs to it."""
     whole = Path(typed).expanduser()
     if "@" not in typed or whole.exists():
         return whole, _Wanted()
@@ -215,7 +215,7 @@ def _of_run(directory: RunDirectory, config: Config, wanted: _Wanted, typed: str
 def _of_clients(
     directory: RunDirectory, config: Config, wanted: _Wanted, typed: str
 ) -> list[KeptAdapter]:
-    """The clients' own adapters (algorithm=local): of all, or of the one that is wanted."""
+    """The clients' own adapters (algorithm=local): of all clients, or of the selected one."""
     number, note, run = wanted.round, "", directory.path
     if wanted.best:
         if best_round(directory) is None:
@@ -257,7 +257,7 @@ def _of_clients(
 def _personal(
     directory: RunDirectory, config: Config, wanted: _Wanted, client: str, typed: str
 ) -> KeptAdapter:
-    """The adapter that a simulated client has beside the global one, of the newest checkpoint."""
+    """A simulated client's personal adapter as of the newest checkpoint."""
     number = newest_readable(directory.checkpoints) if wanted.round is None else wanted.round
     state = None if number is None else read_state(state_file(directory.checkpoints, number))
     if wanted.best or state is None or number is None:
@@ -273,7 +273,7 @@ def _personal(
 
 
 def _of_directory(path: Path, typed: str, base: str | None, template: str | None) -> KeptAdapter:
-    """An adapter as PEFT writes it; one inside a run's directory keeps the run's settings."""
+    """An adapter in PEFT's format; inside a run's directory, it gets the run's settings."""
     file = path / "adapter_config.json"
     try:
         saved: dict[str, Any] = json.loads(file.read_text("utf-8"))
@@ -311,7 +311,7 @@ def base_model(path: str) -> ModelConfig:
     """The configuration of a base model by hub id, directory or ``embedded``.
 
     Raises:
-        ModelError: no such directory, or it holds no model.
+        ModelError: the directory does not exist or contains no model.
     """
     name = "tiny" if path == "embedded" else "custom"
     model = ModelConfig(name=name, path=path)
@@ -325,7 +325,7 @@ def _note(directory: RunDirectory, config: Config, number: int) -> str:
 
 
 def _kept(directory: RunDirectory) -> str:
-    """The rounds whose adapters are there, in words."""
+    """The rounds whose adapters are kept, as text."""
     parts = [f"round {number}" for number in kept_rounds(directory.checkpoints)]
     if (best := best_round(directory)) is not None:
         parts.append(f"best (round {best})")

@@ -1,7 +1,7 @@
-"""Adapters of the local baseline's clients, kept by the server for scoring.
+"""The server's copies of the client adapters of the local baseline, for scoring.
 
-The baseline compares them with the federation, so the server scores each on the central test set.
-They are kept in files by client and round: memory holds one of them.
+To compare the baseline with the federation, the server scores each adapter on the central held-out
+set. The adapters are stored in files by client and round; only one of them is in memory at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,32 +19,32 @@ class LocalAdapters:
     """The adapter of every client that has trained, on disk.
 
     Args:
-        directory: one folder for each client below it.
-        initial: where all of them started.
+        directory: contains one folder per client.
+        initial: the initial adapter of all clients.
     """
 
     def __init__(self, directory: Path, initial: Params) -> None:
         self._directory = directory
         self._initial = initial
-        self._scored: dict[str, Scores] = {}  # by client; dropped when it trains again
+        self._scored: dict[str, Scores] = {}  # by client; removed when the client trains again
 
     def store(
         self, server_round: int, name: str, delta: Params, acknowledged: int, oldest: int
     ) -> None:
-        """Keep the adapter that a client has reached in a round: its start plus `delta`.
+        """Store a client's adapter after a round: the initial adapter plus `delta`.
 
         Args:
-            acknowledged, oldest: as `RoundStore.store` takes them.
+            acknowledged, oldest: as in `RoundStore.store`.
         """
         self._scored.pop(name, None)
         adapter = {"adapter": Kept(add(self._initial, delta))}
         self._store(name).store(server_round, adapter, acknowledged, oldest)
 
     def load(self, name: str, acknowledged: Acknowledged) -> Params:
-        """A client's adapter after its newest accepted update; its start before the first.
+        """A client's adapter after its newest accepted update; the initial one before the first.
 
         Raises:
-            FederationError: it is not on disk any more.
+            FederationError: the adapter's file is missing.
         """
         if not acknowledged.round:
             return self._initial
@@ -52,14 +52,14 @@ class LocalAdapters:
         if kept is None:
             raise FederationError(
                 f"the adapter that {name} reached in round {acknowledged.round} is not in "
-                f"{self._directory} any more; put it back, or start the run anew."
+                f"{self._directory} any more; put it back, or start a new run."
             )
         return kept["adapter"].tensors
 
     def scores(
         self, clients: Mapping[str, Acknowledged], evaluate: Callable[[Params], Scores]
     ) -> dict[str, Scores]:
-        """Scores of the clients that have trained; one that did not train since keeps its own."""
+        """Scores of the clients that have trained; only newly trained adapters are scored again."""
         trained = {name: client for name, client in clients.items() if client.round}
         for name, client in trained.items():
             if name not in self._scored:
@@ -68,7 +68,7 @@ class LocalAdapters:
 
     @staticmethod
     def name_of(folder: str) -> str:
-        """The client whose name as that of a folder this is."""
+        """The client whose folder has this name."""
         return unquote(folder)
 
     def _store(self, name: str) -> RoundStore:

@@ -1,7 +1,7 @@
 """Run lock and live round status, readable from other processes.
 
-The process of a run holds a lock on ``run.lock``, which the system releases however it ends;
-``round.json`` has the current round. A run that ends well leaves neither.
+The process of a run holds a lock on ``run.lock``, which the system releases when the process ends
+for any reason; ``round.json`` contains the current round. A completed run leaves neither file.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _TRIES, _PAUSE_S = 10, 0.05  # a reader of the status holds the lock for a momen
 
 @dataclass(frozen=True)
 class Holder:
-    """The process of a run, as it has written itself into ``run.lock``.
+    """The process of a run, as described in ``run.lock``.
 
-    ``error`` is the one it ended with; empty while it runs, and where it was killed. ``command``
-    resumes the run, given ``resume=``; ``flower_run`` is Flower's id of it in a deployment.
+    ``error`` is the error that ended it; empty while it runs, and if it was killed. ``command``
+    plus ``resume=`` resumes the run; ``flower_run`` is Flower's id of the run in a deployment.
     """
 
     pid: int
@@ -40,7 +40,7 @@ class Holder:
 
     @property
     def was_killed(self) -> bool:
-        """Whether the process ended without a report; False for another machine's process."""
+        """Whether the process ended without reporting an error; False on another machine."""
         if self.is_alive or self.error or self.host != socket.gethostname():
             return False
         try:
@@ -53,7 +53,7 @@ class Holder:
 
 @dataclass
 class CurrentRound:
-    """The current round: which clients were asked, and which have answered so far."""
+    """The current round: its sampled clients, and those that have replied so far."""
 
     round: int
     asked: list[str]
@@ -63,24 +63,24 @@ class CurrentRound:
 
     @property
     def waiting(self) -> list[str]:
-        """Clients that have not answered yet."""
+        """Clients that have not replied yet."""
         return [name for name in self.asked if name not in {*self.losses, *self.failed}]
 
 
 class RoundBoard:
-    """Keeps ``round.json`` up to date. A disk that refuses costs the file, not the run."""
+    """Keeps ``round.json`` up to date; errors while writing it do not end the run."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._path = directory.current_round
         self._current = CurrentRound(0, [], 0.0)
 
     def start_round(self, round: int, names: Sequence[str]) -> None:
-        """These clients are asked now."""
+        """Record the sampled clients of a new round."""
         self._current = CurrentRound(round, list(names), time.time())
         self._write()
 
     def reply(self, round: int, name: str, loss: float | None) -> None:
-        """A client has answered; loss None: without a usable update."""
+        """Record a client's reply; loss None: without a usable update."""
         if loss is None:
             self._current.failed.append(name)
         else:
@@ -98,10 +98,10 @@ class RoundBoard:
 def held(
     directory: RunDirectory, command: str = "fedllm run", flower_run: str = ""
 ) -> Iterator[None]:
-    """Hold the run's lock: others see that the run is alive, and no second process resumes it.
+    """Hold the run's lock, which shows that the run is alive and prevents a second process.
 
     Args:
-        command: resumes the run, given ``resume=``.
+        command: command that resumes the run when ``resume=`` is added.
         flower_run: Flower's id of the run in a deployment.
 
     Raises:
@@ -135,7 +135,7 @@ def held(
 
 
 def holder(directory: RunDirectory) -> Holder | None:
-    """The process of a run that has not ended well; None of one that has."""
+    """The process of a run that has not completed; None for a completed run."""
     try:
         with directory.lock.open("r", encoding="utf-8") as file:
             is_alive = not _try(file, fcntl.LOCK_SH)
@@ -145,7 +145,7 @@ def holder(directory: RunDirectory) -> Holder | None:
 
 
 def current_round(directory: RunDirectory) -> CurrentRound | None:
-    """The current round, or that in which the run stopped; None before the first."""
+    """The current round, or the round in which the run stopped; None before the first."""
     try:
         return CurrentRound(**json.loads(directory.current_round.read_text("utf-8")))
     except (OSError, ValueError, TypeError):

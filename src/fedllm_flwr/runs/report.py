@@ -1,4 +1,4 @@
-"""The report of a run, ``report.html``, from what lies in its directory."""
+"""The report of a run, ``report.html``, from the files in its directory."""
 
 import csv
 import hashlib
@@ -29,10 +29,10 @@ _OWN_PLACE = ("output_dir", "resume")
 
 
 def write_run_report(directory: RunDirectory, output: Path | None = None) -> Path:
-    """Write the page of a run; returns its path, by default ``report.html`` in the directory.
+    """Write the report of a run; returns its path, by default ``report.html`` in the directory.
 
     Raises:
-        FedLLMError: the directory holds no run, or the file cannot be written.
+        FedLLMError: the directory contains no run, or the file cannot be written.
     """
     path = output or directory.report
     write_atomically(path, render(run_page(run_facts(directory))).encode())
@@ -40,15 +40,15 @@ def write_run_report(directory: RunDirectory, output: Path | None = None) -> Pat
 
 
 def report_or_warning(write: Callable[[], object]) -> str:
-    """Write a report; a line on why there is none, or nothing.
+    """Write a report; returns a warning if this fails, otherwise "".
 
-    What a run has come to is on disk before its report is, and must not be lost with it.
+    The run's results are already on disk, and a failing report must not affect them.
     """
     try:
         write()
     except Exception as error:
         logger.exception("report")
-        return f"warning: no {REPORT} ({type(error).__name__}: {error}); all else is written"
+        return f"warning: no {REPORT} ({type(error).__name__}: {error}); everything else is written"
     return ""
 
 
@@ -56,7 +56,7 @@ def run_facts(directory: RunDirectory) -> RunFacts:
     """Read a run's directory, whether it is finished or not.
 
     Raises:
-        ConfigError: the directory holds no run.
+        ConfigError: the directory contains no run.
         DataError: ``metrics.jsonl`` is damaged.
     """
     config = load_run(directory.path, str(directory.path))
@@ -85,7 +85,7 @@ def run_facts(directory: RunDirectory) -> RunFacts:
 
 
 def changed_from_defaults(config: Config) -> dict[str, tuple[str, str]]:
-    """Keys in which a configuration differs from that of a bare ``fedllm run``: value, default."""
+    """Keys that differ from the configuration of a bare ``fedllm run``: value and default."""
     found = differences(asdict(compose()), asdict(config))
     return {
         key: (shown(value), shown(default))
@@ -95,7 +95,7 @@ def changed_from_defaults(config: Config) -> dict[str, tuple[str, str]]:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what decides on the numbers of a run, in this process."""
+    """Versions of the software that affects a run's numbers, in this process."""
     versions = {
         "Python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -10,7 +10,7 @@ class Timings:
     """Seconds by phase, over all starts of a run.
 
     Args:
-        earlier: what the starts before this one took; empty for a new run.
+        earlier: timings of earlier starts of the run; empty for a new run.
     """
 
     def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
@@ -19,7 +19,7 @@ class Timings:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside to a phase."""
+        """Add the duration of the block to a phase."""
         started = time.monotonic()
         try:
             yield

@@ -21,10 +21,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that the run config describes, see `config.compose.from_run_config`.
+    """Run the federation described by the run config, see `config.compose.from_run_config`.
 
     Raises:
-        FedLLMError: after its one line is printed, so that Flower marks the run as failed.
+        FedLLMError: after printing its one line, so that Flower marks the run as failed.
     """
     from fedllm_flwr.config.compose import from_run_config
     from fedllm_flwr.reporting.console import Console, print_error
@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
             if is_dry:
                 rehearse(config, grid, console)
             else:
-                # The command that has started the run, as one types it in a checkout.
+                # The command that has started the run, as typed in a checkout.
                 given = [f'{key}="{value}"' for key, value in context.run_config.items() if value]
                 options = ["--run-config", " ".join(given)] if given else []
                 command = shlex.join(["flwr", "run", ".", "--stream", *options])
@@ -59,14 +59,14 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def wait_for_ray(limit_s: float = 120.0) -> None:
-    """Load nothing before Flower's engine has started Ray in another thread of this process.
+    """Wait until Flower's engine has started Ray in another thread, before loading anything.
 
-    Ray gives its own processes 15 and 30 s to start, which cannot be changed. On a busy machine
-    that is too little for them beside a server that imports torch and reads a model.
+    Ray gives its own processes fixed limits of 15 and 30 s to start. On a busy machine they would
+    miss them while this server imports torch and reads a model.
     """
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
-        # The other thread may be about to import it.
+        # The other thread may still be importing it.
         is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
         if is_initialized is not None and is_initialized():
             return
@@ -74,7 +74,7 @@ def wait_for_ray(limit_s: float = 120.0) -> None:
 
 
 def _keep_trace_away(error: FedLLMError) -> None:
-    """All that the error has to say is printed; Flower would log it, and let it end a thread."""
+    """Suppress the traceback of a printed error, with which Flower would end a thread."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     before = threading.excepthook
 

@@ -1,4 +1,4 @@
-"""Closes a run: writes its summary, prints the result and the next steps."""
+"""Closes a run: writes its summary, and prints the result and the next steps."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fedllm_flwr.tasks import task_of
 def close_run(
     config: Config, directory: RunDirectory, console: Console, timings: Timings, seconds: float
 ) -> None:
-    """Write the summary and show it; `seconds` are those of this start."""
+    """Write and show the summary; `seconds` is the duration since this start."""
     records = read_metrics(directory.metrics)
     summary = summarise(records, timings.seconds, sum(timings.earlier.values()) + seconds)
     write_summary(directory.summary, summary | {"environment": environment()})
@@ -29,7 +29,7 @@ def close_run(
     if warning := attach_files(config, directory.path, files):
         console.note(warning)
     at_sites = config.federation.engine == "deployment"
-    if at_sites:  # a server's app runs in its own directory, and who reads its log in another
+    if at_sites:  # whoever reads the log of a server's app is in another directory
         directory = RunDirectory(directory.path.resolve())
     task = task_of(config)
     if directory.adapter.is_dir():
@@ -52,7 +52,7 @@ def close_run(
 
 
 def _written(directory: RunDirectory, last_round: int) -> dict[str, Path]:
-    """Paths written by a finished run, by label."""
+    """Paths that a finished run has written, by label."""
     if directory.adapter.is_dir():
         trained = {"adapter": directory.adapter}
     else:

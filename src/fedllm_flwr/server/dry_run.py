@@ -1,4 +1,4 @@
-"""``fedllm server run --dry-run``: who would take part in a run, and what it would do."""
+"""``fedllm server run --dry-run``: shows the participants and the plan of a run."""
 
 import time
 from pathlib import Path
@@ -21,12 +21,12 @@ _PAUSE_S = 0.5
 
 
 def rehearse(config: Config, grid: Grid, console: Console) -> None:
-    """Ask the sites and show the plan; nothing is trained and nothing is written.
+    """Ask the sites and show the plan; nothing is trained or written.
 
-    A site that waits for its operator's approval counts as one that may still take part.
+    A site that waits for its operator's approval is counted as able to take part.
 
     Raises:
-        FedLLMError: the run could not start: a site refuses, or too few are there.
+        FedLLMError: the run could not start, because a site refuses or too few are connected.
     """
     console.status("loading data and model")
     prepared = prepare(config)

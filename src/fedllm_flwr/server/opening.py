@@ -1,4 +1,4 @@
-"""Opens a run: directory, lock and data; reports how to resume when it stops early."""
+"""Opens a run: directory, lock and data. If the run stops early, reports how to resume it."""
 
 import contextlib
 import json
@@ -41,13 +41,13 @@ from fedllm_flwr.tasks import task_of
 def open_run(
     config: Config, console: Console, started: float, flower_run: str = ""
 ) -> Iterator[tuple[RunDirectory, Timings]]:
-    """Open the directory of a new run, or of one that goes on, and hold it while the run goes on.
+    """Open the directory of a new or resumed run, and hold its lock while the run lasts.
 
-    A run that ends well closes with its summary; one that stops says how it goes on.
+    A run that completes closes with its summary; a run that stops reports how to resume it.
 
     Args:
-        started: time.monotonic() at the start of the program, counted as start-up.
-        flower_run: Flower's id of the run, where Flower has started it.
+        started: time.monotonic() at the start of the program, for the start-up time.
+        flower_run: Flower's id of the run, if Flower has started it.
 
     Raises:
         FedLLMError: with one line for the user.
@@ -81,7 +81,7 @@ def open_run(
 
 
 def finished_before(config: Config, console: Console) -> RunDirectory | None:
-    """The directory of a run that has nothing left to do, after saying so; None for another."""
+    """The directory of a run that is already finished, after reporting it; otherwise None."""
     if config.resume is None:
         return None
     directory, _ = reopen(config)
@@ -92,13 +92,13 @@ def finished_before(config: Config, console: Console) -> RunDirectory | None:
 
 
 def check_data(directory: RunDirectory, config: Config) -> None:
-    """Write down which records a new run has, and refuse others when it goes on.
+    """Store the digests of a new run's records; on resume, require the same records.
 
     Raises:
-        DataError: names the file, and both digests.
+        DataError: the records differ; names the file and both digests.
     """
     kind = task_of(config).records
-    if config.federation.engine == "deployment":  # each site looks after its own
+    if config.federation.engine == "deployment":  # each site checks its own data
         records = {"data.eval_path": load_evaluation_data(config, kind)}
     else:
         source = divided_data(config, kind)[0]
@@ -121,7 +121,7 @@ def check_data(directory: RunDirectory, config: Config) -> None:
 
 @contextlib.contextmanager
 def _saying_how_to_go_on(directory: RunDirectory, config: Config, command: str) -> Iterator[None]:
-    """Add to a failure or an interrupt what is kept of the run, and the command to go on."""
+    """Extend a failure or an interrupt by the last saved round, and the command to resume."""
     try:
         yield
     except DivergedError as error:
@@ -144,7 +144,7 @@ def _saying_how_to_go_on(directory: RunDirectory, config: Config, command: str) 
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with its files named from the root: it means the same in any directory."""
+    """The configuration with absolute file paths, which are valid in any working directory."""
 
     def absolute(path: str | None) -> str | None:
         if path is None or path in EMBEDDED_DATA:

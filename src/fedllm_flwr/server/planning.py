@@ -1,4 +1,4 @@
-"""The plan of a run, from its configuration and what was loaded for it."""
+"""The plan of a run, from its configuration and its loaded inputs."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a run; `first_round` is above 1 for a resumed run."""
     model, evaluation, training = prepared.model, prepared.evaluation, config.training
-    at_sites = config.federation.engine == "deployment"  # each client has data of its own
+    at_sites = config.federation.engine == "deployment"  # each client has its own data
     natural = config.partition.name == "natural" and not at_sites
     notes = ["embedded"] if config.model.path == "embedded" else []
     notes += [config.quantization.name] if config.quantization.name != "none" else []
@@ -73,7 +73,7 @@ def make_plan(
 
 
 def bytes_per_client(config: Config, prepared: Prepared, roster: Roster) -> tuple[int, int]:
-    """Bytes of tensors that a round sends to a client and back, control variates included."""
+    """Bytes of tensors sent to a client and back in a round, including control variates."""
     start = ServerState(0, prepared.initial, sent=prepared.sent)
     rounds = Rounds(find_rule(config.algorithm), config, Recorder(), Path())
     return rounds.bytes_per_client(rounds.begin(start, roster))

@@ -33,26 +33,26 @@ _NAMED = 5  # clients in a remark
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs of a run, loaded."""
+    """The loaded inputs of a run."""
 
-    num_clients: int  # that must be there
+    num_clients: int  # clients that the run waits for
     clients: list[ClientStats]  # of a simulation; sites describe themselves
-    sizes: dict[str, int]  # training examples by simulated client, in the order of their indices
-    warnings: list[str]  # what was left out of the data, or cut
+    sizes: dict[str, int]  # training examples by simulated client, in client order
+    warnings: list[str]  # data that were left out or truncated
     model: AdaptedModel
     evaluation: HeldOut | None
     initial: Params
-    sent: Groups  # tensors of the training task that clients get in every round
+    sent: Groups  # tensors that the training task sends to clients in every round
     suites: CentralSuites | None = None  # benchmark suites to score with the held-out records
 
 
 def prepare(config: Config) -> Prepared:
-    """Load everything that the configuration names; problems show here, before any training.
+    """Load everything that the configuration names, so that errors occur before training.
 
     Raises:
         FedLLMError: names the key, the value and the remedy.
     """
-    load_tokenizer(config.model)  # a wrong path shows before the data are read
+    load_tokenizer(config.model)  # detects a wrong path before the data are read
     suites = central_suites(config)
     kind = task_of(config).records
     if config.federation.engine == "deployment":
@@ -93,7 +93,7 @@ def prepare(config: Config) -> Prepared:
 
 
 def _sent(config: Config, model: AdaptedModel) -> Groups:
-    """Adapters that the training task reads beside the global one, as clients will have them."""
+    """The training task's further adapters, exactly as clients will receive them."""
     dtype = config.communication.dtype
     return {
         group: round_trip(load_adapter(Path(path).expanduser(), model), dtype)
@@ -102,7 +102,7 @@ def _sent(config: Config, model: AdaptedModel) -> Groups:
 
 
 def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:
-    """The held-out records of a run's configuration, ready to score adapters in `model` with.
+    """The held-out records of a configuration, ready to score adapters in `model`.
 
     Raises:
         FedLLMError: the data cannot be read.
@@ -115,7 +115,7 @@ def held_out_records(config: Config, model: AdaptedModel) -> HeldOut | None:
 
 
 def _held_out(config: Config, records: Any, model: AdaptedModel, sent: Groups) -> HeldOut | None:
-    """Held-out `records`, a data set or None, ready to score adapters with."""
+    """Held-out `records`, a data set or None, prepared for scoring."""
     if records is None or not (config.evaluation.central and len(records)):
         return None
     entry = task_of(config)
@@ -127,6 +127,6 @@ def _held_out(config: Config, records: Any, model: AdaptedModel, sent: Groups) -
 
 
 def evaluation_threads(config: Config) -> int:
-    """CPU threads of central evaluation: all, but the client's where runs may share the process."""
+    """CPU threads of central evaluation: all, or the client's number in a shared process."""
     in_process = config.federation.engine == "inprocess"
     return config.federation.client_cpus if in_process else cpu_count()

@@ -1,4 +1,4 @@
-"""One run, from a configuration to its closing table, on simulated clients or on a grid."""
+"""Executes one run, from a configuration to its final table, on simulated clients or a grid."""
 
 import time
 
@@ -14,18 +14,18 @@ from fedllm_flwr.simulation import simulated_clients
 from fedllm_flwr.simulation.grid import SimulationGrid
 from fedllm_flwr.simulation.resources import check_machine
 
-_NODES_S = 10.0  # seconds within which Flower's simulation has started its nodes
+_NODES_S = 10.0  # seconds for Flower's simulation to start its nodes
 
 
 def run_simulation(config: Config, console: Console, started: float) -> RunDirectory:
-    """Run a configuration on the engine that ``federation.engine`` names.
+    """Run a configuration on the engine ``federation.engine``.
 
     Args:
-        started: time.monotonic() at the start of the program, counted as start-up.
+        started: time.monotonic() at the start of the program, for the start-up time.
 
     Raises:
         FedLLMError: with one line for the user.
-        KeyboardInterrupt: the user stopped it; the last checkpoint stays.
+        KeyboardInterrupt: the user stopped it; the last checkpoint is kept.
     """
     config = with_absolute_paths(config)
     if (finished := finished_before(config, console)) is not None:
@@ -53,7 +53,7 @@ def run_on_grid(
     """Run a configuration with the clients behind `grid`, which Flower has started as `run_id`.
 
     Args:
-        command: that has started it, for what the user should have typed.
+        command: command that has started the run, for use in messages.
 
     Raises:
         FedLLMError: with one line for the user.

@@ -46,8 +46,8 @@ class RunRecorder(Recorder):
     """Writes the metrics log, checkpoints and best adapter of a run, and shows its progress.
 
     Args:
-        first_round: the first round to be run, above 1 when a stopped run goes on.
-        refused: clients that cannot take part, and why; in the first record of this start.
+        first_round: the first round to run, above 1 for a resumed run.
+        refused: clients that cannot take part, and why; written to this start's first record.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class RunRecorder(Recorder):
         self._started = time.monotonic()
         self._first_round = first_round
         self._refused = dict(refused)
-        self._counted = timings.earlier  # seconds by phase that records account for
+        self._counted = timings.earlier  # seconds by phase that are in records already
         self.local_adapters = LocalAdapters(directory.local_adapters, prepared.initial)
 
     def on_start_round(self, round: int, names: list[str]) -> None:
-        """Show which clients are asked."""
+        """Show the sampled clients."""
         self._board.start_round(round, names)
         self._console.start_round(round, names)
 
@@ -95,7 +95,7 @@ class RunRecorder(Recorder):
         return min(kept_rounds(self._directory.checkpoints), default=0)
 
     def start(self, state: ServerState) -> None:
-        """Score the adapter that training starts from, and save it as round 0."""
+        """Score the initial adapter, and save it as round 0."""
         record: RoundRecord = {"round": 0, "seconds": 0.0}
         if self._prepared.evaluation is not None:
             record["eval"] = self._evaluate(state.adapter)
@@ -106,15 +106,15 @@ class RunRecorder(Recorder):
             self._save_best(state)
 
     def on_round(self, state: ServerState, report: RoundReport) -> None:
-        """Evaluate if it is time, write the round down, then save the state.
+        """Evaluate if due, write the round's record, then save the state.
 
-        In this order, a round that is written down but not saved is run again, and none is lost.
+        In this order, a round that was recorded but not saved is run again, and none is lost.
         """
         config = self._config
         last = report.is_last or report.round == config.federation.num_rounds
         every = config.evaluation.every
         record = _record(report, config)
-        # A round's time: what its clients computed, side by side, and the rest.
+        # The round's time is split into the clients' parallel computation and the rest.
         parallel = (
             1
             if config.federation.engine == "inprocess"
@@ -133,7 +133,7 @@ class RunRecorder(Recorder):
         if last or is_best or report.round % config.checkpoint.every == 0:
             with self.timings.phase("checkpoints"):
                 save_state(self._directory.checkpoints, state, config.checkpoint.keep)
-        if is_best:  # after its state: a run that goes on finds it in the checkpoint
+        if is_best:  # after the state, so that a resumed run finds it in the checkpoint
             self._save_best(state)
 
     def has_converged(self) -> bool:
@@ -141,9 +141,9 @@ class RunRecorder(Recorder):
         return has_converged(self.records, self._config.training.early_stopping)
 
     def restore_best(self) -> list[str]:
-        """Make the best adapter that of the records, after a stop; returns what could not be done.
+        """After a stop, restore the best adapter according to the records; return warnings.
 
-        It differs where the process was killed between two files, or where rounds are run again.
+        The two differ if the process was killed between two files, or if rounds are run again.
         """
         best, path = best_record(self.records), self._best_path
         recover(path)
@@ -181,9 +181,9 @@ class RunRecorder(Recorder):
             save_best(self._best_path, self._prepared.model, adapters, self._config, summary)
 
     def on_failed_round(self, report: RoundReport) -> None:
-        """Write down who failed and why, where the run cannot go on; it resumes at this round."""
+        """Record the failures of a round that ends the run; the run resumes at this round."""
         record = _record(report, self._config) | {"failed": True}
-        with contextlib.suppress(FederationError):  # on a full disk the run's own error says it
+        with contextlib.suppress(FederationError):  # the run's own error reports a full disk
             self._log.append(record)
 
     def close(self, succeeded: bool) -> None:
@@ -206,7 +206,7 @@ class RunRecorder(Recorder):
         self._console.round(record, left if done > 0 else None)
 
     def _scores(self, state: ServerState) -> RoundRecord:
-        """The adapter's scores; of local baselines their mean, and each client's."""
+        """The adapter's scores; for local baselines, each client's scores and their mean."""
         if self._prepared.evaluation is None:
             return {}
         if self._config.algorithm.name != "local":
@@ -217,9 +217,9 @@ class RunRecorder(Recorder):
         return {"eval": mean, "local": each}
 
     def _contributions(self, record: RoundRecord, report: RoundReport) -> RoundRecord:
-        """By client, what `evaluation.contribution` asks for; nothing where there are no losses.
+        """The contributions of `evaluation.contribution` by client; empty if there are no losses.
 
-        A client without which too few updates are left for the combiner has none.
+        Omits a client if the combiner has too few updates without it.
         """
         if report.adapter_with is None or self._prepared.evaluation is None:
             return {}

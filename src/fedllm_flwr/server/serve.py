@@ -1,4 +1,4 @@
-"""The server's side of a run, whatever engine carries its messages."""
+"""The server side of a run, for every engine."""
 
 import logging
 import secrets
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 def serve(
     grid: Grid, config: Config, directory: RunDirectory, console: Console, timings: Timings
 ) -> None:
-    """Run all rounds that are left and write the results into the run's directory.
+    """Run all remaining rounds and write the results to the run's directory.
 
     Args:
-        timings: may hold time spent already, such as the start of the program.
+        timings: may already contain time, such as that of the program's start.
 
     Raises:
-        FedLLMError: the run cannot start or cannot go on.
+        FedLLMError: the run cannot start or cannot continue.
     """
     with timings.phase("start-up"):
         console.status("loading data and model")
@@ -66,10 +66,10 @@ def serve(
         is_deployment = config.federation.engine == "deployment"
         if is_deployment:
             console.status("waiting for the sites")
-            # The app of a deployment runs in the directory that `fedllm server init` has made.
+            # The app of a deployment runs in the directory made by `fedllm server init`.
             registered, keys = registered_sites(Path.cwd()), registered_keys(Path.cwd())
             census = discover(grid, config, prepared.num_clients, console.status, registered, keys)
-        elif config.privacy.secure_aggregation:  # the clients' keys are not the server's to know
+        elif config.privacy.secure_aggregation:  # the server does not know the clients' keys
             census = discover(grid, config, prepared.num_clients)
         else:
             census = known(grid, config, prepared.sizes)
@@ -142,7 +142,7 @@ def draw_figures(
     records: Sequence[RoundRecord],
     console: Console,
 ) -> None:
-    """Curves of the run and the sizes of its clients; one that cannot be drawn is a warning."""
+    """Draw the run's curves and its clients' sizes; a failed figure is only a warning."""
     from fedllm_flwr.reporting.plots import plot_curves
 
     title = f"{config.algorithm.name} on {config.data.name}, {config.model.name}"
@@ -155,9 +155,9 @@ def draw_figures(
     for name, draw in drawings.items():
         try:
             draw()
-        except Exception as error:  # whatever a library of figures stumbles over
+        except Exception as error:  # plotting libraries raise many kinds
             logger.exception("figure %s", name)
             console.note(
-                f"warning: no figure of the {name} ({type(error).__name__}: {error}); all else of "
-                "the run is written"
+                f"warning: no figure of the {name} ({type(error).__name__}: {error}); everything "
+                "else of the run is written"
             )

@@ -11,17 +11,17 @@ from fedllm_flwr.config import Config
 
 @contextlib.contextmanager
 def simulated_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[Grid]:
-    """Start the clients of a run on the engine that ``federation.engine`` names.
+    """Start the clients of a run on the engine ``federation.engine``.
 
     Args:
-        state_dir: in which each client keeps its memory of the run.
+        state_dir: directory of the clients' memory of the run.
 
     Yields:
-        Flower's way to the clients, which end with the context.
+        The Flower grid of the clients, which end with the context.
 
     Raises:
         FederationError: the engine cannot start, or has failed.
-        ConfigError: a client takes more than the cluster of ``federation.ray_address`` has.
+        ConfigError: a client needs more than the cluster of ``federation.ray_address`` has.
     """
     if config.federation.engine == "inprocess":
         from fedllm_flwr.client.app import app

@@ -1,7 +1,8 @@
-"""Access to a run's Ray: by token, and only from this machine where Ray is local.
+"""Access control of a run's Ray: by token and, if Ray is local, only from this machine.
 
-By itself Ray listens on all interfaces and runs what anybody sends. Its token is checked for every
-call (``RAY_AUTH_MODE=token``, https://docs.ray.io/en/latest/ray-security/token-auth.html).
+By default Ray listens on all interfaces and executes any code that it is sent. Ray checks the token
+in every call (``RAY_AUTH_MODE=token``,
+https://docs.ray.io/en/latest/ray-security/token-auth.html).
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import grpc
 from fedllm_flwr.errors import FederationError
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-# Whether Ray may span machines, whatever the system. If not, all its processes bind 127.0.0.1.
+# Whether Ray may span machines on any system. If not, all its processes bind 127.0.0.1.
 SPANS_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LOOPBACK = "127.0.0.1"
 _TOKEN_BYTES = 32
@@ -30,20 +31,20 @@ _LONGEST_FOLDER = 24  # characters: a socket's path has at most 107, Ray adds ab
 
 @contextlib.contextmanager
 def private_ray() -> Iterator[Path]:
-    """Make the Ray started by this process listen on loopback only and require a fresh token.
+    """Make the Ray started by this process listen only on loopback and require a new token.
 
     Yields:
-        An empty folder for Ray's sockets and logs. Ray makes its own writable for every user, so
-        it lies in one that nobody else can enter; both are removed at the end.
+        An empty folder for Ray's sockets and logs. Since Ray makes it writable for every user, its
+        parent folder is private to this user; both are removed at the end.
 
     Raises:
-        FederationError: this process has loaded Ray without authentication already.
+        FederationError: this process has already loaded Ray without authentication.
     """
     wanted = {MODE: "token", TOKEN: secrets.token_hex(_TOKEN_BYTES), SPANS_MACHINES: "0"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     above = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    above = above if len(above) <= _LONGEST_FOLDER else "/tmp"  # else too deep for a socket
+    above = above if len(above) <= _LONGEST_FOLDER else "/tmp"  # a longer path is no valid socket
     folder = Path(tempfile.mkdtemp(prefix="fedllm-", dir=above))
     try:
         _take_up_token()
@@ -57,10 +58,10 @@ def private_ray() -> Iterator[Path]:
 
 
 def check_is_private(node_ip: str) -> None:
-    """Refuse a local Ray that other machines can reach.
+    """Reject a local Ray that other machines can reach.
 
     Raises:
-        FederationError: its processes listen on another address than loopback.
+        FederationError: its processes listen on an address other than loopback.
     """
     if node_ip != LOOPBACK:
         raise FederationError(
@@ -71,9 +72,9 @@ def check_is_private(node_ip: str) -> None:
 
 
 def use_cluster_token(address: str) -> None:
-    """Let this process speak to a cluster by the token that Ray finds where its documents say.
+    """Let this process authenticate to a cluster with the token from Ray's standard locations.
 
-    ``RAY_AUTH_MODE`` counts if the user has set it, also to ``disabled``.
+    A value of ``RAY_AUTH_MODE`` that the user has set, including ``disabled``, takes precedence.
 
     Raises:
         FederationError: there is no token, or this process has loaded Ray without authentication.
@@ -91,10 +92,10 @@ def use_cluster_token(address: str) -> None:
 
 
 def check_asks_for_token(address: str, channel: grpc.Channel) -> None:
-    """Refuse a cluster that answers without a token, unless the user has switched tokens off.
+    """Reject a cluster that answers without a token, unless the user has disabled tokens.
 
     Raises:
-        FederationError: whoever reaches the cluster can run code on it.
+        FederationError: anyone who can reach the cluster can run code on it.
     """
     if os.environ.get(MODE, "token") != "token":
         return
@@ -102,7 +103,7 @@ def check_asks_for_token(address: str, channel: grpc.Channel) -> None:
     try:
         ask(b"", timeout=_ANSWER_S)
     except grpc.RpcError:
-        return  # it wants a token; another fault comes up when Ray connects
+        return  # the cluster requires a token; other errors occur when Ray connects
     raise FederationError(
         f"federation.ray_address={address}: the cluster asks for no token, so whoever reaches it "
         f"can run code on it; start it with {MODE}=token, or set {MODE}=disabled here too."
@@ -110,7 +111,7 @@ def check_asks_for_token(address: str, channel: grpc.Channel) -> None:
 
 
 def _take_up_token() -> None:
-    """Make Ray read the environment's token; it reads the mode once, when it is imported."""
+    """Make Ray read the token from the environment; Ray reads the mode once, when imported."""
     if "ray" not in sys.modules:
         return
     raylet: Any = importlib.import_module("ray._raylet")

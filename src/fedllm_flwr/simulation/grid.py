@@ -12,19 +12,19 @@ from fedllm_flwr.client.simulated import add_note
 _POLL_S = 0.02
 
 MOST_NODES = 64
-"""Nodes of a simulation at most: Flower looks through all of them ten times a second."""
+"""Largest number of nodes of a simulation: Flower polls all of them ten times a second."""
 
 
 class SimulationGrid(Grid):
-    """Shows every simulated client as a node, and reaches it through one of another grid's.
+    """Presents every simulated client as a node, and reaches it through a node of another grid.
 
-    Each message notes which client it is for, so that a node is whichever client it names; any
-    number of clients needs no more nodes than answer at the same time.
+    Each message names its client, so that any node of the other grid can act as any client. The
+    other grid needs only as many nodes as answer at the same time.
 
     Args:
-        num_clients: clients 1 to `num_clients`, by the ids that this grid gives them.
-        state_dir: in which each client has a folder of its own.
-        check: called before the other grid is used; raises where the run cannot go on.
+        num_clients: number of clients; this grid's node ids are 1 to `num_clients`.
+        state_dir: directory with one folder per client.
+        check: called before the other grid is used; raises if the run cannot continue.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SimulationGrid(Grid):
         self._state_dir = state_dir
         self._check = check
         self._nodes: list[int] = []
-        self._asked: dict[str, int] = {}  # clients by message
+        self._asked: dict[str, int] = {}  # clients by message id
 
     def set_run(self, run: object) -> None:
         """As the other grid."""
@@ -102,7 +102,7 @@ class SimulationGrid(Grid):
 
     def _addressed(self, message: Message) -> Message:
         client = message.metadata.dst_node_id
-        message.content = RecordDict(dict(message.content))  # messages may share theirs
+        message.content = RecordDict(dict(message.content))  # messages may share contents
         add_note(message.content, self._state_dir, client - 1)
         node_id = self._nodes[(client - 1) % len(self._nodes)]
         message.metadata.__dict__["_dst_node_id"] = node_id

@@ -1,7 +1,7 @@
 """The whole federation in one process: a `Grid` that calls the ClientApp itself.
 
-Server, strategy, wire encoding and client are those of every other engine; only the transport is
-a function call. One model is loaded, a debugger works, and nothing runs at the same time.
+Server, strategy, wire encoding and client are the same as in every other engine; only the transport
+is a function call. One model is loaded, a debugger works, and nothing runs concurrently.
 """
 
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from flwr.serverapp import Grid
 
 
 class InProcessGrid(Grid):
-    """Flower's way to the clients, without any: a message is answered when it is pulled.
+    """A Flower grid without a network, which answers a message when its reply is pulled.
 
     Args:
         client_app: answers the messages of all nodes.
-        num_clients: nodes 1 to `num_clients`, with partition ids from 0.
+        num_clients: number of nodes, with ids from 1 and partition ids from 0.
     """
 
     def __init__(self, client_app: ClientApp, num_clients: int) -> None:
@@ -36,7 +36,7 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message] = {}
 
     def set_run(self, run: object) -> None:
-        """Nothing: the grid serves one run."""
+        """Do nothing, as the grid serves one run."""
 
     @property
     def run(self) -> object:  # type: ignore[override]  # Flower's Run is not public
@@ -51,7 +51,7 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message, as Flower's constructor makes it."""
+        """Create a Flower message."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -70,7 +70,7 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Answer the first queued message among `message_ids`, so that one is in memory."""
+        """Answer the first queued message of `message_ids`, so that only one reply is in memory."""
         for message_id in message_ids:
             if message := self._waiting.pop(message_id, None):
                 return [self._app(message, self._contexts[message.metadata.dst_node_id])]

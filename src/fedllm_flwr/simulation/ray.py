@@ -27,12 +27,12 @@ _INTERRUPTED = 130  # exit status
 def ray_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[Grid]:
     """Start Ray and Flower's simulation engine, and end both after the context.
 
-    Nothing is left behind: Ray's processes belong to this one, and the engine is a thread of it.
+    Nothing is left running: Ray's processes are children of this one, and the engine is a thread.
 
     Raises:
-        FederationError: Ray cannot start, no cluster is at ``federation.ray_address``, or the
-            engine has failed, at the next use of the grid.
-        ConfigError: a client takes more than any machine of that cluster has.
+        FederationError: Ray cannot start, there is no cluster at ``federation.ray_address``, or the
+            engine has failed (raised at the next use of the grid).
+        ConfigError: a client needs more than any machine of that cluster has.
     """
     with contextlib.ExitStack() as stack:
         init_args: dict[str, Any] = {"logging_level": "critical", "log_to_driver": False}
@@ -41,7 +41,7 @@ def ray_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[G
             with _interrupts_postponed():
                 join_cluster(address, init_args, config.federation)
         else:
-            # Without an address Ray joins any cluster that runs on this machine.
+            # Without an address, Ray would join any cluster that runs on this machine.
             folder = stack.enter_context(private_ray())
             init_args |= {"address": "local", "_temp_dir": str(folder)}
             try:
@@ -56,7 +56,7 @@ def ray_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[G
             "num_gpus": config.federation.client_gpus,
         }
         backend = {"init_args": init_args, "client_resources": resources}
-        # Flower's log repeats as stack traces what the run reports itself.
+        # Flower would log stack traces of errors that the run reports itself.
         log = logging.getLogger("flwr")
         stack.callback(setattr, log, "disabled", log.disabled)
         log.disabled = True
@@ -65,10 +65,10 @@ def ray_clients(config: Config, num_clients: int, state_dir: Path) -> Iterator[G
 
 @contextlib.contextmanager
 def _flower_engine(num_clients: int, backend: Any, state_dir: Path) -> Iterator[Grid]:
-    """Run Flower's engine in a thread, which feeds the clients' messages to Ray's workers.
+    """Run Flower's engine in a thread, which passes the clients' messages to Ray's workers.
 
-    Flower calls a ServerApp in one more thread; the one here hands out its grid, and waits for the
-    end of the context. A second Ctrl-C, while the engine ends, ends the process.
+    Flower calls a ServerApp in a further thread. The ServerApp here only passes its grid on, and
+    waits until the context ends. A second Ctrl-C while the engine ends kills the process.
     """
     from flwr.simulation import run_simulation
 
@@ -124,9 +124,9 @@ def _engine_failed(error: BaseException) -> FederationError:
 
 @contextlib.contextmanager
 def _interrupts_postponed() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM take effect after the context: a half-started Ray leaves processes.
+    """Delay Ctrl-C and SIGTERM until the context ends: a half-started Ray leaves processes behind.
 
-    The handlers are those of before then; Ray sets one of its own for SIGTERM.
+    The previous handlers are restored afterwards, as Ray sets its own for SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -140,7 +140,7 @@ def _interrupts_postponed() -> Iterator[None]:
     before = {number: signal.signal(number, note) for number in signals}
     try:
         yield
-    except SystemExit as error:  # Ray's own answer to SIGTERM
+    except SystemExit as error:  # raised by Ray's handler of SIGTERM
         raise KeyboardInterrupt from error
     finally:
         for number, handler in before.items():

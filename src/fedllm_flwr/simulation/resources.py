@@ -1,6 +1,6 @@
-"""Checks that the machine, or a Ray cluster, has the resources of the simulated clients.
+"""Checks that the machine, or a Ray cluster, has the resources that simulated clients need.
 
-Ray waits without end for a worker that fits nowhere.
+Otherwise Ray would wait forever for a worker that fits on no machine.
 """
 
 import os
@@ -20,10 +20,10 @@ _CONNECT_S, _ANSWER_S = 5.0, 15.0  # seconds
 
 
 def check_machine(config: Config) -> None:
-    """Refuse clients that do not fit this machine, where they run on it.
+    """Reject clients that exceed this machine's resources, if they run on it.
 
     Raises:
-        ConfigError: they take more CPUs or GPUs than there are.
+        ConfigError: they need more CPUs or GPUs than the machine has.
     """
     federation = config.federation
     on_cluster = federation.engine == "ray" and federation.ray_address is not None
@@ -34,11 +34,11 @@ def check_machine(config: Config) -> None:
 
 
 def join_cluster(address: str, init_args: Mapping[str, Any], federation: FederationConfig) -> None:
-    """Connect this process to a running Ray cluster, on which Flower then builds its workers.
+    """Connect this process to a running Ray cluster, on which Flower then starts its workers.
 
     Raises:
-        ConfigError: nothing answers there, or a client takes more than any machine of it has.
-        FederationError: it takes no token, or not the one that is given.
+        ConfigError: no cluster answers, or a client needs more than any of its machines has.
+        FederationError: the cluster requires no token, or rejects the given one.
     """
     _check_answers(address)
     use_cluster_token(address)
@@ -58,9 +58,9 @@ def join_cluster(address: str, init_args: Mapping[str, Any], federation: Federat
 
 
 def start_ray(init_args: Mapping[str, Any]) -> None:
-    """Connect this process to Ray; its workers find this package and what it depends on.
+    """Connect this process to Ray, whose workers can import this package and its dependencies.
 
-    Ray gives its own processes 30 s to start; where a busy machine exceeds that, it is tried again.
+    Ray gives its own processes 30 s to start; on a busy machine that takes longer, this is retried.
     """
     import ray
 
@@ -90,19 +90,19 @@ def _check_fit(federation: FederationConfig, resources: Mapping[str, float], who
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address where no Ray cluster answers; Ray itself retries it for minutes.
+    """Reject an address where no Ray cluster answers, which Ray itself would retry for minutes.
 
-    A server of another kind, or a hung one, takes the connection and says nothing.
+    Another kind of server, or a hung one, accepts the connection but does not answer.
     """
     match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
     if not match:
-        return  # "auto" and its kind, which Ray looks up
+        return  # "auto" and similar values, which Ray resolves
     try:
         socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, error) from error
     if os.environ.get("RAY_USE_TLS", "0") != "0":
-        return  # certificates are Ray's business
+        return  # Ray checks certificates itself
     import grpc
 
     target = f"[{match[1]}]:{match[2]}" if ":" in match[1] else f"{match[1]}:{match[2]}"

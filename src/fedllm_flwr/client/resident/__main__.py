@@ -1,4 +1,4 @@
-"""Command line of the resident trainer, for the ClientApp that starts it."""
+"""Command line of the resident trainer, used by the ClientApp that starts it."""
 
 import logging
 import sys

@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_IDLE_TIMEOUT_S = 600.0
 _START_TIMEOUT_S = 120.0
-_ATTEMPTS = 2  # a trainer that dies over a message is started once more
+_ATTEMPTS = 2  # a trainer that dies while handling a message is restarted once
 
 
 def answer_by_resident(
     kind: str, content: RecordDict, site: Site, timeout_s: float | None = None
 ) -> RecordDict:
-    """The resident trainer's answer; without one this process answers itself, with a warning.
+    """Answer by the resident trainer, or in this process, with a warning, if there is none.
 
     The site's node config may set ``resident=false``, or ``idle-timeout-s``: seconds without a
     message after which the trainer ends.
 
     Args:
-        timeout_s: after which nobody waits for the answer any more. A trainer that is still at it
-            then is ended, so that it does not stand in the way of the next message.
+        timeout_s: seconds after which the server no longer waits for the answer. A trainer that is
+            still busy is then ended, so that it does not block the next message.
     """
     if not site.node_config.get("resident", True):
         return answer(kind, content, site)
@@ -50,12 +50,12 @@ def answer_by_resident(
             try:
                 return _logged(ask(path, kind, content, site, timeout_s), kind, site)
             except EOFError:
-                logger.warning("the resident trainer died over a message (attempt %d)", attempt)
+                logger.warning("the resident trainer died on a message (attempt %d)", attempt)
     except TimeoutError:
         reason = f"its trainer did not answer a {kind} message within {timeout_s:g} s and was ended"
         return _logged(pack_failure(Failure("TrainerHung", reason, site.name)), kind, site)
     except (OSError, FederationError) as error:
-        logger.warning("no resident trainer (%s); this process trains itself", error)
+        logger.warning("no resident trainer (%s); training in this process", error)
         return answer(kind, content, site)
     reason = f"its trainer died {_ATTEMPTS} times over a {kind} message, out of memory perhaps"
     failure = Failure("TrainerDied", f"{reason}; the site's log says more", site.name)
@@ -63,7 +63,7 @@ def answer_by_resident(
 
 
 def _logged(content: RecordDict, kind: str, site: Site) -> RecordDict:
-    """The answer; if it is a failure, the SuperNode's own output names it and the log."""
+    """Return the answer; a failure is also logged in the SuperNode's output, with the log path."""
     if failure := unpack_failure(content):
         logger.error("%s failed: %s (log: %s)", kind, failure.reason, _log_path(site))
     return content
@@ -72,15 +72,15 @@ def _logged(content: RecordDict, kind: str, site: Site) -> RecordDict:
 def ask(
     path: Path, kind: str, content: RecordDict, site: Site, timeout_s: float | None
 ) -> RecordDict:
-    """Answer of the trainer at a socket; starts the trainer if none is running.
+    """Answer of the trainer at a socket; starts the trainer if it is not running.
 
     Raises:
-        EOFError: the trainer died over the message.
-        TimeoutError: it did not answer in time, and was ended.
-        FederationError: it cannot be started.
+        EOFError: the trainer died while handling the message.
+        TimeoutError: the trainer did not answer in time, and was ended.
+        FederationError: the trainer cannot be started.
     """
     with socket.socket(socket.AF_UNIX) as connection:
-        # One ClientApp at a time looks for the trainer and starts it.
+        # A lock lets only one ClientApp at a time look for the trainer and start it.
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _connect(connection, path):
@@ -98,7 +98,7 @@ def ask(
         except (ConnectionResetError, BrokenPipeError) as error:
             raise EOFError(str(error)) from error
         except TimeoutError:
-            # The kernel says which process is at the other end, where it can.
+            # The kernel reports the peer's process id, if it supports this.
             if (option := getattr(socket, "SO_PEERCRED", None)) is not None:
                 size = struct.calcsize("3i")
                 peer = connection.getsockopt(socket.SOL_SOCKET, option, size)
@@ -116,12 +116,12 @@ def _connect(connection: socket.socket, path: Path) -> bool:
 
 
 def start(connection: socket.socket, path: Path, site: Site) -> None:
-    """Start the trainer in a session of its own, and connect to it.
+    """Start the trainer in its own session, and connect to it.
 
-    Its parent to watch is the SuperNode.
+    The trainer watches the SuperNode's process and ends with it.
 
     Raises:
-        FederationError: it has ended, or does not listen in time.
+        FederationError: the trainer has ended, or does not listen in time.
     """
     path.unlink(missing_ok=True)
     idle = float(site.node_config.get("idle-timeout-s", DEFAULT_IDLE_TIMEOUT_S))
@@ -147,7 +147,7 @@ def start(connection: socket.socket, path: Path, site: Site) -> None:
 
 
 def _log_path(site: Site) -> Path:
-    """Beside the site's state, where its operator finds it; else beside the socket."""
+    """The trainer's log: next to the site's state, or next to the socket if there is no state."""
     if "state-dir" in site.node_config:
         folder = Path(str(site.node_config["state-dir"])).expanduser()
         if folder.is_dir():

@@ -1,7 +1,7 @@
 """Messages between a ClientApp and the resident trainer over a socket: JSON and raw tensors.
 
-A frame is a length (8 bytes, big-endian), a header in JSON, and the tensors' bytes in the header's
-order. Nothing on it is executed: no pickle, no code.
+A frame consists of a length (8 bytes, big-endian), a JSON header, and the tensors' bytes in the
+header's order. Nothing in it is executed: no pickle, no code.
 """
 
 import json
@@ -16,7 +16,7 @@ from fedllm_flwr.errors import FederationError
 
 _LENGTH = struct.Struct(">Q")
 _LARGEST_HEADER = 64 * 2**20  # bytes
-_PART = 2**20  # bytes that are read at once
+_PART = 2**20  # bytes read at a time
 _RECORDS: dict[str, type[ConfigRecord] | type[MetricRecord]] = {
     "config": ConfigRecord,
     "metric": MetricRecord,
@@ -27,7 +27,7 @@ def send_frame(connection: socket.socket, fields: dict[str, Any], content: Recor
     """Send plain data and records.
 
     Raises:
-        OSError: the peer is gone.
+        OSError: the peer has closed the connection.
     """
     arrays: list[list[Any]] = []
     buffers: list[bytes] = []
@@ -62,7 +62,7 @@ def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], RecordDict
 
     Raises:
         EOFError: the peer has closed the connection.
-        FederationError: what it sent is no frame.
+        FederationError: the peer's data are not a frame.
     """
     (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
     if length > _LARGEST_HEADER:
@@ -95,7 +95,7 @@ def receive_frame(connection: socket.socket) -> tuple[dict[str, Any], RecordDict
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
-    """`size` bytes; memory is taken for those that have come, whatever was announced."""
+    """Receive `size` bytes; memory grows only with the bytes received, not with those announced."""
     data = bytearray()
     while len(data) < size:
         part = connection.recv(min(size - len(data), _PART))

@@ -1,8 +1,8 @@
 """Resident trainer: answers messages one at a time and keeps model and data loaded between them.
 
-Flower starts a process for each message; importing torch and loading the base model then cost more
-than a round's training. This process stays: it is started by the first ClientApp that needs it,
-and ends with the SuperNode, or when nothing has come for a while, which frees the GPU.
+Flower starts a process for each message, in which importing torch and loading the base model take
+longer than a round's training. The resident trainer keeps running: the first ClientApp that needs
+it starts it, and it ends with the SuperNode, or when idle for some time, which frees the GPU.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from fedllm_flwr.errors import FederationError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
-_MESSAGE_S = 300.0  # for a message to come, once a peer has connected
+_MESSAGE_S = 300.0  # to receive a message, once a peer has connected
 _FIELDS = {"kind": str, "node_config": dict, "run_id": int, "node_id": int}
 
 
 def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
-    """Answer on the Unix socket `path`, until process `parent` is gone or nothing has come.
+    """Answer on the Unix socket `path`, until process `parent` ends or the idle timeout passes.
 
-    One message at a time; those who come meanwhile wait in the socket's queue.
+    Handles one message at a time; further peers wait in the socket's queue.
     """
     prepare_environment()
 
-    def end_with_parent() -> None:  # soon after it has ended, whatever this process does
+    def end_with_parent() -> None:  # promptly, even while this process is busy
         while True:
             try:
                 os.kill(parent, 0)
@@ -41,7 +41,7 @@ def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
                 path.unlink(missing_ok=True)
                 os._exit(0)
             except PermissionError:
-                pass  # it is there, and another user's
+                pass  # it exists, but belongs to another user
             time.sleep(_POLL_S)
 
     try:
@@ -62,7 +62,7 @@ def serve(path: Path, parent: int, idle_timeout_s: float) -> None:
 
 
 def handle(connection: socket.socket) -> None:
-    """Answer one message; one that breaks off, or is none of this package, is dropped."""
+    """Answer one message; incomplete messages, and those of other programs, are dropped."""
     try:
         connection.settimeout(_MESSAGE_S)
         fields, content = receive_frame(connection)

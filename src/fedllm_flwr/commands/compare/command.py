@@ -83,7 +83,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int
     except KeyboardInterrupt as interrupt:
         finished = sum(job.done for job in jobs)
         raise RunInterrupted(
-            f"interrupted; {finished} of {len(jobs)} runs are done, go on with: "
+            f"interrupted; {finished} of {len(jobs)} runs are done, resume with: "
             f"fedllm compare resume={root}"
         ) from interrupt
     _write(root, jobs, algorithms)
@@ -140,7 +140,7 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
     root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{data}")).expanduser()
     if (root / SAVED).exists():
         raise ConfigError(
-            f"output_dir={root} holds a comparison already; go on with it: resume={root}."
+            f"output_dir={root} holds a comparison already; resume it: resume={root}."
         )
     if foreign := foreign_files(root, (".*",)):
         raise ConfigError(

@@ -85,7 +85,7 @@ class RunStatus:
             )
         if not self.is_well:
             kept = how_to_go_on(RunDirectory(Path(self.path).resolve()), self.command)
-            lines.append(f"  {kept or 'nothing is saved; start it anew'}")
+            lines.append(f"  {kept or 'nothing is saved; start a new run'}")
         return lines
 
 

@@ -55,7 +55,7 @@ class SeveralStatus:
         lines += [f"  {name:<{width}}  {_line(run)}" for name, run in self.runs.items()]
         if not self.is_well:
             command = next(how for kind, _, how in _KINDS.values() if kind == self.kind)
-            lines.append(f"  go on with: {command}{self.path}")
+            lines.append(f"  resume with: {command}{self.path}")
         return lines
 
 
