@@ -268,8 +268,8 @@ def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
     last = newest_round(directory.checkpoints)
     if last is None:
         raise FederationError(
-            f"resume={directory.path}: the run stopped before its first checkpoint; start a new one, "
-            "in another directory or after deleting this one."
+            f"resume={directory.path}: the run stopped before its first checkpoint; start a new "
+            "one, in another directory or after deleting this one."
         )
     if config.federation.num_rounds < last:
         raise ConfigError(
