@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_IDLE_TIMEOUT_S = 600.0
 _START_TIMEOUT_S = 120.0
 _ATTEMPTS = 2  # a trainer that dies while handling a message is restarted once
+_DYING_S = 5.0  # time for a killed trainer to close its socket
 
 
 def answer_by_resident(
@@ -92,19 +93,37 @@ def ask(
             "node_id": site.node_id,
         }
         connection.settimeout(timeout_s)
+        trainer = _peer(connection)
         try:
             send_frame(connection, fields, content)
             return receive_frame(connection)[1]
-        except (ConnectionResetError, BrokenPipeError) as error:
+        except (ConnectionResetError, BrokenPipeError, EOFError) as error:
+            if trainer is not None:
+                _wait_for_end(trainer)  # the socket of a dying process still takes connections
             raise EOFError(str(error)) from error
         except TimeoutError:
-            # The kernel reports the peer's process id, if it supports this.
-            if (option := getattr(socket, "SO_PEERCRED", None)) is not None:
-                size = struct.calcsize("3i")
-                peer = connection.getsockopt(socket.SOL_SOCKET, option, size)
+            if trainer is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(struct.unpack("3i", peer)[0], signal.SIGKILL)
+                    os.kill(trainer, signal.SIGKILL)
             raise
+
+
+def _peer(connection: socket.socket) -> int | None:
+    """Process id of the peer, if the kernel reports it."""
+    if (option := getattr(socket, "SO_PEERCRED", None)) is None:
+        return None
+    found = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
+    return int(struct.unpack("3i", found)[0])
+
+
+def _wait_for_end(process: int) -> None:
+    deadline = time.monotonic() + _DYING_S
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process, os.WNOHANG)  # a dead child is there until it is waited for
+            os.kill(process, 0)
+            time.sleep(0.05)
 
 
 def _connect(connection: socket.socket, path: Path) -> bool:
