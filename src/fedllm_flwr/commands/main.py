@@ -88,7 +88,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.multirun:
         from fedllm_flwr.commands.sweep import multirun
 
-        return multirun(arguments.overrides, arguments.config_dir, arguments.quiet)
+        if arguments.jobs < 1:
+            raise ConfigError(f"--jobs must be > 0, got {arguments.jobs}.")
+        options = (arguments.config_dir, arguments.quiet, arguments.jobs)
+        return multirun(arguments.overrides, *options)
     from fedllm_flwr.config.compose import compose
     from fedllm_flwr.reporting.console import Console
 
@@ -106,6 +109,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     asked = ["evaluation.clients=true"] if arguments.personal else []
     _, failed = compare([*arguments.overrides, *asked], arguments.config_dir)
     return FAILED if failed else 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.tune import Search, tune
+
+    search = Search(arguments.trials, *arguments.range)
+    return tune(arguments.overrides, arguments.config_dir, search)
 
 
 def _config(arguments: argparse.Namespace) -> int:
@@ -147,19 +157,22 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
+def _export(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.export import check_export, export, upload
+    from fedllm_flwr.runs.kept_adapters import find_adapter
 
-    from fedllm_flwr.runs.kept_adapters import check_output, find_adapter
-
-    output = Path(arguments.output).expanduser()
-    check_output(output)
+    check_export(arguments.to, arguments.output, arguments.converter)
     kept = find_adapter(arguments.run, arguments.base)
     if kept.unfinished:
         print(kept.unfinished)
-    from fedllm_flwr.commands.merge import merge
-
-    for line in merge(kept, output, arguments.onto):
+    if arguments.to == "hub":
+        public, dry_run = arguments.public, arguments.dry_run
+        onto = arguments.onto
+        lines = upload(kept, arguments.output, arguments.merged, onto, public, dry_run)
+    else:
+        convert = (arguments.converter, arguments.outtype)
+        lines = export(kept, arguments.to, arguments.output, arguments.onto, *convert)
+    for line in lines:
         print(line, flush=True)
     return 0
 
@@ -217,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     run = _add(commands, "run", _run, "train: fedllm run [group=choice] [section.key=value] ...")
     _add_overrides(run)
     run.add_argument("--multirun", "-m", action="store_true", help="one run per combination: a=1,2")
+    text = "of --multirun: runs side by side, each in one process; default 1"
+    run.add_argument("--jobs", "-j", type=int, default=1, metavar="N", help=text)
     run.add_argument("--quiet", "-q", action="store_true", help="print errors only")
 
     compare = _add(
@@ -227,6 +242,16 @@ def _parser() -> argparse.ArgumentParser:
         "--personal",
         action="store_true",
         help="let clients score the global adapter, and their own if they have one, on own records",
+    )
+
+    text = "search each algorithm's learning rate: tune [algorithm=a,b] [section.key=value] ..."
+    tuned = _add(commands, "tune", _tune, text)
+    _add_overrides(tuned)
+    text = "learning rates of each algorithm; default 8"
+    tuned.add_argument("--trials", type=int, default=8, metavar="N", help=text)
+    text = "where they are searched; default 0.0001 0.02"
+    tuned.add_argument(
+        "--range", type=float, nargs=2, default=(1e-4, 2e-2), metavar="RATE", help=text
     )
 
     config = _add(commands, "config", _config, "print the resolved configuration")
@@ -251,11 +276,29 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--base", metavar="MODEL", help=_BASE)
     generate.add_argument("--template", choices=("alpaca", "vicuna", "chat"), help=_TEMPLATE)
 
-    merge = _add(commands, "merge", _merge, "write the model with an adapter merged into it")
+    text = "write an adapter for PEFT, as one merged model, as GGUF, or to the Hugging Face Hub"
+    exported = _add(commands, "export", _export, text)
+    exported.add_argument("run", help=_ADAPTER)
+    exported.add_argument("output", help="directory to write; of --to hub OWNER/NAME")
+    exported.add_argument("--to", choices=("peft", "merged", "gguf", "hub"), required=True)
+    exported.add_argument("--onto", choices=("full", "quantized"), default="full", help=_ONTO)
+    exported.add_argument("--base", metavar="MODEL", help=_BASE)
+    text = "of gguf: llama.cpp's convert_hf_to_gguf.py; default: in $LLAMA_CPP or on the PATH"
+    exported.add_argument("--converter", metavar="FILE", help=text)
+    text = "of gguf: type of the weights, such as f16 or q8_0; default: auto"
+    exported.add_argument("--outtype", default="auto", metavar="TYPE", help=text)
+    exported.add_argument("--merged", action="store_true", help="of hub: the merged model")
+    text = "of hub: make a public repository; default: a private one"
+    exported.add_argument("--public", action="store_true", help=text)
+    text = "of hub: list what would be sent, and send nothing"
+    exported.add_argument("--dry-run", action="store_true", help=text)
+
+    merge = _add(commands, "merge", _export, "the same as export --to merged")
     merge.add_argument("run", help=_ADAPTER)
     merge.add_argument("output", help="directory to write")
     merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=_ONTO)
     merge.add_argument("--base", metavar="MODEL", help=_BASE)
+    merge.set_defaults(to="merged", converter=None, outtype="auto")
 
     text = "what a run gives away of its records: membership, canaries, gradients"
     audited = _add(commands, "audit", _audit, text)

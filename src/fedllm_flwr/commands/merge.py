@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from fedllm_flwr.commands.export import summary_of
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ConfigError, FederationError, FedLLMError, ModelError
 from fedllm_flwr.evaluation.central import evaluate
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_beside, load_dequantized
 from fedllm_flwr.params import Params
+from fedllm_flwr.reporting.card import model_card
 from fedllm_flwr.runs.adapter_files import give_usual_mode, load_kept
 from fedllm_flwr.runs.kept_adapters import KeptAdapter, check_output
 from fedllm_flwr.server.preparation import evaluation_threads, held_out_records
@@ -98,7 +100,7 @@ def merge(kept: KeptAdapter, output: Path, onto: str = "full") -> Iterator[str]:
     elif trained is not None:
         yield f"the loss on both was not compared: {trained}"
     try:
-        difference = _write(model, params, output)
+        difference = _write(model, params, output, _card(kept, model))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FederationError(f"cannot write {output}: {reason}.") from error
@@ -119,7 +121,18 @@ def _scores(kept: KeptAdapter, model: AdaptedModel, config: Config) -> dict[str,
     return evaluate(model, params, data, tokens, evaluation_threads(config))
 
 
-def _write(model: AdaptedModel, params: Params, output: Path) -> LogitDifference:
+def _card(kept: KeptAdapter, model: AdaptedModel) -> str | None:
+    """The merged model's card; None where the adapter belongs to no run."""
+    summary = summary_of(kept)
+    if summary is None:
+        return None
+    dtype = str(model.dtype).removeprefix("torch.")
+    return model_card(kept.config, summary, kept.config.model.path, dtype, merged=True)
+
+
+def _write(
+    model: AdaptedModel, params: Params, output: Path, card: str | None = None
+) -> LogitDifference:
     """Merge, check the logits, then create the directory by one rename."""
     model.load(params)
     model.peft.eval()
@@ -132,6 +145,8 @@ def _write(model: AdaptedModel, params: Params, output: Path) -> LogitDifference
         fresh = Path(folder) / output.name
         merged.save_pretrained(str(fresh), safe_serialization=True)
         model.tokenizer.save_pretrained(str(fresh))
+        if card is not None:
+            (fresh / "README.md").write_text(card, encoding="utf-8")
         give_usual_mode(fresh, like="config.json")
         merged.to("meta")  # frees memory for the model that is read back
         written = AutoModelForCausalLM.from_pretrained(

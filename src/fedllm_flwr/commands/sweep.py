@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from fedllm_flwr.commands.compare.jobs import carry_out
+from fedllm_flwr.commands.launched import check_launcher, launch
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import compose, expand_sweep
 from fedllm_flwr.errors import ConfigError, FedLLMError, RunInterrupted
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.reporting.console import Console, print_error
-from fedllm_flwr.reporting.metrics import read_metrics, summarise
+from fedllm_flwr.reporting.metrics import read_metrics, summarise, validation_losses
 from fedllm_flwr.runs.directory import PlannedRun
 from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.server.opening import with_absolute_paths
@@ -23,7 +26,8 @@ from fedllm_flwr.server.run import run_simulation
 from fedllm_flwr.tasks import table_metrics
 
 SWEEP = "sweep.json"  # in the directory of all runs: overrides, and the runs' names
-_TABLE = "results.csv"
+_TABLE, _FIGURE = "results.csv", "results.png"
+_MOST_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,26 @@ class SweptRun(PlannedRun):
     values: dict[str, str]
 
 
-def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = False) -> int:
-    """Run every combination of a sweep and write a table of the results; returns the exit status.
+def multirun(
+    overrides: Sequence[str], config_dir: str | None, quiet: bool = False, workers: int = 1
+) -> int:
+    """Run every combination of a sweep; one table and one figure of all. Returns the exit status.
 
     Each run writes to its own directory below ``output_dir``, and the table is updated after each.
     All configurations are checked before the first run starts. After a failed run the sweep
     continues, and the exit status is 1. ``resume=<directory>`` continues a stopped sweep.
 
+    Args:
+        overrides: those of Hydra's launcher among them, such as ``hydra/launcher=joblib``.
+        workers: runs side by side, each in one process.
+
     Raises:
         ConfigError: no key has several values, a combination is invalid, or the directory is taken.
         RunInterrupted: by the user; names the command that continues.
     """
+    launcher = [text for text in overrides if text.startswith(("hydra/", "hydra."))]
+    check_launcher(launcher)
+    overrides = [text for text in overrides if text not in launcher]
     resumed = [text.partition("=")[2] for text in overrides if text.startswith("resume=")]
     if resumed:
         root = Path(resumed[-1]).expanduser()
@@ -58,6 +71,13 @@ def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = Fal
     if len(combinations) < 2:
         raise ConfigError("--multirun needs a key with several values, such as seed=1,2,3.")
     configs = [compose(combination, config_dir) for combination in combinations]
+    if workers > 1 or launcher:  # a run in one process has the same bits as one on Ray
+        configs = [
+            changed(config, federation={"engine": "inprocess"})
+            if config.federation.engine == "ray"
+            else config
+            for config in configs
+        ]
     first_refusal([with_absolute_paths(config) for config in configs])
     if not resumed:
         root = _new_directory(configs)
@@ -71,14 +91,43 @@ def multirun(overrides: Sequence[str], config_dir: str | None, quiet: bool = Fal
     names = [run.directory.path.name for run in runs]
     saved = {"overrides": [*overrides], "config_dir": config_dir, "runs": names}
     write_atomically(root / SWEEP, json.dumps(saved, indent=2).encode())
-    errors = _carry_out(root, runs, quiet)
-    print(f"\n{_as_text(_rows(runs, errors))}\ntable  {root / _TABLE}")
+    errors = _carry_out(root, runs, quiet, workers, launcher)
+    print(f"\n{_as_text(_rows(runs, errors))}")
+    if (line := _best(runs)) is not None:
+        print(line)
+    figure = f"   figure  {root / _FIGURE}" if _draw(root, runs) else ""
+    print(f"table  {root / _TABLE}{figure}")
     return 1 if errors else 0
 
 
-def _carry_out(root: Path, runs: Sequence[SweptRun], quiet: bool) -> dict[str, str]:
+def _carry_out(
+    root: Path, runs: Sequence[SweptRun], quiet: bool, workers: int, launcher: Sequence[str]
+) -> dict[str, str]:
     """Carry out the runs that are not done; returns errors by name."""
     errors: dict[str, str] = {}
+    try:
+        if launcher:
+            failed = launch(root, runs, launcher)
+            errors |= {runs[number].name: error for number, error in failed.items()}
+        elif workers > 1:
+            _side_by_side(runs, workers, errors)
+        else:
+            _one_by_one(root, runs, quiet, errors)
+    except KeyboardInterrupt as interrupt:
+        finished = sum(item.done for item in runs)
+        command = shlex.quote(f"resume={root}")
+        raise RunInterrupted(
+            f"interrupted; {finished} of {len(runs)} runs are done, resume with: "
+            f"fedllm run --multirun {command}"
+        ) from interrupt
+    finally:
+        _write_table(root, runs, errors)
+    for error in errors.values() if launcher else ():
+        print_error(error)
+    return errors
+
+
+def _one_by_one(root: Path, runs: Sequence[SweptRun], quiet: bool, errors: dict[str, str]) -> None:
     for number, run in enumerate(runs, start=1):
         done = ", done before" if run.done else ""
         print(f"[{number}/{len(runs)}] {run.name}{done}", flush=True)
@@ -90,20 +139,63 @@ def _carry_out(root: Path, runs: Sequence[SweptRun], quiet: bool) -> dict[str, s
         except FedLLMError as error:
             print_error(str(error))
             errors[run.name] = str(error)
-        except KeyboardInterrupt as interrupt:
-            finished = sum(item.done for item in runs)
-            command = shlex.quote(f"resume={root}")
-            raise RunInterrupted(
-                f"interrupted; {finished} of {len(runs)} runs are done, resume with: "
-                f"fedllm run --multirun {command}"
-            ) from interrupt
         finally:
-            rows, text = _rows(runs, errors), io.StringIO()
-            writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomically(root / _TABLE, text.getvalue().encode())
-    return errors
+            _write_table(root, runs, errors)
+
+
+def _side_by_side(runs: Sequence[SweptRun], workers: int, errors: dict[str, str]) -> None:
+    ended = sum(run.done for run in runs)
+    print(f"{len(runs)} runs, {ended} done, {workers} at a time", flush=True)
+
+    def report(run: SweptRun, error: str | None) -> None:
+        nonlocal ended
+        ended += 1
+        print(f"[{ended}/{len(runs)}] {run.name}", flush=True)
+        if error is not None:
+            print_error(error)
+            errors[run.name] = error
+
+    carry_out(runs, workers, report)
+
+
+def _write_table(root: Path, runs: Sequence[SweptRun], errors: Mapping[str, str]) -> None:
+    rows, text = _rows(runs, errors), io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(root / _TABLE, text.getvalue().encode())
+
+
+def _lowest(run: SweptRun) -> float:
+    """The lowest validation loss of a run; infinite without one."""
+    losses = validation_losses(read_metrics(run.directory.metrics)) if run.done else []
+    return min((loss for _, loss in losses), default=math.inf)
+
+
+def _best(runs: Sequence[SweptRun]) -> str | None:
+    """A line on the run with the lowest validation loss; None without any."""
+    best = min(runs, key=_lowest)
+    loss = _lowest(best)
+    if not math.isfinite(loss):
+        return None
+    return f"best by validation loss: {best.name} ({loss:.4f}), {best.directory.path}@best"
+
+
+def _draw(root: Path, runs: Sequence[SweptRun]) -> bool:
+    """The validation losses of the runs, of the best where they are many; whether any is known."""
+    from fedllm_flwr.reporting.plots import plot_comparison
+
+    shown = [run for run in sorted(runs, key=_lowest)[:_MOST_LINES] if _lowest(run) < math.inf]
+    if not shown or not shown[0].config.tracking.figures:
+        return False
+    curves = {}
+    for run in sorted(shown, key=runs.index):
+        losses = validation_losses(read_metrics(run.directory.metrics))
+        finite = [(number, loss) for number, loss in losses if math.isfinite(loss)]
+        curves[run.name] = [(number, loss, loss, loss) for number, loss in finite]
+    caption = "" if len(shown) == len(runs) else f"The best {len(shown)} of {len(runs)} runs."
+    plot_comparison(curves, root / _FIGURE, "validation loss", caption)
+    return True
 
 
 def _new_directory(configs: Sequence[Config]) -> Path:

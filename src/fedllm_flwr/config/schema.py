@@ -38,6 +38,13 @@ def _is_not_blank(value: str) -> str:
     return value
 
 
+def _names_rounds(value: str) -> str:
+    kind, _, number = value.partition(":")
+    if value in ("none", "all") or (kind == "every" and number.isdecimal() and int(number) > 0):
+        return value
+    raise PydanticCustomError("rounds", "choose none, all, or every:N")
+
+
 Whole = Annotated[int, Strict(), AfterValidator(_fits_64_bits)]
 Real = Annotated[float, Strict(), AllowInfNan(False), AfterValidator(_fits_64_bits)]
 Flag = Annotated[bool, Strict()]
@@ -565,6 +572,17 @@ class CheckpointConfig:
 
     every: Whole = Field(default=1, gt=0, description="rounds between checkpoints")
     keep: Whole = Field(default=2, gt=0, description="number of newest checkpoints to keep")
+    adapters: Annotated[Text, AfterValidator(_names_rounds)] = Field(
+        default="none",
+        description="adapters kept besides those of the newest checkpoints: none, all "
+        "rounds' or every:N rounds'",
+    )
+
+    def keeps_adapter(self, round: int) -> bool:
+        """Whether the adapter of a round is kept."""
+        if self.adapters == "none":
+            return False
+        return self.adapters == "all" or round % int(self.adapters.partition(":")[2]) == 0
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

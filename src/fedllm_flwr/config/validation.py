@@ -61,6 +61,11 @@ def _check_training(config: Config) -> None:
             "training.max_grad_norm=0 with training.dtype=float16: clipping is what scales the "
             "gradient back before the correction is added; use a norm > 0, or bfloat16."
         )
+    if config.checkpoint.adapters != "none" and config.algorithm.name == "local":
+        raise ConfigError(
+            f"checkpoint.adapters={config.checkpoint.adapters}: algorithm=local has no adapter for "
+            "all; each client's own is kept with the states (checkpoint.keep)."
+        )
     patience, evaluation = training.early_stopping, config.evaluation
     if patience is not None and evaluation.central and not evaluation.every:
         raise ConfigError(

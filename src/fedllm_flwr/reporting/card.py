@@ -20,7 +20,11 @@ _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def model_card(
-    config: Config, summary: Mapping[str, Any], base_model: str, dtype: str = "float32"
+    config: Config,
+    summary: Mapping[str, Any],
+    base_model: str,
+    dtype: str = "float32",
+    merged: bool = False,
 ) -> str:
     """Model card in Markdown with the front matter that the Hugging Face hub reads.
 
@@ -30,23 +34,26 @@ def model_card(
         base_model: hub id, local directory or "embedded". The front matter names hub ids only, and
             the text the last part of a local path only, as the card may be published.
         dtype: of the base model's weights in the run.
+        merged: the adapter is in the weights of the model that the card describes.
     """
     is_hub_id = _HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
     sections = [
-        _introduction(config, base_model, is_hub_id),
-        _usage(config, base_model, is_hub_id, dtype),
+        _introduction(config, base_model, is_hub_id, merged),
+        _usage(config, base_model, is_hub_id, dtype, merged),
         _results(task_of(config), summary, name_of_start(config.init_adapter)),
         _training(config, summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _introduction(config: Config, base_model: str, is_hub_id: bool) -> str:
-    tags = ["lora", "peft", "federated-learning", "flower", config.algorithm.name, config.task.name]
+def _introduction(config: Config, base_model: str, is_hub_id: bool, merged: bool) -> str:
+    library = "transformers" if merged else "peft"
+    tags = ["federated-learning", "flower", config.algorithm.name, config.task.name]
+    tags = tags if merged else ["lora", "peft", *tags]
     front_matter = [
         "---",
         *([f"base_model: {json.dumps(base_model)}"] if is_hub_id else []),
-        "library_name: peft",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
@@ -59,23 +66,26 @@ def _introduction(config: Config, base_model: str, is_hub_id: bool) -> str:
     else:
         base = f"a local copy of `{_code_free(Path(base_model).name)}`"
     front = "\n".join(front_matter)
+    adapter = f"LoRA adapter (rank {config.lora.r}, alpha {config.lora.alpha})"
+    made = f"{base}, with a {adapter} added to its weights" if merged else f"A {adapter} for {base}"
     return (
         f"{front}\n\n# {_code_free(config.model.name)}, fine-tuned by {config.algorithm.name} on "
         f"{_code_free(config.data.name)}\n\n"
-        f"A LoRA adapter (rank {config.lora.r}, alpha {config.lora.alpha}) for {base}. "
-        "It was trained by federated learning: the data stayed with "
-        "the clients, and only adapter weights travelled."
+        f"{made[0].upper()}{made[1:]}. {'The adapter' if merged else 'It'} was trained by "
+        "federated learning: the data stayed with the clients, and only adapter weights travelled."
     )
 
 
-def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str) -> str:
+def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str, merged: bool) -> str:
     """Code that loads the adapter and builds prompts exactly as in training."""
     imports = [
         "import torch",
-        "from peft import PeftModel",
+        *([] if merged else ["from peft import PeftModel"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
     ]
-    if base_model == "embedded":
+    if merged:
+        base = '"path/to/this/model"'
+    elif base_model == "embedded":
         imports = ["from pathlib import Path", "", "import fedllm_flwr", *imports]
         base = 'str(Path(fedllm_flwr.__file__).parent / "assets" / "tiny")'
     else:
@@ -108,13 +118,15 @@ def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str) -> str:
             "tokenizer's end token, so that a prompt ends without a space. "
             "An instruction with an input is both, joined by a space."
         )
+    loaded = ['model = PeftModel.from_pretrained(model, "path/to/this/adapter").eval()']
+    loaded = ["model.eval()"] if merged else loaded
     lines = [
         *imports,
         "",
         f"base = {base}",
         "tokenizer = AutoTokenizer.from_pretrained(base)",
         f"model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})",
-        'model = PeftModel.from_pretrained(model, "path/to/this/adapter").eval()',
+        *loaded,
         "",
         *prompting,
         "written = model.generate(**inputs, max_new_tokens=64)[0, inputs.input_ids.shape[1] :]",

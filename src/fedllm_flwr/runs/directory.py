@@ -38,6 +38,7 @@ _FREE_TO_CHANGE = {
     "federation.ray_address",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.adapters",
     "evaluation.central",
     "evaluation.every",
     "evaluation.contribution",
@@ -90,6 +91,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Checkpoints of the server state."""
         return self.path / "checkpoints"
+
+    @property
+    def kept_adapters(self) -> Path:
+        """Adapters of rounds that ``checkpoint.adapters`` keeps, named as states are."""
+        return self.path / "kept-adapters"
 
     @property
     def client_states(self) -> Path:

@@ -200,6 +200,8 @@ def _of_run(directory: RunDirectory, config: Config, wanted: _Wanted, typed: str
     if number is not None and (file := state_file(directory.checkpoints, number)).is_file():
         note = "" if wanted.round is not None else _note(directory, config, number)
         return KeptAdapter(f"round {number}", config, file, "params", run, unfinished=note)
+    if number is not None and (file := state_file(directory.kept_adapters, number)).is_file():
+        return KeptAdapter(f"round {number}", config, file, "params", run)
     if number is not None and number == best:
         return KeptAdapter(f"round {number}", config, directory.adapter_best, run=run)
     if number is None:
@@ -208,7 +210,7 @@ def _of_run(directory: RunDirectory, config: Config, wanted: _Wanted, typed: str
         )
     raise ConfigError(
         f"{typed}: round {number} is not kept; kept: {_kept(directory)} (checkpoint.keep=N keeps "
-        "the newest N)."
+        "the newest N, checkpoint.adapters=all every one)."
     )
 
 
@@ -326,7 +328,8 @@ def _note(directory: RunDirectory, config: Config, number: int) -> str:
 
 def _kept(directory: RunDirectory) -> str:
     """The rounds whose adapters are kept, as text."""
-    parts = [f"round {number}" for number in kept_rounds(directory.checkpoints)]
+    rounds = {*kept_rounds(directory.checkpoints), *kept_rounds(directory.kept_adapters)}
+    parts = [f"round {number}" for number in sorted(rounds, reverse=True)]
     if (best := best_round(directory)) is not None:
         parts.append(f"best (round {best})")
     return ", ".join(parts) or "none"

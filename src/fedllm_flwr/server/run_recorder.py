@@ -20,6 +20,7 @@ from fedllm_flwr.federation.state import (
     save_state,
     state_file,
 )
+from fedllm_flwr.federation.tensor_files import save_params
 from fedllm_flwr.models.device import cpu_count, torch_threads
 from fedllm_flwr.params import Params
 from fedllm_flwr.reporting.console import Console
@@ -133,6 +134,13 @@ class RunRecorder(Recorder):
         if last or is_best or report.round % config.checkpoint.every == 0:
             with self.timings.phase("checkpoints"):
                 save_state(self._directory.checkpoints, state, config.checkpoint.keep)
+        if config.checkpoint.keeps_adapter(report.round):
+            with self.timings.phase("checkpoints"):
+                save_params(
+                    state_file(self._directory.kept_adapters, report.round),
+                    {"params": state.adapter},
+                    {"round": str(report.round)},
+                )
         if is_best:  # after the state, so that a resumed run finds it in the checkpoint
             self._save_best(state)
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
@@ -55,7 +56,12 @@ def make_jobs(
     return sorted(jobs, key=lambda job: (job.seed, algorithms.index(job.algorithm)))
 
 
-def carry_out(jobs: Sequence[Job], workers: int, report: Callable[[Job, str | None], None]) -> None:
+_Planned = TypeVar("_Planned", bound=PlannedRun)
+
+
+def carry_out(
+    jobs: Sequence[_Planned], workers: int, report: Callable[[_Planned, str | None], None]
+) -> None:
     """Carry out or resume the runs that are not done, in `workers` processes.
 
     A worker process keeps its base model from run to run.
@@ -65,8 +71,8 @@ def carry_out(jobs: Sequence[Job], workers: int, report: Callable[[Job, str | No
     """
     pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare_environment)
     try:
-        futures: dict[Future[str | None], Job] = {
-            pool.submit(_run, job): job for job in jobs if not job.done
+        futures: dict[Future[str | None], _Planned] = {
+            pool.submit(carry_out_one, job): job for job in jobs if not job.done
         }
         for future in as_completed(futures):
             report(futures[future], future.result())
@@ -78,8 +84,8 @@ def carry_out(jobs: Sequence[Job], workers: int, report: Callable[[Job, str | No
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run(job: Job) -> str | None:
-    """Carry out one run in a worker process; returns its error in one line, or None."""
+def carry_out_one(job: PlannedRun) -> str | None:
+    """Carry out or resume one run, and print nothing; returns its error in one line, or None."""
     from fedllm_flwr.reporting.console import Console
     from fedllm_flwr.server.run import run_simulation
 
