@@ -39,13 +39,13 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Con
     """Compose, type and validate the configuration that `overrides` select.
 
     Args:
-        overrides: Hydra overrides (``group=choice``, ``section.key=value``); with
-            ``config=<file>`` among them, or ``resume=<run>`` and no group, that saved
-            configuration is the start, not the groups.
+        overrides: Hydra overrides (``group=choice``, ``section.key=value``). With
+            ``config=<file>``, or with ``resume=<run>`` and no group, they modify that saved
+            configuration instead of the groups.
         config_dir: directory with further choices of the package's groups.
 
     Raises:
-        ConfigError: unknown key or choice, wrong type, or an impossible combination.
+        ConfigError: a key or choice is unknown, a type is wrong, or the combination is invalid.
     """
     folder = existing_dir(config_dir)
     assignments = read_overrides(overrides, group_choices(folder))
@@ -65,10 +65,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Con
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> Config:
-    """The configuration that ``flwr run --run-config 'overrides="..." config="..."'`` asks for.
+    """The configuration of ``flwr run --run-config 'overrides="..." config="..."'``.
 
     Raises:
-        ConfigError: as `compose`; or a key of the run config that is not one of these two.
+        ConfigError: as in `compose`, or the run config has another key than these two.
     """
     for key, value in run_config.items():
         text = f"{key}={shown(value)}"
@@ -82,26 +82,26 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
 
 
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a saved ``config.yaml`` (or the run directory around it) and change single keys.
+    """Read a saved ``config.yaml`` (or that of a run directory) and change single keys.
 
     Raises:
-        ConfigError: the file is missing or is no configuration of this package, or an override
-            chooses a group.
+        ConfigError: the file is missing or is not a configuration of this package, or an override
+            selects a group.
     """
     return _load(path, read_overrides(overrides, group_choices()))
 
 
 def load_run(path: str | Path, typed: str) -> Config:
-    """The configuration of the run in a directory; messages name it as the user `typed` it.
+    """The configuration of the run in a directory; messages show the path as the user `typed` it.
 
     Raises:
-        ConfigError: there is no run, or its configuration is none of this package.
+        ConfigError: there is no run, or its configuration is not one of this package.
     """
     return _load(path, [], "resume", typed)
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """Change single keys of a composed configuration; groups cannot be chosen here."""
+    """Change single keys of a composed configuration; groups cannot be selected here."""
     return _changed(asdict(config), read_overrides(overrides, group_choices()))
 
 
@@ -170,19 +170,19 @@ def _assign(values: dict[Any, Any], item: Setting) -> None:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """`new`, where sections on both sides are merged key by key."""
+    """`new`, with sections that exist on both sides merged key by key."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def _composed(chosen: Sequence[str], folder: Path | None) -> dict[Any, Any]:
-    """Values of the composed groups, references unresolved."""
+    """Values of the composed groups, with unresolved references."""
     try:
         if folder is None:
             return copy.deepcopy(_of_package(*chosen))
         return _by_hydra(chosen, folder)
-    except Exception as error:  # besides Hydra's own, what PyYAML raises on a broken file
+    except Exception as error:  # Hydra's errors, and PyYAML's on a broken file
         raise ConfigError(_explained(error, folder)) from error
 
 
@@ -193,7 +193,7 @@ def _of_package(*chosen: str) -> dict[Any, Any]:
 
 
 def _by_hydra(chosen: Sequence[str], *more: Path) -> dict[Any, Any]:
-    """The groups as Hydra composes them: the package's, installed plug-ins' and those in `more`."""
+    """Compose with Hydra the groups of the package, of installed plug-ins and of `more`."""
     folders = [grammar.quoted(f"file://{one}") for one in (*plugin_folders(CONF_GROUP), *more)]
     overrides = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
     ConfigStore.instance().store(name="schema", node=asdict(Config()))
@@ -205,7 +205,7 @@ def _by_hydra(chosen: Sequence[str], *more: Path) -> dict[Any, Any]:
 
 
 def _resolved(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """`values` with references such as ``${data.client_column}`` followed."""
+    """`values` with resolved references such as ``${data.client_column}``."""
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(dict(values)), resolve=True)
     except InterpolationResolutionError as error:
@@ -221,7 +221,7 @@ def _resolved(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _explained(error: Exception, folder: Path | None) -> str:
-    """Message for groups that do not compose; the overrides have been checked before."""
+    """Message for a composition error; the overrides have already been checked."""
     text = str(error)
     if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text):
         group, choice = match.groups()
@@ -234,7 +234,7 @@ def _explained(error: Exception, folder: Path | None) -> str:
 
 
 def existing_dir(path: str | None) -> Path | None:
-    """The user's directory of groups, which adds choices and replaces none."""
+    """The user's directory of groups, which may add choices but not replace any."""
     if path is None:
         return None
     folder = Path(path).expanduser().resolve()
@@ -256,7 +256,7 @@ def existing_dir(path: str | None) -> Path | None:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of an error's text, and where in the file it was seen."""
+    """The first line of an error's text, and its line in the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     mark = getattr(error, "problem_mark", None)
     if mark is not None:

@@ -33,10 +33,10 @@ def describe(config: Config) -> str:
 
 
 def list_choices(config_dir: str | None = None, words: Sequence[str] = ()) -> str:
-    """Groups with their choices, and keys with type, default and meaning; those with a word in it.
+    """Groups with their choices, and keys with type, default and meaning, filtered by `words`.
 
     Raises:
-        ConfigError: a word that no name, choice or meaning holds.
+        ConfigError: no name, choice or meaning contains one of the words.
     """
     groups = {
         name: " | ".join(some) for name, some in group_choices(existing_dir(config_dir)).items()
@@ -63,7 +63,7 @@ def _holds(line: tuple[str, str], words: Sequence[str]) -> bool:
 
 
 def keys() -> list[Key]:
-    """Every key that takes a value, as the schema has it."""
+    """All keys of the schema that take a value."""
     return [
         Key(
             name,

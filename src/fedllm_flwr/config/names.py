@@ -14,7 +14,7 @@ from fedllm_flwr.config.schema import Config, Registered
 from fedllm_flwr.plugins import CONF_GROUP, plugin_folders
 
 _PACKAGE = Path(__file__).parents[1]
-# What other programs call some keys, too far from ours to be found by likeness.
+# Other programs' names of some keys, which are too different to be found by similarity.
 _SAID_ELSEWHERE = {
     "lr": "learning_rate",
     "min_lr": "min_learning_rate",
@@ -31,13 +31,13 @@ _LONGEST_SHOWN = 120  # characters of a value in a message
 
 
 def conf_dir() -> Path:
-    """Directory of the YAML groups: inside an installed wheel, or of the checkout."""
+    """Directory of the YAML groups, in an installed wheel or in a checkout."""
     installed = _PACKAGE / "conf"
     return installed if installed.is_dir() else _PACKAGE.parents[1] / "conf"
 
 
 def group_choices(config_dir: Path | None = None) -> dict[str, list[str]]:
-    """The package's groups and, for each, its choices, plug-ins' and those of `config_dir`."""
+    """Groups with their choices, from the package, installed plug-ins and `config_dir`."""
     folders = sorted(folder for folder in conf_dir().iterdir() if folder.is_dir())
     groups = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in folders}
     for more in [*plugin_folders(CONF_GROUP), *([config_dir] if config_dir else [])]:
@@ -63,7 +63,7 @@ class SchemaField:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Allowed values; empty where every value of the type is allowed."""
+        """Allowed values; empty if every value of the type is allowed."""
         for mark in self.info.metadata:
             if isinstance(mark, Registered):
                 return mark.names
@@ -88,7 +88,7 @@ class SchemaField:
 
 @cache
 def schema_fields() -> dict[str, SchemaField]:
-    """Every dotted key of the schema, sections included."""
+    """Every dotted key of the schema, including sections."""
 
     def walk(cls: Any, prefix: str) -> Iterator[tuple[str, SchemaField]]:
         hints, infos = get_type_hints(cls), cls.__pydantic_fields__
@@ -102,12 +102,12 @@ def schema_fields() -> dict[str, SchemaField]:
 
 
 def field_of(key: str) -> SchemaField:
-    """The field that a dotted `key` of the schema names."""
+    """The schema field of a dotted `key`."""
     return schema_fields()[key]
 
 
 def is_known(key: str) -> bool:
-    """Whether `key` is one of the schema, or within one that holds keys of its own."""
+    """Whether `key` is in the schema, or inside a key that contains free keys."""
     sections = key.split(".")
     return key in schema_fields() or any(
         (field := schema_fields().get(".".join(sections[:depth])))
@@ -117,7 +117,7 @@ def is_known(key: str) -> bool:
 
 
 def unknown_key(key: str) -> str:
-    """Message for a key that the schema lacks, with the closest one that it has."""
+    """Message for an unknown key, with the closest key of the schema."""
     close = closest_key(key)
     hint = f" Did you mean {close!r}?" if close else ""
     return f"unknown key {shown(key)!r}.{hint} (fedllm config --list has every key)"
@@ -152,7 +152,7 @@ def did_you_mean(value: object, known: Iterable[str], cutoff: float = 0.5) -> st
 
 
 def shown(value: Any) -> str:
-    """A value in one line, as a user would type it."""
+    """A value on one line, as a user would type it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = f"[{','.join(map(shown, value))}]" if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""Parses overrides by Hydra's grammar; refuses each mistake with a one-line message."""
+"""Parses overrides with Hydra's grammar; rejects each mistake with a one-line message."""
 
 import itertools
 import re
@@ -24,13 +24,13 @@ from fedllm_flwr.errors import ConfigError
 Choices = Mapping[str, Sequence[str]]
 """Names of the choices of each group."""
 
-# Groups whose name decides what other keys mean: chosen as a group, with their defaults.
+# Groups whose name determines the meaning of other keys: selected as a group, with its defaults.
 _WHOLE = ("algorithm", "partition", "quantization", "task")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One override: ``key=value``, where a group's value names a choice of it."""
+    """One override ``key=value``; the value of a group is one of its choices."""
 
     key: str
     value: Any
@@ -38,7 +38,7 @@ class Setting:
 
 
 def split_overrides(text: str) -> list[str]:
-    """Split a string into overrides at blanks outside quotes; backslashes are kept.
+    """Split a string into overrides at whitespace outside quotes; backslashes are kept.
 
     Raises:
         ConfigError: a quote is not closed.
@@ -52,11 +52,10 @@ def split_overrides(text: str) -> list[str]:
 
 
 def read_overrides(texts: Iterable[str], choices: Choices) -> list[Setting]:
-    """Assignments of single values; ``config=<file>`` and ``group=choice`` among them.
+    """Assignments of single values, including ``config=<file>`` and ``group=choice``.
 
     Raises:
-        ConfigError: a text that is no override, an unknown key or choice, or two values for
-            one key.
+        ConfigError: a text is not an override, a key or choice is unknown, or a key has two values.
     """
     read: dict[str, Setting] = {}
     for text in texts:
@@ -88,7 +87,7 @@ def expand_sweep(texts: Sequence[str], choices: Choices) -> list[list[str]]:
     """Cartesian product of ``a,b``, choice(), range() and glob() sweeps, in the order typed.
 
     Raises:
-        ConfigError: a text that is no override, or a sweep that names no single values.
+        ConfigError: a text is not an override, or a sweep does not list its values.
     """
     return [list(texts) for texts in itertools.product(*(_swept(text, choices) for text in texts))]
 
@@ -112,9 +111,9 @@ def _swept(text: str, choices: Choices) -> list[str]:
 
 
 def _parsed(text: str) -> Override:
-    """Parse one override; a bare value that Hydra's grammar rejects (blanks, brackets) is text.
+    """Parse one override; a bare value that Hydra's grammar rejects (spaces, brackets) is text.
 
-    Refuses overrides that add or delete keys, or that configure Hydra itself.
+    Rejects overrides that add or delete keys, or that configure Hydra itself.
     """
     override = _by_hydra("=".join(map(str.strip, text.split("=", 1))))
     if override is None or not override.key_or_group:
@@ -154,12 +153,12 @@ def _parsed(text: str) -> Override:
 def _by_hydra(text: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(text)
-    except (HydraException, ValueError):  # ValueError: a number of thousands of digits
+    except (HydraException, ValueError):  # ValueError: a number with thousands of digits
         return None
 
 
 def quoted(value: str) -> str:
-    r"""`value` as a quoted string of Hydra's grammar: \ is special before a quote only."""
+    r"""`value` as a quoted string of Hydra's grammar: \ is special only before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value.strip())
     return f"'{escaped}'"
 

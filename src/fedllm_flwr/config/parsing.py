@@ -1,4 +1,4 @@
-"""Parses plain data into a `Config`: strict types, no references, for untrusted input, too."""
+"""Parses plain data, trusted or not, into a `Config`: strict types, and no references."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,12 +29,12 @@ _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Typed, validated configuration from plain data, such as a server's message.
 
-    Keys that are left out take their defaults. Strings mean themselves: no reference
-    ``${...}`` is followed, so that a message cannot read a site's environment. Paths are not
-    looked at: they mean nothing on another machine.
+    Missing keys take their defaults. Strings are literal: references ``${...}`` are not resolved,
+    so that a message cannot read a site's environment. Paths are not checked, as they have no
+    meaning on another machine.
 
     Raises:
-        ConfigError: unknown key, wrong type, or an impossible combination.
+        ConfigError: a key is unknown, a type is wrong, or the combination is invalid.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"configuration={shown(values)} must be a section of keys.")
@@ -48,7 +48,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def _severity(error: ErrorDetails) -> int:
-    """Unknown keys and wrong types come before values outside a choice or a range."""
+    """Sort key: unknown keys and wrong types come before values outside a choice or a range."""
     if error["type"] == "literal_error" and error["input"] is not None:
         return 1
     return 2 if error["type"] in _BOUNDS else 0
@@ -65,7 +65,7 @@ def _sentence(error: ErrorDetails) -> str:
     text = shown(value)
     if value is None and not is_item:
         return f"{key}=null must have a value; leave it out for its default."
-    if value == "???":  # YAML's mark of a value that is still to come
+    if value == "???":  # OmegaConf's mark of a missing value
         return f"{key} is required here; add {key}=<value>."
     if kind == "literal_error":
         return unknown_choice(key, value, field_of(key).choices)

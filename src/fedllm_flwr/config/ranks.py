@@ -1,4 +1,4 @@
-"""Ranks of the clients' adapters, where they differ: entries ``name:rank`` of ``lora.ranks``."""
+"""Different adapter ranks of clients, from the entries ``name:rank`` of ``lora.ranks``."""
 
 from fnmatch import fnmatchcase
 
@@ -7,10 +7,10 @@ from fedllm_flwr.errors import ConfigError
 
 
 def parsed(entry: str) -> tuple[str, int]:
-    """The name, or pattern of names, and the rank of an entry.
+    """The name, or name pattern, and the rank of an entry.
 
     Raises:
-        ConfigError: it is not of this form.
+        ConfigError: the entry does not have this form.
     """
     pattern, _, rank = entry.rpartition(":")
     if not pattern or not rank.isdecimal() or not int(rank):
@@ -21,14 +21,14 @@ def parsed(entry: str) -> tuple[str, int]:
 
 
 def rank_of_client(config: Config, name: str) -> int:
-    """The rank of a client's adapter: of the first entry that fits its name, else ``lora.r``."""
+    """The rank of a client's adapter: of the first entry that matches its name, or ``lora.r``."""
     entries = map(parsed, config.lora.ranks)
     found = (rank for pattern, rank in entries if fnmatchcase(name, pattern))
     return next(found, config.lora.r)
 
 
 def with_rank(config: Config, rank: int) -> Config:
-    """`config` with another rank, whose alpha keeps the scale alpha / r."""
+    """`config` with another rank, and with the alpha that keeps the scale alpha / r."""
     lora = config.lora
     if rank == lora.r:
         return config
@@ -36,5 +36,5 @@ def with_rank(config: Config, rank: int) -> Config:
 
 
 def divides(lora: LoraConfig, rank: int) -> bool:
-    """Whether a rank has a whole alpha with the same scale."""
+    """Whether alpha is an integer at this rank, with the same scale."""
     return lora.alpha * rank % lora.r == 0

@@ -1,4 +1,4 @@
-"""Validates combinations of values, and the files they name, before anything is loaded."""
+"""Validates combinations of values, and the files that they name, before anything is loaded."""
 
 import difflib
 import itertools
@@ -14,10 +14,10 @@ from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, TASKS, TRANSFORMS
 
 
 def validate(config: Config) -> None:
-    """Check combinations of values; reads no file and no model.
+    """Check combinations of values; reads no files and no model.
 
     Raises:
-        ConfigError: names the key, its value and what to use instead.
+        ConfigError: names the key, its value and the remedy.
     """
     _check_training(config)
     _check_clients(config)
@@ -88,12 +88,12 @@ def _check_clients(config: Config) -> None:
         )
     if clients is None and config.partition.name != "natural":
         clients = DEFAULT_NUM_CLIENTS
-    if clients is not None:  # else the values of a column, not known before the data is read
+    if clients is not None:  # otherwise it depends on a column, which is not yet read
         check_client_counts(config, clients)
 
 
 def check_client_counts(config: Config, clients: int) -> None:
-    """Refuse numbers of clients that a federation of so many `clients` can never reach.
+    """Reject numbers of clients that a federation of `clients` clients cannot reach.
 
     Raises:
         ConfigError: names the key, its value and the number of clients.
@@ -180,7 +180,7 @@ def _check_comparison(config: Config) -> None:
 
 
 def _check_robust(config: Config) -> None:
-    """Refuse a robust combiner where it would not be what decides on the adapter."""
+    """Reject a robust combiner if it would not control the whole update."""
     name = config.algorithm.combiner
     if name == "auto" or not COMBINERS.find(name).robust:
         return
@@ -188,8 +188,8 @@ def _check_robust(config: Config) -> None:
     if (rule := ALGORITHMS.find(algorithm)).contributes:
         kinds = " and ".join(rule.contributes.values())
         raise ConfigError(
-            f"algorithm.combiner={name} does not bound what algorithm={algorithm} adds up beside "
-            f"the updates ({kinds}), so one liar could move it at will; use another algorithm, or "
+            f"algorithm.combiner={name} does not bound the further sums of algorithm={algorithm} "
+            f"({kinds}), which one malicious client could control; use another algorithm, or "
             "algorithm.combiner=mean."
         )
     if not rule.aggregates or algorithm == "centralized":
@@ -208,7 +208,7 @@ def _check_robust(config: Config) -> None:
 
 
 def _check_privacy(config: Config) -> None:
-    """Options that a promise of privacy does not hold with."""
+    """Reject options that are incompatible with the privacy guarantee."""
     privacy = config.privacy
     if privacy.canaries and (config.task.name != "sft" or config.federation.engine == "deployment"):
         raise ConfigError(
@@ -245,7 +245,7 @@ def _check_privacy(config: Config) -> None:
 
 
 def _check_client_privacy(config: Config) -> None:
-    """What the sum of bounded contributions asks for."""
+    """Check the requirements of client-level privacy, which releases a sum of clipped updates."""
     privacy, federation, promised = config.privacy, config.federation, "privacy.unit=client"
     algorithm, rule = config.algorithm, ALGORITHMS.find(config.algorithm.name)
     if not rule.aggregates or algorithm.name == "centralized":
@@ -313,7 +313,7 @@ def _check_attack(config: Config) -> None:
 
 
 def _check_transforms(config: Config) -> None:
-    """What compression does not go with."""
+    """Reject options that are incompatible with compression."""
     names = config.communication.transforms
     for name in names:
         TRANSFORMS.check(name)
@@ -341,7 +341,7 @@ def _check_transforms(config: Config) -> None:
 
 
 def _check_record_privacy(config: Config) -> None:
-    """What gradients of single records ask for."""
+    """Check the requirements of record-level privacy, which clips per-record gradients."""
     privacy, promised = config.privacy, "privacy.unit=record"
     if privacy.clip_quantile is not None:
         raise ConfigError(
@@ -371,7 +371,7 @@ def _check_record_privacy(config: Config) -> None:
 
 
 def _check_secure(config: Config) -> None:
-    """What needs single updates, or changes them behind the sites' backs."""
+    """Reject options that need individual updates, which secure aggregation hides."""
     if not config.privacy.secure_aggregation:
         return
     secure, algorithm = "privacy.secure_aggregation=true", config.algorithm
@@ -448,7 +448,7 @@ def _check_lora(config: Config) -> None:
 
 
 def _check_ranks(config: Config) -> None:
-    """Ranks that differ, and what does not go with an adapter that is a plain product B A."""
+    """Check different ranks, and options that algorithms on the product B A do not support."""
     lora, algorithm = config.lora, config.algorithm
     for entry in lora.ranks:
         rank = parsed(entry)[1]
@@ -464,7 +464,7 @@ def _check_ranks(config: Config) -> None:
                 f"number; set lora.alpha={2 * lora.r}."
             )
     special = lora.ranks or lora.dora or lora.rslora or algorithm.combiner != "auto"
-    if not special:  # nothing to ask of the algorithm
+    if not special:  # the algorithm has no special requirements
         return
     kind = ALGORITHMS.find(algorithm.name)
     if lora.ranks and not kind.any_rank:
@@ -518,7 +518,7 @@ def _check_device(config: Config) -> None:
 
 
 def adapter_keys() -> list[str]:
-    """Keys that name an adapter's directory on the server: the start's, and those of the tasks."""
+    """Keys that name an adapter's directory on the server: init_adapter, and those of tasks."""
     tasks = [TASKS.find(name) for name in TASKS.names()]
     return ["init_adapter", *(key for task in tasks for key in task.adapters.values())]
 
@@ -529,7 +529,7 @@ def validate_paths(config: Config) -> None:
     Raises:
         ConfigError: names the key and the path that is missing.
     """
-    sites_own = config.federation.engine == "deployment"  # data.path is each site's own
+    sites_own = config.federation.engine == "deployment"  # each site has its own data.path
     if not config.data.path and not config.data.hub_id and not sites_own:
         raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
     files = {"data.eval_path": config.data.eval_path}
@@ -563,7 +563,7 @@ def validate_paths(config: Config) -> None:
 
 
 def _check_exists(key: str, path: str) -> None:
-    """Refuse a missing path; suggest the closest existing name."""
+    """Reject a missing path; suggest the closest existing name."""
     file = Path(path).expanduser()
     try:
         if file.exists():

@@ -1,1 +1,1 @@
-"""Deployment: directories of the server and the sites, and what runs in them."""
+"""Deployment: the directories of server and sites, and the programs that use them."""

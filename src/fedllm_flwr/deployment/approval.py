@@ -20,10 +20,10 @@ from fedllm_flwr.files import write_atomically
 
 EVERY_RUN, NEW_SETTINGS, AUTOMATIC = RULES = ("every-run", "new-settings", "automatic")
 APPROVED, DECLINED = "approved", "declined"
-_ID_DIGITS = 12  # hexadecimal: too many for a server to look for a second request of the same id
+_ID_DIGITS = 12  # hexadecimal: too many for a server to find another request with the same id
 _SHORTEST_ID = 4
 _MOST_WAITING = 100  # requests; a server cannot fill the disk with more
-SILENT_S = 60.0  # without a question, after which a server no longer waits
+SILENT_S = 60.0  # a server that has not asked for this long no longer waits
 _SERVERS_OWN = ("start_timeout_s",)  # keys of the section federation that need no approval
 
 
@@ -31,7 +31,7 @@ _SERVERS_OWN = ("start_timeout_s",)  # keys of the section federation that need 
 class Request:
     """A server's request to run with certain settings, and the decision of the site's operator.
 
-    ``id`` follows from the run and its settings, so that a decision is only about these settings.
+    ``id`` is derived from the run and its settings, so a decision applies only to these settings.
     """
 
     id: str
@@ -52,22 +52,22 @@ class Request:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a server waits for a decision: it asks every few seconds as long as it does."""
+        """Whether a server is waiting for the decision: it then asks every few seconds."""
         since = datetime.now(UTC) - datetime.fromisoformat(self.last_asked)
         return self.is_undecided and since.total_seconds() <= SILENT_S
 
 
 class Requests:
-    """The requests of a site, a file each, shared by its processes and its operator."""
+    """The requests of a site, one file each, shared by its processes and its operator."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def require(self, rule: str, config: Config, run: str, server: str, site: str) -> None:
-        """Return for an approved run; record a request where there is no decision yet.
+        """Return if the run is approved; otherwise record a request.
 
         Args:
-            rule: of the site's policy: every-run, new-settings or automatic.
+            rule: approval rule of the site's policy: every-run, new-settings or automatic.
             config: as the server sent it.
             run: Flower's id of the run.
 
@@ -84,7 +84,7 @@ class Requests:
             known = self.all()
             mine = next((r for r in known if (r.run, r.digest) == (run, digest)), None)
             if mine is None:
-                # Nobody decided before the server stopped asking, as after a dry run.
+                # Undecided, and the server has stopped asking, as after a dry run.
                 silent = [r for r in known if r.is_undecided and not r.is_waiting]
                 for request in silent:
                     (self.folder / f"{request.id}.json").unlink(missing_ok=True)
@@ -110,7 +110,7 @@ class Requests:
         """Every request, the oldest first.
 
         Raises:
-            FederationError: a file that cannot be read as one.
+            FederationError: a file is not a readable request.
         """
         requests = []
         for file in self.folder.glob("*.json"):
@@ -123,10 +123,10 @@ class Requests:
         return sorted(requests, key=lambda request: (request.asked, request.id))
 
     def decide(self, name: str, decision: str) -> Request:
-        """Approve or decline the one request that `name` means.
+        """Approve or decline the request `name`.
 
         Args:
-            name: first digits of its id, or Flower's id of its run if that has asked once only.
+            name: first digits of its id, or Flower's id of its run if that run has one request.
 
         Raises:
             ConfigError: no request of this name, or several.
@@ -141,7 +141,7 @@ class Requests:
         return made
 
     def find(self, name: str) -> Request:
-        """The one request that `name` means, as in `decide`.
+        """The request `name`, as in `decide`.
 
         Raises:
             ConfigError: no request of this name, or several.
@@ -208,7 +208,7 @@ def in_words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def differences(settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
-    """``section.key: before -> now`` for every setting that is another than in `earlier`."""
+    """``section.key: before -> now`` for every setting that differs from `earlier`."""
     now, before = flat(settings), flat(earlier)
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"

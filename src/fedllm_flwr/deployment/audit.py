@@ -1,9 +1,9 @@
-"""A site's audit log: JSON lines that are only appended, each chained to the one before by a hash.
+"""A site's audit log: append-only JSON lines, chained by hashes.
 
-Every line carries the SHA-256 of itself and of the line before it, over file boundaries too, so
-that a line that was changed, removed or put in later is found. ``head.json`` beside the files
-remembers the last line, so that lines missing at the end are found as well. Whoever may write the
-files can make a whole new chain: note the last hash elsewhere to exclude that.
+Every line contains the SHA-256 of itself and of the previous line, also across files, so that
+changed, removed or inserted lines are detected. ``head.json`` next to the files stores the hash of
+the last line, so that lines missing at the end are detected as well. Anyone with write access to
+the files can forge a whole new chain; to detect that, keep the last hash elsewhere.
 """
 
 import fcntl
@@ -22,18 +22,18 @@ from fedllm_flwr.files import write_atomically
 Entry = dict[str, Any]
 
 WAITING = "waiting"
-_START = "0" * 64  # what the first line of all names as the hash before it
+_START = "0" * 64  # previous hash in the very first line
 _LARGEST_FILE = 4 * 2**20  # bytes, after which the next file begins
 _HEAD = "head.json"
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The entries of a log, oldest first, and what is wrong with its chain."""
+    """The entries of a log, oldest first, and the problems of its chain."""
 
     entries: list[Entry]
     problems: list[str] = field(default_factory=list)  # each names a file and a line
-    removed: int = 0  # entries before the first one that is still there
+    removed: int = 0  # entries before the first existing one
 
     @property
     def head(self) -> str:
@@ -49,12 +49,12 @@ class AuditLog:
         self._largest_file = largest_file
 
     def append(self, entry: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
-        """Add an entry, and give it a number, a time and its place in the chain.
+        """Append an entry with a number, a time and its hashes.
 
-        A run that goes on waiting for approval is not noted again and again.
+        Repeated entries of a run that waits for approval are omitted.
 
         Args:
-            settings: of ``entry["settings_digest"]``; written out once in each file.
+            settings: settings of ``entry["settings_digest"]``; written once per file.
 
         Raises:
             FederationError: the log cannot be written.
@@ -100,14 +100,14 @@ class AuditLog:
             ) from error
 
     def read(self) -> AuditReport:
-        """All entries, and whether each follows from the one before.
+        """All entries, and the result of checking the chain.
 
         Raises:
             FederationError: the files cannot be read.
         """
         entries: list[Entry] = []
         problems: list[str] = []
-        number, link, removed = 0, _START, 0  # of the entry before
+        number, link, removed = 0, _START, 0  # of the previous entry
         try:
             for file in self.files():
                 for at, line in enumerate(file.read_bytes().split(b"\n"), 1):
@@ -149,7 +149,7 @@ class AuditLog:
         return sorted(self.folder.glob("audit-*.jsonl"))
 
     def _head(self) -> Entry | None:
-        """Number and hash of the last entry, as ``head.json`` has them; None without that."""
+        """Number and hash of the last entry in ``head.json``; None if that is missing."""
         try:
             head = json.loads((self.folder / _HEAD).read_bytes())
         except (FileNotFoundError, ValueError):
@@ -165,16 +165,16 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 
 def _hash(entry: Entry) -> str:
-    """Of everything in an entry but the hash itself; the hash of the line before is a part."""
+    """Hash of an entry without its own hash, but with the hash of the previous line."""
     content = {key: value for key, value in entry.items() if key != "hash"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _whole_lines(file: Path) -> list[Entry]:
-    """The entries of a file; what a power failure has left of a last line is removed from it.
+    """The entries of a file; an incomplete last line, as after a power failure, is removed.
 
     Raises:
-        FederationError: a line that is no entry.
+        FederationError: a line is not an entry.
     """
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]

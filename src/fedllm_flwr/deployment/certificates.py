@@ -26,7 +26,7 @@ from fedllm_flwr.errors import ConfigError
 
 CA_DAYS, SERVER_DAYS = 3650, 730  # validity
 LOOPBACK = ("localhost", "127.0.0.1")
-_CLOCK_SKEW = timedelta(hours=1)  # a site whose clock is behind accepts a fresh certificate
+_CLOCK_SKEW = timedelta(hours=1)  # backdating, so that a site with a slow clock accepts it
 _LONGEST_COMMON_NAME = 64  # characters (RFC 5280, ub-common-name)
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
@@ -40,19 +40,19 @@ class Issued:
 
     @property
     def certificate_pem(self) -> bytes:
-        """For ``*.crt``."""
+        """The content of ``*.crt``."""
         return self.certificate.public_bytes(Encoding.PEM)
 
     @property
     def key_pem(self) -> bytes:
-        """For ``*.key``; unencrypted, the file's permissions protect it."""
+        """The content of ``*.key``, unencrypted: file permissions protect it."""
         return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def subject_alternative_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
-    """The names that a server certificate is for: `hosts`, then the server's own loopback.
+    """The subject alternative names of a server certificate: `hosts`, then loopback.
 
-    gRPC looks at these only, never at the common name.
+    gRPC checks only these names, never the common name.
 
     Raises:
         ConfigError: one of `hosts` is neither a host name nor an IP address.
@@ -63,7 +63,7 @@ def subject_alternative_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
             labels = host.split(".")
-            # The last label of a name is no number: 10.0.0.300 is a mistyped address.
+            # The last label of a host name is not a number: 10.0.0.300 is a mistyped address.
             if len(host) > 253 or not all(map(_LABEL.fullmatch, labels)) or labels[-1].isdigit():
                 raise ConfigError(
                     f"--host {shown(host)}: neither a host name nor an IP address; give what the "
@@ -74,7 +74,7 @@ def subject_alternative_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
 
 
 def issue_ca() -> Issued:
-    """A certificate authority that can sign server certificates and nothing below them."""
+    """A certificate authority that can sign server certificates, but no further authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedllm federation CA")
     key_usage = _key_usage(key_cert_sign=True, crl_sign=True)
@@ -84,7 +84,7 @@ def issue_ca() -> Issued:
 
 
 def issue_server(ca: Issued, hosts: Sequence[str]) -> Issued:
-    """A server certificate for all `hosts` and loopback; errors as `subject_alternative_names`."""
+    """A server certificate for `hosts` and loopback; raises as `subject_alternative_names`."""
     key = ec.generate_private_key(ec.SECP384R1())
     issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key())
     extended = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
@@ -109,7 +109,7 @@ def fingerprint(pem: bytes) -> str:
 
 
 def hosts_of(certificate: x509.Certificate) -> list[str]:
-    """The names and addresses that a server certificate is for."""
+    """The names and addresses in a server certificate."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
 
@@ -144,10 +144,10 @@ def _key_usage(**allowed: bool) -> x509.KeyUsage:
 
 
 def read_ca(pem: bytes, source: str) -> x509.Certificate:
-    """The certificate authority of a file that a server's operator has handed out.
+    """The certificate authority in a file from the server's operator.
 
     Raises:
-        ConfigError: no PEM certificate, not an authority, or expired.
+        ConfigError: it is not a PEM certificate, not of an authority, or expired.
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem)
@@ -175,7 +175,7 @@ def read_ca(pem: bytes, source: str) -> x509.Certificate:
 def renew_certificate(directory: str | Path, more_hosts: list[str]) -> list[str]:
     """Replace ``server.crt`` and ``server.key`` by new ones of the same certificate authority.
 
-    The old ones stay beside them as ``*.old``; sites keep the ca.crt that they have.
+    The old files are kept as ``*.old``; the sites' ca.crt stays valid.
 
     Args:
         more_hosts: names and addresses to add to those of the old certificate.
@@ -184,8 +184,8 @@ def renew_certificate(directory: str | Path, more_hosts: list[str]) -> list[str]
         Lines for the operator.
 
     Raises:
-        ConfigError: no server's directory with TLS, files that do not fit each other, an expired
-            authority, or a host that is neither a name nor an address.
+        ConfigError: not a server directory with TLS, files do not match, the authority has expired,
+            or a host is neither a name nor an address.
     """
     folder = absolute(directory)
     subject_alternative_names(more_hosts)  # checks them
@@ -236,7 +236,7 @@ def _expiry(certificate: x509.Certificate) -> str:
 
 
 def _replace(file: Path, content: bytes, mode: int) -> None:
-    """Write a new file and rename it, so that `file` is always whole; the old one is kept."""
+    """Replace `file` atomically; the old one is kept."""
     new = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
     try:
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode & SECRET)

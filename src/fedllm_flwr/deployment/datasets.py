@@ -1,7 +1,7 @@
-"""The data sets of a site: one without a name, or several that a server asks for by name.
+"""The data sets of a site: one without a name, or several that a server selects by name.
 
 A node config has ``data-path``, ``preprocessing``, ``on-bad-record`` and ``columns.<role>``, or
-the same under ``datasets.<name>.`` for each of several.
+the same keys under ``datasets.<name>.`` for each of several data sets.
 """
 
 import re
@@ -23,16 +23,16 @@ _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,62})=(.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class SiteDataset:
-    """Location and format of a site's records; decided by the site only."""
+    """Location and format of a site's records, which only the site decides."""
 
-    name: str  # "" for the only one of a site
-    keys: Mapping[str, object]  # of the node config, without the prefix of a name
+    name: str  # "" for a site's only data set
+    keys: Mapping[str, object]  # keys of the node config, without the prefix of the name
 
     def config(self, **more: Any) -> DataConfig:
-        """The data section of a configuration; `more` are keys of it that a server decides on.
+        """The data section of a configuration; `more` are the keys that a server decides.
 
         Raises:
-            ConfigError: a role or a preprocessing that does not exist.
+            ConfigError: a role or preprocessing does not exist.
         """
         preprocessing = str(self.keys.get("preprocessing", "none"))
         return DataConfig(
@@ -45,10 +45,10 @@ class SiteDataset:
 
 
 def site_datasets(node_config: Mapping[str, object]) -> dict[str, SiteDataset]:
-    """The data sets of a node config by name; "" names the only one.
+    """The data sets of a node config by name; "" is the only one.
 
     Raises:
-        ConfigError: none, one without data-path, or both forms at once.
+        ConfigError: there is none, one has no data-path, or both forms are used.
     """
     named: dict[str, dict[str, object]] = {}
     for key, value in node_config.items():
@@ -75,13 +75,14 @@ def site_datasets(node_config: Mapping[str, object]) -> dict[str, SiteDataset]:
 
 
 def asked_dataset(node_config: Mapping[str, object], asked: str | None) -> SiteDataset:
-    """The data set that a server means: by its name, or the only one.
+    """The data set that a server selects by name, or the only one.
 
     Args:
         asked: data.site_dataset of the server's configuration.
 
     Raises:
-        RefusedError: there is none of this name, or several and no name; names none of them.
+        RefusedError: no data set has this name, or there are several and no name is given; the
+            message does not reveal their names.
     """
     datasets = site_datasets(node_config)
     if asked is None and len(datasets) == 1:
@@ -100,10 +101,10 @@ def asked_dataset(node_config: Mapping[str, object], asked: str | None) -> SiteD
 
 
 def named_paths(data: Sequence[str]) -> dict[str, str]:
-    """Name -> path, from the values of ``--data``: one path, or NAME=PATH for each of several.
+    """Name -> path, from the values of ``--data``: one path, or NAME=PATH for several data sets.
 
     Raises:
-        ConfigError: several without names, or a name given twice.
+        ConfigError: one of several has no name, or a name is given twice.
     """
     if len(data) == 1 and (Path(data[0]).expanduser().exists() or not _NAMED.fullmatch(data[0])):
         return {"": data[0]}
@@ -122,9 +123,9 @@ def named_paths(data: Sequence[str]) -> dict[str, str]:
 
 
 def named_columns(columns: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """The values of ``--column`` by data set: ``notes.instruction=question`` is for one of them.
+    """The values of ``--column`` by data set.
 
-    One without a name of a data set is for all.
+    ``notes.instruction=question`` applies to the data set notes; a value without a name to all.
     """
     found: dict[str, list[str]] = {name: [] for name in names}
     for assignment in columns:
@@ -139,10 +140,10 @@ def named_columns(columns: Sequence[str], names: Sequence[str]) -> dict[str, lis
 
 
 def checked_preprocessing(name: str) -> str:
-    """`name`, if it is one.
+    """`name`, if it is a known preprocessing.
 
     Raises:
-        ConfigError: names those there are.
+        ConfigError: it is unknown; lists the known ones.
     """
     choices = PREPROCESSING.names()
     if name not in choices:

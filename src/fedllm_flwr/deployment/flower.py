@@ -1,4 +1,4 @@
-"""Commands of Flower on the SuperLink of a server's directory."""
+"""Runs Flower's commands against the SuperLink of a server's directory."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _LIMIT_S = 180.0  # for an answer
 
 
 def is_server(folder: Path) -> bool:
-    """Whether `fedllm server init` has made this directory."""
+    """Whether this directory was made by `fedllm server init`."""
     return (folder / FLWR_HOME / "config.toml").is_file()
 
 
@@ -24,7 +24,7 @@ def server_folder(directory: str | Path) -> Path:
     """The path of a server's directory.
 
     Raises:
-        ConfigError: no directory that `fedllm server init` has made.
+        ConfigError: it was not made by `fedllm server init`.
     """
     folder = absolute(directory)
     if not is_server(folder):
@@ -38,7 +38,7 @@ def flwr_command(*arguments: str) -> list[str]:
 
 
 def flwr_environment(folder: Path) -> dict[str, str]:
-    """In which `flwr` finds the connection of the server's directory `folder`."""
+    """Environment in which `flwr` finds the connection of the server's directory `folder`."""
     config = tomllib.loads((folder / FLWR_HOME / "config.toml").read_text("utf-8"))
     return program_environment(
         folder, config["superlink"][CONNECTION]["address"].rpartition(":")[0]
@@ -46,10 +46,10 @@ def flwr_environment(folder: Path) -> dict[str, str]:
 
 
 def program_environment(folder: Path, unproxied: str) -> dict[str, str]:
-    """In which a program of Flower runs that keeps its files in an operator's directory.
+    """Environment for a program of Flower that keeps its files in an operator's directory.
 
     Args:
-        unproxied: hosts that gRPC reaches without a proxy, which it would ask even for loopback.
+        unproxied: hosts that gRPC reaches without a proxy, which it would use even for loopback.
     """
     return {
         **os.environ,
@@ -62,7 +62,7 @@ def program_environment(folder: Path, unproxied: str) -> dict[str, str]:
 
 
 def ask_flower(folder: Path, *command: str) -> tuple[dict[str, object], str]:
-    """The JSON object that ``flwr <command>`` answers at the server of `folder`, and its words.
+    """Run ``flwr <command>`` for the server of `folder`; return its JSON object and its text.
 
     Raises:
         FederationError: no answer in time.

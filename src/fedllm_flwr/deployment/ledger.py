@@ -1,7 +1,7 @@
 """Request ledger of a site: counts of each run's messages, and the answer to its query.
 
-A run's settings are those of its first message. Numbers that depend on the site's data are told
-once: the same query gets the same answer again, a differing one none.
+A run must keep the settings of its first message. Numbers that depend on the site's data are
+disclosed once: a repeated query gets the same answer, and a different query gets none.
 """
 
 import contextlib
@@ -35,12 +35,13 @@ class Ledger:
         """Count a message of a run.
 
         Args:
-            run_id: Flower's.
+            run_id: Flower's id of the run.
             config: as the server sent it.
             run: the server's own id of the run, under which the site keeps its state.
 
         Raises:
-            RefusedError: other settings than the run's first message had, or too many messages.
+            RefusedError: the settings differ from the run's first message, or there are too many
+                messages.
             FederationError: the folder cannot be written.
         """
         today = datetime.now(UTC).date().isoformat()
@@ -74,7 +75,7 @@ class Ledger:
             self._write("day", {"date": today, "messages": of_day})
 
     def answer(self, run_id: str) -> ClientInfo | None:
-        """The answer to the run's query; None before that."""
+        """The answer to the run's query; None before the query."""
         with self._locked():
             told = self._read(run_id).get("told")
         return None if told is None else ClientInfo(**told)
@@ -85,7 +86,7 @@ class Ledger:
             self._write(run_id, {**self._read(run_id), "told": asdict(info)})
 
     def runs_of(self, run_id: str) -> list[str]:
-        """The server's own ids of a run; none if no task has come."""
+        """The server's own ids of a run; empty before its first assignment."""
         runs: list[str] = self._read(run_id).get("runs", [])
         return runs
 

@@ -1,8 +1,8 @@
 """Runs a program, timestamps each line of its output and copies it to a rotated log file.
 
 ``python -m fedllm_flwr.deployment.logged logs/superlink.log sh start-superlink.sh``: output and
-errors go on to where they went before. Signals are handed to the program, and this process ends as
-it does; should this process be killed, the program is asked to end as well.
+errors are still written to their original streams. Signals are forwarded to the program, and this
+process ends with the program's status. If this process is killed, the program is terminated too.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run_logged(file: Path, command: Sequence[str]) -> int:
-    """Run `command` to its end; its exit status, 128 + n after a signal n."""
+    """Run `command` to its end; return its exit status, or 128 + n after a signal n."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    logging.raiseExceptions = False  # a terminal that is gone, or a full disk, stops no site
+    logging.raiseExceptions = False  # a closed terminal or a full disk must not stop a site
     kept = logging.handlers.RotatingFileHandler(
         file, maxBytes=_LARGEST_FILE, backupCount=_OLD_FILES, encoding="utf-8"
     )
@@ -62,7 +62,7 @@ def run_logged(file: Path, command: Sequence[str]) -> int:
 
 
 def _copy(source: IO[bytes], target: IO[str], kept: logging.Handler) -> None:
-    """Write each line of `source`, with its time, to both."""
+    """Write each line of `source`, with its time, to `target` and to the log."""
     formatter = logging.Formatter("%(asctime)s %(message)s")
     shown = logging.StreamHandler(target)
     for handler in (shown, kept):

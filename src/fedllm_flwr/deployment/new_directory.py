@@ -1,4 +1,4 @@
-"""Creates directories for operators, all files or none; never overwrites."""
+"""Creates operators' directories, with all files or none; never overwrites anything."""
 
 import contextlib
 import getpass
@@ -26,24 +26,24 @@ DeviceAllow=char-nvidia-uvm rw
 
 
 class _Template(string.Template):
-    """Text with ``@{name}`` for values, so that a shell's dollars stay as they are."""
+    """A template with values ``@{name}``, which leaves the dollars of shell scripts alone."""
 
     delimiter = "@"
 
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to write; `mode` are its permissions, whatever the umask."""
+    """A file to write; `mode` are its permissions, independent of the umask."""
 
     content: str | bytes
     mode: int = PUBLIC
 
 
 def absolute(path: str | Path) -> Path:
-    """A path from the root, on one printable line, as scripts and unit files can hold it.
+    """An absolute path that is safe in scripts and unit files.
 
     Raises:
-        ConfigError: a line break or another control character is in it.
+        ConfigError: it contains a line break or another control character.
     """
     resolved = Path(path).expanduser().resolve()
     if not str(resolved).isprintable():
@@ -52,12 +52,12 @@ def absolute(path: str | Path) -> Path:
 
 
 def filled(template: str, **values: str) -> str:
-    """A file of ``templates/`` with its values."""
+    """A file of ``templates/`` with its values filled in."""
     return _Template((_TEMPLATES / template).read_text("utf-8")).substitute(values)
 
 
 def program_folder() -> str:
-    """Directory of Flower's programs, beside this Python, quoted for a shell."""
+    """Directory of Flower's programs, next to this Python, quoted for a shell."""
     return shlex.quote(str(Path(sys.executable).parent))
 
 
@@ -72,7 +72,7 @@ def systemd_unit(
     """A hardened unit that runs a script of an operator's directory.
 
     Args:
-        gpu: the service may use NVIDIA devices; others see no device at all.
+        gpu: whether the service may use NVIDIA devices; otherwise it can access no device.
     """
     return filled(
         "systemd.service",
@@ -88,30 +88,30 @@ def systemd_unit(
 
 
 def systemd_quoted(path: Path) -> str:
-    """A path as one argument in a unit file; as a program's name quotes are not allowed in it."""
+    """A path as one argument in a unit file; systemd allows no quotes in a program's name."""
     return f'"{_systemd_escaped(path)}"'.replace("$", "$$")
 
 
 def _systemd_escaped(path: Path) -> str:
-    """Between double quotes, where a unit file reads no variables."""
+    """Escape a path for double quotes in a unit file, without variable expansion."""
     return str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
 
 
 def check_name(name: str, option: str) -> None:
-    """Refuse a site's name that cannot be a file name and a label in logs and tables.
+    """Reject a site's name that is not usable as a file name and as a label in tables.
 
     Raises:
-        ConfigError: other characters, or too long.
+        ConfigError: it has invalid characters or is too long.
     """
     if not SITE_NAME.fullmatch(name):
         raise ConfigError(f"{option} {shown(name)}: {SITE_NAME_RULE}")
 
 
 def check_new(directory: Path) -> None:
-    """Refuse a directory that holds anything.
+    """Require that a directory does not exist or is empty.
 
     Raises:
-        ConfigError: a file of this name, or a directory that is not empty.
+        ConfigError: it is a file, or a directory that is not empty.
     """
     if directory.is_dir() and not any(directory.iterdir()):
         return
@@ -124,7 +124,7 @@ def check_new(directory: Path) -> None:
 
 
 def write_new(directory: Path, files: Mapping[str, NewFile]) -> None:
-    """Make a directory that only its owner can enter, with `files`; after an error, nothing.
+    """Create a directory with `files` that only its owner can enter; an error leaves nothing.
 
     Raises:
         ConfigError: the directory is not new, or cannot be written.
@@ -142,7 +142,7 @@ def write_new(directory: Path, files: Mapping[str, NewFile]) -> None:
                     (directory / folder).mkdir(_PRIVATE_DIRECTORY)
                     written.append(directory / folder)
             content = file.content.encode() if isinstance(file.content, str) else file.content
-            # O_EXCL: nothing is overwritten. A key is never readable by others, not even at first.
+            # O_EXCL: nothing is overwritten, and a key is never readable by others.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
             descriptor = os.open(path, flags, file.mode & SECRET)
             written.append(path)
@@ -150,9 +150,9 @@ def write_new(directory: Path, files: Mapping[str, NewFile]) -> None:
                 os.fchmod(descriptor, file.mode)
                 stream.write(content)
     except OSError as error:
-        # Files, and then the folders around them.
+        # Remove the files, and then their folders.
         for path in reversed(written if existed else [directory, *written]):
-            with contextlib.suppress(OSError):  # was not made, then
+            with contextlib.suppress(OSError):  # it was not created
                 path.rmdir() if path.is_dir() else path.unlink()
         raise ConfigError(
             f"{directory}: cannot be written ({error.strerror or error}); give another directory"

@@ -24,7 +24,7 @@ def site_folder(directory: str | Path) -> Path:
     """The path of a site's directory.
 
     Raises:
-        ConfigError: no directory that `fedllm site init` has made.
+        ConfigError: it was not made by `fedllm site init`.
     """
     folder = absolute(directory)
     if not (folder / "node.toml").is_file():
@@ -33,10 +33,10 @@ def site_folder(directory: str | Path) -> Path:
 
 
 def node_config(folder: Path) -> dict[str, Any]:
-    """A site's node config, flat as Flower hands it on: ``columns.output`` and the like.
+    """A site's node config, flat as Flower passes it on, with keys such as ``columns.output``.
 
     Raises:
-        ConfigError: no TOML.
+        ConfigError: it is not valid TOML.
     """
     file = folder / "node.toml"
     try:
@@ -59,7 +59,7 @@ def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
     """Role -> column, from ``--column role=column``.
 
     Raises:
-        ConfigError: not of this form, an unknown role, or a role given twice.
+        ConfigError: a value does not have this form, or a role is unknown or given twice.
     """
     columns: dict[str, str] = {}
     for assignment in assignments:
@@ -81,12 +81,12 @@ def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
 
 
 def site_columns(node_config: Mapping[str, object]) -> ColumnsConfig:
-    """The columns that a site's node config names for its own file, else the package's defaults.
+    """The columns of a site's file from its node config, or the package's defaults.
 
-    A role without a column is written as "". The server's choice does not count.
+    A role without a column is written as "". The server's choice is ignored.
 
     Raises:
-        ConfigError: a role that does not exist.
+        ConfigError: a role does not exist.
     """
     own = {
         key.removeprefix(COLUMNS): str(value) or None
@@ -102,10 +102,10 @@ def site_columns(node_config: Mapping[str, object]) -> ColumnsConfig:
 
 
 def site_threads(node_config: Mapping[str, object]) -> int:
-    """CPU threads of a site's training: its own `threads`, else OMP_NUM_THREADS, else every CPU.
+    """CPU threads of a site's training: `threads`, otherwise OMP_NUM_THREADS, otherwise all CPUs.
 
     Raises:
-        ConfigError: no whole number above 0.
+        ConfigError: `threads` is not a positive integer.
     """
     given = node_config.get("threads", os.environ.get("OMP_NUM_THREADS"))
     if given is None:
@@ -118,20 +118,20 @@ def site_threads(node_config: Mapping[str, object]) -> int:
 
 
 def check_gpus(gpus: str | None) -> None:
-    """Refuse what CUDA_VISIBLE_DEVICES cannot be: numbers or UUIDs of devices.
+    """Require a valid value of CUDA_VISIBLE_DEVICES: numbers or UUIDs of devices.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: it is not valid.
     """
     if gpus is not None and not _GPUS.fullmatch(gpus):
         raise ConfigError(f"--gpus {shown(gpus)}: give numbers of GPUs, as 0 or 0,1, or UUIDs")
 
 
 def choose_gpus(node_config: Mapping[str, object]) -> None:
-    """Let this process, and those that it starts, see only the GPUs of a node config.
+    """Restrict this process and its children to the GPUs of a node config.
 
     Raises:
-        ConfigError: `gpus` names no devices.
+        ConfigError: `gpus` is not a valid list of devices.
     """
     if "gpus" in node_config:
         check_gpus(str(node_config["gpus"]))
@@ -139,14 +139,14 @@ def choose_gpus(node_config: Mapping[str, object]) -> None:
 
 
 def every_role(columns: Mapping[str, str]) -> dict[str, str]:
-    """Node config keys that settle all roles, so that no server chooses what is learned here."""
+    """Node config keys that define all roles, so that no server decides what is learned here."""
     settled = replace(ColumnsConfig(), **columns)
     return {f"{COLUMNS}{role}": getattr(settled, role) or "" for role in ROLES}
 
 
 def to_toml(values: Mapping[str, str | int | Path]) -> str:
     """A node config file: one ``key = "value"`` per line, numbers without quotes."""
-    # A basic string of TOML is one of JSON with DEL escaped too.
+    # A basic TOML string is a JSON string in which DEL is escaped too.
     return "".join(
         f"{key} = "
         + (str(value) if isinstance(value, int) else json.dumps(str(value), ensure_ascii=False))

@@ -38,41 +38,41 @@ _PINNED = re.compile(r"[^/\s@]+/[^/\s@]+@[0-9a-f]{40}")
 class Policy:
     """A site's limits; None means that the site sets no limit.
 
-    Texts of its refusals go to the server: they hold what it asked and what is allowed, nothing
-    of the site's data or paths.
+    The texts of refusals are sent to the server. They contain the request and the limit, but
+    nothing about the site's data or paths.
     """
 
     allowed_models: tuple[str, ...] | None = (EMBEDDED, OWN)  # or id@commit
     tasks: tuple[str, ...] | None = field(default_factory=tasks.names)  # values of task.name
-    optimizers: tuple[str, ...] | None = ("adamw",)  # with SGD an update is a gradient
+    optimizers: tuple[str, ...] | None = ("adamw",)  # an update of SGD reveals the gradient
     target_modules: tuple[str, ...] | None = LINEAR_LAYERS  # values of lora.target_modules
     min_records_per_step: int | None = 8  # records behind one optimizer step
-    min_records_per_round: int | None = 64  # different records behind one update
+    min_records_per_round: int | None = 64  # distinct records behind one update
     min_records_per_score: int | None = 32  # held-out records behind one score
-    min_length: int | None = 16  # tokens that an example may have at least
+    min_length: int | None = 16  # lower bound of training.max_length
     max_length: int | None = 4096  # tokens of one example
     max_steps: int | None = 1000  # optimizer steps per round
-    max_epochs: float | None = 5.0  # passes over the data per round, where steps are not counted
+    max_epochs: float | None = 5.0  # epochs per round, if training.max_steps is -1
     max_batch_size: int | None = 256  # examples per optimizer step
     max_batch_tokens: int | None = 65_536  # tokens of one forward pass in evaluation
     max_rounds: int | None = 500
     max_lora_rank: int | None = 128
-    max_rounds_kept: int | None = 100  # rounds of which the client keeps its state
+    max_rounds_kept: int | None = 100  # rounds for which the client keeps state
     max_messages_per_run: int | None = 1200
     max_messages_per_day: int | None = 5000
     max_state_gb: float | None = 20.0  # GB of state and tokens on disk
-    state_days: float | None = 30.0  # after which the state of a run that is silent is removed
-    privacy: str = OPTIONAL  # which promise of privacy a run has to make
-    max_epsilon: float | None = None  # spent on the records of a data set, over all runs
-    min_noise_multiplier: float | None = None  # of a run that promises privacy
-    secret_draws: bool = True  # which records are in a step follows not only from the seed
+    state_days: float | None = 30.0  # after which the state of an inactive run is removed
+    privacy: str = OPTIONAL  # privacy guarantee that a run must have
+    max_epsilon: float | None = None  # total of all runs, per data set
+    min_noise_multiplier: float | None = None  # of a differentially private run
+    secret_draws: bool = True  # the draw of records also depends on a secret of the site
     only_secure: bool = False  # only runs under secure aggregation
     datasets: tuple[str, ...] | None = None  # names of the site's data sets
     approval: str = EVERY_RUN  # which runs wait for the operator: see deployment/approval.py
 
     @classmethod
     def unlimited(cls) -> "Policy":
-        """The policy of a simulated client, whose data are the server's."""
+        """The policy of a simulated client, whose data belong to the server."""
         limits = {field.name: None for field in fields(cls) if field.name not in _RULES}
         return cls(
             **limits,
@@ -86,12 +86,12 @@ class Policy:
         """Refuse a request that exceeds a limit.
 
         Args:
-            config: as the server sent it, before the site's own values replace any of it.
-            round: of the request; 0 before the first.
-            has_own_model: whether the site trains on a directory of its own.
+            config: configuration from the server, before the site's own values replace any of it.
+            round: round of the request; 0 before the first.
+            has_own_model: whether the site uses its own copy of the base model.
 
         Raises:
-            RefusedError: names key, asked value, limit and who can change it.
+            RefusedError: names the key, the requested value, the limit and who can change it.
         """
         self._check_model(config.model, has_own_model)
         self._check_choice("tasks", "task", config.task.name)
@@ -117,7 +117,7 @@ class Policy:
 
     @property
     def asks_for_privacy(self) -> bool:
-        """Whether a run has to promise privacy."""
+        """Whether a run must be differentially private."""
         return self.privacy != OPTIONAL or self.max_epsilon is not None
 
     def _check_privacy(self, config: Config) -> None:
@@ -128,14 +128,14 @@ class Policy:
             raise _refused(f"privacy.unit={unit}", relation, f"privacy.unit={least}")
 
     def check_records(self, config: Config, num_train: int, num_held_out: int) -> None:
-        """Refuse training or scores on too few of the site's records.
+        """Refuse training or scoring on too few of the site's records.
 
         Args:
             num_train: records to train on.
-            num_held_out: records that are held back for scores.
+            num_held_out: records held out for scoring.
 
         Raises:
-            RefusedError: names the limit, and not the number of records.
+            RefusedError: names the limit, but not the number of records.
         """
         for name in ("min_records_per_step", "min_records_per_round"):
             limit: int | None = getattr(self, name)
@@ -152,7 +152,7 @@ class Policy:
             raise _refused(f"evaluation.clients=true with {asked}", relation, str(least))
 
     def check_kept(self, server_round: int, oldest_checkpoint: int) -> None:
-        """Refuse a task for which the states of too many rounds would have to be kept.
+        """Refuse an assignment that would require keeping the state of too many rounds.
 
         Raises:
             RefusedError: names the limit.
@@ -161,7 +161,7 @@ class Policy:
         self._check_limit("max_rounds_kept", "rounds since the oldest checkpoint", kept)
 
     def check_rank(self, what: str, rank: int) -> None:
-        """Refuse factors of a rank above the policy's ``max_lora_rank``.
+        """Refuse factors with a rank above the policy's ``max_lora_rank``.
 
         Raises:
             RefusedError: names the limit.
@@ -169,10 +169,10 @@ class Policy:
         self._check_limit("max_lora_rank", what, rank)
 
     def check_dataset(self, name: str) -> None:
-        """Refuse a data set of the site that the policy does not list; "" is its only one.
+        """Refuse a data set that the policy does not list; "" is the site's only one.
 
         Raises:
-            RefusedError: names none of the site's other data sets.
+            RefusedError: does not name the site's other data sets.
         """
         if self.datasets is not None and name and name not in self.datasets:
             raise RefusedError(
@@ -181,7 +181,7 @@ class Policy:
             )
 
     def check_tensors(self, names: Iterable[str]) -> None:
-        """Refuse adapters of layers that the policy does not allow, whatever selected them.
+        """Refuse adapters of layers that the policy does not allow, however they were selected.
 
         Args:
             names: PEFT state-dict names, as ``base_model.model.h.0.attn.c_attn.lora_A.weight``.
@@ -208,7 +208,7 @@ class Policy:
         commit = commits.get(model.path)
         if model.path in (EMBEDDED, OWN):
             is_allowed = model.path == EMBEDDED and EMBEDDED in allowed
-        elif has_own_model:  # which is used whatever the server names
+        elif has_own_model:  # the site's copy is used, whatever the server names
             is_allowed = commit is not None and model.revision in (None, commit)
         else:
             is_allowed = commit is not None and model.revision == commit
@@ -244,7 +244,7 @@ def _batch(config: Config) -> int:
 
 
 _STEP = "training.batch_size x gradient_accumulation_steps"
-# Limit -> the key that a refusal names, and what a request asks of it; None: nothing.
+# Limit -> the key named in a refusal, and the requested value; None: not applicable.
 _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
     "min_records_per_step": (_STEP, lambda config, _: _batch(config)),
     "min_records_per_round": (
@@ -282,7 +282,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
             None if config.privacy.unit == "none" else config.privacy.noise_multiplier or 0.0
         ),
     ),
-    "max_rounds_kept": (  # of state, so that the server may go back to its checkpoints
+    "max_rounds_kept": (  # rounds of state, so that the server can resume from its checkpoints
         "checkpoint.every x (checkpoint.keep + 1)",
         lambda config, _: min(
             config.checkpoint.every * (config.checkpoint.keep + 1), config.federation.num_rounds
@@ -299,10 +299,10 @@ def _refused(asked: str, relation: str, limit: str) -> RefusedError:
 
 
 def site_policy(node_config: Mapping[str, object]) -> Policy:
-    """The policy that a site's node config names with policy-path.
+    """The policy in the file ``policy-path`` of a site's node config.
 
-    Without one, as where a SuperNode was started by hand, the limits are the safe defaults, and
-    no run waits for approval: there is no directory to keep requests in.
+    Without this key, for example if a SuperNode was started by hand, the limits are the safe
+    defaults, and no run waits for approval because there is no directory for requests.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -312,10 +312,10 @@ def site_policy(node_config: Mapping[str, object]) -> Policy:
 
 
 def read_policy(path: str | Path) -> Policy:
-    """Read ``policy.yaml``; a key that is left out has its default, one that is null no limit.
+    """Read ``policy.yaml``; a missing key has its default, and null means no limit.
 
     Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown, or a value has another type.
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value has a wrong type.
     """
     import yaml
 
@@ -331,7 +331,7 @@ def read_policy(path: str | Path) -> Policy:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise _wrong(file, f"not valid YAML{line} ({getattr(error, 'problem', error)})") from None
-    if isinstance(node, yaml.MappingNode):  # YAML would let the last of two win unseen
+    if isinstance(node, yaml.MappingNode):  # YAML would silently use the last of two values
         keys = [str(key.value) for key, _ in node.value]
         if repeated := [key for key in keys if keys.count(key) > 1]:
             raise _wrong(file, f"{shown(repeated[0])} stands twice; keep one")
@@ -343,13 +343,13 @@ def read_policy(path: str | Path) -> Policy:
 
 
 def new_policy(assignments: Sequence[str], **values: object) -> dict[str, str]:
-    """The values of a new site's ``policy.yaml``: defaults, `values`, then the operator's own.
+    """The values of a new site's ``policy.yaml``: the defaults, `values`, then `assignments`.
 
     Args:
-        assignments: ``key=value`` of ``--policy``, the value as in YAML.
+        assignments: ``key=value`` of ``--policy``, with the value in YAML.
 
     Raises:
-        ConfigError: not of this form, an unknown key or a value that cannot be.
+        ConfigError: one does not have this form, a key is unknown, or a value is invalid.
     """
     import yaml
 

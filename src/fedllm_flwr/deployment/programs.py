@@ -1,15 +1,15 @@
-"""Wrappers of Flower's programs for sites and servers; each changes one thing.
+"""Wrappers of Flower's programs for sites and servers; each changes one behaviour.
 
-``flwr-clientapp``: Flower's own unpacks the bundle that a server has sent and imports the app that
-it names, which may be code of the bundle. Here nothing is unpacked, and the app is the one that the
+``flwr-clientapp``: Flower's program unpacks the bundle from the server and imports the app that it
+names, which may be code in the bundle. The wrapper unpacks nothing, and uses the app that the
 site's operator has installed.
 
-``flower-superexec``: Flower's own writes the token by which an app acts for its run on the app's
-command line, which every user of the machine can read. Here the app reads it from a file that
-nobody else can open (``--token-file``).
+``flower-superexec``: Flower's program passes the token with which an app acts for its run on the
+app's command line, which every user of the machine can read. With the wrapper, the app reads it
+from a file that nobody else can open (``--token-file``).
 
-``flower-supernode``: Flower's own gives its messages, on loopback, to whatever process of the
-machine asks first. Here it gives them to the SuperExec that it has started, which has a secret.
+``flower-supernode``: Flower's program gives its messages, on loopback, to any process of the
+machine that asks first. The wrapper gives them only to its own SuperExec, which has a secret.
 """
 
 import atexit
@@ -29,12 +29,12 @@ from flwr.clientapp import ClientApp
 _RUNTIME = "flwr.supernode.runtime.run_clientapp"
 _EXECUTOR = "flwr.supercore.superexec.executor.subprocess_executor"
 _SUPERNODE = "flwr.supernode.start_client_internal"
-PROGRAMS = ("flower-superexec", "flwr-clientapp")  # that Flower's own processes start by name
+PROGRAMS = ("flower-superexec", "flwr-clientapp")  # started by name from Flower's processes
 _SECRET_BYTES = 32
 
 
 def main() -> None:
-    """Run the program of Flower that the first argument names, on the arguments after it."""
+    """Run Flower's program named by the first argument, with the remaining arguments."""
     program, sys.argv = sys.argv[1], sys.argv[1:]
     if program == "flwr-clientapp":
         from flwr.supernode.cli import flwr_clientapp
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def confine(runtime: ModuleType) -> None:
-    """Replace what unpacks and loads bundles in Flower's module `runtime`.
+    """Replace the functions of Flower's module `runtime` that unpack and load bundles.
 
-    Exits with a message if this version of Flower does it by other means.
+    Exits with a message if this version of Flower works differently.
     """
     otherwise = "code of a server cannot be kept away"
     _replace(runtime, "install_from_fab", lambda *_, **__: None, otherwise)
@@ -66,15 +66,15 @@ def confine(runtime: ModuleType) -> None:
 
 
 def is_confined() -> bool:
-    """Whether this process cannot import code of bundles."""
+    """Whether this process cannot import code from bundles."""
     runtime = sys.modules.get(_RUNTIME)
     return getattr(runtime, "get_load_client_app_fn", None) is _installed
 
 
 def hide_tokens(executor: ModuleType) -> None:
-    """Let Flower's module `executor` hand tokens to the processes that it starts by a file.
+    """Make Flower's module `executor` pass tokens to its child processes in a file.
 
-    Exits with a message if this version of Flower starts them by other means.
+    Exits with a message if this version of Flower works differently.
     """
 
     def start(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
@@ -87,9 +87,9 @@ def hide_tokens(executor: ModuleType) -> None:
 
 
 def require_secret(supernode: ModuleType) -> None:
-    """Let Flower's module `supernode` give messages to the SuperExec that it starts, and no other.
+    """Make Flower's module `supernode` give messages only to the SuperExec that it starts.
 
-    Exits with a message if this version of Flower gives them by other means.
+    Exits with a message if this version of Flower works differently.
     """
     otherwise = "other users of this machine cannot be kept from a site's messages"
     secret = secrets.token_hex(_SECRET_BYTES)
@@ -116,7 +116,7 @@ def _replace(module: ModuleType, name: str, value: object, otherwise: str) -> No
 
 
 def _installed(*_: Any, **__: Any) -> Callable[..., ClientApp]:
-    """In the place of finding the app that a bundle names."""
+    """Replacement of the function that finds the app of a bundle."""
 
     def load(*_: Any) -> ClientApp:
         app: ClientApp = importlib.import_module("fedllm_flwr.client.app").app
@@ -128,8 +128,8 @@ def _installed(*_: Any, **__: Any) -> Callable[..., ClientApp]:
 def _start_with_file(
     command: list[str], option: str, secret: str, **options: Any
 ) -> "subprocess.Popen[bytes]":
-    """Start a command that reads `secret` from the file of an option, which no other user can."""
-    if hasattr(os, "memfd_create"):  # Linux: a file without a name, gone with its last reader
+    """Start a command that reads `secret` from a file, given as an option, private to this user."""
+    if hasattr(os, "memfd_create"):  # Linux: an anonymous file, freed with its last reader
         descriptor = os.memfd_create("secret", 0)
         path = f"/proc/self/fd/{descriptor}"
     else:
@@ -143,5 +143,5 @@ def _start_with_file(
 
 
 if __name__ == "__main__":
-    # Under its own name, so that `is_confined` of the app asks this very module.
+    # Imported by name, so that `is_confined`, called by the app, uses this very module.
     importlib.import_module("fedllm_flwr.deployment.programs").main()

@@ -25,14 +25,14 @@ _ORPHANS = (
 def prune_runs(directory: str | Path, days: int) -> list[str]:
     """Remove runs that ended more than `days` days ago from ``superlink.db``, with their messages.
 
-    Registered sites, runs that go on, and results in ``outputs/`` stay.
+    Registered sites, active runs, and results in ``outputs/`` are kept.
 
     Returns:
         Lines for the operator.
 
     Raises:
-        ConfigError: no server's directory, or a number of days below 1.
-        FederationError: the database is locked for long, or of another version of Flower.
+        ConfigError: it is not a server directory, or `days` is below 1.
+        FederationError: the database stays locked, or belongs to another version of Flower.
     """
     if days < 1:
         raise ConfigError(f"--days {days}: give 1 or more")
@@ -48,15 +48,15 @@ def prune_runs(directory: str | Path, days: int) -> list[str]:
                 database.execute("VACUUM")
     except sqlite3.Error as error:
         raise FederationError(
-            f"{file}: old runs cannot be removed ({error}); try again when no run goes on"
+            f"{file}: old runs cannot be removed ({error}); try again when no run is active"
         ) from error
     saved = format_bytes(max(0, before - file.stat().st_size))
     return [f"Removed {old} runs that ended more than {days} days ago ({saved})."]
 
 
 def _remove_ended_before(database: sqlite3.Connection, moment: datetime) -> int:
-    """Remove the runs all of whose tasks have ended before a moment; their number."""
-    newest: dict[int, datetime] = {}  # when the last task of a run has ended
+    """Remove runs whose tasks have all ended before `moment`; return their number."""
+    newest: dict[int, datetime] = {}  # end of each run's last task
     for run, finished in database.execute("SELECT run_id, finished_at FROM task"):
         ended = datetime.fromisoformat(finished) if finished else datetime.max.replace(tzinfo=UTC)
         ended = ended if ended.tzinfo else ended.replace(tzinfo=UTC)

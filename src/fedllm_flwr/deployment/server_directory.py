@@ -43,7 +43,7 @@ _TLS_OPTIONS = """\
 
 @dataclass(frozen=True)
 class Ports:
-    """The server's five; only `fleet` is open to other machines."""
+    """The server's five ports; only `fleet` is open to other machines."""
 
     appio: int  # ServerAppIo: the server's own app, private
     fleet: int  # the sites' SuperNodes
@@ -53,10 +53,10 @@ class Ports:
 
     @classmethod
     def from_base(cls, base: int) -> "Ports":
-        """Five in a row.
+        """Five consecutive ports.
 
         Raises:
-            ConfigError: out of range.
+            ConfigError: they are out of range.
         """
         if not 1 <= base <= _MAX_PORT_BASE:
             raise ConfigError(
@@ -72,29 +72,29 @@ def init_server(
     insecure: bool = False,
     private_host: str = LOOPBACK[1],
 ) -> list[str]:
-    """Make a server's directory.
+    """Create a server's directory.
 
     Args:
-        hosts: names and addresses by which the sites reach this server.
+        hosts: names and addresses at which the sites reach this server.
         insecure: no TLS, no authentication.
-        private_host: where the server's own app and commands find the SuperLink; whoever reaches
-            it starts runs.
+        private_host: host at which the server's own app and commands reach the SuperLink; anyone
+            who can reach it can start runs.
 
     Returns:
         Lines for the operator.
 
     Raises:
-        ConfigError: a host or port that cannot be, or a directory that is not new.
+        ConfigError: a host or port is invalid, or the directory is not new.
     """
     folder, ports = absolute(directory), Ports.from_base(port_base)
     check_new(folder)
     names = [*hosts, private_host]
     subject_alternative_names(names)  # checks them
     control = dial_address(private_host, ports.control)
-    # Flower's config.toml takes root-certificates only from the root.
+    # Flower's config.toml accepts only an absolute path of root-certificates.
     trust = "insecure = true\n" if insecure else to_toml({"root-certificates": folder / "ca.crt"})
     connection = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-    # IPv6 too if a host is given by such an address.
+    # Listen on IPv6 too if a host is an IPv6 address.
     interfaces = "[::]" if any(":" in host for host in hosts) else "0.0.0.0"
     values = {
         "bin": program_folder(),
@@ -108,7 +108,7 @@ def init_server(
         "security": "--insecure" if insecure else _TLS_OPTIONS,
     }
     files = {
-        # Without it any user of this machine could take the run's app over.
+        # Without it, any user of this machine could take over the run's app.
         "superexec.secret": NewFile(secrets.token_hex(32), SECRET),
         f"{SITE_KEYS}/README": NewFile(filled("site-keys.txt")),
         f"{FLWR_HOME}/config.toml": NewFile(connection + to_toml({"address": control}) + trust),
@@ -146,7 +146,7 @@ def init_server(
 def _readme(
     folder: Path, hosts: Sequence[str], private_host: str, ports: Ports, insecure: bool
 ) -> str:
-    """README.md of the directory; with the openssl commands for a new authority."""
+    """README.md of the directory, including the openssl commands for a new authority."""
     alternative_names = []
     for name in dict.fromkeys([*hosts, private_host, *LOOPBACK]):
         try:

@@ -1,4 +1,4 @@
-"""``fedllm site check``: what is learned from a site's data, shown only to its operator."""
+"""``fedllm site check``: shows a site's operator what will be learned from the site's data."""
 
 import sys
 from collections import Counter
@@ -23,7 +23,7 @@ from fedllm_flwr.reporting.text import shorten
 _EXAMPLES = 5
 _SHOWN_CHARACTERS = 800  # of an example
 _MOST_LABELS = 20
-_NO_LIMIT = 2**24  # tokens, so that lengths are those of whole records
+_NO_LIMIT = 2**24  # tokens: avoids truncation when lengths are measured
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
@@ -34,18 +34,18 @@ def check_site(
     max_length: int = TrainingConfig().max_length,
     dataset: str | None = None,
 ) -> list[str]:
-    """Read a site's data as training would, and report on them in lines.
+    """Read a site's data as training would, and report on them.
 
     Args:
-        model: directory whose tokenizer counts and renders; None: the site's own copy, else the
-            small model of the package.
-        template: data.template that a server may ask for.
-        max_length: training.max_length that a server may ask for, in tokens.
-        dataset: name of the one data set to look at; None: all.
+        model: directory of the tokenizer to use; None: the site's own copy of the model, otherwise
+            the small model of the package.
+        template: data.template to assume.
+        max_length: training.max_length to assume, in tokens.
+        dataset: name of the data set to check; None: all.
 
     Raises:
-        ConfigError: no site's directory, or a node config or policy that cannot be read.
-        DataError: a data set that no task can use.
+        ConfigError: not a site directory, or its node config or policy cannot be read.
+        DataError: no task can use a data set.
     """
     from fedllm_flwr.models.tokenizer import load_tokenizer
 
@@ -68,10 +68,10 @@ def check_site(
 def dataset_lines(
     dataset: SiteDataset, policy: Policy, tokenizer: Any, template: str, max_length: int
 ) -> list[str]:
-    """Report of a data set for every task that the policy allows.
+    """Report on a data set for every task that the policy allows.
 
     Raises:
-        DataError: none of them can use it.
+        DataError: none of these tasks can use it.
     """
     from fedllm_flwr.data.sources import open_source
 
@@ -121,7 +121,7 @@ def dataset_lines(
 
 
 def label_lines(records: Sequence[Any]) -> list[str]:
-    """Counts of each label, or of each answer where there are few different ones."""
+    """Counts of each label, or of each answer if there are few distinct ones."""
     labels = Counter(record.label for record in records if record.label)
     what = "labels"
     if not labels and hasattr(records[0], "choice"):
@@ -139,7 +139,7 @@ def label_lines(records: Sequence[Any]) -> list[str]:
 def rendered_lines(
     records: Sequence[Any], kind: RecordKind, template: str, tokenizer: Any
 ) -> list[str]:
-    """Evenly spread examples as the model will see them, what is learned in bold or in [[ ]]."""
+    """Evenly spaced examples as the model sees them; supervised text is in bold or in [[ ]]."""
     begin, end = (_BOLD, _PLAIN) if sys.stdout.isatty() else ("[[", "]]")
     count = min(_EXAMPLES, len(records))
     lines = [f"  rendered  {count} examples; what is learned is {begin}marked{end}"]
@@ -158,7 +158,7 @@ def rendered_lines(
 
 
 def policy_lines(policy: Policy) -> list[str]:
-    """A policy in words, one limit per line."""
+    """A policy as text, one limit per line."""
     lines: list[str] = []
     for field in fields(policy):
         value = getattr(policy, field.name)

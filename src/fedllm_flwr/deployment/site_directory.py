@@ -66,11 +66,11 @@ class SiteOptions:
     model_path: str | None = None  # this site's own copy of the base model
     device: str = "auto"
     insecure: bool = False
-    health_port: int | None = None  # None: one that follows from the name
+    health_port: int | None = None  # None: derived from the name
     approval: str = EVERY_RUN  # which runs wait for the operator
-    policy: Sequence[str] = ()  # key=value in the place of the policy's defaults
-    threads: int | None = None  # of the CPU; None: see `node.site_threads`
-    lora_rank: int | None = None  # greatest rank of an adapter; None: what the server asks for
+    policy: Sequence[str] = ()  # key=value, overrides of the policy's defaults
+    threads: int | None = None  # CPU threads; None: see `node.site_threads`
+    lora_rank: int | None = None  # maximum rank of an adapter; None: the server's choice
     gpus: str | None = None  # as CUDA_VISIBLE_DEVICES; None: all
 
     @property
@@ -83,7 +83,7 @@ class SiteOptions:
         """The data sets by name, "" for the only one.
 
         Raises:
-            ConfigError: options that do not fit each other.
+            ConfigError: options contradict each other.
         """
         paths = self.paths
         columns = named_columns(self.columns, list(paths))
@@ -109,7 +109,7 @@ class SiteOptions:
         return f"127.0.0.1:{port}"
 
     def check(self) -> None:
-        """Refuse options that cannot be.
+        """Reject invalid options.
 
         Raises:
             ConfigError: names the option.
@@ -154,7 +154,7 @@ class SiteOptions:
         """The certificate authority in the file of --ca; None without encryption.
 
         Raises:
-            ConfigError: --ca is missing, unreadable or no such file, or --insecure goes with it.
+            ConfigError: --ca is missing or unreadable, or is combined with --insecure.
         """
         if self.insecure and self.ca is not None:
             raise ConfigError(
@@ -198,13 +198,13 @@ class SiteOptions:
 
 
 def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
-    """Make a site's directory, after its data is read once.
+    """Create a site's directory, after reading its data once.
 
     Returns:
         Lines for the operator.
 
     Raises:
-        ConfigError: an option that cannot be, or a directory that is not new.
+        ConfigError: an option is invalid, or the directory is not new.
         DataError: the data cannot be read or has no usable record.
     """
     folder = absolute(directory)
@@ -289,7 +289,7 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
 def _report(
     folder: Path, options: SiteOptions, found: Mapping[str, Mapping[str, SourceReport]]
 ) -> list[str]:
-    """Report for the operator: data found, files made, next steps."""
+    """Report for the operator: the data, the created files and the next steps."""
     quoted = shlex.quote(str(folder))
     lines = []
     for name, reports in found.items():
@@ -330,7 +330,7 @@ def _report(
 
 
 def usable_records(dataset: SiteDataset) -> dict[str, SourceReport]:
-    """Counts of a data set's records, by task that can use them.
+    """Counts of a data set's records, for each task that can use them.
 
     Raises:
         DataError: the data cannot be read, or no task can use them; names options of this command.

@@ -28,7 +28,7 @@ _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 def make_key_pair(name: str) -> tuple[bytes, bytes]:
     """Private and public key on P-384, as ``ssh-keygen -t ecdsa -b 384`` writes them.
 
-    flower-supernode reads private keys in the OpenSSH format only: PKCS#8 and SEC1 are refused
+    flower-supernode reads private keys only in the OpenSSH format: it rejects PKCS#8 and SEC1
     (flwr 1.31). `name` becomes the public key's comment.
     """
     key = ec.generate_private_key(ec.SECP384R1())
@@ -38,7 +38,7 @@ def make_key_pair(name: str) -> tuple[bytes, bytes]:
 
 
 def key_fingerprint(public: bytes) -> str:
-    """Of a public key in the OpenSSH format, as ``ssh-keygen -l`` prints it: SHA256:..."""
+    """Fingerprint of an OpenSSH public key, as ``ssh-keygen -l`` prints it: SHA256:..."""
     digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
@@ -47,7 +47,7 @@ def check_public_key(content: bytes, source: str) -> None:
     """Check that a site's key file can be registered.
 
     Raises:
-        ConfigError: a private key, or no public key of the right kind.
+        ConfigError: it is a private key, or not a public key of the right kind.
     """
     if b"PRIVATE KEY" in content:
         raise ConfigError(
@@ -68,7 +68,7 @@ def check_public_key(content: bytes, source: str) -> None:
 def registered_sites(folder: Path) -> dict[int, str]:
     """Names of the sites that are registered at the server of `folder`, by node id.
 
-    Empty without any, as at a server made with ``--insecure``.
+    Empty if there are none, as at a server made with ``--insecure``.
     """
     sites: dict[int, str] = {}
     for key in sorted((folder / SITE_KEYS).glob("*.pub")):
@@ -93,8 +93,8 @@ def register_site(directory: str | Path, key_file: str | Path) -> list[str]:
         Lines for the operator.
 
     Raises:
-        ConfigError: no server's directory, no public key, or another key under the same name.
-        FederationError: the SuperLink is not there, or refuses the key.
+        ConfigError: not a server directory, not a public key, or the name has another key already.
+        FederationError: the SuperLink does not answer, or rejects the key.
     """
     folder, key = server_folder(directory), absolute(key_file)
     try:
@@ -143,8 +143,8 @@ def unregister_site(directory: str | Path, name: str) -> list[str]:
         Lines for the operator.
 
     Raises:
-        ConfigError: no server's directory, or no site of this name.
-        FederationError: the SuperLink is not there, or refuses.
+        ConfigError: not a server directory, or no site has this name.
+        FederationError: the SuperLink does not answer, or rejects the request.
     """
     folder = server_folder(directory)
     check_name(name, "the site's name")
@@ -175,7 +175,7 @@ def unregister_site(directory: str | Path, name: str) -> list[str]:
 
 
 def _node_file(key: Path) -> Path:
-    """File of a registered site's node id, which Flower shows only once."""
+    """File with a registered site's node id, which Flower shows only once."""
     return key.with_suffix(".node")
 
 

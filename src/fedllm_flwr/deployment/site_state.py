@@ -1,4 +1,4 @@
-"""A site's state on disk: memory of its runs, tokenised records, and their removal."""
+"""A site's state on disk: client memory of its runs, tokenised records, and their removal."""
 
 import contextlib
 import secrets
@@ -21,18 +21,17 @@ _SECRET_BYTES = 32
 class SiteState:
     """The directory of a site's state.
 
-    ``runs/<run>/<client>/`` holds what a client keeps between the rounds of a run (control
-    variates, adapters of its own, reference log-probabilities), ``tokens/`` its tokenised records,
-    ``ledger/`` what it has been asked and has told (see `Ledger`), ``privacy/`` what its records
-    have been spent on (see `privacy_account`), ``secret`` what decides with the seed which records
-    are drawn.
+    ``runs/<run>/<client>/`` contains client memory (control variates, personal adapters, reference
+    log-probabilities), ``tokens/`` the tokenised records, ``ledger/`` the request ledger (see
+    `Ledger`), ``privacy/`` the privacy account (see `privacy_account`), and ``secret`` the secret
+    that seeds the draw of records together with the run's seed.
     """
 
     root: Path
 
     @property
     def runs(self) -> Path:
-        """A folder for each run."""
+        """Contains one folder per run."""
         return self.root / "runs"
 
     @property
@@ -42,7 +41,7 @@ class SiteState:
 
     @property
     def digests(self) -> Path:
-        """Digests of the data files, by their size and time of change."""
+        """Digests of the data files, by size and modification time."""
         return self.root / "digests"
 
     @property
@@ -51,14 +50,14 @@ class SiteState:
         return self.root / "ledger"
 
     def folder(self, run: str, client: str) -> Path:
-        """Directory of a client's state of a run, safe for any name that a server sends.
+        """Directory of a client's memory of a run, safe for any name that a server sends.
 
-        The name is quoted, and without the dots that would lead out of the folder.
+        Names are quoted, including dots, so that they cannot lead out of the folder.
         """
         return self.runs / (_quoted(run) or "run") / client
 
     def secret(self) -> str:
-        """A random text that never leaves the site; made at the first call.
+        """A random text that never leaves the site; created at the first call.
 
         Raises:
             FederationError: it cannot be written.
@@ -74,15 +73,15 @@ class SiteState:
         return made
 
     def make_room(self, run: str, days: float | None, limit_gb: float | None) -> None:
-        """Remove what belongs to silent runs, and refuse a task where the rest is too large.
+        """Remove the state of inactive runs, and refuse an assignment if the rest is too large.
 
         Args:
-            run: the task's, which stays.
-            days: since a run's last message, after which its state is removed; None: never.
-            limit_gb: of all state; None: no limit.
+            run: the assignment's run, whose state is kept.
+            days: days since a run's last message after which its state is removed; None: never.
+            limit_gb: limit of all state; None: no limit.
 
         Raises:
-            RefusedError: the state of the runs that are left exceeds the limit.
+            RefusedError: the remaining state exceeds the limit.
         """
         if days is not None:
             oldest = time.time() - days * _DAY_S
@@ -101,13 +100,13 @@ class SiteState:
             )
 
     def forget(self, runs: list[str] | None) -> list[str]:
-        """Remove the state of runs; None: of all, with all tokenised records.
+        """Remove the state of `runs`; None: of all runs, with all tokenised records.
 
         Returns:
             Lines for the site's operator.
 
         Raises:
-            FederationError: the file system refuses.
+            FederationError: files cannot be removed.
         """
         doomed = _children(self.runs)
         if runs is not None:
@@ -124,16 +123,16 @@ class SiteState:
             lines.append(f"Removed {kind} ({size / 1e6:.1f} MB).")
         log = self.root / "trainer.log"
         if runs is None and log.is_file():
-            log.write_bytes(b"")  # a trainer that runs goes on writing to it
+            log.write_bytes(b"")  # a running trainer continues writing to it
             lines.append(f"Emptied {log}.")
         return lines
 
 
 def site_state(node_config: Mapping[str, object], default: Path) -> SiteState:
-    """The state directory that a site's node config names with state-dir.
+    """The state directory ``state-dir`` of a site's node config.
 
     Args:
-        default: a folder for sites that name none; each has its own in it, by its name.
+        default: parent folder of the state of sites without this key, by site name.
     """
     if "state-dir" in node_config:
         return SiteState(Path(str(node_config["state-dir"])).expanduser())
@@ -141,14 +140,14 @@ def site_state(node_config: Mapping[str, object], default: Path) -> SiteState:
 
 
 def forget_runs(directory: str, run: str | None, everything: bool) -> list[str]:
-    """``fedllm site forget``: remove a run's state at a site, or the state of all.
+    """``fedllm site forget``: remove a run's state at a site, or the state of all runs.
 
     Args:
-        directory: of ``site init``.
+        directory: directory made by ``site init``.
         run: Flower's id of the run, or the name of its folder in ``state/runs``.
 
     Raises:
-        ConfigError: no such directory or run, or neither run nor everything.
+        ConfigError: no such directory or run, or neither `run` nor `everything` is given.
     """
     import tomllib
 

@@ -1,4 +1,4 @@
-"""Operator's view of a site: requests to decide on, and the audit log."""
+"""The operator's view of a site: pending requests, and the audit log."""
 
 import json
 from dataclasses import asdict
@@ -27,10 +27,10 @@ def site_requests(folder: Path) -> Requests:
 
 
 def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool) -> list[str]:
-    """The requests that wait, in words; with `every` also those decided or no longer asked.
+    """The pending requests as text; with `every`, also those that are decided or abandoned.
 
     Args:
-        full: all settings of each.
+        full: show all settings of each request.
     """
     folder = site_folder(directory)
     known = site_requests(folder).all()
@@ -49,7 +49,7 @@ def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool
         said = [f"{request.id}  run {request.run} from {server}   {state}"]
         said += [f"  {line}" for line in in_words(request.settings)]
         approved = [r for r in known if r.decision == APPROVED and r.id != request.id]
-        if approved:  # in what the request differs from the last one
+        if approved:  # show the differences from the last approved request
             last = approved[-1]
             about = f"{last.id}, approved {local_time(last.decided)}"
             changed = differences(request.settings, last.settings)
@@ -72,10 +72,10 @@ def requests_lines(directory: str | Path, every: bool, full: bool, as_json: bool
 
 
 def decide_request(directory: str | Path, name: str, approve: bool) -> list[str]:
-    """Approve or decline a request; the decision goes into the audit log.
+    """Approve or decline a request; the decision is written to the audit log.
 
     Raises:
-        ConfigError: no such request, or several.
+        ConfigError: no request, or several, match.
         FederationError: the decision cannot be written.
     """
     folder = site_folder(directory)
@@ -102,7 +102,7 @@ def print_log(directory: str | Path, run: str | None, as_json: bool) -> None:
     """Print the audit log, and check its chain.
 
     Args:
-        run: Flower's id of the only run to show, or its first digits.
+        run: Flower's id, or its first digits, of the run to show; None: all runs.
 
     Raises:
         FederationError: the chain is broken; names the line.
@@ -123,7 +123,7 @@ def print_log(directory: str | Path, run: str | None, as_json: bool) -> None:
 
 
 def entry_line(entry: Entry, with_run: bool) -> str:
-    """Such as ``09:41:07  round 1  160 records   left: 41,472 values (83 kB), norm 0.81``."""
+    """A line such as ``09:41:07  round 1  160 records   left: 41,472 values (83 kB), ...``."""
     what = f"round {entry['round']}" if entry.get("round") else str(entry.get("event", ""))
     if entry.get("event") == "evaluate":
         what = f"score {entry.get('round', '')}"
@@ -149,12 +149,12 @@ def entry_line(entry: Entry, with_run: bool) -> str:
 
 
 def printable(line: str) -> str:
-    """A line that may hold a server's words, bounded and safe for a terminal."""
+    """A line that may contain text from a server, truncated and safe for a terminal."""
     return "".join(c if c.isprintable() else "?" for c in shorten(line, _LONGEST_LINE))
 
 
 def local_time(text: str) -> str:
-    """A time of the log in this machine's zone; without the day if that is today."""
+    """A time of the log in the local time zone; without the date if it is today."""
     moment = datetime.fromisoformat(text).astimezone()
     is_today = moment.date() == datetime.now().astimezone().date()
     return f"{moment:%H:%M:%S}" if is_today else f"{moment:%Y-%m-%d %H:%M:%S}"

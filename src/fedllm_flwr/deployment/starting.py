@@ -12,7 +12,7 @@ from fedllm_flwr.deployment.new_directory import absolute
 from fedllm_flwr.deployment.programs import PROGRAMS
 from fedllm_flwr.errors import ConfigError
 
-SUPERNODE = "supernode.toml"  # options of flower-supernode, one a line
+SUPERNODE = "supernode.toml"  # options of flower-supernode, one per line
 _OPTIONS = (
     "superlink",
     "health-server-address",
@@ -23,10 +23,10 @@ _OPTIONS = (
 
 
 def start_supernode(directory: str | Path, further: Sequence[str]) -> NoReturn:
-    """Become the SuperNode of a site's directory.
+    """Replace this process by the SuperNode of a site's directory.
 
     Args:
-        further: options of ``flower-supernode``, which come after the site's own.
+        further: options of ``flower-supernode``, which are added after the site's own.
 
     Raises:
         ConfigError: `fedllm site init` has not made this directory, or part of it is gone.
@@ -57,7 +57,7 @@ def supernode_command(
         raise ConfigError(f"{file}: unknown {unknown[0]}; it holds {', '.join(_OPTIONS)}")
     if "superlink" not in options:
         raise ConfigError(f"{file}: superlink is missing; give the server's host:port")
-    for name in PROGRAMS:  # without them Flower's own would run code that a server sends
+    for name in PROGRAMS:  # without the wrappers, Flower would run code that a server sends
         program = folder / "bin" / name
         executable = os.access(program, os.X_OK)
         if not (executable and "fedllm_flwr.deployment.programs" in program.read_text("utf-8")):
@@ -66,7 +66,7 @@ def supernode_command(
                 "directory anew with `fedllm site init`, or copy bin/ from one made so"
             )
     environment = program_environment(folder, "127.0.0.1,localhost")
-    # The programs of bin/ come first, whatever is on the operator's own path.
+    # The programs of bin/ come before any others on the operator's path.
     path = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     environment["PATH"] = os.pathsep.join(path)
     command = [sys.executable, "-P", "-m", "fedllm_flwr.deployment.programs", "flower-supernode"]

@@ -25,37 +25,38 @@ from fedllm_flwr.runs.directory import RunDirectory, how_to_go_on
 from fedllm_flwr.runs.lock import Holder, holder
 
 _ENGINE = "federation.engine=deployment"
-_ALL_SITES = "federation.sample_fraction=1"  # unless the run says something of it
+_ALL_SITES = "federation.sample_fraction=1"  # unless the run's overrides set it
 _DECIDE_ON_SITES = {
     *("federation.sample_clients", "federation.sample_fraction"),
     *("resume", "config", "experiment"),
 }
 _COMMAND_LIMIT_S = 180.0
-_PAUSE_S = 3.0  # between two looks at a SuperLink that does not answer
-_PATIENCE_S = 600.0  # for a SuperLink that is being started again
+_PAUSE_S = 3.0  # between two attempts to reach a SuperLink
+_PATIENCE_S = 600.0  # to wait for a SuperLink to be restarted
 
 
 def run_on_server(directory: str | Path, overrides: Sequence[str], dry_run: bool = False) -> int:
     """Submit a run to the server of `directory` and print its log until it has ended.
 
-    With `dry_run` the sites are asked and nothing is trained; 1 then says that it could not start.
+    With `dry_run` the sites are asked and nothing is trained; status 1 means that it could not
+    start.
 
-    The run belongs to the SuperLink: it goes on if this process ends, and this process goes on
-    while the SuperLink is started again.
+    The run belongs to the SuperLink: it continues if this process ends, and this process waits
+    while the SuperLink is restarted.
 
     Returns:
         Exit status: 0 if the run has completed, 1 if it failed or was stopped.
 
     Raises:
-        ConfigError: no server's directory, or overrides that cannot be.
-        FederationError: the SuperLink does not take the run, or is gone for good, or the server's
-            app has ended without a word.
+        ConfigError: not a server directory, or an override is invalid.
+        FederationError: the SuperLink rejects the run, or does not come back, or the server's app
+            has ended without a message.
     """
     folder = server_folder(directory)
     asked = on_the_sites(overrides)
     from fedllm_flwr.config.compose import compose
 
-    with chdir(folder):  # as the server's app will: paths are relative to it
+    with chdir(folder):  # paths are relative to it, as for the server's app
         config = compose(asked)
     with tempfile.TemporaryDirectory() as temporary:
         run_config = Path(temporary) / "run.toml"
@@ -76,16 +77,16 @@ def run_on_server(directory: str | Path, overrides: Sequence[str], dry_run: bool
 
 
 def on_the_sites(overrides: Sequence[str]) -> list[str]:
-    """Overrides of a run on the sites: all of them take part, unless the run says otherwise."""
+    """Overrides of a run on the sites: all sites take part, unless the run's overrides differ."""
     keys = {text.partition("=")[0] for text in overrides}
     engine = [] if _ENGINE in overrides else [_ENGINE]
     return [*overrides, *engine, *([] if keys & _DECIDE_ON_SITES else [_ALL_SITES])]
 
 
 def joined(overrides: Sequence[str]) -> str:
-    """Overrides in one string, as `config.overrides.split_overrides` parts them.
+    """Overrides in one string, the inverse of `config.overrides.split_overrides`.
 
-    Each is in single quotes, which have no escape: one inside stands between double quotes.
+    Each is in single quotes, which have no escape: an inner single quote is put in double quotes.
     """
     return " ".join("'" + text.replace("'", "'\"'\"'") + "'" for text in overrides)
 
@@ -99,10 +100,11 @@ class SubmittedRun:
     output_dir: str | None  # the run's directory, if the configuration names it
 
     def follow(self) -> int:
-        """Print the run's log to its end, over restarts of the SuperLink; its exit status.
+        """Print the run's log to its end, across restarts of the SuperLink; return its exit status.
 
         Raises:
-            FederationError: the server's app has ended without a word, or the SuperLink is gone.
+            FederationError: the server's app has ended without a message, or the SuperLink does not
+                come back.
         """
         shown, heard, said_why = 0, time.monotonic(), False
         while True:
@@ -113,7 +115,7 @@ class SubmittedRun:
                     continue
                 heard = time.monotonic()
                 number += 1
-                if number > shown:  # each look starts at the beginning
+                if number > shown:  # each attempt reads the log from the beginning
                     print(line, end="", flush=True)
                     said_why = said_why or "error: " in line
                     shown = number
@@ -144,7 +146,7 @@ class SubmittedRun:
             time.sleep(_PAUSE_S)
 
     def _locked_by_run(self) -> tuple[RunDirectory, Holder] | None:
-        """The directory whose lock names this run; None without one, as before the app began."""
+        """The directory whose lock names this run; None if there is none, as before the start."""
         named = [] if self.output_dir is None else [Path(self.output_dir).expanduser()]
         for path in named or (self.folder / "outputs").glob("*"):
             directory = RunDirectory((self.folder / path).resolve())
@@ -160,10 +162,10 @@ class SubmittedRun:
         return how_to_go_on(found[0], command) or "nothing was saved yet; start a new run"
 
     def check_not_killed(self) -> None:
-        """Say at once that the server's app was killed; Flower notices it after a minute.
+        """Detect at once that the server's app was killed, which Flower notices after a minute.
 
         Raises:
-            FederationError: it was; names the command that goes on with the run.
+            FederationError: it was killed; names the command that resumes the run.
         """
         found = self._locked_by_run()
         if found is not None and found[1].was_killed:
@@ -173,9 +175,9 @@ class SubmittedRun:
             )
 
     def _log(self) -> Iterator[str | None]:
-        """Lines of the run's log from its beginning, until it or the connection ends.
+        """Lines of the run's log from its beginning, until the log or the connection ends.
 
-        None after each second without one.
+        Yields None after each second without a line.
         """
         lines: queue.Queue[str | None] = queue.Queue()
 

@@ -1,11 +1,11 @@
-"""``flower-superlink`` with longer timeouts: for its own database, and after a restart.
+"""``flower-superlink`` with longer timeouts for its own database, and after a restart.
 
-Flower gives a query of its SQLite file 5 s to get the lock; then the API call fails, and a
-SuperNode ends whose call it was. One reply of a gigabyte, whose removal is one transaction, holds
-the lock for longer than that, so that one site could end all others.
+Flower gives a query of its SQLite file 5 s to get the lock. After that, the API call fails, and the
+SuperNode that made it ends. Removing one reply of a gigabyte, in one transaction, holds the lock
+for longer, so that one site could end all others.
 
-Flower takes a run's app or a site for dead that it has not heard of for a minute, also when it was
-the SuperLink that was away; the run then fails.
+Flower considers a run's app or a site dead if it has not heard from it for a minute, even if the
+SuperLink itself was down; the run then fails.
 """
 
 import sqlite3
@@ -15,9 +15,9 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
-BUSY_MS = 60_000  # that a query waits for the database
-_ABSENCE_S = 600.0  # of a SuperLink, after which sites and `fedllm server run` have given up, too
-_WORD_S = 60.0  # for those that were there before, to find the new one and say that they still are
+BUSY_MS = 60_000  # time that a query waits for the database
+_ABSENCE_S = 600.0  # downtime after which sites and `fedllm server run` have given up, too
+_WORD_S = 60.0  # for apps and sites to reconnect to the restarted SuperLink
 
 
 def main() -> None:
@@ -32,9 +32,9 @@ def main() -> None:
 
 
 def wait_for_the_database() -> None:
-    """Raise Flower's limit for the connections that it opens from now on.
+    """Increase Flower's timeout for database connections opened from now on.
 
-    Exits with a message if this version of Flower keeps it elsewhere.
+    Exits with a message if this version of Flower defines it elsewhere.
     """
     from flwr.supercore import sql_mixin
 
@@ -49,9 +49,9 @@ def wait_for_the_database() -> None:
 
 
 def expect_back(file: Path) -> None:
-    """Give all apps and sites that the last SuperLink saw a minute from now to be heard of.
+    """Give all apps and sites of the previous SuperLink a minute to reconnect.
 
-    Says so and does nothing if this version of Flower keeps them elsewhere in its database.
+    Prints a message and does nothing if this version of Flower has another database schema.
     """
     if not file.is_file():
         return
@@ -64,7 +64,7 @@ def expect_back(file: Path) -> None:
                 " WHERE status = 'online' AND online_until > ?",
                 (until, since),
             )
-            # As Flower writes it: UTC, in an order of characters that is that of time.
+            # As Flower writes it: UTC, in a format that sorts by time.
             database.execute(
                 "UPDATE task SET active_until = MAX(active_until, ?)"
                 " WHERE token IS NOT NULL AND finished_at IS NULL AND active_until > ?",
