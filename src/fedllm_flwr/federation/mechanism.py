@@ -1,4 +1,4 @@
-"""Differential privacy at the server: what it releases of a round's contributions, and the account.
+"""Differential privacy at the server: the release of a round's contributions, and its accounting.
 
 With ``privacy.unit=record`` clients make their own noise (`training.private`), and the server only
 accounts for it. With ``privacy.unit=client`` it makes the noise. A contribution is all that one
@@ -58,7 +58,7 @@ _INDICATOR_NOISE = 1 / 20  # deviation on the sum of indicators / m (Andrew et a
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run is going to spend.
+    """The privacy budget of a run.
 
     Args:
         spending: each client's releases in one of its rounds, and how many those are; with
@@ -76,11 +76,11 @@ class Budget:
 
 
 Sizes = Mapping[str, int]
-"""Examples that each client has announced, by name."""
+"""Announced number of examples of each client, by name."""
 
 
 def plan_budget(config: Config, sizes: Sizes) -> Budget | None:
-    """The noise of each round and what all rounds will have spent; None without a promise.
+    """The noise of each round and the total epsilon of all rounds; None without privacy.
 
     Raises:
         ConfigError: no noise reaches the target, or the accountant is not installed.
@@ -156,7 +156,7 @@ def split_noise(multiplier: float, expected: float) -> tuple[float, float]:
 
 
 def describe_budget(config: Config, sizes: Sizes) -> tuple[str, str] | None:
-    """The mechanism and the promise in words, for the plan of a run; None without one."""
+    """The mechanism and the guarantee as text, for the plan of a run; None without privacy."""
     budget = plan_budget(config, sizes)
     if budget is None:
         return None
@@ -180,9 +180,9 @@ def describe_budget(config: Config, sizes: Sizes) -> tuple[str, str] | None:
 
 
 class ReleaseLog:
-    """All releases of a run, also those of rounds that a stopped server has done again.
+    """All releases of a run, including those of rounds that were repeated after a stop.
 
-    A line is on disk before its noise is drawn, so that no release is ever left out of the account.
+    A line is written to disk before its noise is drawn, so that the account misses no release.
 
     Args:
         path: a file of JSON lines; made with the first release.
@@ -192,7 +192,7 @@ class ReleaseLog:
         self._path = path
 
     def releases(self) -> dict[str, Counter[Release]]:
-        """What was released so far, by client; "" is what concerns them all.
+        """The releases so far, by client; "" contains releases that concern all clients.
 
         Raises:
             FederationError: the file cannot be read.
@@ -212,7 +212,7 @@ class ReleaseLog:
         return found
 
     def append(self, server_round: int, releases: Mapping[str, tuple[Release, int]]) -> None:
-        """Write down each client's releases of a round and sync them to the disk.
+        """Append each client's releases of a round, and sync the file to disk.
 
         Raises:
             FederationError: they cannot be written.
@@ -231,11 +231,11 @@ class ReleaseLog:
 
 @dataclass(frozen=True)
 class Bounded:
-    """A contribution as it enters the sum.
+    """A contribution as it is added to the sum.
 
     Args:
         within: whether its norm was within the bound.
-        unclipped: whether the client should have clipped it, and has not.
+        unclipped: whether the client should have clipped it but has not.
     """
 
     groups: Groups
@@ -244,7 +244,7 @@ class Bounded:
 
 
 class Mechanism:
-    """Choice, bound and release of contributions without a promise: all of it as it comes."""
+    """The mechanism without privacy: contributions are neither clipped nor noised."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -254,11 +254,11 @@ class Mechanism:
         return choose_clients(roster, self.config, server_round)
 
     def config_for(self, roster: Roster) -> Config:
-        """The configuration as clients are sent it."""
+        """The configuration that clients receive."""
         return self.config
 
     def bound(self, state: ServerState, groups: Groups) -> Bounded:
-        """What of a contribution enters the sum."""
+        """The part of a contribution that is added to the sum."""
         return Bounded(groups)
 
     def release(
@@ -268,12 +268,12 @@ class Mechanism:
         combined: Mapping[str, Params],
         within: Sequence[bool],
     ) -> tuple[Mapping[str, Params], Groups]:
-        """What the server step gets of a round, and what the next state keeps of the mechanism.
+        """The input of the server step, and tensors of the mechanism to keep in the next state.
 
         Args:
-            combined: ``delta``, the mean over the clients that replied; other groups, their sums
+            combined: ``delta``, the mean over the clients that replied; further groups, their sums
                 divided by N.
-            within: of each contribution, as `bound` has found.
+            within: `Bounded.within` of each contribution.
         """
         return combined, {}
 
@@ -281,19 +281,19 @@ class Mechanism:
         """Write down what the second exchange of the round after `state` is going to release."""
 
     def spent(self, roster: Roster) -> tuple[float, float] | None:
-        """Epsilon and delta of what was released so far; None: no promise is made."""
+        """Epsilon and delta of the releases so far; None without privacy."""
         return None
 
     def is_spent(self, state: ServerState, roster: Roster) -> bool:
-        """Whether the round after `state` would pass ``privacy.target_epsilon``."""
+        """Whether the round after `state` would exceed ``privacy.target_epsilon``."""
         return False
 
 
 class Accounted(Mechanism):
-    """A mechanism whose releases are written down.
+    """A mechanism that logs its releases.
 
     Args:
-        path: of the log of releases.
+        path: path of the log of releases.
     """
 
     def __init__(self, config: Config, path: Path) -> None:
@@ -303,7 +303,7 @@ class Accounted(Mechanism):
 
     @abstractmethod
     def next_releases(self, roster: Roster, server_round: int) -> dict[str, tuple[Release, int]]:
-        """What a round is going to release, by client, and how often."""
+        """The releases of the next round by client, and their numbers."""
 
     def planned(self, roster: Roster) -> Budget:
         """The run's budget. A run that goes on for more rounds keeps the noise it began with."""
@@ -327,13 +327,13 @@ class Accounted(Mechanism):
         return replace(self.config, privacy=privacy)
 
     def spent(self, roster: Roster) -> tuple[float, float]:
-        """The largest epsilon of all clients."""
+        """The largest epsilon of any client, and delta."""
         delta = self.planned(roster).delta
         each = [epsilon(releases, delta) for releases in self._log.releases().values()]
         return max(each, default=0.0), delta
 
     def is_spent(self, state: ServerState, roster: Roster) -> bool:
-        """Whether the releases in the log and those of the next round pass the target."""
+        """Whether the logged releases and those of the next round exceed the target."""
         target = self.config.privacy.target_epsilon
         if target is None:
             return False
@@ -458,10 +458,10 @@ class SharedMechanism(ClientMechanism):
 
 
 def mechanism_of(config: Config, path: Path) -> Mechanism:
-    """The mechanism that a configuration asks for.
+    """The mechanism of a configuration.
 
     Args:
-        path: of the log of releases; nothing is written before the first.
+        path: path of the log of releases; nothing is written before the first release.
     """
     by_client = SharedMechanism if config.privacy.secure_aggregation else ClientMechanism
     kinds = {"none": Mechanism, "client": by_client, "record": RecordMechanism}

@@ -1,13 +1,12 @@
-"""Combiners for rounds in which some clients may lie.
+"""Robust combiners, for rounds in which some clients may be malicious.
 
-All count every client alike: a number of examples is the client's own claim, and no weight may
-carry a liar further than another. With n replies, f = floor(``robust.liars`` n) of them may hold
-anything. Replies lie in a temporary file; two passes over blocks of coordinates give the result, in
-float64, with the clients in name order.
+All of them weight clients uniformly, because a client could lie about its number of examples. Of n
+replies, f = floor(``robust.liars`` n) may be arbitrary. Updates are stored in a temporary file; two
+passes over blocks of coordinates compute the result, in float64, with the clients in name order.
 
-Two forms cover them all. The median and the trimmed mean look at one coordinate at a time
-(`Coordinatewise`). The others are affine combinations, sum_i a_i x_i, of the updates x_i and of the
-last round's result x_0, and their coefficients follow from inner products alone (`Affine`).
+There are two kinds. The median and the trimmed mean work per coordinate (`Coordinatewise`). The
+others are affine combinations, sum_i a_i x_i, of the updates x_i and the last round's result x_0,
+whose coefficients depend only on inner products (`Affine`).
 """
 
 import math
@@ -50,21 +49,21 @@ class Robust(Combiner):
 
     @classmethod
     def of(cls, config: Config, state: ServerState) -> Self:
-        """With the settings ``robust`` and, where it is kept, the last round's result."""
+        """A combiner with the settings ``robust`` and, if kept, the last round's result."""
         return cls(config.robust, state.tensors.get(CENTRE) if cls.keeps_centre else None)
 
     def add(self, client: str, update: Params, weight: float) -> None:
-        """Write the update to the file; its weight does not count."""
+        """Write the update to the file; its weight is ignored."""
         self._clients.append(client)
         self._shapes = {name: value.shape for name, value in sorted(update.items())}
         for _, value in sorted(update.items()):
             self._file.write(np.ascontiguousarray(value, np.float32).tobytes())
 
     def combined(self) -> Params:
-        """The result, with `cut` as its by-product.
+        """The result; also sets `cut`.
 
         Raises:
-            FederationError: too few replies for so many liars.
+            FederationError: there are too few replies for ``robust.liars``.
         """
         self._file.flush()
         size = sum(map(math.prod, self._shapes.values()))
@@ -82,29 +81,29 @@ class Robust(Combiner):
 
     @property
     def cut(self) -> Mapping[str, float]:
-        """By client, the share of its update that the result leaves out, from 0 to 1."""
+        """The fraction of each client's update that the result excludes, from 0 to 1."""
         return self._cut
 
     @property
     def history(self) -> Groups:
-        """The result, where the next round starts from it."""
+        """The result, if the next round's combiner needs it."""
         return {CENTRE: self._result} if self.keeps_centre else {}
 
     @staticmethod
     def memory(num_clients: int, num_values: int) -> int:
-        """The result, a block of all updates in float32 and float64, and what sorting it takes."""
+        """The result, a block of all updates in float32 and float64, and memory for sorting it."""
         return 8 * num_values + 20 * _BLOCK
 
     @abstractmethod
     def _combine(self, rows: Array, order: list[int], result: Vector) -> Vector:
-        """Fill `result`, shape (values,), from `rows[order]`, (n, values); what is cut, (n,)."""
+        """Fill `result` (values,) from `rows[order]` (n, values); return the cut fractions (n,)."""
 
     def _num_liars(self, count: int) -> int:
         return num_liars(self.settings, count)
 
 
 def num_liars(settings: RobustConfig, count: int) -> int:
-    """f, the number of `count` clients that may lie."""
+    """f, the number of clients out of `count` that may be malicious."""
     return math.floor(round(settings.liars * count, 9))
 
 
@@ -145,7 +144,7 @@ class TrimmedMean(Coordinatewise):
 
 
 class Median(Coordinatewise):
-    """The median: what is left of a coordinate when all but one or two values are trimmed."""
+    """The median, as the mean after trimming all but the middle one or two values."""
 
     def _trimmed(self, count: int) -> int:
         return (count - 1) // 2
@@ -162,7 +161,7 @@ class Affine(Robust):
             """x_0 to x_n, shape (1 + n, block)."""
             return np.vstack([centre[None, block], rows[:, block][order].astype(np.float64)])
 
-        # Inner products of x_i - x_0: those of updates that are alike keep their digits.
+        # Inner products of x_i - x_0 keep their precision even if the updates are similar.
         gram = np.zeros((1 + count, 1 + count))
         for block in blocks:
             around = points(block) - centre[block]
@@ -178,7 +177,7 @@ class Affine(Robust):
 
     @abstractmethod
     def _coefficients(self, gram: Matrix) -> tuple[Vector, Vector]:
-        """a_0 to a_n, whose sum is 1, and what is cut of each update, (n,).
+        """a_0 to a_n, whose sum is 1, and the fraction cut from each update, (n,).
 
         Args:
             gram: inner products of x_i - x_0, shape (1 + n, 1 + n); row and column 0 are zero.
@@ -226,8 +225,8 @@ class GeometricMedian(Affine):
     """argmin_v sum_i ||x_i - v|| by the smoothed Weiszfeld algorithm.
 
     From the mean, ``robust.steps`` times v = sum_i w_i x_i / sum_i w_i with
-    w_i = 1 / max(``robust.smoothing``, ||x_i - v||). A few steps, as the paper takes, stay near a
-    mean that liars have carried far away; on inner products a hundred cost no more.
+    w_i = 1 / max(``robust.smoothing``, ||x_i - v||). The few steps of the paper stay near a mean
+    that malicious clients have moved far away; on inner products, a hundred steps cost no more.
     Pillutla et al. 2022, https://arxiv.org/abs/1912.13445, Algorithm 2.
     """
 

@@ -1,4 +1,4 @@
-"""Secure aggregation: a server learns the sum of the sites' updates, and of no site its own.
+"""Secure aggregation: the server learns the sum of the sites' updates, but no single update.
 
 After Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning"
 (https://eprint.iacr.org/2017/281), with one masking exchange a round as in Flamingo (Ma et al.

@@ -1,7 +1,7 @@
 """Tensors as words of the ring of integers modulo 2^32, and sums of them back.
 
 A value x within ``bound`` becomes round(x 2^f), to the nearest, ties to even. f is the largest
-number of binary places at which the sum over all sites of a round cannot leave the ring.
+number of binary places for which the sum over all sites of a round cannot overflow the ring.
 """
 
 import math
@@ -19,11 +19,11 @@ RING_BITS = 32
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """The code of a round.
+    """The fixed-point encoding of a round.
 
     Args:
         bound: largest magnitude of a value that a site may send.
-        sites: number of sites whose vectors are added up at most.
+        sites: largest number of sites whose vectors are summed.
     """
 
     bound: float
@@ -36,14 +36,14 @@ class FixedPoint:
 
     @property
     def resolution(self) -> float:
-        """The distance of two neighbouring values."""
+        """The distance between two adjacent values."""
         return 2.0**-self.places
 
     def encode(self, params: Mapping[str, Array], factor: float = 1.0) -> Words:
         """``factor`` times the tensors in name order, flat, as words.
 
         Raises:
-            FederationError: a value is not finite, or beyond the bound; it never wraps around.
+            FederationError: a value is not finite or exceeds the bound; values never wrap around.
         """
         words = np.empty(sum(value.size for value in params.values()), np.uint32)
         start = 0
@@ -67,7 +67,7 @@ class FixedPoint:
         """The sum of `count` sites' tensors in float64, with the names and shapes of `like`.
 
         Raises:
-            FederationError: a value that `count` sites within the bound cannot make.
+            FederationError: a value is impossible for `count` sites within the bound.
         """
         values = words.view(np.int32)
         most = count * (self.bound * 2.0**self.places + 0.5)
@@ -84,6 +84,6 @@ class FixedPoint:
         return params
 
     def round_trip(self, params: Params) -> Params:
-        """`params` as the server reads their sum: rounded, in their own dtype."""
+        """`params` as decoded by the server: rounded, in their own dtype."""
         decoded = self.decode(self.encode(params), params, 1)
         return {name: value.astype(params[name].dtype) for name, value in decoded.items()}

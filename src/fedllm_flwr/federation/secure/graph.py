@@ -1,4 +1,4 @@
-"""Who masks with whom, how many answers a round needs, and what a round is about."""
+"""The masking graph, the thresholds and the session of a round."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 from fedllm_flwr.federation.secure.keys import KeyCard
 
-DEGREE = 40  # neighbours of a site; with fewer others, all of them
+DEGREE = 40  # neighbours of a site; all other sites if there are fewer
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Session:
 
     @cached_property
     def _ring(self) -> list[str]:
-        """The sites in an order that neither a site nor its name decides."""
+        """The sites in a pseudorandom order that no site can influence."""
 
         def place(name: str) -> bytes:
             return hashlib.sha256(f"{self.id}\x1f{name}".encode()).digest()
@@ -77,7 +77,7 @@ class Session:
         return sorted(self.cards, key=place)
 
     def neighbours(self, name: str) -> list[str]:
-        """The sites with which one masks, in name order; the relation is symmetric."""
+        """The sites with which a site shares pair masks, in name order; symmetric."""
         others = [other for other in self.names if other != name]
         if len(others) <= DEGREE:
             return others
@@ -86,14 +86,15 @@ class Session:
         return sorted(self._ring[(place + step) % len(self._ring)] for step in steps)
 
     def holders(self, name: str) -> dict[str, int]:
-        """Who holds shares of a site's seeds, itself among them, with the points of the shares."""
+        """The holders of shares of a site's seeds, including itself, with the shares' points."""
         return {holder: i for i, holder in enumerate(sorted([*self.neighbours(name), name]), 1)}
 
     def threshold(self, name: str) -> int:
-        """Shares that give a seed of a site.
+        """Number of shares that reconstruct a seed of a site.
 
-        Where all mask with all, as many as may be left. A neighbourhood can lose a larger share of
-        its sites than all together do, so that there it is more than half.
+        If every site masks with every other, this is the minimum number of survivors. Otherwise it
+        is more than half of the holders, because a neighbourhood can lose a larger fraction of its
+        sites than the whole round.
         """
         held = len(self.neighbours(name)) + 1
         sparse = held < len(self.cards)
@@ -101,5 +102,5 @@ class Session:
 
 
 def dropped(names: Iterable[str], survivors: Iterable[str]) -> list[str]:
-    """Those of `names` that are no survivors."""
+    """Those of `names` that are not survivors."""
     return sorted(set(names) - set(survivors))

@@ -1,6 +1,6 @@
-"""Keys of a run: each site's X25519 key, signed with the key by which the site is known.
+"""Keys of a run: each site's X25519 key, signed with the site's identity key.
 
-X25519, HKDF-SHA256 and ECDSA are those of ``cryptography`` (OpenSSL), in constant time where it is.
+X25519, HKDF-SHA256 and ECDSA come from ``cryptography`` (OpenSSL) and are as constant-time as it.
 """
 
 import json
@@ -28,12 +28,12 @@ _PURPOSE = "fedllm-flwr secure aggregation 1"
 
 @dataclass(frozen=True)
 class KeyCard:
-    """What a site shows the others of a run.
+    """A site's signed public keys, which it shows to the other sites of a run.
 
     Args:
-        identity: the public key by which the site is known, in the OpenSSH format.
+        identity: the site's public identity key, in the OpenSSH format.
         public: the run's X25519 key, in hexadecimal.
-        signature: by the identity, of run, name and ``public``; in hexadecimal.
+        signature: signature of run, name and ``public`` with the identity key, in hexadecimal.
     """
 
     identity: str
@@ -49,7 +49,7 @@ class KeyCard:
         """The card in a message.
 
         Raises:
-            FederationError: it is none.
+            FederationError: it is not a key card.
         """
         try:
             card = cls(**json.loads(text))
@@ -61,7 +61,7 @@ class KeyCard:
 
 
 def new_identity() -> bytes:
-    """A private key on P-384 in the OpenSSH format, as sites have them."""
+    """A private P-384 key in the OpenSSH format, as sites have."""
     key = ec.generate_private_key(ec.SECP384R1())
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
@@ -75,7 +75,7 @@ def make_card(identity: bytes, private: bytes, run: str, name: str) -> KeyCard:
     """The card of a site for a run.
 
     Raises:
-        FederationError: the identity is no ECDSA key.
+        FederationError: the identity is not an ECDSA key.
     """
     try:
         signer = load_ssh_private_key(identity, None)
@@ -90,10 +90,10 @@ def make_card(identity: bytes, private: bytes, run: str, name: str) -> KeyCard:
 
 
 def check_card(card: KeyCard, run: str, name: str) -> None:
-    """Check that the identity on a card has signed its key for this run and name.
+    """Check that a card's identity key has signed its X25519 key for this run and name.
 
     Raises:
-        FederationError: it has not.
+        FederationError: the signature is invalid.
     """
     try:
         key = load_ssh_public_key(card.identity.encode())
@@ -108,10 +108,10 @@ def check_card(card: KeyCard, run: str, name: str) -> None:
 
 
 def check_known(cards: Mapping[str, KeyCard], known: Mapping[str, str]) -> dict[str, str]:
-    """The identities by name that a site knows after these cards; each name keeps its first.
+    """The known identities by name, extended by these cards; each name keeps its first identity.
 
     Raises:
-        FederationError: a name comes with another identity, or two names with one.
+        FederationError: a name has another identity than before, or two names share one.
     """
     after = dict(known)
     for name, card in sorted(cards.items()):
@@ -126,10 +126,10 @@ def check_known(cards: Mapping[str, KeyCard], known: Mapping[str, str]) -> dict[
 
 
 def pair_secret(private: bytes, card: KeyCard) -> bytes:
-    """What two sites share in a run, 32 bytes.
+    """The shared secret of two sites in a run, 32 bytes.
 
     Raises:
-        FederationError: the other key is one of small order.
+        FederationError: the other key has small order.
     """
     try:
         other = X25519PublicKey.from_public_bytes(bytes.fromhex(card.public))
@@ -139,7 +139,7 @@ def pair_secret(private: bytes, card: KeyCard) -> bytes:
 
 
 def derive(secret: bytes, *parts: str) -> bytes:
-    """A 32-byte key by HKDF-SHA256 from a secret, for the purpose that `parts` name."""
+    """A 32-byte key derived from a secret by HKDF-SHA256, for the purpose named by `parts`."""
     info = json.dumps([_PURPOSE, *parts]).encode()
     return HKDF(hashes.SHA256(), 32, None, info).derive(secret)
 

@@ -11,9 +11,9 @@ _CHUNK = 2**18  # words at a time: 1 MB, which stays in the cache
 
 
 def add_mask(vector: Words, seed: bytes, sign: Literal[1, -1] = 1) -> None:
-    """Add the stream of `seed` to `vector`, or take it away, modulo 2^32 and in place.
+    """Add the stream of `seed` to `vector`, or subtract it, modulo 2^32 and in place.
 
-    A seed is for one stream alone, so the counter starts at zero.
+    A seed is used for only one stream, so the counter starts at zero.
     """
     stream = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
     zeros = bytes(4 * min(_CHUNK, vector.size))

@@ -1,4 +1,4 @@
-"""The server's part: it adds masked vectors up, and takes the masks off the sum, never off one."""
+"""The server's part: sums masked vectors and unmasks the sum, never a single vector."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Seeds = dict[tuple[str, str], dict[int, bytes]]  # shares by the site and the se
 
 
 class MaskedSum:
-    """The sum of one round's masked vectors; memory holds one vector, whatever their number.
+    """The sum of one round's masked vectors; uses the memory of one vector, for any number.
 
     Args:
         size: words of a vector.
@@ -30,14 +30,14 @@ class MaskedSum:
 
     @property
     def survivors(self) -> tuple[str, ...]:
-        """The sites whose vectors have come."""
+        """The sites whose vectors have arrived."""
         return tuple(sorted(self._sealed))
 
     def add(self, name: str, words: Words, sealed: Mapping[str, bytes]) -> None:
-        """Take a site's vector and what it has sealed for its neighbours.
+        """Add a site's vector, and keep the encrypted shares for its neighbours.
 
         Raises:
-            FederationError: another size, or shares for others than its neighbours.
+            FederationError: the size is wrong, or shares are for sites other than its neighbours.
         """
         neighbours = self.session.neighbours(name)
         size = SHARE_BYTES * (1 + len(neighbours)) + _SEAL_BYTES
@@ -49,10 +49,10 @@ class MaskedSum:
         self._sealed[name] = sealed
 
     def questions(self) -> dict[str, Unmask]:
-        """What each survivor is asked.
+        """The unmasking request to each survivor.
 
         Raises:
-            FederationError: too few are left.
+            FederationError: there are too few survivors.
         """
         survivors, least = self.survivors, self.session.least
         if len(survivors) < least:
@@ -76,10 +76,10 @@ class MaskedSum:
         }
 
     def take(self, name: str, opened: Opened) -> None:
-        """Take a survivor's shares.
+        """Add a survivor's shares.
 
         Raises:
-            FederationError: shares that it does not hold.
+            FederationError: it does not hold such shares.
         """
         for of, text in opened.shares.items():
             if of not in self.survivors or name not in self.session.holders(of):
@@ -97,7 +97,7 @@ class MaskedSum:
         """The sum of the survivors' vectors.
 
         Raises:
-            FederationError: too few shares of a seed, or shares that do not belong together.
+            FederationError: there are too few shares of a seed, or they are inconsistent.
         """
         for of in self.survivors:
             lost = dropped(self.session.neighbours(of), self.survivors)

@@ -11,9 +11,9 @@ SEED_BYTES = 32
 
 
 def split(secret: bytes, threshold: int, holders: Iterable[int]) -> dict[int, bytes]:
-    """A share of `secret` for each of `holders`, points from 1; `threshold` of them give it back.
+    """A share of `secret` for each of `holders` (points from 1); `threshold` shares recover it.
 
-    Fewer shares say nothing: the polynomial's other coefficients are uniform.
+    Fewer shares reveal nothing, because the polynomial's other coefficients are uniform.
     """
     if len(secret) != SEED_BYTES or threshold < 1:
         raise ValueError(f"cannot share {len(secret)} bytes with threshold {threshold}")
@@ -31,10 +31,10 @@ def split(secret: bytes, threshold: int, holders: Iterable[int]) -> dict[int, by
 
 
 def join(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """The secret of `threshold` shares or more, by point; the lowest points are used.
+    """The secret from at least `threshold` shares, by point; the lowest points are used.
 
     Raises:
-        FederationError: too few shares, or shares that do not belong together.
+        FederationError: there are too few shares, or they are inconsistent.
     """
     if len(shares) < threshold:
         raise FederationError(f"{len(shares)} shares of a seed, and {threshold} are needed")

@@ -1,7 +1,7 @@
-"""A site's part: it masks its vector, and then helps to unmask the sum of those that came through.
+"""A site's part: masks its vector, and then helps to unmask the sum of the survivors' vectors.
 
-What it must not do twice it writes down before it answers: no two vectors under the same masks, no
-two lists of survivors for one round.
+A site must never mask two vectors with the same masks, or accept two lists of survivors for one
+round. It therefore records each of these on disk before it answers.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ _NONCE = bytes(12)  # each key encrypts one text
 
 @dataclass(frozen=True)
 class Unmask:
-    """The second exchange's question.
+    """The request of the second exchange.
 
     Args:
         survivors: the sites whose vectors are in the sum.
-        sealed: by survivor, what it has sealed for the site that is asked.
-        asked: the name of that site; simulated clients need it.
+        sealed: by survivor, its encrypted shares for the receiving site.
+        asked: name of the receiving site, which simulated clients need.
     """
 
     session: str
@@ -55,8 +55,8 @@ class Opened:
     """A site's answer: shares of the survivors' seeds.
 
     Args:
-        shares: by survivor, a share of the seed of its own mask, then one of each seed that it has
-            in common with a neighbour that has dropped out, in name order.
+        shares: by survivor, a share of the seed of its own mask, then one of each pair seed that it
+            has with a neighbour that has dropped out, in name order.
     """
 
     shares: Mapping[str, bytes] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class SecureSite:
         self._identity = identity or folder / "identity.key"
 
     def card(self) -> KeyCard:
-        """The site's card of this run; its keys are made at the first call."""
+        """The site's card for this run; its keys are created at the first call."""
 
         def make() -> bytes:
             identity = _secret(self._identity, new_identity)
@@ -88,7 +88,7 @@ class SecureSite:
         return KeyCard.from_text(_secret(self._of_run / "card.json", make).decode())
 
     def check(self, session: Session) -> None:
-        """Refuse a round before any work is put into it.
+        """Refuse an invalid round before any work is done for it.
 
         Raises:
             FederationError: a key that is swapped or not signed, too few sites, or a round that was
@@ -110,10 +110,10 @@ class SecureSite:
             raise refused("a round that it has masked before")
 
     def mask(self, session: Session, words: Words) -> dict[str, bytes]:
-        """Mask `words` in place; what it seals for each neighbour.
+        """Mask `words` in place; return the encrypted shares for each neighbour.
 
-        That is a share of the seed of its own mask, and one of each seed that it has in common with
-        a neighbour.
+        These are a share of the seed of its own mask, and one of each pair seed that it has with a
+        neighbour.
 
         Raises:
             FederationError: as `check`.
@@ -143,9 +143,10 @@ class SecureSite:
         }
 
     def unmask(self, question: Unmask) -> Opened:
-        """Shares of the survivors' own masks, and of those that they have with the dropped.
+        """Shares of the survivors' own masks, and of their pair masks with dropped sites.
 
-        For no site both: of a dropped one's own mask, and of pairs of survivors, it says nothing.
+        Never both for one site: shares of a dropped site's own mask, or of pair masks between
+        survivors, are not revealed.
 
         Raises:
             FederationError: the round was not masked here, a list of survivors that is no such, is
@@ -180,7 +181,7 @@ class SecureSite:
         return Opened(shares)
 
     def _bundle(self, session: Session, own: str, name: str, question: Unmask) -> bytes | None:
-        """The shares that this site holds of a survivor; None if it holds none."""
+        """The shares of a survivor that this site holds; None if it holds none."""
         if name == self._name:
             return bytes.fromhex(own)
         if name not in session.neighbours(self._name) or name not in question.sealed:
@@ -206,7 +207,7 @@ class SecureSite:
 
 
 def _secret(file: Path, make: Any) -> bytes:
-    """The content of a file that only this user reads; made at the first call."""
+    """The content of a file that only this user can read; created at the first call."""
     with contextlib.suppress(FileNotFoundError):
         return file.read_bytes()
     file.parent.mkdir(parents=True, exist_ok=True)

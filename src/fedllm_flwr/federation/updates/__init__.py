@@ -1,1 +1,1 @@
-"""Update transforms: what a client's update undergoes on its way to the server, a file each."""
+"""Update transforms, one per file: clipping, compression and casts of client updates."""

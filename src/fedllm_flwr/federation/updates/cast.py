@@ -1,8 +1,8 @@
 """The cast to the dtype of the wire and back, the last link of every chain. NumPy only.
 
-Bytes (uint8), which a transform has made of a tensor, travel as they are.
+Bytes (uint8), to which a transform has encoded a tensor, are sent unchanged.
 
-NumPy and Flower know no bfloat16, so its bits stand in int16, and are decoded before any
+NumPy and Flower do not support bfloat16, so its bits are stored as int16, and decoded before any
 arithmetic.
 """
 
@@ -35,7 +35,7 @@ def from_bfloat16_bits(bits: Array) -> Array:
 
 
 def encode(name: str, values: Array, dtype: str) -> Array:
-    """`values` in wire dtype. Inf and NaN pass, so that the receiver can refuse them by name.
+    """`values` in wire dtype. Inf and NaN pass, so that the receiver can reject them by name.
 
     Raises:
         FederationError: a finite value is too large for float16.
@@ -53,7 +53,7 @@ def encode(name: str, values: Array, dtype: str) -> Array:
 
 
 def decode(values: Array, dtype: str) -> Array:
-    """Wire dtype to float32, without a copy where there is nothing to convert; bytes stay."""
+    """Wire dtype to float32, without a copy if nothing changes; bytes are returned unchanged."""
     if values.dtype == np.uint8:
         return values
     if dtype == "bfloat16":
@@ -62,12 +62,12 @@ def decode(values: Array, dtype: str) -> Array:
 
 
 def round_trip(params: Params, dtype: str) -> Params:
-    """`params` as they look after travelling; tensors may share memory with the given ones."""
+    """`params` after encoding and decoding; tensors may share memory with the given ones."""
     return {name: decode(encode(name, values, dtype), dtype) for name, values in params.items()}
 
 
 def wire_bytes(params: Params, dtype: str) -> int:
-    """Bytes of tensor data that `params` take on the wire."""
+    """Bytes of tensor data of `params` on the wire."""
     return sum(
         int(value.size) * (1 if value.dtype == np.uint8 else WIRE_BYTES[dtype])
         for value in params.values()

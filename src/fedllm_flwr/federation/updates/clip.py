@@ -1,4 +1,4 @@
-"""The clip of an update to a bound of its L2 norm, at both ends."""
+"""Clipping of an update's L2 norm at the client."""
 
 from fedllm_flwr.errors import NotFiniteError
 from fedllm_flwr.federation.updates.transform import Passage, Stage, UpdateTransform
@@ -7,7 +7,7 @@ from fedllm_flwr.privacy.clipping import clipped
 
 
 class Clip(UpdateTransform):
-    """Scales an update, with what the rule adds to it, to an L2 norm of at most ``privacy.clip``.
+    """Scales an update, with the rule's further groups, to an L2 norm of at most ``privacy.clip``.
 
     The norm is over all tensors of all groups together (McMahan et al. 2018, "Learning
     Differentially Private Recurrent Language Models"). A contribution counts in the sum as the

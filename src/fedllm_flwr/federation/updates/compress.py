@@ -1,10 +1,10 @@
-"""Compression of updates on their way up, with error feedback. NumPy only.
+"""Compression of client updates with error feedback. NumPy only.
 
-A tensor travels as bytes: whole numbers and a scale per block (`Int8`, `Int4`), or its largest
-values and their places (`TopK`). What compression has left out of ``delta`` is kept at the client
+A tensor is sent as bytes: integers and a scale per block (`Int8`, `Int4`), or its largest values
+and their indices (`TopK`). The compression error of ``delta`` is kept at the client
 and added to its next update (error feedback; Karimireddy et al. 2019, "Error Feedback Fixes
-SignSGD", https://arxiv.org/abs/1901.09847, Algorithm 2). It is client memory: after a lost reply it
-starts from what the last acknowledged round left.
+SignSGD", https://arxiv.org/abs/1901.09847, Algorithm 2). It is client memory: after a lost reply,
+the client starts again from the version of the last acknowledged round.
 
 What a rule sends beside ``delta`` is compressed without: it is the change of a memory that moves by
 what has arrived (`client.local_round`), so that what was left out comes with the next change.
@@ -21,13 +21,13 @@ from fedllm_flwr.federation.updates.transform import Passage, Stage, UpdateTrans
 from fedllm_flwr.params import Array, Groups, Params, derive_seed, subtract
 
 BLOCK = 128
-"""Values that share a scale: a quarter of a bit for each of them."""
+"""Number of values that share a scale, which costs a quarter of a bit per value."""
 RESIDUAL = "residual"
-"""Kind of client memory: what compression has left out of the client's updates so far."""
+"""Kind of client memory: the accumulated compression error of the client's updates."""
 
 
 class Compression(UpdateTransform):
-    """A tensor as bytes and back; subclasses say how."""
+    """Base of compressors, which encode a tensor as bytes and decode it."""
 
     stage = Stage.COMPRESS
 
@@ -40,7 +40,7 @@ class Compression(UpdateTransform):
         """float32 values, `size` of them, from bytes of the right number.
 
         Raises:
-            FederationError: no `compressed` makes such bytes.
+            FederationError: `compressed` cannot have produced these bytes.
         """
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Compression(UpdateTransform):
         """Bytes of a tensor of `size` values."""
 
     def client_end(self, groups: Groups, passage: Passage) -> Groups:
-        """Every tensor as bytes, ``delta`` together with what earlier rounds have left out of it.
+        """Every tensor as bytes, with the earlier rounds' compression error added to ``delta``.
 
         Raises:
             NotFiniteError: a value is NaN or infinite.
@@ -66,7 +66,7 @@ class Compression(UpdateTransform):
         return found
 
     def server_end(self, groups: Groups, like: Groups, passage: Passage) -> Groups:
-        """The tensors with the shapes that they had."""
+        """The decoded tensors, in their original shapes."""
         return {
             group: {
                 name: self._read(name, value, like.get(group, {})) for name, value in params.items()
@@ -75,14 +75,14 @@ class Compression(UpdateTransform):
         }
 
     def remembered(self, before: Groups, after: Groups, passage: Passage) -> Groups:
-        """What has been left out so far, also of tensors that do not travel in this round."""
+        """The accumulated compression error, including tensors not sent in this round."""
         delta = _corrected(before["delta"], passage.memory)
         arrived = self.server_end({"delta": after["delta"]}, before, passage)["delta"]
         left = passage.memory.get(RESIDUAL, {})
         return {RESIDUAL: {**left, **subtract(delta, arrived)}}
 
     def expected(self, groups: Groups) -> Groups:
-        """Bytes, a vector for each tensor."""
+        """One vector of bytes per tensor."""
         return {
             group: {
                 name: np.broadcast_to(np.uint8(0), (self.num_bytes(value.size),))
@@ -112,10 +112,10 @@ def _corrected(delta: Params, memory: Groups) -> Params:
 
 
 class Int8(Compression):
-    """Whole numbers in -127..127 and a float32 scale per `BLOCK` values, 8.25 bits a value.
+    """Integers in -127..127 and a float32 scale per `BLOCK` values: 8.25 bits per value.
 
-    Values are rounded up or down at random so that their expectation is the value itself (QSGD;
-    Alistarh et al. 2017, https://arxiv.org/abs/1610.02132), with the largest of the block as norm.
+    Stochastic rounding makes the result unbiased (QSGD; Alistarh et al. 2017,
+    https://arxiv.org/abs/1610.02132), with the largest magnitude of the block as norm.
     """
 
     levels: ClassVar[int] = 127
@@ -143,7 +143,7 @@ class Int8(Compression):
             return cast(Array, codes * np.repeat(scales, BLOCK)[:size])
 
     def code_bytes(self, size: int) -> int:
-        """Bytes of the whole numbers."""
+        """Number of bytes of the integers."""
         return size
 
     def pack(self, codes: Array) -> Array:
@@ -151,12 +151,12 @@ class Int8(Compression):
         return codes.view(np.uint8)
 
     def unpack(self, packed: Array) -> Array:
-        """Codes from bytes, perhaps one too many."""
+        """Codes from bytes, possibly with one extra code at the end."""
         return packed.view(np.int8)
 
 
 class Int4(Int8):
-    """As `Int8`, in -7..7, two in a byte: 4.25 bits a value."""
+    """As `Int8`, but in -7..7 and two per byte: 4.25 bits per value."""
 
     levels = 7
 
@@ -174,14 +174,14 @@ class Int4(Int8):
 
 
 class TopK(Compression):
-    """The ``communication.top_k`` share of a tensor's values that are largest, and their places.
+    """The fraction ``communication.top_k`` of a tensor's values with the largest magnitude.
 
-    Each takes four bytes as float32 and four as its place, ascending. Stich et al. 2018,
+    Each takes four bytes as float32 and four as its index; indices ascend. Stich et al. 2018,
     "Sparsified SGD with Memory", https://arxiv.org/abs/1809.07599.
     """
 
     def kept(self, size: int) -> int:
-        """Values of a tensor of `size` that travel; at least one."""
+        """Number of values to send of a tensor with `size` values; at least one."""
         return min(size, max(1, round(self.config.communication.top_k * size)))
 
     def num_bytes(self, size: int) -> int:

@@ -1,9 +1,9 @@
-"""The chain of transforms between a client's update and the sum, each with both its ends.
+"""The chain of update transforms between a client's update and the server's sum.
 
-A transform is one class in one file: `client_end` runs where the update is made, `server_end` where
-it arrives. A configuration chooses transforms by name (``communication.transforms``), and installed
-packages add names; their order follows from their stages, not from the order of the names. With
-``privacy.unit=client`` the clip is one of them. The last link is always the cast to
+A transform is one class in one file: `client_end` runs at the client, and `server_end` reverses it
+at the server. A configuration selects transforms by name (``communication.transforms``), and
+installed packages can add more; their order is that of their stages, not of the names. With
+``privacy.unit=client``, clipping is one of them. The last link is always the cast to
 ``communication.dtype`` (`updates.cast`).
 """
 
@@ -30,9 +30,9 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Passage:
-    """Which update passes: of which client and round, and the run's seed for draws.
+    """Context of an update in the chain: client, round, and the run's seed for random draws.
 
-    ``memory`` is what the client remembers by kind; at the server there is none.
+    ``memory`` is the client's memory by kind; it is empty at the server.
     """
 
     client: str
@@ -51,51 +51,51 @@ class UpdateTransform(ABC):
 
     @abstractmethod
     def client_end(self, groups: Groups, passage: Passage) -> Groups:
-        """What leaves the client in the place of `groups`: ``delta`` and what the rule adds.
+        """Transform `groups` before they are sent: ``delta`` and the rule's further groups.
 
-        Tensors are float32 or float64 by name. Names, shapes and dtype may differ from the
-        adapter's if `expected` says so; uint8 travels as it is.
+        Tensors are float32 or float64. Names, shapes and dtype may differ from the adapter's if
+        `expected` says so; uint8 tensors are sent unchanged.
         """
 
     def remembered(self, before: Groups, after: Groups, passage: Passage) -> Groups:
-        """What the client keeps for its next round, by kind.
+        """The client memory to keep for the next round, by kind.
 
         Args:
-            before: the groups that were given to `client_end`.
-            after: what it made of them.
+            before: the input of `client_end`.
+            after: the output of `client_end`.
         """
         return {}
 
     def server_end(self, groups: Groups, like: Groups, passage: Passage) -> Groups:
-        """What the server goes on with; has to undo whatever changes names or shapes.
+        """Reverse the transform at the server; must restore names and shapes.
 
         Args:
             like: tensors with the names and shapes of the result.
 
         Raises:
-            FederationError: `groups` cannot be what the other end makes. The client can have sent
-                any tensors of the expected names and shapes.
+            FederationError: `client_end` cannot have produced `groups`. A client can send any
+                tensors with the expected names and shapes.
         """
         return groups
 
     def expected(self, groups: Groups) -> Groups:
-        """Names and shapes that arrive for an update like `groups`."""
+        """Names and shapes that the server receives for an update like `groups`."""
         return groups
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The transforms of a run in their order."""
+    """The transforms of a run, in order."""
 
     links: tuple[UpdateTransform, ...]
     dtype: str
 
     @classmethod
     def of(cls, config: Config) -> "Chain":
-        """The chain that a configuration asks for.
+        """The chain of a configuration.
 
         Raises:
-            ConfigError: names a transform that is not installed here.
+            ConfigError: a transform is not installed here.
         """
         privacy, names = config.privacy, list(config.communication.transforms)
         if privacy.unit == "client" and privacy.clip_quantile is None and "clip" not in names:
@@ -105,7 +105,7 @@ class Chain:
         return cls(links, config.communication.dtype)
 
     def client_end(self, groups: Groups, passage: Passage) -> tuple[Groups, Groups]:
-        """`groups` as they leave the client, but for the cast, and what it keeps, by kind."""
+        """`groups` as sent, before the cast, and the client memory to keep, by kind."""
         kept: dict[str, Params] = {}
         for link in self.links:
             before, groups = groups, link.client_end(groups, passage)
@@ -113,7 +113,7 @@ class Chain:
         return groups, kept
 
     def server_end(self, groups: Groups, like: Groups, passage: Passage) -> Groups:
-        """`groups` as the server goes on with them, with the names and shapes of `like`."""
+        """`groups` as decoded by the server, with the names and shapes of `like`."""
         shapes = []
         for link in self.links:
             shapes.append(like)
@@ -123,11 +123,11 @@ class Chain:
         return groups
 
     def expected(self, groups: Groups) -> Groups:
-        """Names and shapes that travel for an update like `groups`."""
+        """Names and shapes that are sent for an update like `groups`."""
         for link in self.links:
             groups = link.expected(groups)
         return groups
 
     def as_received(self, params: Params) -> Params:
-        """Tensors as the server will read them: cast to the dtype of the wire and back."""
+        """Tensors as the server receives them: cast to the wire dtype and back."""
         return round_trip(params, self.dtype)
