@@ -5,8 +5,8 @@ import os
 import warnings
 
 _VARIABLES = {
-    # Waiting threads sleep. Spinning ones make two processes on the same cores up to ten times
-    # slower than one after the other.
+    # Idle threads sleep. With spinning threads, two processes on the same cores are up to ten times
+    # slower than if they ran one after the other.
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -21,15 +21,15 @@ _CHATTY = ("bitsandbytes", "ray", "httpx", "datasets", "accelerate")
 
 
 def prepare_environment() -> None:
-    """Let threads wait politely, keep telemetry off, and library chatter away on a good run.
+    """Make idle threads sleep, disable telemetry, and silence verbose libraries.
 
-    Variables that are set already stay as they are.
+    Variables that are already set are not changed.
     """
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Under `flwr run` nobody else says that the engine failed.
+    # Under `flwr run`, nothing else reports that the engine failed.
     logging.getLogger("flwr").setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)

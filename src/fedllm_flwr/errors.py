@@ -2,21 +2,21 @@
 
 
 def first_line(error: BaseException) -> str:
-    """First line of a library's error message; the class's name where it has none."""
+    """First line of a library's error message, or the class's name if it is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 class FedLLMError(Exception):
-    """A condition the user can mend; its message names the key, the value and the remedy.
+    """An error that the user can fix; its message names the key, the value and the remedy.
 
-    Entry points print it as one line and exit non-zero. Anything else that escapes is a bug of
-    this package and keeps its stack trace.
+    Entry points print it as one line and exit non-zero. Any other exception that escapes is a bug
+    of this package and keeps its stack trace.
 
     Args:
-        message: for whoever runs this process; may quote its data, its settings and its paths.
-        shareable: the same in words made for another party, which quote no record, no path and
-            no setting of this machine. None: another party learns the class of the error only.
+        message: for the user of this process; may quote its data, settings and paths.
+        shareable: a text for another party, which quotes no record, path or setting of this
+            machine. None: another party learns only the class of the error.
     """
 
     def __init__(self, message: str = "", shareable: str | None = None) -> None:
@@ -25,13 +25,13 @@ class FedLLMError(Exception):
 
 
 class ConfigError(FedLLMError):
-    """An option, or a combination of options, that cannot work."""
+    """An invalid option, or an invalid combination of options."""
 
 
 class RefusedError(ConfigError):
-    """A site's refusal of what a server asks for.
+    """A site's refusal of a server's request.
 
-    Its message is made for the server: what was asked, what is allowed, who can change that.
+    Its message is meant for the server: the request, the limit, and who can change it.
     """
 
     def __init__(self, message: str) -> None:
@@ -50,11 +50,11 @@ class ModelError(FedLLMError):
 
 
 class JudgeError(FedLLMError):
-    """A judge of answers that cannot be asked."""
+    """A judge of answers that cannot be reached or used."""
 
 
 class FederationError(FedLLMError):
-    """A federated run that cannot start or go on."""
+    """A federated run that cannot start or continue."""
 
 
 class ApprovalPending(RefusedError):  # noqa: N818 - a kind of `Failure`
@@ -66,12 +66,12 @@ class ApprovalDeclined(RefusedError):  # noqa: N818 - a kind of `Failure`
 
 
 class NotFiniteError(FederationError):
-    """Tensors or scores that hold NaN, Inf or absurd numbers."""
+    """Tensors or scores with NaN, Inf or values out of range."""
 
 
 class DivergedError(NotFiniteError):
-    """A round in which training left the finite numbers at every client."""
+    """A round in which training diverged to NaN or Inf at every client."""
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """The user stopped a run; the message says what was kept and how to go on."""
+    """The user stopped a run; the message says what was saved and how to resume."""

@@ -15,7 +15,7 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Array, Params
 
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?")
-_NOTHING = 2.0**-25  # singular values below this share of ||B|| ||A||: rounding of float32 factors
+_NOTHING = 2.0**-25  # fraction of ||B|| ||A|| below which singular values are rounding errors
 
 
 def is_a(name: str) -> bool:
@@ -39,10 +39,10 @@ def is_core(name: str) -> bool:
 
 
 def folded(adapter: Params) -> Params:
-    """An adapter of products B R A as one of products (B R) A; any other as it is.
+    """An adapter of products B R A as an adapter (B R) A; any other adapter is unchanged.
 
     Raises:
-        FederationError: a core without its B, or of another shape than (r, r).
+        FederationError: a core has no factor B, or its shape is not (r, r).
     """
     cores = {name: value for name, value in adapter.items() if is_core(name)}
     if not cores:
@@ -57,10 +57,10 @@ def folded(adapter: Params) -> Params:
 
 
 def pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Names of A and B of each module, in the order of modules.
+    """Names of A and B of each module, in module order.
 
     Raises:
-        ValueError: a tensor is no factor, or lacks the other one.
+        ValueError: a tensor is not a factor, or its counterpart is missing.
     """
     found: dict[str, dict[str, str]] = {}
     for name in adapter:
@@ -73,12 +73,12 @@ def pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def rank_of(adapter: Mapping[str, Array]) -> int:
-    """The rank r that all modules of an adapter share; 0 for one without tensors."""
+    """The rank r of an adapter, common to all modules; 0 if it has no tensors."""
     return next((value.shape[0] for name, value in adapter.items() if is_a(name)), 0)
 
 
 def kept_rank(rank: int, share: float) -> int:
-    """The rank that is left of `rank`, at least 1."""
+    """The rank that pruning keeps of `rank`, at least 1."""
     return max(1, int(share * rank))
 
 
@@ -97,7 +97,7 @@ def rest(adapter: Mapping[str, Array], rank: int) -> Params:
 
 
 def padded(adapter: Mapping[str, Array], rank: int) -> Params:
-    """The same products as factors of a greater `rank`, filled up with zeros."""
+    """The same products as factors of a larger `rank`, padded with zeros."""
     if (more := rank - rank_of(adapter)) <= 0:
         return cut(adapter, rank)
     return {
@@ -107,9 +107,9 @@ def padded(adapter: Mapping[str, Array], rank: int) -> Params:
 
 
 class Stacked(Mapping[str, Array]):
-    """sum_i weight_i B_i A_i: the A_i below each other, weight_i B_i side by side, in float64.
+    """sum_i weight_i B_i A_i, with the A_i stacked by rows and weight_i B_i by columns, in float64.
 
-    A tensor is formed when it is asked for, so that memory holds those of one module at a time.
+    Tensors are computed on access, so that only one module's tensors are in memory at a time.
     """
 
     def __init__(self, terms: Sequence[tuple[Mapping[str, Array], float]]) -> None:
@@ -131,12 +131,12 @@ class Stacked(Mapping[str, Array]):
 
 
 def stacked(adapters: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> Stacked:
-    """sum_i weight_i B_i A_i as one adapter; those without tensors add nothing."""
+    """sum_i weight_i B_i A_i as one adapter; adapters without tensors add nothing."""
     return Stacked([(a, w) for a, w in zip(adapters, weights, strict=True) if a])
 
 
 def joined(adapter: Params, frozen: Mapping[str, Array]) -> Params:
-    """One adapter of the products B A of both: the factors of `adapter`, and then the others."""
+    """The sum of both adapters as one: the factors of `adapter`, followed by those of `frozen`."""
     if not frozen:
         return adapter
     return {
@@ -155,8 +155,8 @@ def aggregation_error(
 
     Args:
         adapters, shares: A_i and B_i of the clients of a round, and p_i.
-        before: F, the frozen factors that all of them had beside their own.
-        after: A and B of the global adapter after the round, its frozen factors among them.
+        before: F, the frozen factors that all of them applied in addition.
+        after: A and B of the global adapter after the round, including its frozen factors.
     """
     mean = stacked(adapters, shares)
     size = norm(mean)
@@ -180,12 +180,12 @@ def module_norms(adapter: Mapping[str, Array]) -> dict[str, float]:
 def truncated(adapter: Mapping[str, Array], rank: int, exactly: bool = False) -> Params:
     """The best approximation of each B A by a product of rank `rank`, in float64.
 
-    By the singular value decomposition B A = U S V', of which B takes U S and A takes V', so that
-    the rows of A are orthonormal. It comes from that of a matrix of the size of the factors' rank:
-    with B = Q R and A' = P T, the decomposition of R T'.
+    With the singular value decomposition B A = U S V', the new B is U S and the new A is V', so
+    that the rows of A are orthonormal. Only a matrix of the factors' rank is decomposed: with
+    B = Q R and A' = P T, it is R T'.
 
     Args:
-        exactly: give `rank` rows and columns in any case; else only as many as some module needs.
+        exactly: always return `rank` rows and columns; otherwise only as many as a module needs.
     """
     parts = {(a, b): _decomposed(adapter[a], adapter[b], rank) for a, b in pairs(adapter)}
     if not exactly:
@@ -197,9 +197,9 @@ def truncated(adapter: Mapping[str, Array], rank: int, exactly: bool = False) ->
 
 
 def _decomposed(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array, int]:
-    """The first `rank` of U (out, k), S (k,) and V' (k, in) of B A; and how many are not nothing.
+    """The first `rank` of U (out, k), S (k,) and V' (k, in) of B A; and the numerical rank.
 
-    The largest entry of each row of V' is positive, so that the signs are settled.
+    The largest entry of each row of V' is positive, which makes the signs unique.
     """
     q, r = np.linalg.qr(np.asarray(b, np.float64))
     p, t = np.linalg.qr(np.asarray(a, np.float64).T)

@@ -8,14 +8,14 @@ from fedllm_flwr.errors import FederationError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old or its new content, whatever happens.
+    """Write `data` atomically: `path` always contains either its old or its new content.
 
     Raises:
-        FederationError: the file system refuses (full, read-only, missing).
+        FederationError: the file cannot be written (disk full, read-only, missing folder).
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not mkstemp, whose files nobody else may read, whatever the umask says.
+        # Not mkstemp, which ignores the umask: nobody else could read its files.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         try:
             with temporary.open("xb") as file:
@@ -32,7 +32,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power failure, where the system can."""
+    """Make a rename durable across a power failure, if the system supports it."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:

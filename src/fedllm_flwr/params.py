@@ -15,23 +15,23 @@ Params = dict[str, Array]
 """Adapter tensors by PEFT state-dict name, float32 unless said otherwise."""
 
 Groups = Mapping[str, Params]
-"""Groups of such tensors by what they are: ``params``, ``delta``, ``control``."""
+"""Groups of such tensors by name: ``params``, ``delta``, ``control``."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Tensors of one kind that a client keeps from round to round, and a text about them."""
+    """Tensors of one kind of client memory, and a text that describes them."""
 
     tensors: Params
     about: str = ""
 
 
-LARGEST_VALUE = 2.0**14  # of an update or a control variate; LoRA weights do not move that far
-LARGEST_WEIGHT = 2.0**32  # examples of all clients of a round together
+LARGEST_VALUE = 2.0**14  # of an update or a control variate; LoRA weights never change that much
+LARGEST_WEIGHT = 2.0**32  # total number of examples of the clients of a round
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from the run seed and what it is for, e.g. ``(seed, "sampling", round)``."""
+    """A 63-bit seed from the run seed and its purpose, e.g. ``(seed, "sampling", round)``."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -52,7 +52,7 @@ def subtract(left: Mapping[str, Array], right: Mapping[str, Array]) -> Params:
 
 
 def moved(params: Mapping[str, Array], change: Mapping[str, Array], scale: float = 1.0) -> Params:
-    """`params`, of which those that `change` names have moved by ``scale * change``."""
+    """`params` plus ``scale * change``, for the tensors in `change`."""
     return {**params, **add({name: params[name] for name in change}, change, scale)}
 
 
@@ -71,10 +71,10 @@ def num_values(params: Mapping[str, Array]) -> int:
 
 
 def check_like(params: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
-    """Refuse tensors that do not match `reference` in names and shapes, or hold absurd values.
+    """Reject tensors whose names or shapes differ from `reference`, or with values out of range.
 
     Raises:
-        FederationError: names the first offending tensor and what is wrong with it.
+        FederationError: names the first offending tensor and the problem.
     """
     if missing := sorted(set(reference) - set(params)):
         raise FederationError(f"{missing[0]!r} is missing ({len(missing)} of {len(reference)})")

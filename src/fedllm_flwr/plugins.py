@@ -1,4 +1,4 @@
-"""Registries of named parts: the package's own, and those of installed plug-ins.
+"""Registries of named parts of this package and of installed plug-ins.
 
 A package adds its own through an entry point of the registry's group, for example in its
 ``pyproject.toml``::
@@ -6,7 +6,7 @@ A package adds its own through an entry point of the registry's group, for examp
     [project.entry-points."fedllm_flwr.algorithms"]
     feddyn = "fedllm_feddyn.rule:FedDyn"
 
-A configuration, also one that a server sends, can only name what is installed where it is read.
+A configuration, including one from a server, can only name parts that are installed locally.
 """
 
 import pkgutil
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Registry(Generic[T]):
-    """What the values of a configuration key stand for.
+    """Maps the values of a configuration key to parts.
 
     Args:
-        key: the configuration key whose value is a name, for messages.
+        key: the configuration key, for messages.
         group: group of entry points under which other packages add names.
-        builtin: ``module:attribute`` by name, for those of this package; imported when first used.
+        builtin: name -> ``module:attribute`` of this package's parts, imported at first use.
     """
 
     key: str
@@ -38,28 +38,28 @@ class Registry(Generic[T]):
     builtin: Mapping[str, str]
 
     def names(self) -> list[str]:
-        """All names that may be chosen, this package's first."""
+        """All valid names, this package's first."""
         return [*self.builtin, *sorted(_installed(self.group).keys() - self.builtin.keys())]
 
     def __contains__(self, name: str) -> bool:
-        """Whether `name` may be chosen; installed packages are looked at for other names only."""
+        """Whether `name` is valid; checks installed packages only if it is not built in."""
         return name in self.builtin or name in _installed(self.group)
 
     def check(self, name: str) -> None:
-        """Refuse a name that nothing installed has, without importing anything.
+        """Reject an unknown name, without importing anything.
 
         Raises:
-            ConfigError: says which names there are.
+            ConfigError: lists the known names.
         """
         if name in self:
             return
         raise ConfigError(f"{self.key}={name} is unknown; choose one of {', '.join(self.names())}.")
 
     def find(self, name: str) -> T:
-        """What `name` stands for.
+        """The part called `name`.
 
         Raises:
-            ConfigError: nothing installed has this name, or the package that adds it is broken.
+            ConfigError: the name is unknown, or the package that adds it is broken.
         """
         self.check(name)
         if name in self.builtin:
@@ -67,7 +67,7 @@ class Registry(Generic[T]):
         entry = _installed(self.group)[name]
         try:
             return cast(T, entry.load())
-        except Exception as error:  # whatever another package stumbles over
+        except Exception as error:  # another package can raise anything
             package = entry.dist.name if entry.dist else entry.value
             raise ConfigError(
                 f"{self.key}={name}: the package {package} that adds it cannot be loaded "
@@ -76,12 +76,12 @@ class Registry(Generic[T]):
 
 
 CONF_GROUP = "fedllm_flwr.conf"
-"""Entry points whose value is a package with groups of YAML files, as ``conf/`` of this one has."""
+"""Entry points that name a package with groups of YAML files, like ``conf/`` of this package."""
 
 
 @cache
 def plugin_folders(group: str) -> tuple[Path, ...]:
-    """Folders of the packages that entry points of a group name, which are not imported."""
+    """Folders of the packages named by the entry points of a group, without importing them."""
     specs = (find_spec(entry.value) for _, entry in sorted(_installed(group).items()))
     return tuple(
         Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()

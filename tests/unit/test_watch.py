@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_stops_and_goes_on_again(directory: RunDirectory) -> 
         board.reply(2, "b", None)
         seen = look(directory.path)
         assert not seen.has_ended
-        assert "About 36 s of rounds are left." in seen.page.headline
+        assert "About 36 s remaining." in seen.page.headline
         rows = table(seen.page, "This round")
         assert rows == [["a", "replied", "1.500"], ["b", "failed", "-"], ["c", "asked", "-"]]
         alive = signature(directory.path)

@@ -1,4 +1,4 @@
-"""``fedllm audit``: what a run gives away about the records it was trained on."""
+"""``fedllm audit``: privacy attacks that measure what a run reveals about its training records."""
 
 import json
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ def audit(kept: KeptAdapter, run: Path, most: int) -> Iterator[str]:
         most: records of either kind that are scored, drawn by the run's seed.
 
     Raises:
-        ConfigError: a run whose records or task this cannot attack.
+        ConfigError: the attacks do not apply to the run's task, or its records are not here.
         DataError: there are too few records.
     """
     config = kept.config

@@ -88,7 +88,7 @@ def check_lines(check: Check, width: int = NAME_WIDTH) -> list[str]:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """All findings in one sentence."""
+    """A summary of all findings in one sentence."""
     failed = [check.name for check in checks if check.status == "fail"]
     warned = [check.name for check in checks if check.status == "warn"]
     if failed:
@@ -126,7 +126,7 @@ def check_packages() -> list[Check]:
 
 
 def package_check(requirement: str) -> Check | None:
-    """A failed check if the installed package does not meet `requirement`, else None."""
+    """A failed check if the installed package does not meet `requirement`, otherwise None."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement)
@@ -213,7 +213,7 @@ def quantization_error(kind: str, device: str) -> float:
 
 
 def check_commands() -> list[Check]:
-    """Flower's commands, beside this Python or on PATH."""
+    """Flower's commands, next to this Python or on PATH."""
     names = ("flwr", "flower-superlink", "flower-supernode")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     missing = [name for name in names if shutil.which(name, path=path) is None]
@@ -241,8 +241,8 @@ def check_loopback() -> list[Check]:
 def captured_by_proxy(environment: dict[str, str]) -> str | None:
     """Name of the variable that makes gRPC send loopback connections to a proxy, or None.
 
-    gRPC reads lower-case names only, matches an entry of no_proxy as a suffix of the host or as a
-    network, and does not know "*" there (measured with grpcio 1.85.3).
+    gRPC reads only lower-case names, matches an entry of no_proxy as a suffix of the host or as a
+    network, and does not support "*" there (measured with grpcio 1.85.3).
     """
     chosen = [key for key in ("grpc_proxy", "https_proxy", "http_proxy") if environment.get(key)]
     exceptions = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""

@@ -1,4 +1,4 @@
-"""``fedllm generate``: answers of the base model and of the adapter, side by side."""
+"""``fedllm generate``: answers of the base model and the adapter, side by side."""
 
 from collections.abc import Sequence
 

@@ -20,13 +20,13 @@ Command = Callable[[argparse.Namespace], int]
 
 _STARTED = time.monotonic()
 
-# Exit statuses besides 0. Wrong use: a mistake in the arguments or in a file that they name, found
-# before anything was started.
+# Non-zero exit statuses. Wrong use: a mistake in the arguments or in a file that they name, found
+# before anything has started.
 FAILED, WRONG_USE, INTERRUPTED, NO_READER = 1, 2, 130, 141
 _WRONG_USE = (ConfigError, DataError, ModelError)
 _ADAPTER = "a run, RUN@best, RUN@round=8, RUN@client=NAME, or the directory of an adapter"
-_BASE = "base model, where the adapter's own record of it does not hold here: hub id or directory"
-_TEMPLATE = "template of the prompts, where no run says: alpaca (default), vicuna or chat"
+_BASE = "base model, if the one recorded with the adapter is not available: hub id or directory"
+_TEMPLATE = "prompt template for an adapter outside of a run: alpaca (default), vicuna or chat"
 _ONTO = (
     "of a quantized run: merge into the base model's own weights (default), or into those that "
     "quantization had made of them"
@@ -34,10 +34,10 @@ _ONTO = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status.
+    """Run a command; return its exit status.
 
-    Every error is printed as one line. The traceback of an unexpected one goes to a file, which the
-    line names.
+    Every error is printed as one line. The traceback of an unexpected error is written to a file
+    that the line names.
     """
     prepare_environment()
     typed = list(sys.argv[1:] if arguments is None else arguments)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), FAILED)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted.", INTERRUPTED)
-    except BrokenPipeError:  # as of `fedllm status | head`; the flush at exit needs a reader
+    except BrokenPipeError:  # as in `fedllm status | head`; the flush at exit needs a reader
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument(
         "--list",
         action="store_true",
-        help="list groups, choices and keys; with words, those that hold one",
+        help="list groups, choices and keys; with words, those that contain one of them",
     )
 
     doctor = _add(commands, "doctor", _doctor, "check this machine, and say what to do")
@@ -300,21 +300,21 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--base", metavar="MODEL", help=_BASE)
     merge.set_defaults(to="merged", converter=None, outtype="auto")
 
-    text = "what a run gives away of its records: membership, canaries, gradients"
+    text = "what a run reveals about its records: membership, canaries, gradients"
     audited = _add(commands, "audit", _audit, text)
     audited.add_argument("run", help="directory of a simulated run of task=sft")
-    text = "records of either kind that are scored; default 2000"
+    text = "records to score of either kind; default 2000"
     audited.add_argument("--records", type=int, default=2000, help=text)
 
     text = "benchmark suites on base and adapters"
     add_evaluation(_add(commands, "evaluate", evaluate_arguments, text))
 
-    status = _add(commands, "status", _status, "how a run, a server or a site stands")
-    text = "of a run, a comparison, a sweep, of server init or of site init"
+    status = _add(commands, "status", _status, "state of a run, a server or a site")
+    text = "directory of a run, a comparison, a sweep, server init or site init"
     status.add_argument("directory", nargs="?", help=text)
-    text = "ask a health server of Flower's; may be given several times"
+    text = "ask one of Flower's health servers; may be given several times"
     status.add_argument("--health", action="append", default=[], metavar="HOST:PORT", help=text)
-    text = "look again every SECONDS (default 5) until what runs has ended"
+    text = "refresh every SECONDS (default 5) until the run has ended"
     status.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help=text)
     status.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -323,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("directories", nargs="+", metavar="DIRECTORY", help="of one of these")
     page.add_argument("--output", metavar="FILE", help="default: report.html in the directory")
 
-    text = "the report of what goes on, growing in a browser, on loopback"
+    text = "live report of a run in a browser, on loopback"
     live = _add(commands, "watch", _watch, text)
     live.add_argument("directory", help="of a run, of a comparison, or of server init")
     live.add_argument("--port", type=int, default=0, help="on 127.0.0.1; default: a free one")

@@ -25,8 +25,8 @@ def add_server(
         "--port-base",
         type=int,
         default=9091,
-        help="first of five ports: app, sites, commands, health of SuperLink and SuperExec; all "
-        "but that of the sites are private; default 9091",
+        help="first of five ports: app, sites, commands, health of SuperLink and SuperExec; only "
+        "that of the sites is public; default 9091",
     )
     step.add_argument(
         "--private-host",
@@ -41,7 +41,7 @@ def add_server(
     step.add_argument("directory", help="directory of server init; the server must be running")
     step.add_argument("key", help="public key of the site: its *.pub")
 
-    step = add(steps, "unregister", unregister, "let a site go, by its name")
+    step = add(steps, "unregister", unregister, "remove a site by its name")
     step.add_argument("directory", help="directory of server init; the server must run")
     step.add_argument("name", help="name of the site, as its *.pub was called")
 
@@ -52,9 +52,9 @@ def add_server(
         "--dry-run", action="store_true", help="ask the sites and show the plan; train nothing"
     )
 
-    step = add(steps, "prune", prune, "forget old runs in superlink.db; outputs/ stays")
+    step = add(steps, "prune", prune, "remove old runs from superlink.db; outputs/ is kept")
     step.add_argument("directory", help="directory of server init")
-    step.add_argument("--days", type=int, default=90, help="since a run has ended; default 90")
+    step.add_argument("--days", type=int, default=90, help="days since the end; default 90")
 
     step = add(steps, "renew", renew, "new server certificate of the same authority")
     step.add_argument("directory", help="directory of server init")
@@ -64,7 +64,7 @@ def add_server(
 
 
 def init(arguments: argparse.Namespace) -> int:
-    """Make a server's directory."""
+    """Create a server's directory."""
     from fedllm_flwr.deployment.server_directory import init_server
 
     given = (arguments.port_base, arguments.insecure, arguments.private_host)
@@ -81,7 +81,7 @@ def register(arguments: argparse.Namespace) -> int:
 
 
 def unregister(arguments: argparse.Namespace) -> int:
-    """Let a site go."""
+    """Remove a site."""
     from fedllm_flwr.deployment.site_keys import unregister_site
 
     print("\n".join(unregister_site(arguments.directory, arguments.name)))
@@ -104,7 +104,7 @@ def prune(arguments: argparse.Namespace) -> int:
 
 
 def renew(arguments: argparse.Namespace) -> int:
-    """Make a new server certificate."""
+    """Issue a new server certificate."""
     from fedllm_flwr.deployment.certificates import renew_certificate
 
     print("\n".join(renew_certificate(arguments.directory, arguments.host)))

@@ -18,7 +18,7 @@ def add_site(
 
     step = add(steps, "init", init, "check the data; make keys, limits and a start script")
     step.add_argument("directory", help="new directory")
-    step.add_argument("--name", required=True, help="how tables and logs call this site")
+    step.add_argument("--name", required=True, help="this site's name in tables and logs")
     step.add_argument(
         "--data",
         required=True,
@@ -31,9 +31,7 @@ def add_site(
         help="how the data are read: none, hh_rlhf, fingpt, medalpaca, mathinstruct; default none",
     )
     step.add_argument("--threads", type=int, help="CPU threads; default OMP_NUM_THREADS, else all")
-    step.add_argument(
-        "--lora-rank", type=int, help="greatest rank of an adapter that is trained here"
-    )
+    step.add_argument("--lora-rank", type=int, help="maximum rank of an adapter trained here")
     step.add_argument("--gpus", help="GPUs that training may use, as 0 or 0,1; default all")
     step.add_argument("--server", required=True, help="host:port of the server")
     step.add_argument("--ca", help="ca.crt from the server's operator")
@@ -42,7 +40,7 @@ def add_site(
         action="append",
         default=[],
         metavar="ROLE=COLUMN",
-        help="which column of the data plays a role, as instruction=question",
+        help="the data's column for a role, as instruction=question",
     )
     step.add_argument("--model-path", help="this site's own copy of the base model")
     step.add_argument(
@@ -50,14 +48,14 @@ def add_site(
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a limit of policy.yaml in the place of its default, as min_records_per_round=20 or "
+        help="a limit of policy.yaml other than its default, as min_records_per_round=20 or "
         "allowed_models=[org/model@<commit>]",
     )
     step.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
     step.add_argument(
         "--health-port",
         type=int,
-        help="port of the health server, on loopback; default: one that follows from the name",
+        help="port of the health server, on loopback; default: derived from the name",
     )
     step.add_argument(
         "--approval",
@@ -73,21 +71,21 @@ def add_site(
         "options", nargs=argparse.REMAINDER, help="further options of flower-supernode"
     )
 
-    step = add(steps, "check", check, "what will be learned here, with examples")
+    step = add(steps, "check", check, "show what will be learned here, with examples")
     step.add_argument("directory", help="directory of site init")
-    step.add_argument("--model", help="directory of a model, whose tokenizer counts and renders")
+    step.add_argument("--model", help="directory of a model, whose tokenizer is used")
     step.add_argument("--template", default="alpaca", help="alpaca, vicuna or chat")
     step.add_argument("--max-length", type=int, default=512, help="tokens; default 512")
     step.add_argument("--dataset", help="one of several data sets")
 
     step = add(steps, "requests", requests, "runs that wait for this site's approval")
     step.add_argument("directory", help="directory of site init")
-    step.add_argument("--all", action="store_true", help="those that are decided, too")
-    step.add_argument("--full", action="store_true", help="every setting of each")
+    step.add_argument("--all", action="store_true", help="include decided requests")
+    step.add_argument("--full", action="store_true", help="show all settings of each request")
     step.add_argument("--json", action="store_true", help="print one JSON list")
 
     for word in ("approve", "decline"):
-        step = add(steps, word, decide, f"{word} a run that waits")
+        step = add(steps, word, decide, f"{word} a run that waits for approval")
         step.add_argument("directory", help="directory of site init")
         step.add_argument("request", help="its id in `fedllm site requests`, or the run's")
         step.set_defaults(approve=word == "approve")
@@ -97,7 +95,7 @@ def add_site(
     step.add_argument("--run", help="only this run; its id, or the first digits")
     step.add_argument("--json", action="store_true", help="print the entries as JSON lines")
 
-    step = add(steps, "ledger", ledger, "what the records have been spent on, in epsilon")
+    step = add(steps, "ledger", ledger, "the epsilon that runs have spent on the records")
     step.add_argument("directory", help="directory of site init")
 
     step = add(steps, "merge", merge_own, "write the model with this site's own adapter in it")
@@ -105,7 +103,7 @@ def add_site(
     step.add_argument("run", help="Flower's id of a run with algorithm=fedsa or ditto")
     step.add_argument("output", help="directory to write")
 
-    step = add(steps, "forget", forget, "remove what a site keeps of its runs and records")
+    step = add(steps, "forget", forget, "remove a site's state of runs, and tokenised records")
     step.add_argument("directory", help="directory of site init")
     step.add_argument("run", nargs="?", help="Flower's id of a run, or its folder in state/runs")
     step.add_argument("--all", action="store_true", help="of every run, and tokenised records")
@@ -160,7 +158,7 @@ def ledger(arguments: argparse.Namespace) -> int:
 
 
 def start(arguments: argparse.Namespace) -> int:
-    """Become the site's SuperNode."""
+    """Replace this process by the site's SuperNode."""
     from fedllm_flwr.deployment.starting import start_supernode
 
     start_supernode(arguments.directory, arguments.options)
@@ -192,7 +190,7 @@ def forget(arguments: argparse.Namespace) -> int:
 
 
 def init(arguments: argparse.Namespace) -> int:
-    """Make a site's directory."""
+    """Create a site's directory."""
     from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 
     options = SiteOptions(

@@ -1,4 +1,4 @@
-"""``fedllm run --multirun``: one run for each combination of values."""
+"""``fedllm run --multirun``: one run per combination of values."""
 
 import csv
 import io

@@ -11,7 +11,7 @@ from fedllm_flwr.errors import ConfigError
 
 AddParser = Callable[..., argparse.ArgumentParser]
 
-# Names of commands in other tools, and the command here.
+# Names of commands in other tools -> the equivalent command.
 _SYNONYMS = {
     **dict.fromkeys(("train", "finetune", "simulate", "start", "resume", "sweep"), "run"),
     **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),

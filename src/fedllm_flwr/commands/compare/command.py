@@ -34,18 +34,19 @@ from fedllm_flwr.runs.report import REPORT, report_or_warning, run_facts
 from fedllm_flwr.simulation.resources import check_machine
 
 BASELINES = ("local", "centralized")
-# Baselines first, so that the table reads from the bottom line to the upper one.
+# Local training first and centralised training last, so that the table goes from the lower bound
+# to the upper bound.
 ORDER = ("local", *(name for name in ALGORITHMS.builtin if name not in BASELINES), "centralized")
 COMPARED = (
     *("local", "fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam"),
     "centralized",
 )
-"""What ``algorithm=all`` stands for where ``compare.algorithms`` names none."""
+"""The algorithms of ``algorithm=all``, unless ``compare.algorithms`` lists others."""
 SAVED = "compare.json"  # in its directory: what was asked for
 
 
 def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int]:
-    """Run and tabulate; ``resume=<directory>`` goes on with a comparison that stopped.
+    """Run and tabulate; ``resume=<directory>`` resumes a stopped comparison.
 
     Args:
         arguments: overrides, and among them ``algorithm=all`` or a comma-separated list,
@@ -55,7 +56,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int
         The comparison's directory, and how many runs have failed.
 
     Raises:
-        ConfigError: something in the arguments cannot work.
+        ConfigError: an argument is invalid.
     """
     options, own = _split(arguments)
     _refuse_sweeps(options, own)
@@ -126,7 +127,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _saved(root: Path) -> tuple[dict[str, str], list[str]]:
-    """The options and overrides of a comparison that stopped."""
+    """The options and overrides of a stopped comparison."""
     file = root / SAVED
     if not file.is_file():
         raise ConfigError(f"resume={root}: no {SAVED} there; give a comparison's directory.")

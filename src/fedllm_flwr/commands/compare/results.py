@@ -25,7 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """The spread of at least one value."""
         return cls(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
@@ -152,7 +152,7 @@ def make_rows(outcomes: Sequence[FinishedRun], algorithms: Sequence[str]) -> lis
 
 
 def deciding_metric(outcomes: Sequence[FinishedRun]) -> str:
-    """Metric that ranks algorithms: accuracy where answers are classes, else the loss."""
+    """Metric that ranks algorithms: accuracy if answers are classes, otherwise the loss."""
     scored = all("accuracy" in (outcome.summary["final"] or {}) for outcome in outcomes)
     return "accuracy" if outcomes and scored else "loss"
 

@@ -22,12 +22,12 @@ def status(
     """Print the state once, or every `watch_s` seconds until the run has ended or Ctrl-C.
 
     Args:
-        directory: of a run, of a comparison or sweep, of ``fedllm server init`` or of ``fedllm
+        directory: directory of a run, a comparison, a sweep, ``fedllm server init`` or ``fedllm
             site init``.
         health: ``host:port`` of health servers to ask.
 
     Returns:
-        0 if the run is running or has finished and every process serves, else `NOT_WELL`.
+        0 if the run is running or has finished and every process serves, otherwise `NOT_WELL`.
 
     Raises:
         FedLLMError: the directory is none of these, or cannot be read.

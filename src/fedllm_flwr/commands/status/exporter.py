@@ -1,7 +1,7 @@
 """``fedllm metrics``: counters of a server or a site for Prometheus, on loopback only.
 
-Each scrape reads the round records of a server's runs or a site's audit log, so that a restart
-loses no counts.
+Each scrape reads the round records of a server's runs or a site's audit log, so a restart loses no
+counts.
 """
 
 import threading

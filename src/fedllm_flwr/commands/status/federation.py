@@ -17,7 +17,7 @@ _SHOWN_RUNS = 3
 
 @dataclass(frozen=True)
 class FederationStatus:
-    """State of a server or of a site; the fields on nodes and runs are a server's only."""
+    """State of a server or a site; only servers have the fields on nodes and runs."""
 
     path: str
     health: list[Health]
@@ -25,7 +25,7 @@ class FederationStatus:
     online: list[str] = field(default_factory=list)  # names, or node ids without a registered key
     offline: list[str] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)  # id, status, seconds; newest first
-    problem: str = ""  # why Flower's own lists are missing
+    problem: str = ""  # why Flower's lists are missing
     newest: RunStatus | None = None  # in outputs/
     waiting: list[str] = field(default_factory=list)  # a site's undecided requests
 
@@ -98,7 +98,7 @@ def federation_status(folder: Path) -> FederationStatus:
 
 
 def _names(folder: Path, nodes: list[dict[str, Any]]) -> list[str]:
-    """Sorted names of nodes; a node without a registered key has its id as name."""
+    """Sorted names of nodes; a node without a registered key is shown by its id."""
     sites = registered_sites(folder)
     ids = [int(node["node-id"]) for node in nodes]
     return sorted(sites.get(node_id, f"node {node_id}") for node_id in ids)

@@ -1,4 +1,4 @@
-"""gRPC health checks of Flower's processes, as by grpc_health_probe."""
+"""gRPC health checks of Flower's processes, like grpc_health_probe."""
 
 import tomllib
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.reporting.text import fixed
 from fedllm_flwr.tasks import all_metrics
 
-# By marker file: the kind of directory, where its runs are, and the command that resumes it.
+# Marker file -> the kind of directory, the folder of its runs, and the command that resumes it.
 _KINDS = {
     "compare.json": ("comparison", "runs", "fedllm compare resume="),
     "sweep.json": ("sweep", ".", "fedllm run --multirun resume="),
@@ -20,7 +20,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class SeveralStatus:
-    """State of a comparison or sweep; ``runs`` has None for runs that have not started."""
+    """State of a comparison or a sweep; ``runs`` has None for runs that have not started."""
 
     path: str
     kind: str  # comparison | sweep
@@ -28,7 +28,7 @@ class SeveralStatus:
 
     @property
     def state(self) -> str:
-        """running if any run is, finished if all are, else failed or stopped."""
+        """running if any run is, finished if all are, otherwise failed or stopped."""
         states = {run.state if run else "waiting" for run in self.runs.values()}
         if "running" in states:
             return "running"

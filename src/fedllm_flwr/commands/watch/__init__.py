@@ -1,1 +1,1 @@
-"""``fedllm watch``: the report of a run that goes on, growing in a browser."""
+"""``fedllm watch``: a live report of a run in a browser."""

@@ -1,4 +1,4 @@
-"""The live page's application: two addresses that are read only, behind a token."""
+"""The live page's web application: two read-only addresses, protected by a token."""
 
 import asyncio
 import json
@@ -27,12 +27,12 @@ _HEADERS = {
 
 @dataclass
 class LivePage:
-    """The page as it was seen last, for any number of readers.
+    """The current version of the page, for any number of readers.
 
     Args:
-        look: reads the directory.
-        signature: changes whenever `look` would see something else.
-        seen: at the start.
+        look: reads the directory and creates the page.
+        signature: changes whenever the result of `look` changes.
+        seen: the initial page.
     """
 
     look: Callable[[], Seen]
@@ -42,7 +42,7 @@ class LivePage:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def follow(self, every_s: float) -> None:
-        """Look whenever something has changed, until what is watched has ended."""
+        """Update the page whenever the signature changes, until the run has ended."""
         before = self.signature()
         while not self.seen.has_ended:
             await asyncio.sleep(every_s)
@@ -51,7 +51,7 @@ class LivePage:
                 continue
             try:
                 self.seen = await asyncio.to_thread(self.look)
-            except FedLLMError:  # between two files of a restart; the next look sees both
+            except FedLLMError:  # files are inconsistent during a restart; the next look succeeds
                 continue
             before = now
             async with self._changed:
@@ -59,7 +59,7 @@ class LivePage:
                 self._changed.notify_all()
 
     async def events(self, version: int) -> AsyncIterator[str]:
-        """Server-sent events for a reader that has a version of the page."""
+        """Server-sent events for a reader that already has `version` of the page."""
         while True:
             while self.version == version and not self.seen.has_ended:
                 try:
@@ -76,10 +76,10 @@ class LivePage:
 
 
 def make_app(live: LivePage, token: str, port: int) -> "Starlette":
-    """The application; every other address, method, host or token is refused.
+    """The application; every other address, method, host or token is rejected.
 
-    A page of another origin cannot read an answer, and one that has made its own name stand for
-    this machine is refused by the host that it names.
+    A page of another origin cannot read a response, and DNS rebinding is prevented by checking the
+    host header.
     """
     from starlette.applications import Starlette
     from starlette.responses import HTMLResponse, PlainTextResponse, StreamingResponse

@@ -10,7 +10,7 @@ from fedllm_flwr.commands.watch.state import look, signature
 from fedllm_flwr.errors import ConfigError, FederationError
 
 _LOOK_S = 1.0
-_LINGER_S = 5.0  # after the end, for readers whose connection was away
+_LINGER_S = 5.0  # after the end, for readers that have to reconnect
 
 
 def watch(directory: str, port: int) -> int:
@@ -72,7 +72,7 @@ def _listen(port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(("127.0.0.1", port))
-        listening.listen()  # a reader who is quicker than the server waits
+        listening.listen()  # early readers wait until the server is ready
     except (OSError, OverflowError) as error:
         listening.close()
         raise FederationError(f"--port {port}: {error}; give a free one.") from error

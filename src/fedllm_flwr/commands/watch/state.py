@@ -1,4 +1,4 @@
-"""The page of what is going on in a directory: a run, a comparison, or a server's newest run."""
+"""The live page of a directory: a run, a comparison, or a server's newest run."""
 
 import contextlib
 import time
@@ -19,24 +19,24 @@ from fedllm_flwr.runs.directory import RunDirectory
 from fedllm_flwr.runs.lock import holder
 from fedllm_flwr.runs.report import run_facts
 
-_SITES_S = 10.0  # between two questions to a server on its sites
+_SITES_S = 10.0  # between two requests to a server for its sites
 _FILES = ("metrics.jsonl", "round.json", "run.lock", "summary.json", "config.yaml", "clients.csv")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A page, and whether what it shows has come to its end."""
+    """A page, and whether its run has ended."""
 
     page: Page
     has_ended: bool
 
 
 def look(folder: Path) -> Seen:
-    """The page of a directory as it is now.
+    """The current page of a directory.
 
     Raises:
-        ConfigError: it holds neither a run, a comparison, nor a server with a run.
-        DataError: a file of it is damaged.
+        ConfigError: it contains neither a run, nor a comparison, nor a server with a run.
+        DataError: one of its files is damaged.
     """
     if (folder / SAVED).is_file():
         return _comparison(folder)
@@ -58,9 +58,9 @@ def look(folder: Path) -> Seen:
 
 
 def signature(folder: Path) -> tuple[Hashable, ...]:
-    """What changes whenever a page would: the files it is made of, and who is alive.
+    """A value that changes whenever the page would: file times and live processes.
 
-    A server's sites come and go without a file, so that it changes every few seconds.
+    A server's sites connect without changing a file, so for a server it changes every few seconds.
     """
     found: list[Hashable] = [int(time.time() / _SITES_S)] if is_server(folder) else []
     for place in (folder, *sorted(folder.glob("runs/*")), *sorted(folder.glob("outputs/*"))):
@@ -83,16 +83,16 @@ def _run(directory: RunDirectory, status: RunStatus) -> Seen:
 
 
 def _now(status: RunStatus) -> str:
-    """A sentence on what the run does, and on the time left."""
+    """A sentence on the run's state and the remaining time."""
     if status.state == "finished":
         return ""
     if status.state != "running":
         why = f": {status.error}" if status.error else ""
-        return f"The run has {status.state}{why}. This page goes on when it does."
+        return f"The run has {status.state}{why}. This page continues when the run is resumed."
     left = status.num_rounds - status.round
     if status.seconds_per_round is None or not left:
-        return "The run is going on."
-    return f"About {format_seconds(left * status.seconds_per_round)} of rounds are left."
+        return "The run is in progress."
+    return f"About {format_seconds(left * status.seconds_per_round)} remaining."
 
 
 def _this_round(status: RunStatus) -> Section:
