@@ -13,9 +13,11 @@ from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.environment import prepare_environment
+from fedllm_flwr.flower.runtime import act_as_server
 from toys import as_encoded, write_toy_model
 
 prepare_environment()
+act_as_server(run_id=1)  # tests make messages
 
 
 def pytest_runtest_setup() -> None:

@@ -1,4 +1,4 @@
-"""A SuperLink's ServerAppIo API over Flower's own object store.
+"""A SuperLink's API for a run's app over Flower's own object store.
 
 Replies arrive piece by piece, and it may die while it takes messages.
 """
@@ -9,8 +9,6 @@ import grpc
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.common.typing import Run
-from flwr.proto.appio_pb2 import PullAppMessagesResponse, PushAppMessagesResponse
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedResponse,
     ObjectTree,
@@ -18,9 +16,18 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
-from flwr.superlink.grid.grpc_grid import GrpcGrid
+
+from fedllm_flwr.flower.names import find, is_http
+
+if is_http():
+    from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PushAppMessagesResponse
+    from flwr.supercore.run import Run
+else:
+    from flwr.common.typing import Run
+    from flwr.proto.appio_pb2 import PullAppMessagesResponse, PushAppMessagesResponse
 
 RUN = 1
 
@@ -97,7 +104,7 @@ class Dead(grpc.RpcError):
 
 
 class StoredMessages:
-    """The stub of a SuperLink that dies once after storing `dies_after` messages of a push.
+    """The client of a SuperLink that dies once after storing `dies_after` messages of a push.
 
     As over Flower's grid, the same push then finds it again, with what it has stored.
     """
@@ -107,10 +114,10 @@ class StoredMessages:
         self.messages: list[str] = []
         self._left = dies_after
 
-    def grid(self) -> GrpcGrid:
+    def grid(self) -> Grid:
         """Flower's grid on this stub."""
-        grid = GrpcGrid(token="token")
-        grid._channel, grid._grpc_stub = object(), self
+        grid = find("SuperLinkGrid")(token="token")
+        grid._channel, grid._grpc_stub, grid._client = object(), self, self
         grid.set_run(Run.create_empty(RUN))
         return grid
 
@@ -121,7 +128,9 @@ class StoredMessages:
         for proto, tree in pairs:
             lacking |= set(self.store.preregister(RUN, tree))
             if proto.metadata.message_id in self.messages:
-                raise Dead
+                if not is_http():
+                    raise Dead
+                continue  # Flower 1.42 takes it twice
             self.messages.append(proto.metadata.message_id)
             self._left -= 1
             if self._left == 0:

@@ -22,6 +22,7 @@ LAYERS = (
     ("files", "params"),
     ("factors",),
     ("plugins",),
+    ("flower",),
     ("config", "privacy"),
     ("data",),
     ("models",),
@@ -42,7 +43,7 @@ RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 # Which parts import a library when they are imported, and which only inside functions.
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "flwr": (("federation", "server", "client", "simulation", "deployment"), ("commands",)),
+    "flwr": (("flower", "federation", "server", "client", "simulation", "deployment"), ()),
     "hydra": (("config",), ("commands",)),
     "omegaconf": (("config", "commands"), ()),
     "torch": (
@@ -227,11 +228,13 @@ def test_import_is_light(module: str, heavy: set[str]) -> None:
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation")
 
 
-def test_non_public_names_of_flower_are_those_in_the_decisions() -> None:
-    """Imported names, and modules that are named in texts, outside Flower's public packages."""
+def test_non_public_names_of_flower_are_used_in_one_place() -> None:
+    """Imported names, and names in texts, outside Flower's public packages: `flower` finds them."""
     used = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for file in files():
+        if part_of(file) == "flower":
+            continue
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
                 used |= {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Import):
@@ -239,8 +242,5 @@ def test_non_public_names_of_flower_are_those_in_the_decisions() -> None:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 used |= {node.value} if re.fullmatch(r"flwr(\.\w+)+", node.value) else set()
     public = re.compile(rf"({'|'.join(map(re.escape, PUBLIC_FLOWER))})(\.strategy)?\.\w+")
-    flower = {name for name in used if name.split(".")[0] == "flwr" and not public.fullmatch(name)}
-    text = (PACKAGE.parents[1] / "docs/decisions.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| `") and "flwr." in line]
-    listed = set(re.findall(r"`(flwr\.[\w.]+)`", "\n".join(rows)))
-    assert listed == flower
+    private = {name for name in used if name.split(".")[0] == "flwr" and not public.fullmatch(name)}
+    assert private == set()

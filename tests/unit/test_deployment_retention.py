@@ -50,7 +50,17 @@ def server(tmp_path: Path) -> Path:
             )
             add("task_logs", timestamp=1.0, task_id=10 + run, log="line")
             add("message_ins", message_id=f"in{run}", run_id=run, content=b"x")
-            add("context", run_id=run, context=b"x")
+            add("series_runs", series_id=run, run_id=run)
+            add("series_context", series_id=run, context=b"x")
+            if "object_push_sessions" in tables:  # Flower 1.42
+                add(
+                    "object_push_sessions",
+                    session_id=f"s{run}",
+                    run_id=run,
+                    expires_at=NOW,
+                    pending_count=1,
+                )
+                add("object_push_session_pending", session_id=f"s{run}", object_id=f"object{run}")
             add("objects", object_id=f"object{run}", content=b"x" * 100_000)
             add("run_objects", run_id=run, object_id=f"object{run}")
         add("objects", object_id="shared", content=b"x")
@@ -70,8 +80,13 @@ def test_runs_that_ended_long_ago_are_removed(server: Path) -> None:
     [line] = prune_runs(server, 30)
 
     assert line.startswith("Removed 1 runs that ended more than 30 days ago")
-    for table in ("run", "task", "message_ins", "context"):
+    tables = set(found(server, "SELECT name FROM sqlite_master WHERE type = 'table'"))
+    for table in ("run", "task", "message_ins", "series_runs"):
         assert found(server, f"SELECT run_id FROM {table} ORDER BY run_id") == [2, 3]
+    assert found(server, "SELECT series_id FROM series_context ORDER BY series_id") == [2, 3]
+    if "object_push_sessions" in tables:
+        left = "SELECT session_id FROM object_push_session_pending ORDER BY session_id"
+        assert found(server, left) == ["s2", "s3"]
     assert found(server, "SELECT task_id FROM task_logs ORDER BY task_id") == [12, 13]
     assert found(server, "SELECT object_id FROM objects ORDER BY object_id") == [
         "object2",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
-from flwr.supercore.constant import NOOP_FEDERATION, RunType
+from flwr.supercore import constant
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation import NoOpFederationManager
 
@@ -69,7 +69,8 @@ def test_who_was_there_is_expected_back_after_a_short_absence(
     """Flower's own takes both for dead, and the run has failed."""
     node = state.create_node("", "", b"key", 30)
     state.activate_node(node, 30)
-    run = state.create_run(None, None, "", {}, NOOP_FEDERATION, None, None, RunType.SERVER_APP)
+    kind = getattr(constant, "RunType", constant.TaskType).SERVER_APP
+    run = state.create_run(None, None, "", {}, "@none/default", None, None, kind)
     task = state.get_run_info(run_ids=[run])[0].primary_task_id
     assert task is not None
     assert state.claim_task(task)

@@ -33,6 +33,7 @@ from fedllm_flwr.commands.doctor import (
     verdict,
 )
 from fedllm_flwr.evaluation.sandbox.bubblewrap import why_refused
+from fedllm_flwr.flower.names import version
 
 OK, WARN, FAIL = (
     Check(status, status, "detail\nof it", "do this") for status in ("ok", "warn", "fail")
@@ -105,7 +106,11 @@ def test_quantization_computes_what_it_should() -> None:
 
 def test_commands_are_found_beside_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert check_commands()[0].status == "ok"
+    [check] = check_commands()
+    assert (check.status, version() in check.detail) == ("ok", True)
+    monkeypatch.setattr("fedllm_flwr.commands.doctor.version", lambda: "1.36.0")
+    [check] = check_commands()
+    assert (check.status, "servers and sites take 1.31 or 1.42" in check.detail) == ("warn", True)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     [check] = check_commands()
     assert (check.status, "flower-superlink" in check.detail) == ("fail", True)

@@ -155,6 +155,7 @@ def test_a_runs_token_is_on_no_command_line(executor: Any, tmp_path: Path, hidde
     spec = SimpleNamespace(
         task_type="app",
         appio_api_address=APP.format(answer=str(answer)),
+        runtime_api_address=APP.format(answer=str(answer)),
         token="secret-of-the-run",
         insecure=True,
         root_certificates_path=None,

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from fedllm_flwr.evaluation.sandbox.bubblewrap import why_refused
+from fedllm_flwr.flower.names import RANGE, SEEN, is_http, is_seen, version
 from fedllm_flwr.reporting.text import format_bytes, one_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -218,9 +219,20 @@ def check_commands() -> list[Check]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     missing = [name for name in names if shutil.which(name, path=path) is None]
     if missing:
-        remedy = "pip install --force-reinstall 'flwr[simulation]>=1.31,<1.32'"
+        remedy = f"pip install --force-reinstall 'flwr[simulation]{RANGE}'"
         return [Check("flower", "fail", f"not found: {', '.join(missing)}", remedy)]
-    return [Check("flower", "ok", f"{', '.join(names)} found")]
+    installed = version()
+    if not is_seen(installed):
+        detail = f"{installed}: simulation only; servers and sites take {' or '.join(SEEN)}"
+        remedy = f"pip install 'flwr[simulation]=={SEEN[-1]}.*' (docs/flower-versions.md)"
+        return [Check("flower", "warn", detail, remedy)]
+    follows = (
+        "sites speak gRPC, its own commands and apps HTTP on the server's address; "
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 before flwr run"
+        if is_http()
+        else "gRPC on every interface; runs in this environment"
+    )
+    return [Check("flower", "ok", f"{installed}: {follows}")]
 
 
 def check_loopback() -> list[Check]:

@@ -1,4 +1,4 @@
-"""Removes old runs from a SuperLink's database; Flower 1.31 keeps them forever."""
+"""Removes old runs from a SuperLink's database; Flower keeps them forever."""
 
 import sqlite3
 from contextlib import closing
@@ -10,14 +10,16 @@ from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.reporting.text import format_bytes
 
 _LOCK_TIMEOUT_S = 30.0
-_TABLES_BY_RUN = (  # in an order that foreign keys allow
+_TABLES_BY_RUN = (  # in an order that foreign keys allow; not every version has all of them
     *("logs", "context", "message_ins", "message_res", "run_objects", "task_event"),
-    *("task_message", "series_runs"),
+    *("task_message", "task_usage", "run_connector", "series_runs", "object_push_sessions"),
 )
+_PUSHED = ("object_push_session_roots", "object_push_session_pending")  # by session
 _ORPHANS = (
     "DELETE FROM object_children WHERE parent_id IN (SELECT object_id FROM old_objects)",
     "DELETE FROM objects WHERE object_id IN (SELECT object_id FROM old_objects)"
     " AND object_id NOT IN (SELECT object_id FROM run_objects)",
+    "DELETE FROM series_context WHERE series_id NOT IN (SELECT series_id FROM series_runs)",
     "DELETE FROM fab WHERE fab_hash NOT IN (SELECT fab_hash FROM run WHERE fab_hash IS NOT NULL)",
 )
 
@@ -71,7 +73,11 @@ def _remove_ended_before(database: sqlite3.Connection, moment: datetime) -> int:
     database.execute(
         f"DELETE FROM task_logs WHERE task_id IN (SELECT task_id FROM task WHERE {among})"
     )
-    for table in (*_TABLES_BY_RUN, "run", "task"):
+    there = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    for table in there.intersection(_PUSHED):
+        sessions = f"SELECT session_id FROM object_push_sessions WHERE {among}"
+        database.execute(f"DELETE FROM {table} WHERE session_id IN ({sessions})")
+    for table in (*(name for name in _TABLES_BY_RUN if name in there), "run", "task"):
         database.execute(f"DELETE FROM {table} WHERE {among}")
     for statement in _ORPHANS:
         database.execute(statement)

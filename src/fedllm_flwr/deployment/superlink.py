@@ -6,15 +6,25 @@ for longer, so that one site could end all others.
 
 Flower considers a run's app or a site dead if it has not heard from it for a minute, even if the
 SuperLink itself was down; the run then fails.
+
+The options are those of Flower 1.31. A newer SuperLink serves a run's app and `flwr` over HTTP, here
+at the address given for `flwr` (``--control-api-address``), and the sites over gRPC if told to.
 """
 
+import os
 import sqlite3
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedllm_flwr.deployment.programs import require_seen
+from fedllm_flwr.flower.names import find, is_http, missing
+
+_GRPC_FOR_SITES = "FLWR_INTERNAL_GRPC_FLEET_API"  # Flower 1.40 to 1.42
+_INSTALLED_ENVIRONMENT = "--disable-runtime-dependency-installation"  # and none of its own per run
 BUSY_MS = 60_000  # time that a query waits for the database
 _ABSENCE_S = 600.0  # downtime after which sites and `fedllm server run` have given up, too
 _WORD_S = 60.0  # for apps and sites to reconnect to the restarted SuperLink
@@ -22,13 +32,27 @@ _WORD_S = 60.0  # for apps and sites to reconnect to the restarted SuperLink
 
 def main() -> None:
     """Run Flower's command on this process's arguments."""
+    require_seen()
     wait_for_the_database()
     if "--database" in sys.argv[:-1]:
         expect_back(Path(sys.argv[sys.argv.index("--database") + 1]))
-    from flwr.server.app import run_superlink
+    options = sys.argv[1:]
+    if is_http():
+        os.environ[_GRPC_FOR_SITES] = "1"
+        options = in_terms_of_http(options)
+    sys.argv = ["flower-superlink", *options]
+    find("superlink")()
 
-    sys.argv[0] = "flower-superlink"
-    run_superlink()
+
+def in_terms_of_http(options: Sequence[str]) -> list[str]:
+    """Options of Flower 1.31's SuperLink for one that serves HTTP beside gRPC for the sites."""
+    found = list(options)
+    for name in ("--serverappio-api-address", "--control-api-address"):
+        if name in found:
+            at = found.index(name)
+            host, _, port = found[at + 1].rpartition(":")
+            found[at : at + 2] = []
+    return [*found, "--host", host.strip("[]"), "--port", port, _INSTALLED_ENVIRONMENT]
 
 
 def wait_for_the_database() -> None:
@@ -36,16 +60,15 @@ def wait_for_the_database() -> None:
 
     Exits with a message if this version of Flower defines it elsewhere.
     """
-    from flwr.supercore import sql_mixin
-
+    sql_mixin = find("sql_mixin")
     pragmas = dict(getattr(sql_mixin, "SQLITE_PRAGMAS", ()))
     if "busy_timeout" not in pragmas:
         sys.exit(
-            "error: this version of Flower sets the patience of its database elsewhere; install "
-            "the version that fedllm-flwr asks for"
+            f"error: the patience of its database is set elsewhere: "
+            f"{missing(f'{sql_mixin.__name__}.SQLITE_PRAGMAS')}"
         )
     pragmas["busy_timeout"] = str(BUSY_MS)
-    sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())  # type: ignore[assignment, attr-defined]
+    sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())
 
 
 def expect_back(file: Path) -> None:

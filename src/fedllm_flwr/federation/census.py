@@ -15,11 +15,12 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.ranks import rank_of_client
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.exchange import failure_reason, may_answer_later, send, time_to_live
-from fedllm_flwr.federation.inbox import NO_TENSORS, Inbox, open_inbox, patiently
+from fedllm_flwr.federation.inbox import NO_TENSORS, Inbox, open_inbox
 from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE, ClientInfo, printable
 from fedllm_flwr.federation.roster import Client, Roster
 from fedllm_flwr.federation.secure.keys import KeyCard, check_card
 from fedllm_flwr.federation.wire import pack_query, unpack_failure, unpack_info
+from fedllm_flwr.flower.runtime import patiently
 from fedllm_flwr.params import LARGEST_WEIGHT
 
 _LONGEST_NAME = 100  # characters; simulated clients are named by the server's own data

@@ -3,13 +3,10 @@
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
-import grpc
 from flwr.app import Message
-from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.superlink.grid.grpc_grid import GrpcGrid
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.inbox import (
@@ -18,11 +15,17 @@ from fedllm_flwr.federation.inbox import (
     REFUSED,
     Expected,
     Inbox,
-    details_of,
-    patiently,
 )
 from fedllm_flwr.federation.messages import printable
 from fedllm_flwr.federation.wire import unpack_failure
+from fedllm_flwr.flower.names import find
+from fedllm_flwr.flower.runtime import (
+    call_errors,
+    details_of,
+    is_superlink_grid,
+    patiently,
+    runtime_client,
+)
 
 _TAKEN = "UNIQUE constraint failed"
 _POLL_FIRST_S, _POLL_LAST_S = 0.02, 0.5
@@ -65,25 +68,26 @@ def send(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
 
 
 def _push(grid: Grid, batch: list[Message]) -> list[str]:
-    """Push `batch`, which the gRPC grid iterates twice; return Flower's ids.
+    """Push `batch`, which a SuperLink's grid iterates twice; return Flower's ids.
 
-    If a SuperLink dies after storing a message but before answering, or is too busy for a part of
-    the batch, the next attempt finds some ids taken. Each message is then pushed separately.
+    If a SuperLink of Flower 1.31 dies after storing a message but before answering, or is too busy
+    for a part of the batch, the next attempt finds some ids taken. Each message is then pushed
+    separately. A SuperLink of 1.42 accepts a message twice, and asks for its missing parts.
 
     Raises:
-        grpc.RpcError: any other error, or one that persists.
+        Exception: one of `flower.runtime.call_errors`: any other error, or one that persists.
     """
     if not batch:
         return []
     try:
         return list(patiently(partial(grid.push_messages, batch)))
-    except grpc.RpcError as error:
-        if _TAKEN not in details_of(error) or not isinstance(grid, GrpcGrid):
+    except call_errors() as error:
+        if _TAKEN not in details_of(error) or not is_superlink_grid(grid):
             raise
     return [_push_rest(grid, message) for message in batch]
 
 
-def _push_rest(grid: GrpcGrid, message: Message) -> str:
+def _push_rest(grid: Any, message: Message) -> str:
     """Push the missing parts of a message; return Flower's id, or "" if it was rejected.
 
     Once its metadata are stored, its objects must follow: a site that fetches the message waits for
@@ -91,18 +95,18 @@ def _push_rest(grid: GrpcGrid, message: Message) -> str:
     """
     try:
         return next(iter(patiently(partial(grid.push_messages, [message]))), "")
-    except grpc.RpcError as error:
+    except call_errors() as error:
         if _TAKEN not in details_of(error):
             raise
-    for object_id, part in get_all_nested_objects(message).items():
-        request = PushObjectRequest(
+    for object_id, part in find("get_all_nested_objects")(message).items():
+        request = find("PushObjectRequest")(
             node=grid.node,
             run_id=grid.run.run_id,
             object_id=object_id,
             object_content=part.deflate(),
         )
         # An object that the SuperLink already has is not replaced.
-        patiently(partial(grid._stub.PushObject, request))
+        patiently(partial(runtime_client(grid).PushObject, request))
     return message.metadata.message_id
 
 

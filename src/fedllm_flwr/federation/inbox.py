@@ -14,39 +14,24 @@ from the SuperLink's database, before its bytes are read.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
-import grpc
 from flwr.app import Error, Message, Metadata
-from flwr.app.message import make_message
-from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SUPERLINK_NODE_ID
-from flwr.common.grpc import create_channel
-from flwr.common.retry_invoker import make_simple_grpc_retry_invoker, wrap_stub
-from flwr.proto.appio_pb2 import PullAppMessagesRequest
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    ObjectTree,
-    PullObjectRequest,
-)
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.node_pb2 import Node
-from flwr.proto.serverappio_pb2_grpc import ServerAppIoStub
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_head_values_from_object_content,
-    iterate_object_tree,
+
+from fedllm_flwr.flower.names import find
+from fedllm_flwr.flower.runtime import (
+    bounded_client,
+    call_errors,
+    is_superlink_grid,
+    is_too_large,
+    patiently,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.interceptors import AppIoTokenClientInterceptor, RuntimeVersionClientInterceptor
-from flwr.superlink.grid.grpc_grid import GrpcGrid
-
 from fedllm_flwr.params import Params
-
-Result = TypeVar("Result")
 
 BROKE_OFF, REFUSED = 3, 1000  # error codes: Flower's for an unavailable reply, and our own
 _UPLOAD_S, _SLOWEST_UPLOAD = 60.0, 50e3  # time for a started reply to arrive: seconds, bytes/s
@@ -58,7 +43,6 @@ _ARRAY_HEADER = 2**12  # largest header of NumPy's array format, in bytes
 _LARGEST_ITEM = 4  # bytes per value on the wire
 _RECORDS = 8  # per reply
 _PULLS = 4  # objects fetched concurrently
-_BUSY, _BUSY_S, _BUSY_PAUSE_S = "database is locked", 120.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -101,8 +85,8 @@ class Inbox(Protocol):
 
 def open_inbox(grid: Grid) -> Inbox:
     """The inbox of a run."""
-    if isinstance(grid, GrpcGrid):
-        return SuperLinkInbox(_bounded_stub(grid), grid.run.run_id)
+    if is_superlink_grid(grid):
+        return SuperLinkInbox(bounded_client(grid, _LARGEST_ANSWER), grid.run.run_id)
     return GridInbox(grid)
 
 
@@ -142,22 +126,22 @@ class _Arrival:
     message_id: str
     reply_to: str
     sender: int  # node id, as the SuperLink knows it
-    tree: ObjectTree
+    tree: Any  # Flower's ObjectTree
     until: float  # time.monotonic() after which it counts as broken off
 
 
 class SuperLinkInbox:
-    """Replies that a SuperLink holds, fetched over its ServerAppIo API.
+    """Replies that a SuperLink holds, fetched over the API for a run's app.
 
     Args:
-        stub: of that API.
+        stub: a client of that API, see `flower.runtime`.
         run_id: Flower's id of the run.
     """
 
-    def __init__(self, stub: ServerAppIoStub, run_id: int) -> None:
+    def __init__(self, stub: Any, run_id: int) -> None:
         self._stub = stub
         self._run_id = run_id
-        self._node = Node(node_id=SUPERLINK_NODE_ID)
+        self._node = find("Node")(node_id=find("SUPERLINK_NODE_ID"))
         self._arrivals: dict[str, _Arrival] = {}
 
     def take(self, message_ids: Iterable[str], expected: Expected) -> Iterator[Message]:
@@ -179,16 +163,16 @@ class SuperLinkInbox:
         """Record which replies have begun to arrive; the SuperLink reports each only once."""
         if not (unknown := [wanted for wanted in message_ids if wanted not in self._arrivals]):
             return
-        request = PullAppMessagesRequest(message_ids=unknown)
+        request = find("PullAppMessagesRequest")(message_ids=unknown)
         try:
             found = patiently(lambda: self._stub.PullMessages(request))
-        except grpc.RpcError as error:
-            if not _is_too_large(error):
+        except call_errors() as error:
+            if not is_too_large(error):
                 raise
             return  # one of the trees; the SuperLink answers with errors when it is asked again
         until = time.monotonic() + _UPLOAD_S + expected.num_bytes / _SLOWEST_UPLOAD
         for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-            about = cast(ProtoMessage, proto).metadata
+            about = proto.metadata
             self._arrivals[about.reply_to_message_id] = _Arrival(
                 about.message_id, about.reply_to_message_id, about.src_node_id, tree, until
             )
@@ -197,7 +181,7 @@ class SuperLinkInbox:
         """The reply, or an error in its place; None while it is still arriving."""
         try:
             contents = self._contents(arrival, expected)
-            message = cast(Message, inflate_object_from_contents(arrival.message_id, contents))
+            message = cast(Message, find("inflate_object")(arrival.message_id, contents))
             about = message.metadata
             if (about.reply_to_message_id, about.src_node_id) != (arrival.reply_to, arrival.sender):
                 raise _Refused("it names another sender, or answers another message")
@@ -208,8 +192,8 @@ class SuperLinkInbox:
             answer = self._error(arrival, BROKE_OFF, "the rest of it did not arrive")
         except _Refused as refused:
             answer = self._error(arrival, REFUSED, str(refused))
-        except grpc.RpcError as error:
-            if not _is_too_large(error):
+        except call_errors() as error:
+            if not is_too_large(error):
                 raise
             answer = self._error(
                 arrival, REFUSED, f"a part of it is larger than {_LARGEST_ANSWER >> 20} MB"
@@ -219,7 +203,7 @@ class SuperLinkInbox:
             answer = self._error(arrival, REFUSED, text)
         else:
             answer = message
-        confirmed = ConfirmMessageReceivedRequest(
+        confirmed = find("ConfirmMessageReceivedRequest")(
             node=self._node, run_id=self._run_id, message_object_id=arrival.message_id
         )
         # Removes the reply, including parts still being sent, from the SuperLink's database.
@@ -234,7 +218,7 @@ class SuperLinkInbox:
             _Refused: it does not match the request.
         """
         most = expected.num_objects
-        for number, _ in enumerate(iterate_object_tree(arrival.tree), 1):
+        for number, _ in enumerate(find("iterate_object_tree")(arrival.tree), 1):
             if number > most:
                 raise _Refused(f"it has more than {most} parts, the most that were asked for")
         check = _Check(expected)
@@ -251,7 +235,9 @@ class SuperLinkInbox:
         return contents
 
     def _pull(self, object_id: str) -> bytes:
-        request = PullObjectRequest(node=self._node, run_id=self._run_id, object_id=object_id)
+        request = find("PullObjectRequest")(
+            node=self._node, run_id=self._run_id, object_id=object_id
+        )
         answer = patiently(lambda: self._stub.PullObject(request))
         if not answer.object_found:
             raise _Refused("it lacks one of its parts")
@@ -264,15 +250,15 @@ class SuperLinkInbox:
         metadata = Metadata(
             run_id=self._run_id,
             message_id="",
-            src_node_id=SUPERLINK_NODE_ID,
-            dst_node_id=SUPERLINK_NODE_ID,
+            src_node_id=find("SUPERLINK_NODE_ID"),
+            dst_node_id=find("SUPERLINK_NODE_ID"),
             message_type="system",
             group_id="",
             ttl=0,
             reply_to_message_id=arrival.reply_to,
             created_at=time.time(),
         )
-        return make_message(metadata=metadata, error=Error(code, reason))
+        return cast(Message, find("make_message")(metadata=metadata, error=Error(code, reason)))
 
 
 class _Check:
@@ -290,9 +276,9 @@ class _Check:
         Raises:
             _Refused: a name, shape or size was not requested.
         """
-        kind, children, size = get_object_head_values_from_object_content(content)
+        kind, children, size = find("get_object_head_values")(content)
         if kind == "ArrayChunk":
-            if size > FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE:
+            if size > find("MAX_ARRAY_CHUNK_SIZE"):
                 raise _Refused(f"a piece of an array holds {size} bytes, more than Flower sends")
             self._left -= size
             if self._left < 0:
@@ -307,7 +293,7 @@ class _Check:
             self._take_names(self._records.get(object_id, ""), json.loads(body))
         elif kind == "Array":
             self._take_shape(object_id, json.loads(body))
-        return children
+        return cast(list[str], children)
 
     def _take_names(self, record: str, ids: Mapping[str, str]) -> None:
         known = self._expected.shapes.get(record)
@@ -332,54 +318,4 @@ def _bytes_of(shape: tuple[int, ...]) -> int:
 
 
 def _num_chunks(shape: tuple[int, ...]) -> int:
-    return 1 + _bytes_of(shape) // FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
-
-
-def _bounded_stub(grid: GrpcGrid) -> ServerAppIoStub:
-    """The grid's API on a separate connection that limits responses to the size of a chunk.
-
-    Flower's own connection accepts 2 GB, and its parameters are private (flwr 1.31).
-    """
-    channel = create_channel(
-        server_address=grid._addr,
-        insecure=grid._insecure,
-        root_certificates=grid._cert,
-        max_message_length=_LARGEST_ANSWER,
-        interceptors=[
-            RuntimeVersionClientInterceptor(component_name="flwr-serverapp"),
-            AppIoTokenClientInterceptor(token=grid._token),
-        ],
-    )
-    stub = ServerAppIoStub(channel)
-    wrap_stub(stub, make_simple_grpc_retry_invoker())
-    return stub
-
-
-def patiently(call: Callable[[], Result]) -> Result:
-    """Call the SuperLink, and retry while its database is busy.
-
-    On an overloaded machine a database query can wait longer than Flower allows; the SuperLink then
-    returns an error and has changed nothing.
-
-    Raises:
-        grpc.RpcError: any other error, or one that persists.
-    """
-    deadline = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            return call()
-        except grpc.RpcError as error:
-            if _BUSY not in details_of(error) or time.monotonic() >= deadline:
-                raise
-        time.sleep(_BUSY_PAUSE_S)
-
-
-def _is_too_large(error: grpc.RpcError) -> bool:
-    """Whether a response exceeded `_LARGEST_ANSWER`."""
-    code = getattr(error, "code", lambda: None)()
-    return code is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-def details_of(error: grpc.RpcError) -> str:
-    """The SuperLink's description of its error."""
-    return getattr(error, "details", lambda: None)() or ""
+    return 1 + _bytes_of(shape) // cast(int, find("MAX_ARRAY_CHUNK_SIZE"))

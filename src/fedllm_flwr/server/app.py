@@ -8,11 +8,11 @@ import time
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from fedllm_flwr.deployment.flower import DRY_RUN
 from fedllm_flwr.environment import prepare_environment
 from fedllm_flwr.errors import FederationError, FedLLMError
+from fedllm_flwr.flower.runtime import is_engine_grid
 from fedllm_flwr.runs.crash_log import explain_crash
 
 prepare_environment()
@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with Console(interactive=False) as console:
             config = from_run_config(asked)
-            if isinstance(grid, InMemoryGrid):
+            if is_engine_grid(grid):
                 wait_for_ray()
             from fedllm_flwr.server.dry_run import rehearse
             from fedllm_flwr.server.run import run_on_grid

@@ -11,6 +11,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedllm_flwr.flower.runtime import act_as_server
+
 
 class InProcessGrid(Grid):
     """A Flower grid without a network, which answers a message when its reply is pulled.
@@ -23,6 +25,7 @@ class InProcessGrid(Grid):
     def __init__(self, client_app: ClientApp, num_clients: int) -> None:
         self._app = client_app
         self._run_id = uuid4().int >> 65
+        act_as_server(self._run_id)
         self._contexts = {
             node_id: Context(
                 run_id=self._run_id,

@@ -17,5 +17,5 @@ export no_proxy="@{unproxied}${no_proxy:+,$no_proxy}"
 exec @{python} -P -m fedllm_flwr.deployment.programs flower-superexec --plugin-type serverapp --insecure \
   --superexec-auth-secret-file superexec.secret \
   --health-server-address @{superexec_health} \
-  --appio-api-address @{appio} \
+  --appio-api-address @{appio} --control-api-address @{control} \
   "$@@"

@@ -1,0 +1,136 @@
+"""What is used of Flower beyond its public packages, and the newer Flower's other ways."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+
+from fedllm_flwr.deployment import programs
+from fedllm_flwr.deployment.superlink import in_terms_of_http
+from fedllm_flwr.errors import FederationError
+from fedllm_flwr.flower import names
+from fedllm_flwr.flower.fleet import FleetGrpcClient, connect_over_grpc
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("key", names.NAMES)
+def test_each_name_is_where_it_was_seen(key: str) -> None:
+    """Under a version of the table; under another there is nothing to hold."""
+    seen = ".".join(names.version().split(".")[:2])
+    if seen not in names.SEEN:
+        pytest.skip(f"Flower {names.version()} is none of {names.SEEN}")
+    assert (names.find_if_there(key) is not None) == (seen in names.NAMES[key])
+
+
+def test_what_is_missing_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(names.NAMES, "gone", {"1.42": "flwr.supercore.gone.Gone"})  # type: ignore[arg-type]
+    with pytest.raises(FederationError, match=r"has no flwr\.supercore\.gone\.Gone; install"):
+        names.find("gone")
+    with pytest.raises(FederationError, match=r"has no flwr\.new\.FleetHttpClient"):
+        connect_over_grpc(ModuleType("flwr.new"))
+
+
+@pytest.mark.parametrize("version", ["1.30.1", "1.36.0", "1.43.0", "2.0.0"])
+def test_servers_and_sites_refuse_a_flower_that_was_not_seen(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "version", lambda: version)
+    with pytest.raises(SystemExit, match=f"tested with Flower 1.31 and 1.42, not with {version}"):
+        programs.require_seen()
+
+
+def test_the_page_lists_all_names() -> None:
+    text = (DOCS / "flower-versions.md").read_text("utf-8")
+    listed = set(re.findall(r"`(flwr(?:\.\w+)+)`", text))
+    used = {name for places in names.NAMES.values() for name in places.values()}
+    assert used - listed == set()
+
+
+SUPERLINK = (
+    "--database superlink.db --serverappio-api-address 127.0.0.1:9191 "
+    "--control-api-address 127.0.0.1:9193 --fleet-api-address 0.0.0.0:9192 --insecure"
+)
+
+
+def test_options_of_a_superlink_that_serves_http() -> None:
+    """Over HTTP only on the private address; the sites' own port is gRPC's."""
+    assert in_terms_of_http(SUPERLINK.split()) == [
+        *("--database", "superlink.db", "--fleet-api-address", "0.0.0.0:9192", "--insecure"),
+        *("--host", "127.0.0.1", "--port", "9193"),
+        "--disable-runtime-dependency-installation",
+    ]
+    assert "::1" in in_terms_of_http(["--control-api-address", "[::1]:9193"])
+
+
+class Fleet(grpc.GenericRpcHandler):
+    """A SuperLink's Fleet API that answers with a status, and notes who asks."""
+
+    def __init__(self) -> None:
+        self.status = grpc.StatusCode.OK
+        self.metadata: dict[str, Any] = {}
+
+    def service(self, details: Any) -> Any:
+        self.metadata = dict(details.invocation_metadata)
+
+        def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
+            if self.status is not grpc.StatusCode.OK:
+                context.abort(self.status, "said so")
+            found: bytes = ActivateNodeResponse(node_id=7).SerializeToString()
+            return found
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@pytest.fixture
+def fleet() -> Iterator[tuple[Fleet, FleetGrpcClient, ec.EllipticCurvePrivateKey]]:
+    handler, key = Fleet(), ec.generate_private_key(ec.SECP384R1())
+    interceptor = ModuleType("of the site's key")
+    interceptor._private_key = key  # type: ignore[attr-defined]
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    address = f"127.0.0.1:{port}"
+    with FleetGrpcClient.from_server_address(address, True, None, [interceptor]) as client:
+        yield handler, client, key
+    server.stop(0)
+
+
+def test_a_site_signs_what_it_says_over_grpc(fleet: Any) -> None:
+    handler, client, key = fleet
+    assert client.ActivateNode(ActivateNodeRequest(public_key=b"x")).node_id == 7
+
+    told = handler.metadata
+    public = bytes_to_public_key(told["flwr-public-key-bin"])
+    assert public.public_numbers() == key.public_key().public_numbers()
+    signed = told["flwr-timestamp"].encode(), told["flwr-signature-bin"]
+    assert verify_signature(public, *signed)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, httpx.ConnectError, None),  # it is tried again
+        (grpc.StatusCode.PERMISSION_DENIED, httpx.HTTPStatusError, 403),  # the run has ended
+        (grpc.StatusCode.UNAUTHENTICATED, httpx.HTTPStatusError, 401),  # the SuperNode ends
+        (grpc.StatusCode.FAILED_PRECONDITION, httpx.HTTPStatusError, 400),
+    ],
+)
+def test_errors_over_grpc_are_those_that_a_supernode_knows(
+    fleet: Any, status: grpc.StatusCode, kind: type[Exception], code: int | None
+) -> None:
+    handler, client, _ = fleet
+    handler.status = status
+    with pytest.raises(kind, match="said so") as caught:
+        client.ActivateNode(ActivateNodeRequest())
+    assert getattr(getattr(caught.value, "response", None), "status_code", None) == code
