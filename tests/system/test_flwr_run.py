@@ -37,6 +37,8 @@ def flwr(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flwr]:
                 home,
                 FLWR_HOME=str(home),
                 FLWR_LOCAL_CONTROL_API_PORT=port,
+                FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=port,  # Flower 1.42's
+                FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
                 FLWR_TELEMETRY_ENABLED="0",
                 FLWR_DISABLE_UPDATE_CHECK="1",
             ),

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from deployments import Federation, make_site, running_federation
-from processes import command_line, relatives, started, wait_for
+from fedllm_flwr.flower.names import is_http
+from processes import command_line, free_ports, relatives, started, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +117,27 @@ def test_a_runs_token_is_on_no_command_line(federation: Federation, tmp_path: Pa
     assert [line for line in apps if "--token-file /proc/self/fd/" not in line] == []
 
 
+OWN = "--clientappio-api-address"  # where a SuperNode's apps reach it
+HTTP_CALLS = ("acquire-task", "pull-task-input", "pull-messages", "push-task-output")
+
+
+@pytest.mark.skipif(not is_http(), reason="this SuperNode's apps reach it over gRPC")
+def test_another_process_claims_no_message_of_a_site_over_http(federation: Federation) -> None:
+    """A SuperNode listens on loopback, where every user of its machine can ask."""
+    found = relatives(federation.folder.parent)
+    [supernode] = [one for one in found if "programs flower-supernode" in command_line(one)]
+    listening = [one.laddr.port for one in supernode.net_connections("inet") if not one.raddr]
+    statuses = []
+    for port in listening:
+        for call in HTTP_CALLS:
+            with suppress(httpx.HTTPError):  # the health server's port speaks gRPC
+                url = f"http://127.0.0.1:{port}/v1/runtime/{call}"
+                headers = {"content-type": "application/protobuf"}
+                statuses.append(httpx.post(url, content=b"", headers=headers).status_code)
+    assert statuses == [401] * len(HTTP_CALLS)
+
+
+@pytest.mark.skipif(is_http(), reason="this SuperNode's apps reach it over HTTP")
 @pytest.mark.parametrize("call", ["PullPendingTasks", "ClaimTask", "PullTaskInput", "PullMessage"])
 def test_another_process_claims_no_message_of_a_site(federation: Federation, call: str) -> None:
     """A SuperNode listens on loopback, where every user of its machine can ask."""
@@ -133,16 +157,21 @@ def test_another_process_claims_no_message_of_a_site(federation: Federation, cal
 
 
 def test_an_unguarded_site_answers_only_with_trust(federation: Federation, tmp_path: Path) -> None:
-    """Flower's own programs, which load the app that a bundle names: here the installed one."""
+    """Flower's own programs, which load the app that a bundle names: here the installed one.
+
+    They speak HTTP with their server under Flower 1.42, its default.
+    """
     ca = federation.folder / "ca.crt"
     site = make_site(tmp_path, "careless", federation.ports["fleet"], ca)
     key = site / "careless.pub"
     done = federation.run("fedllm", "server", "register", str(federation.folder), str(key))
     assert "Registered careless" in done.stdout, done.stderr
-    command = ["flower-supernode", "--superlink", f"localhost:{federation.ports['fleet']}"]
+    port = federation.ports["control" if is_http() else "fleet"]
+    command = ["flower-supernode", "--superlink", f"localhost:{port}"]
     command += ["--root-certificates", str(ca)]
     command += ["--auth-supernode-private-key", str(site / "careless.key")]
-    command += ["--clientappio-api-address", "127.0.0.1:0", "--node-config", "node.toml"]
+    own = ["--port", str(free_ports(1))] if is_http() else [OWN, "127.0.0.1:0"]
+    command += [*own, "--node-config", "node.toml"]
 
     variables = {"FLWR_HOME": str(site / "flwr"), "no_proxy": "127.0.0.1,localhost"}
     for trusted in (False, True):

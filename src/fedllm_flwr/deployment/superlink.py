@@ -11,6 +11,7 @@ The options are those of Flower 1.31. A newer SuperLink serves a run's app and `
 at the address given for `flwr` (``--control-api-address``), and the sites over gRPC if told to.
 """
 
+import logging
 import os
 import sqlite3
 import sys
@@ -40,6 +41,8 @@ def main() -> None:
     if is_http():
         os.environ[_GRPC_FOR_SITES] = "1"
         options = in_terms_of_http(options)
+        # A line for each call would bury the rest: a run's app asks several times a second.
+        logging.getLogger("uvicorn.access").addFilter(lambda _: False)
     sys.argv = ["flower-superlink", *options]
     find("superlink")()
 
@@ -60,7 +63,7 @@ def wait_for_the_database() -> None:
 
     Exits with a message if this version of Flower defines it elsewhere.
     """
-    sql_mixin = find("sql_mixin")
+    sql_mixin = find("sql module")
     pragmas = dict(getattr(sql_mixin, "SQLITE_PRAGMAS", ()))
     if "busy_timeout" not in pragmas:
         sys.exit(

@@ -6,6 +6,7 @@ that is needed is a client for gRPC in its place: a stub whose errors are put in
 which the SuperNode decides whether to try again, to leave a run or to end.
 """
 
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,10 @@ _STATUS = {
     grpc.StatusCode.PERMISSION_DENIED: _ENDED,
     grpc.StatusCode.UNAUTHENTICATED: _UNKNOWN_SITE,
 }
+_NOT_TAKEN = (
+    "the server does not take this site: its key is not registered there (fedllm server register), "
+    "or the server has heard of it less than a minute ago and takes it after that"
+)
 
 
 def connect_over_grpc(module: ModuleType) -> None:
@@ -112,5 +117,7 @@ def _in_terms_of_http(error: grpc.RpcError, method: str) -> Exception:
     said = error.details() or error.code().name
     if error.code() in _AGAIN:
         return httpx.ConnectError(said, request=request)
+    if method == "ActivateNode":  # Flower 1.42 tells only its own log why
+        print(_NOT_TAKEN, file=sys.stderr)
     response = httpx.Response(_STATUS.get(error.code(), _OTHERWISE), text=said, request=request)
     return httpx.HTTPStatusError(said, request=request, response=response)

@@ -11,13 +11,14 @@ from fedllm_flwr.errors import FederationError
 RANGE = ">=1.31,<1.43"  # of flwr, as in pyproject.toml
 SEEN = ("1.31", "1.42")  # versions with which everything is tested
 _OLD, _NEW = SEEN
+_MODULE = " module"
 
 
 def _everywhere(name: str) -> dict[str, str]:
     return dict.fromkeys(SEEN, name)
 
 
-# Key -> version in which it was seen -> dotted name.
+# Key -> version in which it was seen -> dotted name: of a module, if the key ends so.
 NAMES: Mapping[str, Mapping[str, str]] = {
     # A run's app at the server: replies are checked before they are fetched.
     "SuperLinkGrid": {
@@ -80,7 +81,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         _OLD: "flwr.server.app.run_superlink",
         _NEW: "flwr.superlink.cli.flower_superlink",
     },
-    "sql_mixin": _everywhere("flwr.supercore.sql_mixin"),
+    "sql module": _everywhere("flwr.supercore.sql_mixin"),
     "superexec": _everywhere("flwr.supercore.cli.flower_superexec"),
     "executor module": _everywhere("flwr.supercore.superexec.executor.subprocess_executor"),
     "task plugin": {_NEW: "flwr.supercore.superexec.plugin.base_exec_plugin.AutoExecPlugin"},
@@ -145,12 +146,10 @@ def _found(key: str, seen: str) -> Any:
     name = NAMES[key].get(seen)
     if name is None:
         return None
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        pass
     module, _, attribute = name.rpartition(".")
     try:
+        if key.endswith(_MODULE):
+            return importlib.import_module(name)
         return getattr(importlib.import_module(module), attribute, None)
     except ImportError:
         return None
