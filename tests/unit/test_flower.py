@@ -1,10 +1,11 @@
 """What is used of Flower beyond its public packages, and the newer Flower's other ways."""
 
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import grpc
@@ -134,3 +135,76 @@ def test_errors_over_grpc_are_those_that_a_supernode_knows(
     with pytest.raises(kind, match="said so") as caught:
         client.ActivateNode(ActivateNodeRequest())
     assert getattr(getattr(caught.value, "response", None), "status_code", None) == code
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Flower 1.42's programs, which only note what they are started with."""
+    kinds = SimpleNamespace(SERVER_APP="server", CLIENT_APP="client", AGENT_APP="agent")
+    found: dict[str, Any] = {
+        "TaskType": kinds,
+        "task plugin": SimpleNamespace(supported_task_types=frozenset(vars(kinds).values())),
+        "executor module": SimpleNamespace(__name__="executor", subprocess=None),
+        "supernode module": SimpleNamespace(__name__="node", subprocess=None, TaskType=kinds),
+        "supernode api module": SimpleNamespace(__name__="api", create_app=None),
+        "fleet module": SimpleNamespace(__name__="fleet", FleetHttpClient="over HTTP"),
+        "started": [],
+    }
+    for name in ("superexec", "supernode"):
+        found[name] = lambda: found["started"].append(sys.argv)
+    monkeypatch.setattr(programs, "is_http", lambda: True)
+    monkeypatch.setattr(programs, "require_seen", lambda: None)
+    monkeypatch.setattr(programs, "find", found.get)
+    return found
+
+
+def started_as(command: str, newer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "argv", ["programs", *command.split()])
+    programs.main()
+    return " ".join(newer["started"][-1])
+
+
+def test_a_server_starts_apps_of_servers_only(
+    newer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over TLS, if the SuperLink has it."""
+    own = "flower-superexec --plugin-type serverapp --insecure --appio-api-address a:1"
+    monkeypatch.chdir(tmp_path)
+    said = started_as(f"{own} --control-api-address a:3", newer, monkeypatch)
+    assert said == "flower-superexec --insecure --runtime-api-address a:3"
+    assert newer["task plugin"].supported_task_types == {"server"}
+    (tmp_path / "ca.crt").touch()
+    said = started_as(f"{own} --control-api-address a:3", newer, monkeypatch)
+    assert said == "flower-superexec --runtime-api-address a:3 --root-certificates ca.crt"
+    with pytest.raises(SystemExit, match="make a new one with `fedllm server init`"):
+        started_as(own, newer, monkeypatch)
+
+
+def test_a_site_starts_apps_of_clients_only(
+    newer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent's app would be code of the server's bundle."""
+    started_as("flower-superexec --insecure --runtime-api-address a:9", newer, monkeypatch)
+    assert newer["task plugin"].supported_task_types == {"client"}
+    own = "flower-supernode --superlink a:2 --clientappio-api-address 127.0.0.1:0 --max-retries 3"
+    said = started_as(own, newer, monkeypatch)
+    assert re.fullmatch(
+        r"flower-supernode --superlink a:2 --max-retries 3 --host 127\.0\.0\.1 --port \d{4,5}", said
+    )
+    assert newer["supernode module"].TaskType.AGENT_APP != "agent"
+    assert newer["supernode module"].TaskType.CLIENT_APP == "client"
+
+
+def test_a_site_speaks_grpc_unless_it_is_told_otherwise(
+    newer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "flower-supernode --superlink a:2"
+    said = started_as(f"{own} --http --superlink a:8000", newer, monkeypatch)
+    assert "--http" not in said.split()
+    assert "--superlink a:8000" in said
+    assert newer["fleet module"].FleetHttpClient == "over HTTP"
+    started_as(own, newer, monkeypatch)
+    assert newer["fleet module"].FleetHttpClient is FleetGrpcClient
+    monkeypatch.setattr(programs, "is_http", lambda: False)
+    with pytest.raises(SystemExit, match="speaks gRPC with its server; leave it out"):
+        started_as(f"{own} --http", newer, monkeypatch)
