@@ -30,6 +30,7 @@ _DECIDE_ON_SITES = {
     *("federation.sample_clients", "federation.sample_fraction"),
     *("resume", "config", "experiment"),
 }
+_CONNECTED = "Using SuperLink: "  # what Flower 1.42 says before a run's log
 _COMMAND_LIMIT_S = 180.0
 _PAUSE_S = 3.0  # between two attempts to reach a SuperLink
 _PATIENCE_S = 600.0  # to wait for a SuperLink to be restarted
@@ -183,7 +184,8 @@ class SubmittedRun:
 
         def read(stream: IO[str]) -> None:
             for line in stream:
-                lines.put(line)
+                if not line.startswith(_CONNECTED):
+                    lines.put(line)
             lines.put(None)
 
         with subprocess.Popen(
