@@ -9,12 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from flwr.app import ConfigRecord
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore import constant
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation import NoOpFederationManager
 
-from fedllm_flwr.deployment.superlink import expect_back
+from fedllm_flwr.deployment.superlink import expect_back, take_pieces_twice
+from fedllm_flwr.flower.names import is_http
 
 STORING = """
 import hashlib, sqlite3, sys, threading, time
@@ -81,6 +84,24 @@ def test_who_was_there_is_expected_back_after_a_short_absence(
     assert state.get_nodes(run) == ({node} if goes_on else set())
     assert state.acknowledge_task_heartbeat(task) is goes_on
     assert state.get_run_status({run})[run].status == ("running" if goes_on else "finished")
+
+
+@pytest.mark.skipif(not is_http(), reason="this Flower takes a piece twice by itself")
+def test_a_piece_that_another_site_sends_too_is_taken(state: SqlLinkState) -> None:
+    """From a site of Flower 1.31, which names no session, and from one whose answer was lost."""
+    piece = ConfigRecord({"zeros": 0})
+    tree, content = ObjectTree(object_id=piece.object_id), piece.deflate()
+    sessions = [state.start_session(1), state.start_session(1)]
+    roots = [ObjectTree(object_id=letter * 64, children=[tree]) for letter in "ab"]
+    for session, root in zip(sessions, roots, strict=True):
+        state.preregister_object_tree(root, session)
+    state_type = type("State", (SqlLinkState,), {})
+    take_pieces_twice(state_type)
+    state.__class__ = state_type
+    for session in ("", sessions[0], sessions[0], sessions[1]):
+        assert state.store_object(1, session, tree.object_id, content)
+    assert state.get_object(1, tree.object_id) == content
+    assert not state.store_object(1, "", "c" * 64, content)  # of no reply
 
 
 def test_database_of_another_version_is_left_alone(

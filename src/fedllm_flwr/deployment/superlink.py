@@ -7,8 +7,10 @@ for longer, so that one site could end all others.
 Flower considers a run's app or a site dead if it has not heard from it for a minute, even if the
 SuperLink itself was down; the run then fails.
 
-The options are those of Flower 1.31. A newer SuperLink serves a run's app and `flwr` over HTTP, here
-at the address given for `flwr` (``--control-api-address``), and the sites over gRPC if told to.
+Flower 1.42 rejects a piece of a reply that it already has, even from another site.
+
+The options are those of Flower 1.31. A newer SuperLink serves a run's app and `flwr` over HTTP,
+here at the address given for `flwr` (``--control-api-address``), and the sites over gRPC if told to.
 """
 
 import logging
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedllm_flwr.deployment.programs import require_seen
 from fedllm_flwr.flower.names import find, is_http, missing
@@ -41,6 +44,7 @@ def main() -> None:
     if is_http():
         os.environ[_GRPC_FOR_SITES] = "1"
         options = in_terms_of_http(options)
+        take_pieces_twice(find("SqlCoreState"))
         # A line for each call would bury the rest: a run's app asks several times a second.
         logging.getLogger("uvicorn.access").addFilter(lambda _: False)
     sys.argv = ["flower-superlink", *options]
@@ -72,6 +76,33 @@ def wait_for_the_database() -> None:
         )
     pragmas["busy_timeout"] = str(BUSY_MS)
     sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())
+
+
+def take_pieces_twice(state: type) -> None:
+    """Let `state`, that of Flower 1.42's SuperLink, take a piece of a reply that it has already.
+
+    It refuses one, and the reply breaks off: where a site repeats a piece because the answer was
+    lost, and where a site of Flower 1.31 sends what another sends at the same time, such as zeros.
+
+    Exits with a message if this version of Flower takes pieces by other means.
+    """
+    store = getattr(state, "store_object", None)
+    if store is None:
+        sys.exit(f"error: pieces of replies: {missing(f'{state.__module__}.store_object')}")
+
+    def store_object(
+        self: Any, run_id: int, session_id: str, object_id: str, object_content: bytes
+    ) -> bool:
+        if session_id and store(self, run_id, session_id, object_id, object_content):
+            return True
+        try:  # the piece's id is its digest, and has to be known
+            self.object_store.put(object_id, object_content)
+        except Exception as error:  # of a database, or of one of many checks
+            print(f"piece {object_id}: {error}", file=sys.stderr)
+            return False
+        return True
+
+    state.store_object = store_object  # type: ignore[attr-defined]
 
 
 def expect_back(file: Path) -> None:

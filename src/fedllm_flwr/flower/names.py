@@ -82,6 +82,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         _NEW: "flwr.superlink.cli.flower_superlink",
     },
     "sql module": _everywhere("flwr.supercore.sql_mixin"),
+    "SqlCoreState": {_NEW: "flwr.supercore.corestate.sql_corestate.SqlCoreState"},
     "superexec": _everywhere("flwr.supercore.cli.flower_superexec"),
     "executor module": _everywhere("flwr.supercore.superexec.executor.subprocess_executor"),
     "task plugin": {_NEW: "flwr.supercore.superexec.plugin.base_exec_plugin.AutoExecPlugin"},
