@@ -10,7 +10,8 @@ SuperLink itself was down; the run then fails.
 Flower 1.42 rejects a piece of a reply that it already has, even from another site.
 
 The options are those of Flower 1.31. A newer SuperLink serves a run's app and `flwr` over HTTP,
-here at the address given for `flwr` (``--control-api-address``), and the sites over gRPC if told to.
+here at the address given for `flwr` (``--control-api-address``), and the sites over gRPC if told
+to.
 """
 
 import logging
