@@ -215,7 +215,7 @@ def test_a_core_is_trained_between_b_and_a() -> None:
 @pytest.mark.parametrize("unit", ["client", "record"])
 def test_fed_sb_under_privacy(unit: str, tmp_path: Path) -> None:
     """The rounds of the estimate are bounded, noised and accounted for as all."""
-    noise = ("privacy.noise_multiplier=1", f"privacy.unit={unit}")
+    noise = ("privacy.noise_multiplier=1", "privacy.delta=1e-3", f"privacy.unit={unit}")
     spent = [
         record["epsilon"] for record in records(run_tiny(tmp_path, *FAMILY["fed_sb"], *noise))[1:]
     ]
