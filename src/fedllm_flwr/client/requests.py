@@ -202,7 +202,7 @@ def check_unchanged(config: Config, memory: Path, digests: Path) -> None:
     if known != identity:
         raise DataError(
             f"{config.data.path} has changed since this run began; put the old content back, or "
-            f"start a new run (to let this one go on with the new content, remove {noted})",
+            f"start a new run (to continue this run with the new content, remove {noted})",
             "its data file has changed since the run began",
         )
 

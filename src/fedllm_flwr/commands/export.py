@@ -1,4 +1,4 @@
-"""``fedllm export``: an adapter as others load it: PEFT, one merged model, GGUF, or on the hub."""
+"""``fedllm export``: an adapter in PEFT's format, as a merged model, as GGUF, or on the hub."""
 
 import os
 import re
@@ -22,10 +22,10 @@ _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def check_export(target: str, output: str, converter: str | None) -> None:
-    """Refuse what cannot work before a model is loaded.
+    """Reject invalid options before a model is loaded.
 
     Raises:
-        ConfigError: the output exists, or is no name of a repository; no converter to GGUF.
+        ConfigError: the output exists, is not a repository name, or there is no GGUF converter.
     """
     if target == "hub":
         if not _REPOSITORY.fullmatch(output):
@@ -37,10 +37,10 @@ def check_export(target: str, output: str, converter: str | None) -> None:
 
 
 def find_converter(given: str | None) -> Path:
-    """llama.cpp's converter: what the user gives, in $LLAMA_CPP, or on the PATH.
+    """llama.cpp's converter: as given by the user, in $LLAMA_CPP, or on the PATH.
 
     Raises:
-        ConfigError: there is none; says where it comes from.
+        ConfigError: there is none; says how to get it.
     """
     if given is not None:
         if not Path(given).expanduser().is_file():
@@ -70,8 +70,8 @@ def export(
 
     Args:
         output: a directory that does not exist.
-        onto: what a quantized run is merged onto, see `merge.merge`.
-        converter, outtype: of GGUF: llama.cpp's program, and the type of its weights.
+        onto: the weights that a quantized run is merged into, see `merge.merge`.
+        converter, outtype: for GGUF: llama.cpp's program, and the type of the weights.
 
     Raises:
         FedLLMError: it cannot be loaded or written.
@@ -107,7 +107,7 @@ def export(
 
 
 def write_peft(kept: KeptAdapter, path: Path) -> None:
-    """The adapter as a directory of PEFT's: a copy where it is one, else made of its checkpoint.
+    """Write the adapter in PEFT's format: a copy, or an export of its checkpoint.
 
     Raises:
         FederationError: it cannot be written.
@@ -128,7 +128,7 @@ def write_peft(kept: KeptAdapter, path: Path) -> None:
 
 
 def summary_of(kept: KeptAdapter) -> Mapping[str, Any] | None:
-    """Scores and costs of its run up to its round, for a model card; None without a run."""
+    """Scores and costs of the run up to the adapter's round, for a model card, if it has a run."""
     if kept.run is None:
         return None
     records = read_metrics(RunDirectory(kept.run).metrics)
@@ -144,11 +144,11 @@ def upload(
     """Write the adapter, or the merged model, to a repository of the Hugging Face Hub.
 
     Args:
-        public: whether a repository that is made is public.
-        dry_run: show what would be sent, and send nothing.
+        public: whether a new repository is public.
+        dry_run: show what would be uploaded, but upload nothing.
 
     Raises:
-        FedLLMError: it cannot be made, or the hub refuses it.
+        FedLLMError: it cannot be created, or the hub rejects it.
     """
     from huggingface_hub import HfApi
 

@@ -1,9 +1,9 @@
-"""Runs of a sweep through a launcher of Hydra's, such as joblib's or submitit's.
+"""Executes the runs of a sweep with one of Hydra's launchers, such as joblib's or submitit's.
 
-A program of its own, ``python -m fedllm_flwr.commands.launched``: the sweep has composed and
-checked each run's configuration and written it to a file, and this program is a Hydra application
-whose only choice is the number of that file. So launchers work as in any Hydra application, and
-the runs are those that the sweep would have made itself.
+This is a separate program, ``python -m fedllm_flwr.commands.launched``. The sweep has composed and
+checked each run's configuration and written it to a file; this program is a Hydra application whose
+only choice is the number of that file. Launchers therefore work as in any Hydra application, and
+the runs are the same as without a launcher.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ _FOLDER = "launched"  # below the sweep's directory: configurations, errors, the
 
 
 def check_launcher(overrides: Sequence[str]) -> None:
-    """Refuse a launcher whose plug-in is not installed.
+    """Reject a launcher whose plug-in is not installed.
 
     Raises:
         ConfigError: names it and the package.
@@ -44,10 +44,10 @@ def check_launcher(overrides: Sequence[str]) -> None:
 
 
 def launch(root: Path, runs: Sequence[PlannedRun], overrides: Sequence[str]) -> dict[int, str]:
-    """Carry out runs by Hydra's launcher; returns errors by number.
+    """Execute runs with Hydra's launcher; return errors by number.
 
     Args:
-        overrides: of Hydra's, such as ``hydra/launcher=joblib`` and ``hydra.launcher.n_jobs=4``.
+        overrides: Hydra's own, such as ``hydra/launcher=joblib`` and ``hydra.launcher.n_jobs=4``.
 
     Raises:
         FederationError: the launcher itself has failed.

@@ -26,13 +26,13 @@ from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.server.opening import with_absolute_paths
 from fedllm_flwr.server.run import run_simulation
 
-SAVED = "tune.json"  # in its directory: what was asked for
+SAVED = "tune.json"  # in its directory: the options
 _KEY = "training.learning_rate"
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is asked for; the same for every algorithm.
+    """The options of a search, which are the same for every algorithm.
 
     Args:
         lowest, highest: ends of the range of learning rates, searched on a logarithmic scale.
@@ -60,11 +60,11 @@ class Trial:
 
 
 def tune(arguments: Sequence[str], config_dir: str | None, search: Search) -> int:
-    """Search, tabulate and print; ``resume=<directory>`` goes on with a search that stopped.
+    """Search, tabulate and print; ``resume=<directory>`` resumes a stopped search.
 
-    Every algorithm gets the same number of trials, range, seed and validation records: its clients'
-    own, held back from training (``data.validation_fraction``). The central held-out records, by
-    which results are reported, are not looked at. A rate is judged by the lowest loss of its run.
+    Every algorithm gets the same number of trials, range, seed and validation records: those that
+    its clients hold out from training (``data.validation_fraction``). The central held-out records,
+    with which results are reported, are not used. A rate is judged by the lowest loss of its run.
 
     Raises:
         ConfigError: Optuna is missing, or something in the arguments cannot work.
@@ -101,16 +101,16 @@ def tune(arguments: Sequence[str], config_dir: str | None, search: Search) -> in
             _search(config, name, search, root, trials)
     except KeyboardInterrupt as interrupt:
         command = f"fedllm tune {shlex.quote(f'resume={root}')}"
-        raise RunInterrupted(f"interrupted; go on with: {command}") from interrupt
+        raise RunInterrupted(f"interrupted; resume with: {command}") from interrupt
     _write(root, trials, names)
     return 0
 
 
 def _search(config: Config, name: str, search: Search, root: Path, trials: list[Trial]) -> None:
-    """The trials of one algorithm; a run that is done before is not made again.
+    """The trials of one algorithm; finished runs are not repeated.
 
-    Optuna's sampler proposes the same rates for the same results, so that a search that goes on
-    meets its own runs.
+    Optuna's sampler proposes the same rates for the same results, so that a resumed search finds
+    its own runs.
     """
     import optuna
 
@@ -186,9 +186,7 @@ def _algorithms(text: str) -> list[str]:
 def _new_directory(given: str) -> Path:
     root = Path(given or f"outputs/{datetime.now():%m%d-%H%M}-tune").expanduser()
     if (root / SAVED).exists():
-        raise ConfigError(
-            f"output_dir={root} holds a search already; go on with it: resume={root}."
-        )
+        raise ConfigError(f"output_dir={root} holds a search already; resume it: resume={root}.")
     if foreign := foreign_files(root, (".*",)):
         raise ConfigError(f"output_dir={root} holds other files ({foreign[0]}); give a new one.")
     return root

@@ -58,8 +58,8 @@ class Census:
     it starts.
 
     ``registered`` are the names of the sites' keys by node id; a node with one of these ids must
-    call itself so, and no other node may. ``keys`` are those keys by name: under secure aggregation
-    a site has to sign its keys of the run with its own.
+    use its name, and no other node may use it. ``keys`` are these public keys by name: under secure
+    aggregation a site must sign its keys of the run with its registered key.
     """
 
     grid: Grid
@@ -304,9 +304,9 @@ def discover(
     """Wait until `wanted` clients have connected and identified themselves.
 
     Args:
-        tell: hears how the waiting for sites goes; simulated clients are there at once.
-        registered: names of the sites' keys by node id, where the server has registered them.
-        keys: those public keys by name.
+        tell: called with progress lines while sites connect.
+        registered: names of the sites' registered keys by node id.
+        keys: these public keys by name.
 
     Raises:
         FederationError: too few clients can take part; names those that refused, and why.

@@ -1,16 +1,16 @@
 """A round under secure aggregation: encodes a client's update, and decodes the sum.
 
-A vector is the update times w_i / w_max, each group that the algorithm asks for, and the weight w_i
-itself: words of the ring of integers modulo 2^32. w_max bounds the round's weights, so that the
-fixed point is as fine as the round allows.
+A client's vector consists of the update times w_i / w_max, the algorithm's further groups, and the
+weight w_i itself, encoded as integers modulo 2^32 ("words"). w_max bounds the round's weights, so
+that the fixed-point resolution is as fine as the round allows.
 
 With ``privacy.unit=client`` all weights are 1, the vector of d values has an L2 norm of at most C =
 ``privacy.clip``, and each site adds its share of the noise before it masks (Kairouz, Liu and
 Steinke 2021, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure
 Aggregation", https://arxiv.org/abs/2102.06387, without its rotation: a ring of 32 bits has room).
-In units of 2^-f the rounded vector is no longer than C 2^f + sqrt(d) / 2, and a share is a discrete
-Gaussian whose deviation is z / sqrt(m - 1) times that: z is ``privacy.noise_multiplier``, m the
-number of survivors without which nothing is unmasked.
+In units of 2^-f the norm of the rounded vector is at most C 2^f + sqrt(d) / 2, and a share is a
+discrete Gaussian whose standard deviation is z / sqrt(m - 1) times that bound, with z =
+``privacy.noise_multiplier`` and m the minimum number of survivors for unmasking.
 """
 
 import math
@@ -31,7 +31,7 @@ from fedllm_flwr.privacy.accounting import LEAST_DEVIATION
 from fedllm_flwr.privacy.clipping import clipped
 from fedllm_flwr.privacy.noise import Noise
 
-_TAIL = 12.0  # deviations of a share of noise that the ring has room for
+_TAIL = 12.0  # standard deviations of a noise share that fit into the ring
 _CHUNK = 2**20  # values at a time
 
 
@@ -42,7 +42,7 @@ def session_of(
     weighting: str,
     largest_weight: float,
 ) -> Session:
-    """A round's session, with the bounds that the run's settings say."""
+    """A round's session, with the bounds of the run's settings."""
     by_client = privacy.unit == "client"
     return Session(
         id=id,
@@ -56,7 +56,7 @@ def session_of(
 
 
 def code_of(session: Session) -> FixedPoint:
-    """The fixed point of a round, with room for the noise."""
+    """The fixed-point encoding of a round, with room for the noise."""
     return FixedPoint(session.bound * (1 + _TAIL * session.noise_share), len(session.cards))
 
 

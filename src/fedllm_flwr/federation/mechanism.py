@@ -1,21 +1,23 @@
 """Differential privacy at the server: the release of a round's contributions, and its accounting.
 
-With ``privacy.unit=record`` clients make their own noise (`training.private`), and the server only
-accounts for it. With ``privacy.unit=client`` it makes the noise. A contribution is all that one
-client sends in one round for the sum: its update ``delta`` and the groups that the rule adds, such
-as SCAFFOLD's change of the control variate. It is clipped as one vector to the L2 norm C =
-``privacy.clip``. The release is
+With ``privacy.unit=record`` clients add their own noise (`training.private`), and the server only
+accounts for it. With ``privacy.unit=client`` the server adds the noise. A contribution consists of
+everything that one client sends for the sum of a round: its update ``delta`` and the rule's further
+groups, such as SCAFFOLD's change of the control variate. It is clipped as one vector to the L2 norm
+C = ``privacy.clip``. The release is
 
     (1 / m) (sum_i clip_C(x_i) + z C N(0, I)),
 
-with z the noise multiplier and m the *expected* number of clients of a round, a constant; what the
-rule sums over all N clients is divided by N instead. A client that does not reply adds zero. So one
-client changes the sum by at most C if it comes or goes, by 2 C if it is replaced by another
-(`privacy.accounting` says which counts). The server step, whatever the algorithm, sees the release
-alone and is post-processing of it; so are the control variate, the moments and all later rounds.
+with z the noise multiplier and m the *expected* number of clients per round, a constant; groups
+that the rule sums over all N clients are divided by N instead. A client that does not reply
+contributes zero. Adding or removing one client therefore changes the sum by at most C, and
+replacing it by at most 2 C (`privacy.accounting` defines which one applies). The server step of
+every algorithm uses only the release, so it is post-processing; so are the control variate, the
+moments and all later rounds.
 
-The server is trusted: it sees the contributions. The promise is to whoever sees the adapters. Under
-secure aggregation it need not be: clients clip, and add the noise in shares (`masked_round`).
+The server is trusted, as it sees the contributions; the guarantee holds for everyone who sees the
+adapters. Under secure aggregation the server need not be trusted: clients clip, and each adds a
+share of the noise (`masked_round`).
 
 With ``privacy.clip_quantile`` C follows a quantile of the norms (Andrew et al. 2021,
 "Differentially Private Learning with Adaptive Clipping"): b = 1/m (sum_i [norm_i <= C] +
@@ -52,7 +54,7 @@ from fedllm_flwr.privacy.clipping import clipped, joint_norm
 from fedllm_flwr.privacy.noise import Noise
 from fedllm_flwr.training.schedule import steps_per_round
 
-_SLACK = 1.01  # a norm above the bound by less is the wire's rounding, not an unclipped update
+_SLACK = 1.01  # tolerance for rounding on the wire; a larger norm is an unclipped update
 _INDICATOR_NOISE = 1 / 20  # deviation on the sum of indicators / m (Andrew et al. 2021, 3)
 
 
@@ -61,10 +63,10 @@ class Budget:
     """The privacy budget of a run.
 
     Args:
-        spending: each client's releases in one of its rounds, and how many those are; with
+        spending: each client's releases in one of its rounds, and their number; with
             ``privacy.unit=client`` one entry, "", for the release of a round.
-        noise_multiplier: given, or calibrated to ``privacy.target_epsilon``.
-        delta: of the promise; ``count`` is what its default is made of.
+        noise_multiplier: as configured, or calibrated to ``privacy.target_epsilon``.
+        delta: delta of the guarantee; ``count`` is the n of its default.
         planned: epsilon after all rounds; infinite without noise.
     """
 
@@ -185,7 +187,7 @@ class ReleaseLog:
     A line is written to disk before its noise is drawn, so that the account misses no release.
 
     Args:
-        path: a file of JSON lines; made with the first release.
+        path: a file of JSON lines, created with the first release.
     """
 
     def __init__(self, path: Path) -> None:
@@ -278,7 +280,7 @@ class Mechanism:
         return combined, {}
 
     def open(self, state: ServerState, roster: Roster) -> None:
-        """Write down what the second exchange of the round after `state` is going to release."""
+        """Log what the second exchange of the round after `state` will release."""
 
     def spent(self, roster: Roster) -> tuple[float, float] | None:
         """Epsilon and delta of the releases so far; None without privacy."""
@@ -306,7 +308,7 @@ class Accounted(Mechanism):
         """The releases of the next round by client, and their numbers."""
 
     def planned(self, roster: Roster) -> Budget:
-        """The run's budget. A run that goes on for more rounds keeps the noise it began with."""
+        """The run's budget. A run that is resumed for more rounds keeps its initial noise."""
         config, sizes = self.config, _sizes(roster)
         for releases in self._log.releases().values():
             before = next(iter(releases)).noise_multiplier
@@ -319,7 +321,7 @@ class Accounted(Mechanism):
         return self._budgets[key]
 
     def config_for(self, roster: Roster) -> Config:
-        """With the noise that the target asks for, where clients make it."""
+        """With the noise multiplier that reaches the target, if clients add the noise."""
         if not self.config.privacy.at_clients:
             return self.config
         multiplier = self.planned(roster).noise_multiplier
@@ -345,20 +347,20 @@ class Accounted(Mechanism):
 
 
 class RecordMechanism(Accounted):
-    """Clients' own DP-SGD (`training.private`), as the server accounts for it.
+    """The server's accounting of the clients' DP-SGD (`training.private`).
 
-    It believes the numbers of examples that clients announce, which are taken to be no secret. The
-    promise is the largest epsilon of all clients. A client is charged when it is asked, whether
-    its reply comes or not.
+    The server trusts the announced numbers of examples, which are not considered secret. The
+    guarantee is the largest epsilon of any client. A client is charged when it is sampled, whether
+    or not its reply arrives.
     """
 
     def choose(self, roster: Roster, server_round: int) -> list[str]:
-        """As the run's seed says; what each of them is going to spend is written down."""
+        """Sample by the run's seed, and log the releases of each sampled client."""
         self._log.append(server_round, self.next_releases(roster, server_round))
         return super().choose(roster, server_round)
 
     def next_releases(self, roster: Roster, server_round: int) -> dict[str, tuple[Release, int]]:
-        """One release for each optimizer step of each client chosen."""
+        """One release per optimizer step of each sampled client."""
         spending, sizes = self.planned(roster).spending, _sizes(roster)
         return {
             name: (spending[name], steps_per_round(self.config.training, sizes[name]))
@@ -370,7 +372,7 @@ class ClientMechanism(Accounted):
     """The Gaussian mechanism on the sum of clipped contributions; see the module."""
 
     def choose(self, roster: Roster, server_round: int) -> list[str]:
-        """Drawn in secret, unless everybody may see it: the run's seed is known to all clients."""
+        """Sample in secret, unless sampling is visible: all clients know the run's seed."""
         names, sampling = sorted(roster), self.config.privacy.sampling
         if sampling == "visible":
             return super().choose(roster, server_round)
@@ -380,7 +382,7 @@ class ClientMechanism(Accounted):
         return [names[i] for i in noise.poisson_sample(len(names), wanted / len(names))]
 
     def next_releases(self, roster: Roster, server_round: int) -> dict[str, tuple[Release, int]]:
-        """One."""
+        """One release."""
         return {"": (self.planned(roster).spending[""], 1)}
 
     def bound(self, state: ServerState, groups: Groups) -> Bounded:
@@ -422,7 +424,7 @@ class ClientMechanism(Accounted):
         """The sums over their constant denominators.
 
         Args:
-            share: clients that have replied / their expected number; the others add zero.
+            share: number of clients that replied / expected number; the others contribute zero.
         """
         sums = {group: params or full_like(state.params, 0.0) for group, params in combined.items()}
         if share != 1:  # of a mean
@@ -435,14 +437,14 @@ class ClientMechanism(Accounted):
 
 
 class SharedMechanism(ClientMechanism):
-    """The same under secure aggregation: clients clip, and have added their shares of the noise.
+    """The mechanism under secure aggregation: clients clip, and add shares of the noise.
 
-    Nothing of a round is released before its sum is unmasked. A round that is dropped after that
-    exchange has begun is charged all the same.
+    Nothing is released before the sum of a round is unmasked. A round that is dropped after this
+    exchange has begun is charged nevertheless.
     """
 
     def open(self, state: ServerState, roster: Roster) -> None:
-        """Write down the release of the round after `state`."""
+        """Log the release of the round after `state`."""
         self._log.append(state.round + 1, self.next_releases(roster, state.round + 1))
 
     def release(
@@ -452,7 +454,7 @@ class SharedMechanism(ClientMechanism):
         combined: Mapping[str, Params],
         within: Sequence[bool],
     ) -> tuple[Mapping[str, Params], Groups]:
-        """The sums, noisy as they are, over the expected number of clients, or over N."""
+        """The sums, which contain the noise, over the expected number of clients, or over N."""
         expected = self.next_releases(roster, state.round + 1)[""][0].drawn
         return self._sums(state, combined, len(within) / expected), {}
 

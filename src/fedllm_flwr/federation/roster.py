@@ -10,7 +10,7 @@ from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import ClientInfo, printable
 from fedllm_flwr.params import LARGEST_WEIGHT, derive_seed
 
-_LONGEST_MODEL = 200  # characters of what a site says of its model
+_LONGEST_MODEL = 200  # characters of a site's description of its model
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,8 @@ class Rounds:
                 f"last one: {error}"
             ) from error
         state = replace(opened.state, round=report.round)
-        report.spent = self.mechanism.spent(opened.roster)  # what was to be opened is paid for
+        # The release is charged even if unmasking failed.
+        report.spent = self.mechanism.spent(opened.roster)
         report.is_last = self.mechanism.is_spent(state, opened.roster)
         return state
 

@@ -44,7 +44,7 @@ _SERVER_ONLY = (
     *("output_dir", "resume", "tracking", "compare", "federation.ray_address"),
     *("evaluation.suites", "evaluation.data_root"),
 )
-MASKED = "masked"  # in the place of a dtype: words of a ring
+MASKED = "masked"  # used instead of a dtype: words of a ring
 _KINDS: dict[type, str] = {
     **{int: "whole number", float: "number", bool: "truth value", str: "text", bytes: "bytes"}
 }

@@ -121,7 +121,7 @@ def _wait_for_end(process: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(process, os.WNOHANG)  # a dead child is there until it is waited for
+                os.waitpid(process, os.WNOHANG)  # a dead child remains until it is waited for
             os.kill(process, 0)
             time.sleep(0.05)
 

@@ -42,7 +42,7 @@ COMPARED = (
     "centralized",
 )
 """The algorithms of ``algorithm=all``, unless ``compare.algorithms`` lists others."""
-SAVED = "compare.json"  # in its directory: what was asked for
+SAVED = "compare.json"  # in its directory: the options
 
 
 def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int]:

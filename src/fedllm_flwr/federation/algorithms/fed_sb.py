@@ -1,4 +1,4 @@
-"""Fed-SB: between a fixed B and A from the clients' first gradients, a small R is averaged.
+"""Fed-SB: a small core R is averaged, between fixed B and A from the clients' first gradients.
 
 Singhal et al. 2025, "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance
 in (Private) Federated LoRA Fine-Tuning", https://arxiv.org/abs/2502.15436; the adapter is LoRA-SB
@@ -25,25 +25,26 @@ from fedllm_flwr.training.local_terms import LocalTerms
 class FedSB(FedAvg):
     """W + s B R A: R <- R + eta sum_i p_i (R_i - R), R (r, r) from 0; B and A are fixed.
 
-    All clients have the same B and A, so the mean of the R_i is the mean of the products. B and A
-    are the first r singular vectors of G = sum_i p_i G_i, the mean gradient of W at the base model,
-    by subspace iteration: no client and no server forms a G_i. In the first `estimation` rounds
-    nothing moves; clients send the mean gradient of their steps, in turns
+    All clients have the same B and A, so averaging the R_i averages the products. B and A are the
+    first r singular vectors of G = sum_i p_i G_i, the mean gradient of W at the base model. They
+    are computed by subspace iteration, so neither clients nor server ever form a G_i. In the first
+    `estimation` rounds the model does not change; clients send the mean gradient of their steps,
+    alternately
 
         of B at B = 0, which is s G A': B <- its orthonormal basis Q
         of A at A = 0, which is s Q' G = U S V': A <- V' and B <- Q U
 
-    from the A of the seed, rounded to bfloat16 in the end, so that every dtype of the wire carries
-    what the server has. So the clients of these rounds compute it, on their training records,
-    and what they send has the size of the adapter, is averaged as any update, and is bounded,
-    masked and noised as such.
+    starting from the A of the seed. B and A are finally rounded to bfloat16, so that every wire
+    dtype represents them exactly. The gradients are computed by the clients of these rounds on
+    their training records. They have the size of the adapter, and are averaged, clipped, masked and
+    noised like any update.
 
     Args:
-        estimation: rounds of that, an even number; each two are an iteration.
+        estimation: number of estimation rounds, which is even: an iteration takes two.
 
-    The authors' code takes the gradient of pooled training records on one machine, the SVD of its
-    sign times a step size, in the place of G, and starts R at the singular values, which is that
-    step. Here R starts at 0, so that training starts from the base model.
+    The authors' code uses the gradient of pooled training records on one machine. Instead of G it
+    decomposes the gradient's sign times a step size, and it initialises R with the singular values,
+    which takes that step. Here R starts at 0, so that training starts from the base model.
     """
 
     estimation: int = 2
@@ -60,17 +61,17 @@ class FedSB(FedAvg):
             )
 
     def estimates(self, round: int) -> bool:
-        """In the first rounds."""
+        """Whether a round estimates gradients: the first `estimation` rounds."""
         return round <= self.estimation
 
     def trains(self, name: str, round: int) -> bool:
-        """R; before, whose gradient is wanted."""
+        """R; during estimation, the factor whose gradient is sent."""
         if self.estimates(round):
             return is_b(name) if round % 2 else is_a(name)
         return is_core(name)
 
     def start(self, state: ServerState, num_clients: int) -> ServerState:
-        """R = I, while B or A is 0."""
+        """The state with R = I, while B or A is 0."""
         if any(map(is_core, state.params)):
             return state
         rank, cores = rank_of(state.params), {}
@@ -87,11 +88,11 @@ class FedSB(FedAvg):
         return replace(state, params={**state.params, **cores})
 
     def local_terms(self, received: Groups, memory: Groups) -> LocalTerms:
-        """As FedAvg's, with the mean gradient."""
+        """As in FedAvg, with the mean gradient."""
         return replace(super().local_terms(received, memory), averages_gradient=True)
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
-        """R; before, B or A."""
+        """Update R; during estimation, B or A."""
         number = state.round + 1
         if not self.estimates(number):
             return super().step(state, combined, counts)

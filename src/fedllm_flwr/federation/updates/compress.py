@@ -6,8 +6,9 @@ and added to its next update (error feedback; Karimireddy et al. 2019, "Error Fe
 SignSGD", https://arxiv.org/abs/1901.09847, Algorithm 2). It is client memory: after a lost reply,
 the client starts again from the version of the last acknowledged round.
 
-What a rule sends beside ``delta`` is compressed without: it is the change of a memory that moves by
-what has arrived (`client.local_round`), so that what was left out comes with the next change.
+A rule's further groups are compressed without error feedback: each is the change of a client memory
+that advances only by what has arrived (`client.local_round`), so that the next change includes the
+compression error.
 """
 
 from abc import abstractmethod
