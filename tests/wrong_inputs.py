@@ -220,7 +220,7 @@ MODELS = _rows(
     ("texts longer than the model takes", "training.max_length=1024", "takes 512 tokens"),
     ("short context", f"{OWN}short_context", "takes 128 tokens; set training.max_length=128"),
     ("no layer of that name", "lora.target_modules=[c_attn]", "c_attn matches no layer"),
-    ("misspelt layer", "lora.target_modules=[q_prj]", "Did you mean q_proj"),
+    ("misspelt layer", "lora.target_modules=[q_prj]", "Did you mean 'q_proj'"),
     ("rank above the width", "lora.r=4096 lora.target_modules=[q_proj]", "lora.r=4096 is above"),
     ("no such device", "training.device=cuda", "training.device=cuda"),
     ("FlashAttention without CUDA", "model.attention=flash_attention_2", "flash_attention_2"),

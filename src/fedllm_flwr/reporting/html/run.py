@@ -195,6 +195,8 @@ def _figures(
         figures.append(
             Figure("privacy spent", f"ε {spent}", f"{promise}, per {config.privacy.unit}")
         )
+    if config.privacy.secure_aggregation:
+        figures.append(Figure("secure aggregation", "on", "the server saw sums only"))
     return figures
 
 
