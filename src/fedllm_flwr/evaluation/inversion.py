@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.models.adapted_model import AdaptedModel
+from fedllm_flwr.models.inputs import forward, in_dtype
 from fedllm_flwr.privacy.noise import Noise
 from fedllm_flwr.training.private import ExampleLosses, catching, noisy_sum
 
@@ -62,7 +63,7 @@ def first_layer(model: AdaptedModel) -> FirstLayer:
         for layer in layers
     ]
     model.peft.eval()
-    model.peft(torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    forward(model, input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
     for hook in hooks:
         hook.remove()
     first = seen[0][1]
@@ -82,7 +83,7 @@ def first_layer(model: AdaptedModel) -> FirstLayer:
         for start in range(0, size, _CHUNK):
             tokens = torch.arange(start, min(size, start + _CHUNK), device=model.device)[:, None]
             try:
-                model.peft(tokens)
+                forward(model, input_ids=tokens)
             except _ReachedError:
                 continue
     finally:
@@ -135,7 +136,9 @@ def _gradient(
             )
         return noisy
     model.peft.zero_grad()
-    losses(batch).mean().backward()  # type: ignore[no-untyped-call]
+    with in_dtype(model):
+        loss = losses(batch).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
     return {name: p.grad.double().cpu() for name, p in parameters.items() if p.grad is not None}
 
 
