@@ -93,10 +93,10 @@ def table(found: Found) -> str:
     lines = [f"| privacy | {' | '.join(COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
     for level in LEVELS:
         cells = []
+        if not each(found, level, "accuracy"):
+            continue
         for column in COLUMNS:
             values = each(found, level, column)
-            if not values:
-                continue
             spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3g}{spread}")
         lines.append(f"| {level} | {' | '.join(cells)} |")
@@ -113,15 +113,17 @@ def draw(found: Found, path: Path) -> None:
         "exposure, bits": 1.44,
         "tokens of 1 record": None,
     }
+    labels = dict(zip(LEVELS, ("no\nprivacy", "epsilon\n8", "epsilon\n2"), strict=True))
+    levels = {level: labels[level] for level in LEVELS if each(found, level, "accuracy")}
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), layout="constrained")
     for axis, (column, guessing) in zip(axes, panels.items(), strict=True):
-        values = [each(found, level, column) for level in LEVELS]
+        values = [each(found, level, column) for level in levels]
         means = np.array([np.mean(v) for v in values])
         low, high = (np.array([f(v) for v in values]) for f in (min, max))
-        axis.bar(range(len(LEVELS)), means, yerr=[means - low, high - means], color="#4477aa")
+        axis.bar(range(len(levels)), means, yerr=[means - low, high - means], color="#4477aa")
         if guessing is not None:
             axis.axhline(guessing, color="black", linestyle=":", linewidth=1)
-        axis.set_xticks(range(len(LEVELS)), ["no\nprivacy", "epsilon\n8", "epsilon\n2"])
+        axis.set_xticks(range(len(levels)), list(levels.values()))
         axis.set_title(column, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
