@@ -114,7 +114,7 @@ def test_server_and_site_of_different_versions(mixed: Path, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [sorted(record["clients"]) for record in rounds_of(output)[1:]] == [list(SITES)] * 2
-    assert all(record["failures"] == {} for record in rounds_of(output))
+    assert all(record["failures"] == {} for record in rounds_of(output)[1:])
 
 
 @pytest.mark.parametrize("tests", WHOLE)
