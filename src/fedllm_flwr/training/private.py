@@ -2,18 +2,18 @@
 
 Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1. In every optimizer step
 
-1. each of the client's records is drawn by itself with probability q = B / n, where B is
-   ``training.batch_size x gradient_accumulation_steps`` and n the number of examples that the
-   client has announced; the draw is secret, and may be empty, which still makes a step;
+1. each of the client's records is drawn independently with probability q = B / n, where B is
+   ``training.batch_size x gradient_accumulation_steps`` and n the client's announced number of
+   examples; the draw is secret, and a step is taken even if it is empty;
 2. each record's gradient over all trained matrices is clipped as one vector to C =
    ``privacy.clip``; the examples made of one record (both answers of a pair, all turns of a chat)
    count as one;
-3. the step's gradient is (sum of the clipped ones + z C N(0, I)) / B, with z =
-   ``privacy.noise_multiplier`` and noise of the client's own (`privacy.noise`).
+3. the step's gradient is (sum of the clipped gradients + z C N(0, I)) / B, with z =
+   ``privacy.noise_multiplier`` and the client's own secret noise (`privacy.noise`).
 
-All that follows is post-processing of these: clipping by ``training.max_grad_norm``, the proximal
-term, SCAFFOLD's c - c_i (c_i is a function of this client's noisy gradients, c of what was
-released), the optimizer, and whatever the client sends or remembers.
+Everything after that is post-processing: clipping by ``training.max_grad_norm``, the proximal term,
+SCAFFOLD's c - c_i (c_i is a function of this client's noisy gradients, and c of released values),
+the optimizer, and everything that the client sends or keeps.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +40,7 @@ from fedllm_flwr.training.batches import MicroBatch, RoundBatches
 from fedllm_flwr.training.trainer import Penalty, Trained, without_dropout
 
 ExampleLosses = Callable[[MicroBatch], Tensor]
-"""Loss of each example of a micro-batch, (examples,), which depends on no other example."""
+"""Loss of each example of a micro-batch, (examples,), independent of the other examples."""
 PerExample = dict[str, Tensor]
 """Gradients by tensor name, (examples, out, in), float32."""
 
@@ -50,7 +50,7 @@ _BELOW = 1 - 1e-6  # keeps a clipped gradient's norm below the bound in float32
 def poisson_batches(
     source: NDArray[np.int64], lengths: NDArray[np.int64], steps: int, batch_size: int
 ) -> RoundBatches:
-    """The examples of each step: those of a Poisson sample of the records.
+    """The examples of each step, from a Poisson sample of the records.
 
     Args:
         source: index of the record of each example, (examples,).
@@ -89,10 +89,10 @@ def train_privately(
     Args:
         parameters: the matrices to train, by PEFT name.
         source: index of the record of each example, (examples,).
-        seed: of dropout, which is no secret.
+        seed: seed of dropout, which is not secret.
 
     Raises:
-        ModelError: the model mixes rows, so that records cannot be told apart.
+        ModelError: the model mixes the rows of a batch, so there are no per-record gradients.
         NotFiniteError: a record's gradient is NaN or infinite.
     """
     training, privacy = config.training, config.privacy
@@ -142,13 +142,13 @@ def noisy_sum(
     noise: Noise,
     rows_per_example: int,
 ) -> tuple[dict[str, Tensor], float]:
-    """What a step releases: the clipped gradients of its records and the noise, summed in float64.
+    """The release of a step: the clipped gradients of its records plus noise, summed in float64.
 
     Args:
-        batches: the step's examples; those of a record in one batch.
+        batches: the step's examples; all examples of a record are in one batch.
 
     Returns:
-        By tensor name, on the CPU; and the sum of the examples' losses, which is not private.
+        The sums by tensor name, on the CPU; and the sum of the losses, which is not private.
     """
     assert privacy.noise_multiplier is not None
     deviation, total = privacy.noise_multiplier * privacy.clip, 0.0
@@ -166,7 +166,7 @@ def noisy_sum(
 
 @dataclass
 class Rows:
-    """What a backward pass leaves: the gradient of each row, (rows, out, in), by tensor name."""
+    """The result of a backward pass: the gradient of each row, (rows, out, in), by tensor name."""
 
     expected: int = 0  # rows of the forward pass
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -175,12 +175,12 @@ class Rows:
 def per_example(
     model: AdaptedModel, rows: Rows, losses: ExampleLosses, batch: MicroBatch, rows_per_example: int
 ) -> tuple[Tensor, PerExample]:
-    """The loss of each example, (examples,), and its gradient for each matrix that is caught.
+    """The loss of each example, (examples,), and its gradient for each captured matrix.
 
-    Rows of the forward pass are first rows of all examples, then second ones.
+    The forward pass has the first rows of all examples, followed by their second rows.
 
     Raises:
-        ModelError: as `train_privately`.
+        ModelError: as in `train_privately`.
     """
     rows.expected, rows.gradients = rows_per_example * len(batch), {}
     with in_dtype(model):
@@ -199,7 +199,7 @@ def add_clipped(
     """Add to `sums` the gradient of each record, scaled to an L2 norm of at most `bound`.
 
     Args:
-        record_of: the record of each example, (examples,); its examples' gradients are summed.
+        record_of: the record of each example, (examples,); gradients are summed per record.
 
     Raises:
         NotFiniteError: a norm is NaN or infinite.
@@ -230,7 +230,7 @@ def add_clipped(
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T, whose backward hands over the gradient of W for each row of x instead of the sum."""
+    """x W^T, whose backward pass returns the gradient of W for each row of x, not their sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, take: Callable[[Tensor], None]) -> Tensor:
@@ -249,7 +249,7 @@ class _Linear(torch.autograd.Function):
 
 @contextmanager
 def catching(model: AdaptedModel, parameters: dict[str, nn.Parameter]) -> Iterator[Rows]:
-    """While the context lasts, a backward pass leaves the gradient of each row in the result."""
+    """Within this context, a backward pass stores the gradient of each row in the result."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     modules = {
         names[id(module.weight)]: module
@@ -303,7 +303,7 @@ def _checkpointing(model: AdaptedModel, requested: bool | None) -> Iterator[None
 
 
 def _micro_batches(step: MicroBatch, source: NDArray[np.int64], size: int) -> Iterator[MicroBatch]:
-    """The examples of a step in micro-batches of about `size`, those of a record together."""
+    """A step's examples in micro-batches of about `size`; a record is never split."""
     batch: MicroBatch = []
     for example in step:
         if len(batch) >= size and source[example] != source[batch[-1]]:
