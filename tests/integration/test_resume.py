@@ -189,6 +189,11 @@ def test_what_may_change_changes_no_bit_of_the_adapter(tmp_path: Path, whole_run
         "tracking.wandb": "false",
         "tracking.mlflow": "false",
         "tracking.project": "other",
+        "tracking.trackio": "false",
+        "tracking.group": "hospitals",
+        "tracking.tags": "[late]",
+        "checkpoint.adapters": "all",
+        "evaluation.contribution": "true",
     }
     others = ("federation.", "output_dir", "resume", "training.")
     assert set(changed) == {key for key in _FREE_TO_CHANGE if not key.startswith(others)}

@@ -195,7 +195,7 @@ def test_tokens_that_the_model_does_not_know(
     examples.tokens[7] = 259
     error = refused(config, examples, tmp_path)
     assert isinstance(error, ModelError)
-    assert "makes token 259, but the model has 259" in str(error)
+    assert "produces token id 259, but the model has 259 embeddings" in str(error)
 
 
 def test_examples_beyond_the_context(

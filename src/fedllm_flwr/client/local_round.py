@@ -1,9 +1,9 @@
 """One client's round: from the server's assignment to the client's update."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.updates.transform import Chain, Passage
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
-from fedllm_flwr.params import Kept, Params, add, derive_seed, digest, subtract
+from fedllm_flwr.params import Groups, Kept, Params, add, derive_seed, digest, subtract
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.tasks.base import LocalWork, TrainingTask
 from fedllm_flwr.training.batches import RoundBatches, round_batches
@@ -89,80 +89,124 @@ def check_sent(assignment: Assignment, rule: Rule, task: TrainingTask, model: Ad
             model.check(folded(params) if rule.has_cores else params, name)
 
 
-def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
-    started = time.monotonic()
-    config = assignment.config
-    if not len(data.train):
-        raise DataError(f"{data.name} has no usable training example")
-    model, rule, task = load_model(config), find_rule(config.algorithm), task_of(config)
-    assignment = completed(assignment, rule, model)
-    check_sent(assignment, rule, task, model)
-    _check_fit(data, model, config)
-    received = assignment.tensors
-    memory = ClientMemory.recall(assignment, state_dir, rule.remembers)
-    session = assignment.session
-    if session is not None and memory.lost:
-        text = (
-            "secure aggregation: it has lost its memory of the run, and the server cannot subtract "
-            "a share that it has never seen; the run continues without this client"
-        )
-        raise FederationError(text, text)
-    by_record = config.privacy.unit == "record"
-    if by_record:
-        steps = steps_per_round(config.training, len(data.train))
-        per_step = config.training.batch_size * config.training.gradient_accumulation_steps
-        batches = poisson_batches(data.train.source, data.train.lengths, steps, per_step)
-        drawn = np.array([i for step in batches.batches for i in step], np.int64)
-    else:
-        drawn = _draw(assignment, data)
-        batches = _batches(config, data, model, drawn, task)
-    work = LocalWork(
-        config=config,
-        model=model,
-        examples=data.train,
-        drawn=drawn,
-        batches=batches,
-        learning_rate=assignment.learning_rate,
-        seed=derive_seed(config.seed, "dropout", assignment.round, data.name),
-        tensors=received,
-        remembered=memory.kept,
-    )
-    estimates = rule.estimates(assignment.round)
-    if estimates:  # a step of this size moves nothing
-        work = replace(work, learning_rate=0.0)
-    prepared = task.prepare(work)
-    kept = {kind: prepared[kind] for kind in task.remembers}
+@dataclass(frozen=True)
+class _LocalRound:
+    """A round of one client, ready to train: what was sent, remembered and drawn.
 
-    def optimise(terms: LocalTerms) -> tuple[Params, DriftCorrection, Trained]:
+    Attributes:
+        prepared: what the task has made of the drawn examples, by kind of client memory.
+    """
+
+    assignment: Assignment
+    data: ClientData
+    rule: Rule
+    task: TrainingTask
+    memory: ClientMemory
+    work: LocalWork
+    prepared: Mapping[str, Kept]
+
+    @classmethod
+    def begin(cls, assignment: Assignment, data: ClientData, state_dir: Path) -> "_LocalRound":
+        """Check what was sent, recall the client's memory, and draw the round's examples.
+
+        Raises:
+            FedLLMError: the data, the model or the memory cannot be used as asked.
+        """
+        config = assignment.config
+        if not len(data.train):
+            raise DataError(f"{data.name} has no usable training example")
+        model, rule, task = load_model(config), find_rule(config.algorithm), task_of(config)
+        assignment = completed(assignment, rule, model)
+        check_sent(assignment, rule, task, model)
+        _check_fit(data, model, config)
+        memory = ClientMemory.recall(assignment, state_dir, rule.remembers)
+        if assignment.session is not None and memory.lost:
+            text = (
+                "secure aggregation: it has lost its memory of the run, and the server cannot "
+                "subtract a share that it has never seen; the run continues without this client"
+            )
+            raise FederationError(text, text)
+        drawn, batches = _drawn_batches(assignment, data, model, task)
+        work = LocalWork(
+            config=config,
+            model=model,
+            examples=data.train,
+            drawn=drawn,
+            batches=batches,
+            # While a rule estimates, a step of size 0 leaves the adapter as it is.
+            learning_rate=0.0 if rule.estimates(assignment.round) else assignment.learning_rate,
+            seed=derive_seed(config.seed, "dropout", assignment.round, data.name),
+            tensors=assignment.tensors,
+            remembered=memory.kept,
+        )
+        return cls(assignment, data, rule, task, memory, work, task.prepare(work))
+
+    def optimise(self, terms: LocalTerms) -> tuple[Params, DriftCorrection, Trained]:
         """Train with these terms; return the adapter, the drift correction and the metrics."""
+        work, model, config = self.work, self.work.model, self.work.config
 
         def trains(name: str) -> bool:
             chosen = terms.trains is None or terms.trains(name)
-            return chosen and rule.trains(name, assignment.round)
+            return chosen and self.rule.trains(name, self.assignment.round)
 
-        model.load(terms.start, received.get(FROZEN))
+        model.load(terms.start, self.assignment.tensors.get(FROZEN))
         with _trained_only(model.trainable(), trains) as parameters:
             drift = DriftCorrection(parameters, terms, work.learning_rate)
-            if by_record:
+            if config.privacy.unit == "record":
                 trained = train_privately(
                     model,
                     parameters,
-                    task.example_losses(work, prepared),
-                    data.train.source,
-                    batches,
+                    self.task.example_losses(work, self.prepared),
+                    self.data.train.source,
+                    work.batches,
                     config,
                     work.learning_rate,
                     work.seed,
-                    task.rows_per_example,
-                    task.drops_out(config),
+                    self.task.rows_per_example,
+                    self.task.drops_out(config),
                     [drift],
                     drift.penalty,
                 )
             else:
-                trained = task.optimise(work, prepared, [drift], drift.penalty)
+                trained = self.task.optimise(work, self.prepared, [drift], drift.penalty)
         return model.params(), drift, trained
 
-    params, drift, trained = optimise(rule.local_terms(received, memory.tensors))
+    def as_received(self, params: Params) -> Params:
+        """Tensors as the server reads them from the wire."""
+        session = self.assignment.session
+        if session is not None:
+            return code_of(session).round_trip(params)
+        return Chain.of(self.work.config).as_received(params)
+
+    def leaving(self, contribution: Groups) -> tuple[dict[str, Params], dict[str, Kept]]:
+        """A contribution after all update transforms, and the client memory that follows from it.
+
+        Args:
+            contribution: ``delta`` and the groups that the rule adds.
+        """
+        config, memory = self.work.config, self.memory.tensors
+        chain = Chain.of(config)
+        passage = Passage(self.data.name, self.assignment.round, config.seed, memory)
+        groups, left = chain.client_end(contribution, passage)
+        kept = {kind: Kept(tensors) for kind, tensors in left.items()}
+        if self.rule.contributes and chain.links:  # memory changes by what arrives at the server
+            received = {group: self.as_received(params) for group, params in groups.items()}
+            arriving = chain.server_end(received, contribution, passage)
+            for group, kind in self.rule.contributes.items():
+                own = memory.get(kind) or {n: np.zeros_like(v) for n, v in arriving[group].items()}
+                kept[kind] = Kept(add(own, arriving[group]))
+        return dict(groups), kept
+
+
+def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
+    started = time.monotonic()
+    local = _LocalRound.begin(assignment, data, state_dir)
+    assignment, rule, memory, work = local.assignment, local.rule, local.memory.tensors, local.work
+    config, received = work.config, assignment.tensors
+
+    params, drift, trained = local.optimise(rule.local_terms(received, memory))
+    metrics = {"loss": trained.loss, **trained.metrics}
+    kept = {kind: local.prepared[kind] for kind in local.task.remembers}
     result = LocalResult(
         params=params,
         delta=subtract(params, assignment.params),
@@ -171,33 +215,21 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
         learning_rate=assignment.learning_rate,
         optimizer=config.training.optimizer,
     )
-    chain = Chain.of(config)
-    as_received = chain.as_received if session is None else code_of(session).round_trip
-    after = rule.finish(result, received, memory.tensors, as_received)
+    after = rule.finish(result, received, memory, local.as_received)
     kept |= {kind: Kept(tensors) for kind, tensors in after.memory.items()}
-    metrics = {"loss": trained.loss, **trained.metrics}
-    personal = rule.personal_terms(received, memory.tensors)
+    personal = rule.personal_terms(received, memory)
     if personal is not None and rule.personal is not None:
-        adapter, _, trained = optimise(personal)
+        adapter, _, trained = local.optimise(personal)
         kept[rule.personal] = Kept(adapter)
         metrics["personal_loss"] = trained.loss
-    delta = result.mean_gradient if estimates else result.delta
+
+    delta = result.mean_gradient if rule.estimates(assignment.round) else result.delta
     if decay := worker_momentum(config):
-        delta = with_momentum(delta, memory.tensors.get(MOMENTUM), decay)
+        delta = with_momentum(delta, memory.get(MOMENTUM), decay)
         kept[MOMENTUM] = Kept(delta)
-    passage = Passage(data.name, assignment.round, config.seed, memory.tensors)
     shared = {n: v for n, v in delta.items() if rule.shares(n, assignment.round)}
-    own_groups = {"delta": shared, **after.contributions}
-    leaving, left = chain.client_end(own_groups, passage)
-    kept |= {kind: Kept(tensors) for kind, tensors in left.items()}
-    groups = dict(leaving)
-    if rule.contributes and chain.links:  # as the server's copy: memory changes by what arrives
-        received_as = {group: as_received(params) for group, params in groups.items()}
-        arriving = chain.server_end(received_as, own_groups, passage)
-        for group, kind in rule.contributes.items():
-            own = memory.tensors.get(kind) or {n: np.zeros_like(v) for n, v in params.items()}
-            kept[kind] = Kept(add(own, arriving[group]))
-    ClientMemory.keep(assignment, state_dir, kept)
+    groups, left = local.leaving({"delta": shared, **after.contributions})
+    ClientMemory.keep(assignment, state_dir, kept | left)
     if config.privacy.at_clients and config.federation.engine == "deployment":
         metrics = {}  # they carry no privacy guarantee
     else:
@@ -206,13 +238,28 @@ def _train(assignment: Assignment, data: ClientData, state_dir: Path) -> Update:
             "computed_tokens": float(work.batches.computed_tokens),
             "seconds": time.monotonic() - started,
         }
+    by_record = config.privacy.unit == "record"
     return Update(
         delta=groups.pop("delta"),
-        num_examples=len(data.train) if by_record else len(np.unique(drawn)),
+        num_examples=len(data.train) if by_record else len(np.unique(work.drawn)),
         contributed=groups,
-        lost=memory.lost,
+        lost=local.memory.lost,
         metrics={**metrics, "steps": float(drift.steps)},
     )
+
+
+def _drawn_batches(
+    assignment: Assignment, data: ClientData, model: AdaptedModel, task: TrainingTask
+) -> tuple[Drawn, RoundBatches]:
+    """Indices of the round's examples, in drawing order, and its batches."""
+    config, training = assignment.config, assignment.config.training
+    if config.privacy.unit != "record":
+        drawn = _draw(assignment, data)
+        return drawn, _batches(config, data, model, drawn, task)
+    steps = steps_per_round(training, len(data.train))
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    batches = poisson_batches(data.train.source, data.train.lengths, steps, per_step)
+    return np.array([i for step in batches.batches for i in step], np.int64), batches
 
 
 @contextmanager
