@@ -193,7 +193,7 @@ def test_what_may_change_changes_no_bit_of_the_adapter(tmp_path: Path, whole_run
         "tracking.group": "hospitals",
         "tracking.tags": "[late]",
         "checkpoint.adapters": "all",
-        "evaluation.contribution": "true",
+        "evaluation.contribution": "none",
     }
     others = ("federation.", "output_dir", "resume", "training.")
     assert set(changed) == {key for key in _FREE_TO_CHANGE if not key.startswith(others)}

@@ -187,7 +187,7 @@ def test_broken_file_is_made_anew(
 
     assert_same(kind.cached(train, tokenizer, **options(folder=tmp_path)), first)
     assert kind.calls == [2, 2]
-    assert "made anew" in caplog.text
+    assert "encoded again" in caplog.text
     assert_same(load_encoded(kind.codec, path), first)
 
 

@@ -109,7 +109,7 @@ def test_facts_are_made_once_and_anew_where_they_are_broken(
     for path in tmp_path.iterdir():
         path.write_bytes(b"garbage" * 100)
     assert ask("some")[1] == first[1]
-    assert "made anew" in caplog.text
+    assert "is recomputed" in caplog.text
     (tmp_path / "file").write_text("")
     assert ask("some", tmp_path / "file" / "below")[1] == first[1]
-    assert "not kept" in caplog.text
+    assert "are not cached" in caplog.text
