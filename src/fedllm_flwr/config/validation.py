@@ -12,6 +12,8 @@ from fedllm_flwr.config.schema import DEFAULT_NUM_CLIENTS, EMBEDDED_DATA, Config
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.plugins import ALGORITHMS, COMBINERS, TASKS, TRANSFORMS
 
+_ATTACKS_ON_UPDATES = ("sign_flip", "scale", "gaussian", "alie")  # the others change records
+
 
 def validate(config: Config) -> None:
     """Check combinations of values; reads no files and no model.
@@ -328,7 +330,7 @@ def _check_transforms(config: Config) -> None:
             f"{chosen} with privacy.unit=client: what error feedback adds to a later update, the "
             "clip takes away again; set communication.transforms=[]."
         )
-    if config.attack.name in ("sign_flip", "scale", "gaussian", "alie"):
+    if config.attack.name in _ATTACKS_ON_UPDATES:
         raise ConfigError(
             f"{chosen} with attack={config.attack.name}: simulated attackers change updates that "
             "are not compressed; set communication.transforms=[]."
@@ -416,7 +418,7 @@ def _check_secure(config: Config) -> None:
             f"privacy.clip_quantile={privacy.clip_quantile:g} with {secure}: nobody sees the norms "
             "of the updates; set privacy.clip_quantile=null."
         )
-    if config.attack.name in ("sign_flip", "scale", "gaussian", "alie"):
+    if config.attack.name in _ATTACKS_ON_UPDATES:
         raise ConfigError(
             f"attack={config.attack.name} changes single updates, which {secure} hides; use "
             "attack=label_flip or backdoor."

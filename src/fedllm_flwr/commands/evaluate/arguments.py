@@ -3,12 +3,15 @@
 import argparse
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.evaluation.suites.options import CodeOptions, JudgeOptions, RunOptions
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -113,5 +116,5 @@ def evaluate_arguments(arguments: argparse.Namespace) -> int:
 
 def _filled(cls: type[Options], arguments: argparse.Namespace, **more: Any) -> Options:
     """A dataclass of options from the arguments that are called as its fields."""
-    names = {field.name for field in fields(cls)} - set(more)  # type: ignore[arg-type]
+    names = {field.name for field in fields(cls)} - set(more)
     return cls(**{name: getattr(arguments, name) for name in names}, **more)
