@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 14])
     arguments = parser.parse_args()
     print(
-        "| sites | values | site: encode + mask | unmask | up, to bfloat16 | up beside | server |"
+        "| sites | values | site: encode + mask | sign + unmask | up, to bfloat16 | up beside "
+        "| server |"
     )
     print("|---|---|---|---|---|---|---|")
     for count in arguments.sites:
@@ -66,11 +67,18 @@ def row(count: int, size: int, folder: Path) -> str:
             adding = time.process_time() - started
         else:
             total.add(name, words, mine)
+    lists = total.lists()
+    started = time.process_time()
+    signed = sites[names[0]].sign(lists[names[0]])
+    signing = time.process_time() - started
+    total.take(names[0], signed)
+    for name in staying[1:]:
+        total.take(name, sites[name].sign(lists[name]))
     questions = total.questions()
     started = time.process_time()
     opened = sites[names[0]].unmask(questions[names[0]])
-    unmasking = time.process_time() - started
-    beside += sum(map(len, opened.shares.values()))
+    unmasking = signing + time.process_time() - started
+    beside += len(signed.signature) + sum(map(len, opened.shares.values()))
     total.take(names[0], opened)
     for name in staying[1:]:
         total.take(name, sites[name].unmask(questions[name]))

@@ -76,7 +76,7 @@ def silent(client: int, kind: str, server_round: int) -> Reply:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["train", "query.unmask"])
+@pytest.mark.parametrize("kind", ["train", "query.sign", "query.unmask"])
 def test_one_of_three_may_drop_out_at_any_point(kind: str, tmp_path: Path) -> None:
     app = WrappedApp(after=silent(1, kind, 2))
     run = run_intercepted(tmp_path / "secure", app, *THREE)
@@ -100,7 +100,8 @@ DROPOUTS: dict[int, dict[int, str]] = {  # by round: clients, and before or afte
     5: {0: "before sending", 3: "before sending"},
     6: {1: "after masking", 4: "after masking"},
     7: {2: "before unmasking", 5: "before unmasking"},
-    8: {0: "before sending", 1: "before unmasking"},
+    8: {0: "before signing", 1: "before unmasking"},
+    9: {3: "before signing", 4: "before signing"},
 }
 
 
@@ -117,7 +118,8 @@ class LeavingApp(ClientApp):
             self._round = unpack_assignment(message.content).round
         gone = Message(pack_failure(Failure("Gone", "it went away")), reply_to=message)
         point = DROPOUTS.get(self._round, {}).get(client)
-        if (kind, point) in (("train", "before sending"), ("query.unmask", "before unmasking")):
+        at = {"train": "sending", "query.sign": "signing", "query.unmask": "unmasking"}
+        if point == f"before {at.get(kind)}":
             return gone
         reply = app(message, context)
         return gone if (kind, point) == ("train", "after masking") else reply
@@ -146,10 +148,10 @@ def test_the_sum_is_the_plain_one_bit_for_bit_whoever_goes_and_when(
 
     monkeypatch.setattr(SecureSite, "mask", noting)
     monkeypatch.setattr(MaskedSum, "unmasked", checked)
-    six = ("federation.num_clients=6", "federation.sample_clients=6", "federation.num_rounds=8")
+    six = ("federation.num_clients=6", "federation.sample_clients=6", "federation.num_rounds=9")
     short = (*six, "training.max_steps=1", "evaluation.every=0", "federation.min_replies=4")
     run = run_intercepted(tmp_path, LeavingApp(), SECURE[0], f"algorithm={algorithm}", *short)
-    assert added == [6, 5, 5, 6, 4, 4, 6, 5]
+    assert added == [6, 5, 5, 6, 4, 4, 6, 6, 6]
     assert [len(record["clients"]) for record in records(run)[1:]] == added
 
 
@@ -174,13 +176,16 @@ def test_a_round_that_cannot_be_unmasked_is_dropped_and_the_run_goes_on(tmp_path
 
 
 @pytest.mark.slow
-def test_the_server_dies_in_the_second_exchange_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["query.sign", "query.unmask"])
+def test_the_server_dies_between_the_exchanges_and_the_run_goes_on(
+    kind: str, tmp_path: Path
+) -> None:
     chosen = (*THREE, "algorithm=scaffold")
     whole = run_tiny(tmp_path / "whole", *chosen)
     seen: list[str] = []
 
     def before(message: Message, context: Context) -> None:
-        if message.metadata.message_type == "query.unmask":
+        if message.metadata.message_type == kind:
             seen.append(unpack_unmask(message.content).session)
             if len(seen) == 5:  # three of round 1, one of round 2
                 raise KeyboardInterrupt

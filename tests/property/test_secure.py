@@ -1,7 +1,7 @@
 """Secure aggregation alone: sums bit for bit, what a server sees, what sites refuse."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as limited
 from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import hypergeom
 
 from fedllm_flwr.errors import FederationError, NotFiniteError
 from fedllm_flwr.federation.masked_round import as_words, code_of
 from fedllm_flwr.federation.messages import Update
 from fedllm_flwr.federation.secure.fixed_point import FixedPoint
-from fedllm_flwr.federation.secure.graph import Session
-from fedllm_flwr.federation.secure.keys import KeyCard, make_card, new_identity, new_run_key
+from fedllm_flwr.federation.secure.graph import Session, degree_and_threshold
+from fedllm_flwr.federation.secure.keys import (
+    KeyCard,
+    make_card,
+    new_identity,
+    new_run_key,
+    sign,
+)
 from fedllm_flwr.federation.secure.masks import Words, add_mask
 from fedllm_flwr.federation.secure.server import MaskedSum
 from fedllm_flwr.federation.secure.shares import PRIME, join, split
@@ -49,26 +57,38 @@ class Federation:
             total.add(name, *self.masked(name))
         return total
 
+    def questions(self, total: MaskedSum, away: Collection[str] = ()) -> dict[str, Unmask]:
+        """The last requests, after those who are not `away` have signed the list of survivors."""
+        for name, question in total.lists().items():
+            if name not in away:
+                total.take(name, self.sites[name].sign(question))
+        return total.questions()
+
     def plain(self, names: list[str]) -> Words:
         return np.sum([self.vectors[name] for name in names], axis=0, dtype=np.uint32)
 
 
 @pytest.mark.parametrize(
-    ("count", "before_sending", "before_unmasking"),
+    ("count", "before_sending", "before_signing", "before_unmasking"),
     [
-        (2, 0, 0), (3, 0, 0), (3, 1, 0), (3, 0, 1), (10, 0, 0), (10, 1, 0), (10, 0, 1),
-        (10, 3, 0), (10, 0, 3), (10, 1, 2),
-        pytest.param(60, 8, 6, marks=pytest.mark.slow),
+        (2, 0, 0, 0), (3, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1), (10, 0, 0, 0),
+        (10, 1, 0, 0), (10, 0, 1, 0), (10, 0, 0, 1), (10, 3, 0, 0), (10, 0, 3, 0), (10, 0, 0, 3),
+        (10, 1, 1, 1), (21, 3, 2, 2),
+        pytest.param(60, 20, 0, 0, marks=pytest.mark.slow),
+        pytest.param(60, 8, 6, 6, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_sum_is_that_of_the_survivors_bit_for_bit(
-    count: int, before_sending: int, before_unmasking: int, tmp_path: Path
+    count: int, before_sending: int, before_signing: int, before_unmasking: int, tmp_path: Path
 ) -> None:
     federation = Federation(tmp_path, count)
-    away = list(RNG.permutation(federation.names)[: before_sending + before_unmasking])
+    most = before_sending + before_signing + before_unmasking
+    away = list(RNG.permutation(federation.names)[:most])
     sending = [name for name in federation.names if name not in away[:before_sending]]
     total = federation.added(sending)
-    for name, question in total.questions().items():
+    questions = federation.questions(total, away[: before_sending + before_signing])
+    assert len(questions) == count - before_sending - before_signing
+    for name, question in questions.items():
         if name not in away:
             total.take(name, federation.sites[name].unmask(question))
     np.testing.assert_array_equal(total.unmasked(), federation.plain(sending))
@@ -78,7 +98,7 @@ def test_a_site_that_masked_and_whose_vector_was_lost_is_no_survivor(tmp_path: P
     federation = Federation(tmp_path, 4)
     federation.masked("site-002")
     total = federation.added(["site-000", "site-001", "site-003"])
-    questions = total.questions()
+    questions = federation.questions(total)
     for name, question in questions.items():
         total.take(name, federation.sites[name].unmask(question))
     with pytest.raises(FederationError, match="said to lack its vector"):
@@ -92,7 +112,7 @@ def test_a_site_that_masked_and_whose_vector_was_lost_is_no_survivor(tmp_path: P
 def test_one_answer_too_few_gives_nothing(missing: int, tmp_path: Path) -> None:
     federation = Federation(tmp_path, 10)
     total = federation.added(federation.names)
-    for name, question in [*total.questions().items()][missing:]:
+    for name, question in [*federation.questions(total).items()][missing:]:
         total.take(name, federation.sites[name].unmask(question))
     with pytest.raises(FederationError, match="7 are needed to take it off"):
         total.unmasked()
@@ -102,6 +122,9 @@ def test_too_few_vectors_are_not_unmasked(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 10)
     total = federation.added(federation.names[:6])
     with pytest.raises(FederationError, match=r"6 of 10 sites have sent .* needs 7"):
+        total.lists()
+    total = Federation(tmp_path / "other", 10).added(federation.names)
+    with pytest.raises(FederationError, match=r"0 of 10 sites have signed .* needs 7"):
         total.questions()
 
 
@@ -174,13 +197,52 @@ def test_masks_cancel_and_streams_do_not_repeat() -> None:
 Refusal = Callable[[Federation], None]
 
 
+def ready(federation: Federation) -> Unmask:
+    """The last request to site-000, of a server that follows the protocol."""
+    return federation.questions(federation.added(federation.names))["site-000"]
+
+
 def two_lists(federation: Federation) -> None:
-    questions = federation.added(federation.names).questions()
-    site = federation.sites["site-000"]
-    site.unmask(questions["site-000"])
-    site.unmask(questions["site-000"])  # the same one may be asked again
-    fewer = tuple(federation.names[:-1])
-    site.unmask(replace(questions["site-000"], survivors=fewer))
+    question, site = ready(federation), federation.sites["site-000"]
+    site.unmask(question)
+    site.unmask(question)  # the same one may be asked again
+    site.sign(replace(question, survivors=tuple(federation.names[:-1])))
+
+
+def two_lists_to_open(federation: Federation) -> None:
+    question = replace(ready(federation), survivors=tuple(federation.names[:-1]))
+    federation.sites["site-000"].unmask(question)
+
+
+def nobody_has_signed(federation: Federation) -> None:
+    federation.sites["site-000"].unmask(replace(ready(federation), signatures={}))
+
+
+def the_server_has_signed(federation: Federation) -> None:
+    question = ready(federation)
+    text = federation.session.signed(question.survivors)
+    forged = dict.fromkeys(federation.names[1:], sign(new_identity(), *text))
+    own = {"site-000": question.signatures["site-000"]}
+    federation.sites["site-000"].unmask(replace(question, signatures={**forged, **own}))
+
+
+def signatures_of_an_earlier_round(federation: Federation) -> None:
+    before = ready(federation).signatures
+    federation.session = replace(federation.session, id="run/2/b")
+    federation.sites["site-000"].unmask(replace(ready(federation), signatures=before))
+
+
+def other_words_for_others(federation: Federation) -> None:
+    """The server announces another bound to two of the three sites, under the same id."""
+    own, told = federation.session, replace(federation.session, bound=1e9)
+    federation.masked("site-000")
+    federation.session = told
+    names = tuple(federation.names)
+    for name in names[1:]:
+        federation.masked(name)
+    question = Unmask(own.id, names)
+    signed = {name: federation.sites[name].sign(question).signature for name in names}
+    federation.sites["site-000"].unmask(replace(question, signatures=signed))
 
 
 def replayed(federation: Federation) -> None:
@@ -189,10 +251,10 @@ def replayed(federation: Federation) -> None:
 
 
 def earlier_round(federation: Federation) -> None:
-    questions = federation.added(federation.names).questions()
+    question = ready(federation)
     later = replace(federation.session, id="run/2/b")
     federation.sites["site-000"].mask(later, federation.vectors["site-000"].copy())
-    federation.sites["site-000"].unmask(questions["site-000"])
+    federation.sites["site-000"].unmask(question)
 
 
 def with_card(federation: Federation, name: str, card: KeyCard) -> None:
@@ -236,32 +298,39 @@ def alone(federation: Federation) -> None:
 
 
 def left_alone(federation: Federation) -> None:
-    questions = federation.added(federation.names).questions()
-    question = replace(questions["site-000"], survivors=("site-000",))
-    federation.sites["site-000"].unmask(question)
+    federation.added(federation.names)
+    federation.sites["site-000"].sign(Unmask(federation.session.id, ("site-000",)))
 
 
 def stranger(federation: Federation) -> None:
-    questions = federation.added(federation.names).questions()
-    question = replace(questions["site-000"], survivors=(*federation.names, "site-zzz"))
-    federation.sites["site-000"].unmask(question)
+    federation.added(federation.names)
+    question = Unmask(federation.session.id, (*federation.names, "site-zzz"))
+    federation.sites["site-000"].sign(question)
 
 
 def other_shares(federation: Federation) -> None:
-    question = federation.added(federation.names).questions()["site-000"]
+    question = ready(federation)
     sealed = {**question.sealed, "site-001": question.sealed["site-002"]}
     federation.sites["site-000"].unmask(replace(question, sealed=sealed))
 
 
 def never_masked(federation: Federation) -> None:
-    question = Unmask(federation.session.id, tuple(federation.names), {})
-    federation.sites["site-000"].unmask(question)
+    question = Unmask(federation.session.id, tuple(federation.names))
+    federation.sites["site-000"].sign(question)
 
 
 @pytest.mark.parametrize(
     ("hostile", "said"),
     [
         (two_lists, "a second, different list of survivors"),
+        (two_lists_to_open, "a second, different list of survivors"),
+        (nobody_has_signed, "with 0 signatures of its sites; 2 are needed"),
+        (the_server_has_signed, "with 1 signatures .* site-001, site-002 are not of this list"),
+        (
+            signatures_of_an_earlier_round,
+            "with 0 signatures .* those of site-000, site-001 are not",
+        ),
+        (other_words_for_others, "with 1 signatures .* site-001, site-002 are not of this list"),
         (replayed, "a round that it has masked before"),
         (earlier_round, "a round that is not its last one"),
         (unsigned, "the key of site-001, which its own key has not signed"),
@@ -284,10 +353,30 @@ def test_a_site_refuses_a_hostile_server(hostile: Refusal, said: str, tmp_path: 
     assert caught.value.shareable == str(caught.value)
 
 
+def test_two_lists_to_two_halves_of_the_sites_are_refused_by_both(tmp_path: Path) -> None:
+    """Whatever signatures the server hands on: neither list has found four of six."""
+    federation = Federation(tmp_path, 6)
+    federation.added(federation.names)
+    halves = federation.names[:3], federation.names[3:]
+    lists = tuple(federation.names), tuple(federation.names[1:])
+    id, signed = federation.session.id, dict[str, bytes]()
+    for half, survivors in zip(halves, lists, strict=True):
+        question = Unmask(id, survivors)
+        signed |= {name: federation.sites[name].sign(question).signature for name in half}
+    for half, survivors, others in zip(halves, lists, halves[::-1], strict=True):
+        for name in half:
+            with pytest.raises(FederationError) as caught:
+                federation.sites[name].unmask(Unmask(id, survivors, signatures=signed))
+            assert caught.value.shareable == (
+                "secure aggregation: the site refuses a list of survivors with 3 signatures of its "
+                f"sites; 4 are needed; those of {', '.join(others)} are not of this list"
+            )
+
+
 def test_nothing_is_opened_of_a_dropped_site_s_own_mask_or_of_two_survivors(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 6)
     total = federation.added(federation.names[:5])
-    for name, question in total.questions().items():
+    for name, question in federation.questions(total).items():
         opened = federation.sites[name].unmask(question)
         assert sorted(opened.shares) == federation.names[:5]
         assert {len(text) for text in opened.shares.values()} == {2 * 33}  # its own, and one pair
@@ -296,7 +385,10 @@ def test_nothing_is_opened_of_a_dropped_site_s_own_mask_or_of_two_survivors(tmp_
 def test_a_server_takes_no_shares_that_were_not_asked_for(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 4)
     total = federation.added(federation.names)
-    question = total.questions()["site-000"]
+    signed = federation.sites["site-001"].sign(total.lists()["site-001"])
+    with pytest.raises(FederationError, match="has not signed the list"):
+        total.take("site-000", signed)
+    question = federation.questions(total)["site-000"]
     opened = federation.sites["site-000"].unmask(question)
     for wrong in (
         replace(opened, shares={"site-000": b"short"}),
@@ -309,13 +401,40 @@ def test_a_server_takes_no_shares_that_were_not_asked_for(tmp_path: Path) -> Non
 
 def test_neighbours_are_mutual_and_as_many_as_said(tmp_path: Path) -> None:
     card = Federation(tmp_path, 2).session.cards["site-000"]
-    for count in (2, 20, 41, 42, 200):
+    for count, degree, threshold in (
+        *((2, 1, 2), (20, 19, 14), (21, 12, 5), (50, 28, 12), (100, 54, 24), (200, 108, 54)),
+    ):
         cards = {f"site-{i:03}": card for i in range(count)}
         session = Session("x", cards, "uniform", 1.0, 1 / 3, 1.0)
+        assert session.threshold == threshold
         for name in session.names:
             found = session.neighbours(name)
-            assert len(found) == min(count - 1, 40)
+            assert len(found) == degree
             assert all(name in session.neighbours(other) for other in found)
+
+
+@pytest.mark.parametrize("count", [21, 60, 200])
+def test_the_graph_keeps_its_promises_with_a_third_away_and_a_fifth_colluding(count: int) -> None:
+    """Two gaps in the ring split it most easily; how many are left of a neighbourhood, by scipy."""
+    away, colluding = count // 3, count // 5
+    degree, threshold = degree_and_threshold(count, away)
+    assert threshold > colluding
+    near = np.abs(np.arange(count)[:, None] - np.arange(count))
+    joined = np.minimum(near, count - near) <= degree // 2
+    gone = away + colluding
+
+    def parts(one: int, between: int) -> int:
+        """Of the ring without `one` sites, and without the others after some `between` them."""
+        kept = np.ones(count, bool)
+        kept[:one] = kept[one + between : gone + between] = False
+        return int(connected_components(joined[np.ix_(kept, kept)])[0])
+
+    for one in range(0, gone + 1, max(1, gone // 8)):
+        assert {parts(one, between) for between in range(count - gone)} == {1}
+    gone = degree
+    assert parts(degree // 2, 1) == 2  # so many are enough
+    left = hypergeom(count - 1, count - 1 - away, degree)
+    assert count * left.cdf(threshold - 1) <= 2**-20 < count * left.cdf(threshold)
 
 
 @given(

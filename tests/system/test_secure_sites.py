@@ -76,10 +76,10 @@ def test_a_site_and_the_server_die_between_the_exchanges(federation: Federation)
     time.sleep(5)  # until the reply is with the server
     for process in processes_of(root, "ant"):
         process.kill()
-    opened = answered(root, "bees", "unmask")
+    signed = answered(root, "bees", "sign")
     late.resume()
     # The second exchange has begun, and waits for the site that is gone.
-    assert wait_for(lambda: answered(root, "bees", "unmask") > opened, 300)
+    assert wait_for(lambda: answered(root, "bees", "sign") > signed, 300)
     for process in relatives(root):
         if "flwr-serverapp" in command_of(process):
             process.kill()

@@ -40,9 +40,15 @@ def query(message: Message, context: Context) -> Message:
     return _reply("query", message, context)
 
 
+@app.query("sign")
+def sign(message: Message, context: Context) -> Message:
+    """Sign the list of a secure-aggregation round's survivors."""
+    return _reply("sign", message, context)
+
+
 @app.query("unmask")
 def unmask(message: Message, context: Context) -> Message:
-    """Answer the second exchange of a secure-aggregation round with shares of masks."""
+    """Answer the last exchange of a secure-aggregation round with shares of masks."""
     return _reply("unmask", message, context)
 
 

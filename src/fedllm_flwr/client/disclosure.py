@@ -39,7 +39,7 @@ def audited(
     try:
         server_round, config = unpack_config(asked)
     except FederationError as error:
-        if kind != "unmask":  # which has no settings, and belongs to a logged round
+        if kind not in ("sign", "unmask"):  # which have no settings, and belong to a logged round
             entry["unreadable"] = str(error)
     else:
         settings = asdict(config)

@@ -41,6 +41,7 @@ from fedllm_flwr.federation.wire import (
     pack_masked,
     pack_opened,
     pack_scores,
+    pack_signed,
     pack_update,
     unpack_assignment,
     unpack_query,
@@ -97,8 +98,15 @@ def train(content: RecordDict, site: Site) -> RecordDict:
     return pack_masked(MaskedUpdate(words, sealed, update.num_examples, update.metrics))
 
 
+def sign(content: RecordDict, site: Site) -> RecordDict:
+    """Sign the list of a secure-aggregation round's survivors."""
+    question = unpack_unmask(content)
+    name = question.asked if site.is_simulated else site.name
+    return pack_signed(site.secure(name, content).sign(question))
+
+
 def unmask(content: RecordDict, site: Site) -> RecordDict:
-    """Answer the second exchange of a secure-aggregation round with shares of masks."""
+    """Answer the last exchange of a secure-aggregation round with shares of masks."""
     question = unpack_unmask(content)
     name = question.asked if site.is_simulated else site.name
     return pack_opened(site.secure(name, content).unmask(question))
@@ -157,6 +165,7 @@ HANDLERS: dict[str, Callable[[RecordDict, Site], RecordDict]] = {
     "train": train,
     "evaluate": evaluate,
     "query": query,
+    "sign": sign,
     "unmask": unmask,
 }
 

@@ -8,11 +8,11 @@ from typing import Protocol
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Assignment, LocalScores, MaskedUpdate, Update
 from fedllm_flwr.federation.roster import Roster
-from fedllm_flwr.federation.secure.site import Opened, Unmask
+from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
 from fedllm_flwr.params import Groups
 
 Request = Assignment | Unmask
-Answer = Update | MaskedUpdate | LocalScores | Opened
+Answer = Update | MaskedUpdate | LocalScores | Signed | Opened
 
 
 class RequestKind(StrEnum):
@@ -20,6 +20,7 @@ class RequestKind(StrEnum):
 
     TRAIN = "train"
     EVALUATE = "evaluate"
+    SIGN = "query.sign"
     UNMASK = "query.unmask"
 
 

@@ -11,7 +11,13 @@ from fedllm_flwr.federation.census import Census
 from fedllm_flwr.federation.channel import Answer, NoReplyError, Reply, Request, RequestKind
 from fedllm_flwr.federation.exchange import receive, send, time_to_live
 from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
-from fedllm_flwr.federation.replies import Asked, read_opened, read_scores, read_update
+from fedllm_flwr.federation.replies import (
+    Asked,
+    read_opened,
+    read_scores,
+    read_signed,
+    read_update,
+)
 from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.wire import pack_requests
 from fedllm_flwr.params import Groups
@@ -99,6 +105,7 @@ class FlowerChannel:
 _READERS: dict[RequestKind, Callable[[Message], Answer]] = {
     RequestKind.TRAIN: read_update,
     RequestKind.EVALUATE: read_scores,
+    RequestKind.SIGN: read_signed,
     RequestKind.UNMASK: read_opened,
 }
 

@@ -280,7 +280,7 @@ class Mechanism:
         return combined, {}
 
     def open(self, state: ServerState, roster: Roster) -> None:
-        """Log what the second exchange of the round after `state` will release."""
+        """Log what the last exchange of the round after `state` will release."""
 
     def spent(self, roster: Roster) -> tuple[float, float] | None:
         """Epsilon and delta of the releases so far; None without privacy."""

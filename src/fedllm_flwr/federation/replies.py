@@ -16,8 +16,8 @@ from fedllm_flwr.federation.messages import (
     printable,
 )
 from fedllm_flwr.federation.roster import Roster
-from fedllm_flwr.federation.secure.site import Opened
-from fedllm_flwr.federation.wire import unpack_opened, unpack_update
+from fedllm_flwr.federation.secure.site import Opened, Signed
+from fedllm_flwr.federation.wire import unpack_opened, unpack_signed, unpack_update
 
 Content = TypeVar("Content")
 
@@ -68,6 +68,17 @@ def read_update(reply: Message) -> Update | MaskedUpdate:
     if reason := failure_reason(reply):
         raise FederationError(reason)
     return _decoded(reply.content, unpack_update)
+
+
+def read_signed(reply: Message) -> Signed:
+    """The signature in a reply.
+
+    Raises:
+        FederationError: the reply is an error or a refusal, or holds no signature.
+    """
+    if reason := failure_reason(reply):
+        raise FederationError(reason)
+    return _decoded(reply.content, unpack_signed)
 
 
 def read_opened(reply: Message) -> Opened:

@@ -1,8 +1,9 @@
 """The rounds of a run: a plain loop over a rule, a channel to the clients and a recorder.
 
-A round consists of up to three exchanges with the clients: the sampled clients train; under secure
-aggregation, they help to unmask the sum; and with ``evaluation.clients``, all clients score the new
-adapter. This module does not depend on Flower, on the clients' disks, or on where clients run.
+A round consists of up to four exchanges with the clients: the sampled clients train; under secure
+aggregation, they sign who is left and help to unmask the sum; and with ``evaluation.clients``, all
+clients score the new adapter. This module does not depend on Flower, on the clients' disks, or on
+where clients run.
 """
 
 import math
@@ -41,7 +42,7 @@ from fedllm_flwr.federation.roster import Roster, check_roster
 from fedllm_flwr.federation.rule import Counts, Rule
 from fedllm_flwr.federation.secure.graph import Session
 from fedllm_flwr.federation.secure.keys import KeyCard
-from fedllm_flwr.federation.secure.site import Opened
+from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
 from fedllm_flwr.federation.server_copies import ServerCopies
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.updates.cast import wire_bytes
@@ -171,7 +172,7 @@ class Rounds:
     ) -> ServerState:
         """Combine the usable replies as they arrive, then take the server step.
 
-        Under secure aggregation a second exchange unmasks the sum. If that fails, the round is
+        Under secure aggregation two more exchanges unmask the sum. If one fails, the round is
         dropped: only its number changes in the state.
 
         Raises:
@@ -193,6 +194,7 @@ class Rounds:
         try:
             assert channel is not None
             limit = self.config.federation.round_timeout_s if timeout_s is None else timeout_s
+            opened.agree(channel, limit)
             self.mechanism.open(opened.state, channel.roster)
             opened.unmask(channel, limit)
             opened.open_sum()
@@ -535,19 +537,33 @@ class OpenRound:
         sent = self.assignments[name]
         return {**self.state.params, **sent.params} if sent.seeded else sent.params
 
-    def unmask(self, channel: Channel, timeout_s: float) -> None:
-        """The second exchange: ask clients whose vectors have arrived for shares of the masks.
+    def agree(self, channel: Channel, timeout_s: float) -> None:
+        """Ask the clients whose vectors have arrived to sign the list of them.
 
         Raises:
             FederationError: too few vectors have arrived.
         """
         assert self._masked is not None
-        questions = self._masked.sum.questions()
-        for reply in channel.exchange(RequestKind.UNMASK, questions, timeout_s, {}):
+        self._ask(channel, RequestKind.SIGN, self._masked.sum.lists(), timeout_s)
+
+    def unmask(self, channel: Channel, timeout_s: float) -> None:
+        """Ask the clients that have signed the list for shares of the masks.
+
+        Raises:
+            FederationError: too few have signed it.
+        """
+        assert self._masked is not None
+        self._ask(channel, RequestKind.UNMASK, self._masked.sum.questions(), timeout_s)
+
+    def _ask(
+        self, channel: Channel, kind: RequestKind, questions: Mapping[str, Unmask], timeout_s: float
+    ) -> None:
+        assert self._masked is not None
+        for reply in channel.exchange(kind, questions, timeout_s, {}):
             try:
                 if isinstance(reply.answer, FederationError):
                     raise reply.answer
-                if not isinstance(reply.answer, Opened):
+                if not isinstance(reply.answer, Signed | Opened):
                     raise FederationError("an answer that was not asked for")
                 self._masked.sum.take(reply.client, reply.answer)
             except FederationError as error:

@@ -35,7 +35,7 @@ from fedllm_flwr.federation.messages import (
 )
 from fedllm_flwr.federation.secure.graph import Session
 from fedllm_flwr.federation.secure.keys import KeyCard
-from fedllm_flwr.federation.secure.site import Opened, Unmask
+from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
 from fedllm_flwr.federation.updates.cast import STORED, decode, encode
 from fedllm_flwr.params import Params
 
@@ -211,6 +211,7 @@ def pack_unmask(question: Unmask) -> RecordDict:
         {
             "unmask": ConfigRecord({**about, "survivors": [*question.survivors]}),
             "sealed": ConfigRecord(dict(question.sealed)),
+            "signatures": ConfigRecord(dict(question.signatures)),
         }
     )
 
@@ -222,13 +223,24 @@ def unpack_unmask(content: RecordDict) -> Unmask:
     survivors = about["survivors"]
     if not isinstance(survivors, list) or not all(isinstance(name, str) for name in survivors):
         raise FederationError("its survivors are no list of names")
-    sealed = _bytes(_settings(content, "sealed"))
     return Unmask(
         session=_field(about, "session", str),
         survivors=tuple(map(str, survivors)),
-        sealed=sealed,
+        sealed=_bytes(_settings(content, "sealed")),
+        signatures=_bytes(_settings(content, "signatures")),
         asked=_field(about, "asked", str),
     )
+
+
+def pack_signed(signed: Signed) -> RecordDict:
+    """A `Signed` as records."""
+    return RecordDict({"signed": ConfigRecord({"signature": signed.signature})})
+
+
+@_reading()
+def unpack_signed(content: RecordDict) -> Signed:
+    """The `Signed` in a client's reply."""
+    return Signed(_field(_settings(content, "signed"), "signature", bytes))
 
 
 def pack_opened(opened: Opened) -> RecordDict:

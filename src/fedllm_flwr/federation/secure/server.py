@@ -7,9 +7,10 @@ import numpy as np
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.secure.graph import Session, dropped
+from fedllm_flwr.federation.secure.keys import has_signed
 from fedllm_flwr.federation.secure.masks import Words, add_mask
 from fedllm_flwr.federation.secure.shares import SHARE_BYTES, join
-from fedllm_flwr.federation.secure.site import Opened, Unmask
+from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
 
 _SEAL_BYTES = 16  # of AES-GCM's tag
 Seeds = dict[tuple[str, str], dict[int, bytes]]  # shares by the site and the seed's other end
@@ -26,6 +27,7 @@ class MaskedSum:
         self.session = session
         self._sum = np.zeros(size, np.uint32)
         self._sealed: dict[str, Mapping[str, bytes]] = {}
+        self._signatures: dict[str, bytes] = {}
         self._shares: Seeds = defaultdict(dict)
 
     @property
@@ -48,8 +50,8 @@ class MaskedSum:
         self._sum += words
         self._sealed[name] = sealed
 
-    def questions(self) -> dict[str, Unmask]:
-        """The unmasking request to each survivor.
+    def lists(self) -> dict[str, Unmask]:
+        """The list of survivors, for each of them to sign.
 
         Raises:
             FederationError: there are too few survivors.
@@ -61,6 +63,22 @@ class MaskedSum:
                 f"secure aggregation needs {least} (privacy.secure_dropouts="
                 f"{self.session.dropouts:g})"
             )
+        return {name: Unmask(self.session.id, survivors, asked=name) for name in survivors}
+
+    def questions(self) -> dict[str, Unmask]:
+        """The unmasking request to each site that has signed the list.
+
+        Raises:
+            FederationError: too few have.
+        """
+        survivors, least = self.survivors, self.session.least
+        if len(self._signatures) < least:
+            raise FederationError(
+                f"{len(self._signatures)} of {len(survivors)} sites have signed the list of "
+                f"survivors, and secure aggregation needs {least} (privacy.secure_dropouts="
+                f"{self.session.dropouts:g})"
+            )
+        enough = dict(sorted(self._signatures.items())[:least])
         return {
             name: Unmask(
                 self.session.id,
@@ -70,24 +88,31 @@ class MaskedSum:
                     for sender in survivors
                     if sender in self.session.neighbours(name)
                 },
+                enough,
                 asked=name,
             )
-            for name in survivors
+            for name in sorted(self._signatures)
         }
 
-    def take(self, name: str, opened: Opened) -> None:
-        """Add a survivor's shares.
+    def take(self, name: str, answer: Signed | Opened) -> None:
+        """Add a survivor's signature of the list, or its shares.
 
         Raises:
-            FederationError: it does not hold such shares.
+            FederationError: its key has not signed this list, or it does not hold such shares.
         """
-        for of, text in opened.shares.items():
+        if isinstance(answer, Signed):
+            signed = self.session.signed(self.survivors)
+            if not has_signed(self.session.cards[name], answer.signature, *signed):
+                raise FederationError("it has not signed the list of survivors")
+            self._signatures[name] = answer.signature
+            return
+        for of, text in answer.shares.items():
             if of not in self.survivors or name not in self.session.holders(of):
                 raise FederationError("it has sent shares that it was not asked for")
             seeds = [of, *dropped(self.session.neighbours(of), self.survivors)]
             if len(text) != SHARE_BYTES * len(seeds):
                 raise FederationError("it has sent shares that it was not asked for")
-        for of, text in opened.shares.items():
+        for of, text in answer.shares.items():
             point = self.session.holders(of)[name]
             seeds = [of, *dropped(self.session.neighbours(of), self.survivors)]
             for i, to in enumerate(seeds):
@@ -102,7 +127,7 @@ class MaskedSum:
         for of in self.survivors:
             lost = dropped(self.session.neighbours(of), self.survivors)
             for to in (of, *lost):
-                shares, needed = self._shares[of, to], self.session.threshold(of)
+                shares, needed = self._shares[of, to], self.session.threshold
                 if len(shares) < needed:
                     raise FederationError(
                         f"{len(shares)} sites have answered for the mask of {of}, and {needed} are "

@@ -1,7 +1,9 @@
-"""A site's part: masks its vector, and then helps to unmask the sum of the survivors' vectors.
+"""A site's part: masks its vector, signs who is left, and helps to unmask the survivors' sum.
 
 A site must never mask two vectors with the same masks, or accept two lists of survivors for one
-round. It therefore records each of these on disk before it answers.
+round. It therefore records each of these on disk before it answers. It opens shares only for a list
+that so many sites have signed that no other list can find as many (the consistency check of
+Bonawitz et al. 2017).
 """
 
 import contextlib
@@ -21,11 +23,13 @@ from fedllm_flwr.federation.secure.keys import (
     check_card,
     check_known,
     derive,
+    has_signed,
     make_card,
     new_identity,
     new_run_key,
     pair_secret,
     refused,
+    sign,
 )
 from fedllm_flwr.federation.secure.masks import Words, add_mask
 from fedllm_flwr.federation.secure.shares import SEED_BYTES, SHARE_BYTES, split
@@ -36,23 +40,32 @@ _NONCE = bytes(12)  # each key encrypts one text
 
 @dataclass(frozen=True)
 class Unmask:
-    """The request of the second exchange.
+    """A request after masking: to sign the list of survivors, and then to open shares for it.
 
     Args:
         survivors: the sites whose vectors are in the sum.
-        sealed: by survivor, its encrypted shares for the receiving site.
+        sealed: by survivor, its encrypted shares for the receiving site; none to sign.
+        signatures: of the list, by survivor; none to sign.
         asked: name of the receiving site, which simulated clients need.
     """
 
     session: str
     survivors: tuple[str, ...]
-    sealed: Mapping[str, bytes]
+    sealed: Mapping[str, bytes] = field(default_factory=dict)
+    signatures: Mapping[str, bytes] = field(default_factory=dict)
     asked: str = ""
 
 
 @dataclass(frozen=True)
+class Signed:
+    """A site's signature of a list of survivors."""
+
+    signature: bytes
+
+
+@dataclass(frozen=True)
 class Opened:
-    """A site's answer: shares of the survivors' seeds.
+    """Shares of the survivors' seeds, in a site's last answer of a round.
 
     Args:
         shares: by survivor, a share of the seed of its own mask, then one of each pair seed that it
@@ -82,8 +95,8 @@ class SecureSite:
         """The site's card for this run; its keys are created at the first call."""
 
         def make() -> bytes:
-            identity = _secret(self._identity, new_identity)
-            return make_card(identity, self._private(), self._run, self._name).to_text().encode()
+            card = make_card(self._own_key(), self._private(), self._run, self._name)
+            return card.to_text().encode()
 
         return KeyCard.from_text(_secret(self._of_run / "card.json", make).decode())
 
@@ -123,8 +136,8 @@ class SecureSite:
         neighbours, holders = session.neighbours(me), session.holders(me)
         common = {name: pair_secret(private, session.cards[name]) for name in neighbours}
         seeds = {me: secrets.token_bytes(SEED_BYTES)}
-        seeds |= {name: derive(common[name], "mask", session.id) for name in neighbours}
-        threshold = session.threshold(me)
+        seeds |= {name: derive(common[name], "mask", session.digest) for name in neighbours}
+        threshold = session.threshold
         shares = {of: split(seed, threshold, holders.values()) for of, seed in seeds.items()}
         bundles = {
             name: b"".join(shares[of][point] for of in (me, *neighbours))
@@ -135,12 +148,22 @@ class SecureSite:
         state = {"session": session.plain(), "own": bundles.pop(me).hex(), "list": None}
         self._write("round.json", state)
         for of, seed in seeds.items():
-            sign: Literal[1, -1] = 1 if of >= me else -1
-            add_mask(words, seed, sign)
+            direction: Literal[1, -1] = 1 if of >= me else -1
+            add_mask(words, seed, direction)
         return {
-            name: AESGCM(self._seal(common[name], session.id, me, name)).encrypt(_NONCE, text, None)
+            name: AESGCM(self._seal(common[name], session, me, name)).encrypt(_NONCE, text, None)
             for name, text in bundles.items()
         }
+
+    def sign(self, question: Unmask) -> Signed:
+        """This site's signature of the list of survivors, of which a round has one.
+
+        Raises:
+            FederationError: the round was not masked here, a list of survivors that is no such, is
+                too short, or is another than before.
+        """
+        session = self._agree(question)
+        return Signed(sign(self._own_key(), *session.signed(question.survivors)))
 
     def unmask(self, question: Unmask) -> Opened:
         """Shares of the survivors' own masks, and of their pair masks with dropped sites.
@@ -149,8 +172,40 @@ class SecureSite:
         survivors, are not revealed.
 
         Raises:
-            FederationError: the round was not masked here, a list of survivors that is no such, is
-                too short, or is another than before.
+            FederationError: as `sign`, or too few sites have signed the list.
+        """
+        session, survivors = self._agree(question), question.survivors
+        signed = session.signed(survivors)
+        others = [
+            name
+            for name, signature in sorted(question.signatures.items())
+            if name not in survivors or not has_signed(session.cards[name], signature, *signed)
+        ]
+        if (count := len(question.signatures) - len(others)) < session.least:
+            of_others = f"; those of {', '.join(others)} are not of this list" if others else ""
+            raise refused(
+                f"a list of survivors with {count} signatures of its sites; {session.least} are "
+                f"needed{of_others}"
+            )
+        own = _json(self._of_run / "round.json")["own"]
+        shares: dict[str, bytes] = {}
+        for name in survivors:
+            if (text := self._bundle(session, own, name, question)) is None:
+                continue
+            neighbours = session.neighbours(name)
+            if len(text) != SHARE_BYTES * (1 + len(neighbours)):
+                raise refused(f"shares of {name} that are too few or too many")
+            found = [text[i : i + SHARE_BYTES] for i in range(0, len(text), SHARE_BYTES)]
+            of = dict(zip(neighbours, found[1:], strict=True))
+            lost = dropped(neighbours, survivors)
+            shares[name] = b"".join([found[0], *(of[other] for other in lost)])
+        return Opened(shares)
+
+    def _agree(self, question: Unmask) -> Session:
+        """The round's session, once its list of survivors is recorded as the only one.
+
+        Raises:
+            FederationError: as `sign`.
         """
         state = _json(self._of_run / "round.json")
         if not state or question.session != state["session"]["id"]:
@@ -166,19 +221,9 @@ class SecureSite:
             )
         if state["list"] not in (None, survivors):
             raise refused("a second, different list of survivors of a round")
-        self._write("round.json", {**state, "list": survivors})
-        shares: dict[str, bytes] = {}
-        for name in survivors:
-            if (text := self._bundle(session, state["own"], name, question)) is None:
-                continue
-            neighbours = session.neighbours(name)
-            if len(text) != SHARE_BYTES * (1 + len(neighbours)):
-                raise refused(f"shares of {name} that are too few or too many")
-            found = [text[i : i + SHARE_BYTES] for i in range(0, len(text), SHARE_BYTES)]
-            of = dict(zip(neighbours, found[1:], strict=True))
-            lost = dropped(neighbours, survivors)
-            shares[name] = b"".join([found[0], *(of[other] for other in lost)])
-        return Opened(shares)
+        if state["list"] is None:
+            self._write("round.json", {**state, "list": survivors})
+        return session
 
     def _bundle(self, session: Session, own: str, name: str, question: Unmask) -> bytes | None:
         """The shares of a survivor that this site holds; None if it holds none."""
@@ -187,14 +232,17 @@ class SecureSite:
         if name not in session.neighbours(self._name) or name not in question.sealed:
             return None
         common = pair_secret(self._private(), session.cards[name])
-        key = self._seal(common, session.id, name, self._name)
+        key = self._seal(common, session, name, self._name)
         try:
             return AESGCM(key).decrypt(_NONCE, question.sealed[name], None)
         except InvalidTag:
             raise refused(f"shares that {name} has not sealed for it") from None
 
-    def _seal(self, common: bytes, session: str, sender: str, receiver: str) -> bytes:
-        return derive(common, "share", session, sender, receiver)
+    def _seal(self, common: bytes, session: Session, sender: str, receiver: str) -> bytes:
+        return derive(common, "share", session.digest, sender, receiver)
+
+    def _own_key(self) -> bytes:
+        return _secret(self._identity, new_identity)
 
     def _private(self) -> bytes:
         return _secret(self._of_run / "key", new_run_key)
