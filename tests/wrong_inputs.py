@@ -225,11 +225,11 @@ MODELS = _rows(
     ("no such device", "training.device=cuda", "training.device=cuda"),
     ("FlashAttention without CUDA", "model.attention=flash_attention_2", "flash_attention_2"),
     ("misspelt suite", "evaluation.suites=[finence]", "Did you mean 'finance'"),
-    ("suite that runs code", "evaluation.suites=[code]", "runs code or asks a judge"),
+    ("suite that runs code", "evaluation.suites=[code]", "runs code or uses a judge"),
     (
         "suite without its files",
         "evaluation.suites=[finance] evaluation.data_root=folder",
-        "holds the files of no task of finance",
+        "contains the files of no task of finance",
     ),
     ("adapter of another shape", "init_adapter=finished/adapter lora.r=4", "lora.r=4, but"),
     ("init_adapter that is none", "init_adapter=folder", "adapter_config.json"),

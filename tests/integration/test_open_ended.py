@@ -163,7 +163,7 @@ def test_a_local_judge_has_to_be_served(
     toy_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(ConfigError, match=r"a local judge is an endpoint too; serve it \(vllm"):
+    with pytest.raises(ConfigError, match=r"a local judge must be served by an endpoint \(vllm"):
         check([TASKS["advbench"]], options(data, tmp_path, judge_model=str(toy_model)))
 
 

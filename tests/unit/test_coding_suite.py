@@ -114,7 +114,7 @@ def test_problems_of_absent_libraries_are_left_out(tmp_path: Path) -> None:
     problems, remark = read_problems(TASKS["ds1000"], RunOptions(data_root=tmp_path))
 
     assert [problem.id for problem in problems] == ["DS-1000/0", "DS-1000/2"]
-    assert remark == "1 problems left out, without Nosuchlibrary"
+    assert remark == "1 problems left out: Nosuchlibrary not installed"
 
 
 def test_a_missing_file_and_a_missing_field_are_named(tmp_path: Path) -> None:

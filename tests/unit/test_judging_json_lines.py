@@ -36,7 +36,7 @@ def test_a_broken_line_in_the_middle_is_refused(line: str, tmp_path: Path) -> No
     path = tmp_path / "log.jsonl"
     path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
     with (
-        pytest.raises(DataError, match=r"log.jsonl, line 2: no JSON object; delete"),
+        pytest.raises(DataError, match=r"log.jsonl, line 2: not a JSON object; delete"),
         json_lines(path),
     ):
         pass
@@ -49,7 +49,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with (
         json_lines(path),
-        pytest.raises(ConfigError, match="another process writes to it"),
+        pytest.raises(ConfigError, match="is in use by another process"),
         json_lines(path),
     ):
         pass

@@ -59,7 +59,7 @@ LIMITED = {
     "memory by many": Case(
         "import os, time\nfor _ in range(3): os.fork()\nx = b'1' * 2**27\ntime.sleep(60)",
         "memory",
-        "all its processes together",
+        "its processes together",
     ),
     "shared memory": Case(
         "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"

@@ -1,1 +1,1 @@
-"""Evaluation of adapters: loss on held-out text, and answers by likelihood."""
+"""Evaluation of adapters: held-out records, benchmark suites, judges, and privacy attacks."""

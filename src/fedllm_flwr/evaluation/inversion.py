@@ -1,18 +1,18 @@
-"""Gradient inversion: which tokens of a batch can be read off the adapter's gradient?
+"""Gradient inversion: recovers the tokens of a batch from the adapter's gradient.
 
-The first layer's adapted matrices all see one input, x_t = f(token t), where f is known and does
-not depend on the position (rotary embeddings come later). The gradient of a LoRA matrix A there is
+All adapted matrices of the first layer have the same input, x_t = f(token t), where f is known and
+does not depend on the position (rotary embeddings come later). The gradient of a LoRA matrix A is
 
     dL/dA = sum_t (B^T g_t) x_t^T,
 
-so that its rows lie in the span of the inputs x_t. The attack ranks all tokens of the vocabulary by
-the share of f(token) that lies in the span of those rows: one for exact members of it. This is the
-first step of DAGER (Petrov et al. 2024). Gradients of full matrices determine the span; those of
-rank-r matrices do only where a batch has few tokens.
+so its rows lie in the span of the inputs x_t. The attack ranks all tokens of the vocabulary by the
+fraction of f(token) that lies in the span of these rows, which is one for vectors in the span. This
+is the first step of DAGER (Petrov et al. 2024). Gradients of full matrices determine the span of
+the inputs; those of rank-r matrices do so only for batches of few tokens.
 
-The measure: of the n tokens that are a batch's own (tokens of at most half of all records, so that
-the template does not count), the share among the n highest. The control is the same ranking against
-the tokens of another batch, which is what frequent tokens alone would give.
+The score: of a batch's n distinctive tokens (those in at most half of all records, which excludes
+the template), the fraction among the n highest-ranked tokens. The control scores the same ranking
+against the tokens of another batch, and shows what token frequency alone would achieve.
 """
 
 from collections.abc import Sequence
@@ -31,22 +31,22 @@ from fedllm_flwr.models.inputs import forward, in_dtype
 from fedllm_flwr.privacy.noise import Noise
 from fedllm_flwr.training.private import ExampleLosses, catching, noisy_sum
 
-_COMMON = 0.5  # share of all records from which on a token belongs to the template
-_RANK = 1e-4  # singular values below this share of the largest one are rounding
-_CHUNK = 4096  # tokens of the vocabulary in one forward pass
+_COMMON = 0.5  # tokens in more than this fraction of records belong to the template
+_RANK = 1e-4  # singular values below this fraction of the largest are rounding errors
+_CHUNK = 4096  # tokens of the vocabulary per forward pass
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the module whose input is wanted."""
+    """Stops a forward pass at the module whose input is needed."""
 
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """The adapted modules that see the embeddings of tokens, and what they see of each.
+    """The adapted modules that read token embeddings, and their input for each token.
 
     Args:
-        names: of the modules' LoRA matrices A that are trained, by PEFT state-dict name.
-        inputs: f(token) of the whole vocabulary, rows of norm one, (tokens, in).
+        names: PEFT state-dict names of the modules' trained LoRA matrices A.
+        inputs: f(token) for the whole vocabulary, with rows of norm one, (tokens, in).
     """
 
     names: list[str]
@@ -55,7 +55,7 @@ class FirstLayer:
 
 @torch.inference_mode()
 def first_layer(model: AdaptedModel) -> FirstLayer:
-    """The modules that see the same input as the first adapted one of a forward pass."""
+    """The modules with the same input as the first adapted module of a forward pass."""
     layers: list[Any] = [module for module in model.peft.modules() if hasattr(module, "lora_A")]
     seen: list[tuple[Any, Tensor]] = []
     hooks = [
@@ -100,16 +100,17 @@ def tokens_recovered(
     batches: Sequence[list[int]],
     config: Config,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Attack the gradient of one step on each batch, as a client would send it.
+    """Attack the gradient of one training step on each batch, as a client would send it.
 
-    With ``privacy.unit=record`` that is the noisy sum of the clipped gradients; else the gradient
-    of the mean loss.
+    With ``privacy.unit=record`` this is the noisy sum of the clipped gradients, otherwise the
+    gradient of the mean loss.
 
     Args:
         batches: at least two, of examples of `records`.
 
     Returns:
-        Share of each batch's own tokens that is recovered, and the control's, both (batches,).
+        Fraction of each batch's distinctive tokens recovered by the attack and by the control,
+        both (batches,).
     """
     tokens_of = [set(records[i][0].tolist()) for i in range(len(records))]
     counts = np.bincount([token for each in tokens_of for token in each], minlength=1)
@@ -143,7 +144,7 @@ def _gradient(
 
 
 def _ranking(gradient: dict[str, Tensor], layer: FirstLayer, common: set[int]) -> NDArray[np.int64]:
-    """All tokens but the common ones, the likeliest first."""
+    """All tokens except the common ones, ranked from most to least likely."""
     rows = torch.cat([gradient[name] for name in layer.names])  # (modules x r, in)
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
     basis = basis[sizes > _RANK * sizes[0]].float()

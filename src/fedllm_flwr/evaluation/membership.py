@@ -1,15 +1,17 @@
-"""Membership inference: does an adapter score the records it was trained on above others?
+"""Membership inference: attacks that separate an adapter's training records from others.
 
-Each attack gives a record a number that is higher where it takes the record for a member:
+Each attack assigns a record a score that is higher if the record is likely to be a member:
 
 - ``loss``: mean log-probability of the answer's tokens (Yeom et al. 2018);
-- ``min-k``: mean over the least likely fifth of them (Shi et al. 2024, "Detecting Pretraining Data
-  from Large Language Models");
-- ``calibrated``: ``loss`` minus the same under the base model, which takes out how hard a record is
-  (Watson et al. 2022, "On the Importance of Difficulty Calibration in Membership Inference").
+- ``min-k``: mean over the least likely fifth of these tokens (Shi et al. 2024, "Detecting
+  Pretraining Data from Large Language Models");
+- ``calibrated``: ``loss`` minus ``loss`` under the base model, which removes the difficulty of the
+  record (Watson et al. 2022, "On the Importance of Difficulty Calibration in Membership
+  Inference").
 
-``base`` is ``loss`` under the base model alone, which has seen neither: away from 0.5 it says that
-members and non-members differ by themselves, and the others are to be read against it.
+``base`` is ``loss`` under the base model, which has seen no record of either kind. If its AUC
+differs from 0.5, members and non-members differ by themselves, and it is the level against which
+the attacks must be read.
 """
 
 from collections.abc import Mapping
@@ -42,11 +44,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Attack:
-    """How well members are told from non-members.
+    """How well an attack separates members from non-members.
 
     Args:
-        auc: chance that a member scores above a non-member; 0.5 is guessing.
-        tpr: share of the members found where 1 % of the non-members are taken for some.
+        auc: probability that a member scores above a non-member; 0.5 is guessing.
+        tpr: true-positive rate at a false-positive rate of 1 %.
     """
 
     auc: Interval
@@ -54,7 +56,7 @@ class Attack:
 
 
 def attack_scores(model: AdaptedModel, records: Encoded, batch_tokens: int) -> dict[str, Values]:
-    """What each attack gives each record under the adapter in `model`, (records,)."""
+    """The score of each record under the adapter in `model`, by attack, (records,)."""
     found = _answer_log_probs(model, records, batch_tokens)
     with model.peft.disable_adapter():
         base = _answer_log_probs(model, records, batch_tokens)
@@ -69,7 +71,7 @@ def attack_scores(model: AdaptedModel, records: Encoded, batch_tokens: int) -> d
 def judge(
     members: Mapping[str, Values], others: Mapping[str, Values], seed: int
 ) -> dict[str, Attack]:
-    """Every attack's success on the scores of members and of non-members."""
+    """The success of each attack, from the scores of members and non-members."""
     return {name: attack(members[name], others[name], seed) for name in members}
 
 
@@ -83,21 +85,21 @@ def mean_of(values: Values, seed: int) -> Interval:
 def _answer_log_probs(
     model: AdaptedModel, records: Encoded, batch_tokens: int
 ) -> tuple[Values, Values]:
-    """Mean log-probability of each answer's tokens, and of their least likely fifth."""
+    """Mean log-probability of each answer's tokens, and of the least likely fifth of them."""
     model.peft.eval()
     means, lowest = np.zeros(len(records)), np.zeros(len(records))
     for batch in by_length(records.lengths, batch_tokens):
         log_probs, counts = trained_log_probs(model, records, batch)
         for row, example in enumerate(batch):
             count = int(counts[row])
-            tokens = np.sort(log_probs[row].double().cpu().numpy())[:count]  # the rest are zero
+            tokens = np.sort(log_probs[row].double().cpu().numpy())[:count]  # padding is zero
             means[example] = tokens.mean()
             lowest[example] = tokens[: max(1, round(_SHARE * count))].mean()
     return means, lowest
 
 
 def attack(members: Values, others: Values, seed: int) -> Attack:
-    """Success of one score."""
+    """The success of one attack."""
     rng = np.random.default_rng(seed)
     resampled = [
         (
@@ -123,7 +125,7 @@ def _interval(values: Values | list[float]) -> tuple[float, float]:
 
 
 def area_under_curve(members: Values, others: Values) -> float:
-    """Share of the pairs in which the member scores higher, ties counting half."""
+    """Fraction of the pairs in which the member scores higher; ties count half."""
     ordered = np.sort(others)
     below = np.searchsorted(ordered, members, side="left")
     upto = np.searchsorted(ordered, members, side="right")
@@ -131,7 +133,7 @@ def area_under_curve(members: Values, others: Values) -> float:
 
 
 def found_at_few_errors(members: Values, others: Values) -> float:
-    """Share of the members above all but 1 % of the non-members."""
+    """True-positive rate at a false-positive rate of 1 %."""
     allowed = int(_FALSE_POSITIVES * len(others))
     threshold = np.sort(others)[len(others) - 1 - allowed]
     return float((members > threshold).mean())

@@ -1,8 +1,8 @@
-"""How well an adapter knows the codes of canaries (Carlini et al. 2019, "The Secret Sharer").
+"""Memorisation of canaries by an adapter (Carlini et al. 2019, "The Secret Sharer").
 
-The exposure of a canary is log2 R - log2 rank, its code's rank by likelihood among R codes after
-the canary's own prompt. A code that was not learnt has a uniform rank, so that its exposure is
-x bits or more with probability 2^-x, and log2 e = 1.44 in the mean.
+The exposure of a canary is log2 R - log2 rank, where rank is its code's rank by likelihood among R
+codes after the canary's prompt. The rank of a code that was not learnt is uniform, so its exposure
+is at least x bits with probability 2^-x, and log2 e = 1.44 on average.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from fedllm_flwr.data.choices import encode_choices
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.scoring import Question, score
 
-_CANDIDATES = 127  # codes besides the canary's own: exposures up to 7 bits
+_CANDIDATES = 127  # codes besides the canary's own, for exposures of up to 7 bits
 
 
 @dataclass(frozen=True)
 class Exposures:
-    """Of each canary, both (canaries,)."""
+    """Exposure and surprise of each canary, both (canaries,)."""
 
     bits: NDArray[np.float64]
-    surprise: NDArray[np.float64]  # log-likelihood (nats) of its code above the others' mean
+    surprise: NDArray[np.float64]  # log-likelihood (nats) of its code minus the others' mean
 
 
 def exposures(model: AdaptedModel, config: Config, canaries: Sequence[Canary]) -> Exposures:
-    """Score the code of each canary among random ones, under the adapter in `model`."""
+    """Rank the code of each canary among random codes, under the adapter in `model`."""
     others = codes(config, "candidates", _CANDIDATES)
     questions = []
     for canary in canaries:

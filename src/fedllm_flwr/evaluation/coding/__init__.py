@@ -1,1 +1,1 @@
-"""Benchmarks of generated code: problems, answers, and how many of them pass their tests."""
+"""Benchmarks of generated code: problems, answers, and the rate at which they pass their tests."""

@@ -1,4 +1,4 @@
-"""The runner of the suite ``code``: answers to problems, run against their tests."""
+"""The runner of the suite ``code``: generates answers to problems and runs their tests."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from fedllm_flwr.models.generation import Decoding
 
 KS = (1, 10)
 NOT_RUN = (
-    "answers are written and saved but not run; --allow-code-execution runs them, contained, on "
+    "answers are written and saved but not run; --allow-code-execution runs them in a sandbox on "
     "this machine"
 )
 
 
 def check(options: RunOptions) -> None:
-    """Refuse, before a model is loaded, options that do not fit and programs that cannot be run.
+    """Check options, and that programs can be run here, before a model is loaded.
 
     Raises:
         ConfigError: names the option and the remedy.
@@ -36,12 +36,12 @@ def check(options: RunOptions) -> None:
 
 
 def run_code_task(task: SuiteTask, model: TextModel, options: RunOptions) -> Samples:
-    """Let a model answer the problems of a task and run what it wrote.
+    """Generate a model's answers to the problems of a task and run them against their tests.
 
-    Without leave to run programs the samples hold the answers and no score.
+    Without permission to run programs, the samples contain the answers but no score.
 
     Raises:
-        DataError: the data are missing or in another schema.
+        DataError: the data are missing or have another schema.
     """
     chosen = options.code
     problems, left_out = read_problems(task, options)
@@ -71,10 +71,10 @@ def score(
     bare: bool,
     limits: Limits,
 ) -> list[Sample]:
-    """Run every answer.
+    """Run every answer against its problem's tests.
 
     Raises:
-        ConfigError: no program can be run on this machine.
+        ConfigError: this machine cannot run programs.
     """
     programs = [
         [problem.bare_program(text) if bare else problem.program(text) for text in texts]
@@ -98,7 +98,7 @@ def score(
 
 
 def unscored(problems: Sequence[Problem], answers: Sequence[Sequence[str]]) -> list[Sample]:
-    """Problems with their answers."""
+    """Samples with the answers to each problem, without scores."""
     return [
         {"id": problem.id, "target": problem.target, "answers": list(texts)}
         for problem, texts in zip(problems, answers, strict=True)
@@ -106,7 +106,7 @@ def unscored(problems: Sequence[Problem], answers: Sequence[Sequence[str]]) -> l
 
 
 def read_problems(task: SuiteTask, options: RunOptions) -> tuple[list[Problem], str]:
-    """The problems of a task, and a remark on those that cannot be run here.
+    """The problems of a task, and a remark about those whose library is not installed.
 
     Raises:
         DataError: the file is missing, the hub cannot be reached, or a row lacks a field.
@@ -118,7 +118,7 @@ def read_problems(task: SuiteTask, options: RunOptions) -> tuple[list[Problem], 
     shots = [row for row in rows if row.get("task_id") in shown][:count]
     if first is not None:
         rows = [row for row in rows if first <= row["task_id"] <= last]
-    # Problems of DS-1000 need their library.
+    # Each problem of DS-1000 needs its library.
     libraries = {row["metadata"]["library"] for row in rows if "library" in row.get("metadata", {})}
     absent = sorted(
         name
@@ -127,7 +127,7 @@ def read_problems(task: SuiteTask, options: RunOptions) -> tuple[list[Problem], 
     )
     kept = [row for row in rows if row.get("metadata", {}).get("library") not in absent]
     missing = len(rows) - len(kept)
-    left_out = f"{missing} problems left out, without {', '.join(absent)}" if missing else ""
+    left_out = f"{missing} problems left out: {', '.join(absent)} not installed" if missing else ""
     rows = kept[: options.limit]
     try:
         problems = [KINDS[task.settings["kind"]](row, shots) for row in rows]
@@ -154,7 +154,7 @@ def _rows(task: SuiteTask, options: RunOptions) -> list[Row]:
         return [
             dict(row) for split in splits for row in datasets.load_dataset(hub, *name, split=split)
         ]
-    except Exception as error:  # datasets and the hub raise many kinds
+    except Exception as error:  # datasets and the hub raise many types
         raise DataError(
             f"{task.name}: {hub} cannot be loaded: {first_line(error)[:200]}; give local files "
             "with --data-root."
@@ -165,14 +165,14 @@ _MODULES = {"Pytorch": "torch", "Sklearn": "sklearn"}
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
-    """The chance that one of k answers passes its tests, without bias.
+    """Unbiased estimate of the probability that at least one of k answers passes its tests.
 
-    From n >= k samples of which c passed it is 1 - C(n-c, k) / C(n, k), computed as the product of
-    1 - k/i over n-c < i <= n, in which nothing overflows (Chen et al. 2021, arXiv 2107.03374,
+    With n >= k samples, c of which passed, it is 1 - C(n-c, k) / C(n, k), computed as one minus the
+    product of 1 - k/i over n-c < i <= n, which cannot overflow (Chen et al. 2021, arXiv 2107.03374,
     equation 1).
 
     Raises:
-        ValueError: k or c do not fit n.
+        ValueError: k or c is out of range for n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_passed <= num_samples:
         raise ValueError(f"pass@{k} of {num_passed} passed among {num_samples} is not defined")

@@ -1,7 +1,7 @@
-"""Problems of the code benchmarks, from the rows of their data sets.
+"""Problems of the code benchmarks, created from the rows of their data sets.
 
-How each is asked follows the paper named in ``suite.yaml``: with bare prompts a base model goes on
-with the code; in a template of training the same is asked as an instruction.
+The prompts follow the paper named in ``suite.yaml``: a bare prompt is code for a base model to
+continue; with a training template, the same problem is posed as an instruction.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,15 @@ _TASK = "Complete this Python function. Answer with the whole function in one co
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem.
+    """One programming problem.
 
     Args:
         id: the same for every model.
-        bare: turns that a base model goes on with; the last one ends where its code begins.
-        asked: turns for a model tuned to instructions.
-        stop: texts before which a bare answer ends.
-        bare_program, program: the program of such an answer.
-        target: the data set's own solution, an answer to `bare`.
+        bare: turns for a base model to continue; the last one ends where its code begins.
+        asked: turns for an instruction-tuned model.
+        stop: stop strings, excluded from a bare answer.
+        bare_program, program: make a program of the answer to `bare` or `asked`.
+        target: the data set's reference solution, as an answer to `bare`.
     """
 
     id: str
@@ -45,7 +45,7 @@ def _user(text: str) -> Messages:
 def _function(
     row: Row, start: str, tests: str, question: Messages, target: str, bare: Messages | None = None
 ) -> Problem:
-    """A problem whose answer is one function; `start` is the code up to its body."""
+    """A problem to be solved by one function; `start` is the code before its body."""
     name = row["entry_point"]
     preamble = start[: start.rfind(f"\ndef {name}(") + 1]
     return Problem(
@@ -67,13 +67,13 @@ def human_eval(row: Row, shots: Sequence[Row]) -> Problem:
 
 
 def human_eval_synthesize(row: Row, shots: Sequence[Row]) -> Problem:
-    """HumanEvalSynthesize (Muennighoff et al. 2023): HumanEvalPack with its ``instruction``."""
+    """HumanEvalSynthesize (Muennighoff et al. 2023): HumanEvalPack, prompted by ``instruction``."""
     question = _user(f"{row['instruction']}\n\n```python\n{row['prompt'].rstrip()}\n```")
     return _function(row, row["prompt"], row["test"], question, row["canonical_solution"])
 
 
 def human_eval_fix(row: Row, shots: Sequence[Row]) -> Problem:
-    """HumanEvalFix (Muennighoff et al. 2023): a wrong function and its tests, to be mended."""
+    """HumanEvalFix (Muennighoff et al. 2023): a faulty function and its tests, to be fixed."""
     start, task = row["declaration"], f"Fix bugs in {row['entry_point']}."
     shown = f"{start}{row['buggy_solution'].rstrip()}\n\n{row['test'].strip()}"
     question = _user(f"{task}\n\n```python\n{shown}\n```")

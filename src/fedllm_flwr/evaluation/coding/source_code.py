@@ -1,4 +1,4 @@
-"""From what a model wrote to Python source."""
+"""Extracts Python source from a model's answer."""
 
 import re
 from textwrap import dedent, indent
@@ -9,9 +9,9 @@ _ENDS = ("[DONE]", "</code>", "[/PYTHON]")
 
 
 def code_of(answer: str, function: str = "") -> str:
-    """The code in an answer: the first fenced block that defines `function`, else the first block.
+    """The code in an answer: the first fenced block that defines `function`, or the first block.
 
-    An answer without a block is code as a whole; an unclosed block goes to the end.
+    An answer without a block is taken as code; an unclosed block extends to the end.
     """
     blocks: list[str] = _BLOCK.findall(answer)
     if blocks:
@@ -24,21 +24,21 @@ def code_of(answer: str, function: str = "") -> str:
 
 
 def defines(code: str, function: str) -> bool:
-    """Whether code holds the head of a function, at any indentation."""
+    """Whether code contains the definition of `function`, at any indentation."""
     return (
         re.search(rf"^[ \t]*(async[ \t]+)?def[ \t]+{re.escape(function)}\b", code, re.M) is not None
     )
 
 
 def complete_source(answer: str, start: str, preamble: str, function: str) -> str:
-    """A whole program of an answer to "complete this function".
+    """A complete program from an answer to "complete this function".
+
+    A complete function is appended to the preamble, and a function body to the start.
 
     Args:
-        start: what the model was given: the function up to where its body begins.
-        preamble: imports and helpers that stand before the function.
+        start: the prompt's code: everything before the function's body.
+        preamble: the imports and helpers before the function.
         function: its name.
-
-    A whole function follows the preamble; a body alone follows the start.
     """
     code = code_of(answer, function)
     if defines(code, function):
@@ -47,6 +47,6 @@ def complete_source(answer: str, start: str, preamble: str, function: str) -> st
 
 
 def as_body(code: str) -> str:
-    """Code moved to the right by four columns, unless its first line is indented already."""
+    """Code indented by four spaces, unless its first line is already indented."""
     lines = code.strip("\r\n")
     return lines if lines[:1].isspace() else indent(lines, "    ")

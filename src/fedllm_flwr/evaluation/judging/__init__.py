@@ -1,1 +1,1 @@
-"""Open-ended answers and the judges that grade them; nothing here imports torch when imported."""
+"""Open-ended answers and the judges that grade them. Importing it does not import torch."""

@@ -1,4 +1,4 @@
-"""The open-ended benchmarks: their questions, what a judge is asked about them, their scores."""
+"""The open-ended benchmarks: their questions, judge requests and scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from fedllm_flwr.evaluation.judging.refusals import refuses_advbench, refuses_op
 from fedllm_flwr.evaluation.judging.verdicts import Case, Scale
 from fedllm_flwr.evaluation.judging.written_answers import AnsweredQuestion
 
-Values = NDArray[np.float64]  # (questions,): NaN where there is no verdict
-Cases = dict[str, Case]  # by what they are about the question: turn_1, turn_2, ...
+Values = NDArray[np.float64]  # (questions,): NaN without a verdict
+Cases = dict[str, Case]  # by their role for the question: turn_1, turn_2, ...
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One open-ended set.
+    """One open-ended benchmark.
 
-    ``cases`` gives what the judge is asked about an answered question, ``rules`` the scores that
-    need no judge, ``scores`` those from the verdicts by name of case, each per question.
+    ``cases`` makes the judge's cases of an answered question, ``scores`` computes scores from the
+    verdicts by case name, and ``rules`` computes scores without a judge; scores are per question.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Benchmark:
 
 
 def _rating_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
-    """A rating of each turn."""
+    """One rating per turn."""
     question, texts = answered.question, answered.texts
     kind = "rating_reference" if question.reference else "rating"
     fields = {f"ref_answer_{i}": text for i, text in enumerate(question.reference, start=1)}
@@ -48,7 +48,7 @@ def _rating_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
 
 
 def _pair_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
-    """The answer against the given one, in both orders."""
+    """The answer against the baseline's, in both orders."""
     question, answer = answered.question.turns[0], answered.texts[0]
     baseline = str(answered.question.baseline)
     first = prompts.messages("pair", question=question, answer_a=answer, answer_b=baseline)
@@ -63,7 +63,7 @@ def _harm_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
 
 
 def _mt_bench_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
-    """Ratings of both turns, and the mean of those that have one."""
+    """Ratings of both turns, and the mean of the available ones."""
     both = np.stack([verdicts["turn_1"], verdicts["turn_2"]])
     known = (~np.isnan(both)).sum(0)
     mean = np.nansum(both, axis=0) / np.maximum(known, 1)
@@ -71,7 +71,7 @@ def _mt_bench_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
 
 
 def _pair_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
-    """A question counts where both orders have a verdict: 1 for each won, 0.5 for a tie."""
+    """Questions count if both orders have a verdict: 1 for each order won, 0.5 for a tie."""
     first, second = verdicts["first"], 1.0 - verdicts["second"]
     known = ~np.isnan(first + second)
     ties = np.stack([first == 0.5, second == 0.5]).mean(0)
@@ -109,7 +109,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def rule_scores(benchmark: Benchmark, answered: Sequence[AnsweredQuestion]) -> dict[str, Values]:
-    """Scores by rule, per question."""
+    """Scores by rule, one per question."""
     return {
         name: np.array([rule(item.texts[0]) for item in answered], np.float64)
         for name, rule in benchmark.rules.items()

@@ -1,8 +1,8 @@
-"""Models behind an OpenAI-compatible endpoint: judges that grade, and writers of answers.
+"""Models behind an OpenAI-compatible endpoint, which grade or write answers.
 
-A local model is an endpoint too (``vllm serve``, ``transformers serve``). Retries, waits and
-``Retry-After`` are the openai client's own. The way is to the endpoint that was named, and no more
-bytes come back than an answer can have.
+A local model is used as an endpoint, too (``vllm serve``, ``transformers serve``). The openai
+client retries, waits and honours ``Retry-After``. Redirects are not followed, and the size of
+responses is limited.
 """
 
 import asyncio
@@ -22,27 +22,27 @@ from fedllm_flwr.errors import ConfigError, FedLLMError, JudgeError
 if TYPE_CHECKING:
     import openai
 
-RETRIES = 6  # of one request: with doubling waits about half a minute in all
-LARGEST_BODY = 2**23  # bytes of one answer, or of the list of models
+RETRIES = 6  # per request; with exponential back-off, about half a minute in total
+LARGEST_BODY = 2**23  # bytes of one response
 MAX_TOKENS = 2048  # of a reply, as in MT-Bench
-# Finish reasons besides the endpoint's own: it will not reply to this; its reply breaks off.
+# Finish reasons in addition to the endpoint's: the request is declined; the reply is incomplete.
 DECLINED, BROKEN = "declined", "broken"
 _OPENAI_URL = "https://api.openai.com/v1"
-# Codes of requests that a judge will never reply to, while others go on.
+# Error codes that concern one request only; others can continue.
 _DECLINES = ("context_length_exceeded", "content_filter", "content_policy_violation")
-_NEWER_NAMES = {"max_tokens": "max_completion_tokens"}  # parameters that newer models call so
+_NEWER_NAMES = {"max_tokens": "max_completion_tokens"}  # parameter names of newer models
 
-OnProgress = Callable[[int, int], None]  # done, of how many
+OnProgress = Callable[[int, int], None]  # done, total
 Item = TypeVar("Item")
 
 
 class AnswerRefusedError(Exception):
-    """An answer that is not taken from an endpoint."""
+    """A response from an endpoint that is rejected."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A judge's reply. Token counts are None where the endpoint reports none."""
+    """A judge's reply. Token counts are None if the endpoint does not report them."""
 
     text: str
     finish_reason: str  # stop, length, `DECLINED`, `BROKEN`
@@ -55,11 +55,11 @@ class Endpoint:
     """An OpenAI-compatible endpoint.
 
     Args:
-        url: None: ``OPENAI_BASE_URL``, and OpenAI's own if that is unset. The key is
+        url: its base URL; None: ``OPENAI_BASE_URL``, or OpenAI's if that is unset. The key is
             ``OPENAI_API_KEY``.
-        concurrency: requests under way at once.
-        timeout_s: of one try of one request.
-        option: of the command line that asked for it.
+        concurrency: maximum number of concurrent requests.
+        timeout_s: timeout of one attempt of a request.
+        option: the command-line option that selects it, for messages.
     """
 
     url: str | None = None
@@ -69,7 +69,7 @@ class Endpoint:
 
     @property
     def shown_url(self) -> str:
-        """The URL without credentials and query."""
+        """The URL without credentials or query."""
         parts = urlsplit(self.url or os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
         return shown(bare.geturl())
@@ -79,20 +79,20 @@ class Endpoint:
         items: Iterable[Item],
         work: Callable[["openai.AsyncOpenAI", Item], Awaitable[None]],
     ) -> None:
-        """Do the work of every item, at most `concurrency` at once.
+        """Run `work` for every item, at most `concurrency` at a time.
 
         Raises:
-            FedLLMError: the first that one of them raised; what was under way then is finished.
+            FedLLMError: the first one raised; requests in progress are completed before.
         """
         todo, failures = iter(items), list[FedLLMError]()
 
         async def one_after_the_other(client: "openai.AsyncOpenAI") -> None:
-            for item in todo:  # shared by all
+            for item in todo:  # one iterator for all workers
                 if failures:
                     return
                 try:
                     await work(client, item)
-                except FedLLMError as error:  # the others finish what they have under way
+                except FedLLMError as error:  # the other workers complete their current requests
                     failures.append(error)
 
         async def all_of_them() -> None:
@@ -105,7 +105,7 @@ class Endpoint:
             raise failures[0]
 
     def client(self) -> "openai.AsyncOpenAI":
-        """The client, which tries again by itself what may pass.
+        """The openai client, which retries transient errors.
 
         Raises:
             ConfigError: it is not installed, or there is no key.
@@ -135,13 +135,13 @@ class Endpoint:
         )
 
     def failure(self, error: BaseException) -> JudgeError:
-        """One line: what failed, and what to do."""
+        """The error as one line: what failed, and the remedy."""
         import openai
 
         if isinstance(error.__cause__, AnswerRefusedError):
             error = error.__cause__
         status = getattr(error, "status_code", None)
-        message, remedy = _message(error), "run the same command again; what was done is kept."
+        message, remedy = _message(error), "run the same command again; finished requests are kept."
         if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
             target = urlsplit(error.response.headers.get("location", "")).netloc or "another page"
             message = f"HTTP {status}, it redirects to {shown(target)}"
@@ -158,14 +158,14 @@ class Endpoint:
         return JudgeError(f"{self.shown_url}: {message}; {remedy}")
 
     async def _bound(self, response: Any) -> None:
-        """Refuse an encoded body, and bound what is read, in bytes and in time.
+        """Reject encoded responses, and limit the bytes and the time of reading a response.
 
-        A hook of the HTTP client that openai is built on: httpx, or httpx2 in newer versions. A
-        compressed body has no bound that one can see.
+        An event hook of openai's HTTP client: httpx, or httpx2 in newer versions. The size of a
+        compressed body is unknown before it is decompressed.
         """
         if encoding := response.headers.get("content-encoding"):
             raise AnswerRefusedError(
-                f"it answers in an encoding ({shown(encoding)}) that nobody asked for"
+                f"its response has an encoding ({shown(encoding)}) that was not requested"
             )
         http = importlib.import_module(type(response).__module__.partition(".")[0])
         ends, stream, limit_s = time.monotonic() + self.timeout_s, response.stream, self.timeout_s
@@ -176,9 +176,9 @@ class Endpoint:
                 async for part in stream:
                     read += len(part)
                     if read > LARGEST_BODY:
-                        raise AnswerRefusedError(f"its answer is longer than {LARGEST_BODY} bytes")
+                        raise AnswerRefusedError(f"its reply is longer than {LARGEST_BODY} bytes")
                     if time.monotonic() > ends:
-                        raise http.ReadTimeout(f"no whole answer within {limit_s:g} s")
+                        raise http.ReadTimeout(f"no complete response within {limit_s:g} s")
                     yield part
 
             async def aclose(self) -> None:
@@ -189,21 +189,21 @@ class Endpoint:
 
 @dataclass
 class EndpointJudge(Endpoint):
-    """A model that grades, by its name at the endpoint.
+    """A judge: a model of an endpoint, by its name there.
 
     Args:
-        stream: take replies token by token, for proxies that cut silent connections.
+        stream: receive replies token by token, for proxies that close idle connections.
     """
 
     model: str = ""
     stream: bool = False
-    dropped: set[str] = field(default_factory=set)  # parameters that the model has refused
+    dropped: set[str] = field(default_factory=set)  # parameters that the model does not support
 
     def check(self) -> None:
-        """Look the model up, where the endpoint has a list of its models.
+        """Check that the endpoint lists the model, if it lists models.
 
         Raises:
-            JudgeError, ConfigError: it cannot be asked at all.
+            JudgeError, ConfigError: the judge cannot be used.
         """
         names = asyncio.run(self._models())
         if names and self.model not in names:
@@ -218,7 +218,7 @@ class EndpointJudge(Endpoint):
         """The judge's reply to a conversation.
 
         Raises:
-            JudgeError: it cannot be asked.
+            JudgeError: the judge cannot be reached, or rejects the request.
         """
         import openai
 
@@ -232,18 +232,18 @@ class EndpointJudge(Endpoint):
                 parameter = str(error.param)
                 if not refused or parameter not in {"max_tokens", "temperature"} - self.dropped:
                     raise self.failure(error) from error
-                self.dropped.add(parameter)  # and ask again without it
+                self.dropped.add(parameter)  # and retry without it
             except openai.APIResponseValidationError:
                 return Completion("", BROKEN)
             except (openai.OpenAIError, AnswerRefusedError) as error:
                 raise self.failure(error) from error
 
     def failure(self, error: BaseException) -> JudgeError:
-        """One line: which judge, what failed, and what to do."""
+        """The error as one line: the judge, what failed, and the remedy."""
         return JudgeError(f"judge {self.model} at {super().failure(error)}")
 
     async def _models(self) -> list[str]:
-        """The models that the endpoint lists; empty where it has no list."""
+        """The models that the endpoint lists; empty if it has no list."""
         import openai
 
         async with self.client() as client:
@@ -287,7 +287,7 @@ async def _streamed(stream: Any) -> Completion:
             for choice in chunk.choices[:1]:
                 parts.append(choice.delta.content or "")
                 reason = choice.finish_reason or reason
-    except (http.HTTPError, ValueError):  # the connection breaks, or an event is no JSON
+    except (http.HTTPError, ValueError):  # the connection is lost, or an event is not JSON
         reason = None
     return _reply("".join(parts), reason, usage)
 
@@ -298,7 +298,7 @@ def _reply(text: str | None, reason: str | None, usage: Any) -> Completion:
 
 
 def _message(error: BaseException) -> str:
-    """The server's message: one line, shortened, printable, without the API key."""
+    """The server's message: one printable, shortened line without the API key."""
     status = getattr(error, "status_code", None)
     body: Any = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None

@@ -1,4 +1,4 @@
-"""Append-only JSON lines on disk; records survive the end of the process."""
+"""Append-only file of JSON lines; records survive the process."""
 
 import contextlib
 import json
@@ -16,13 +16,13 @@ from fedllm_flwr.errors import ConfigError, DataError, FederationError
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The records of an open file."""
+    """An open file and its records."""
 
     file: FileIO
     records: list[dict[str, Any]]
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write records at the end, and onto the disk before this returns."""
+        """Append records, and flush them to disk before returning."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         data = memoryview("".join(lines).encode("utf-8", "surrogatepass"))
         while data:
@@ -33,14 +33,13 @@ class JsonLines:
 
 @contextlib.contextmanager
 def json_lines(path: Path) -> Iterator[JsonLines]:
-    """The records of a file, and a way to add some; for one process at a time.
+    """Open a file to read and append records, for one process at a time.
 
-    A line that a power failure cut off at the end is dropped; anything else that is no JSON object
-    is refused.
+    An incomplete last line, left by a power failure, is dropped.
 
     Raises:
-        ConfigError: another process writes to it.
-        DataError: a line is no record.
+        ConfigError: another process has opened it.
+        DataError: a line is not a JSON object.
         FederationError: the file cannot be read or written.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
@@ -55,7 +54,7 @@ def json_lines(path: Path) -> Iterator[JsonLines]:
             yield JsonLines(file, [_record(path, i, line) for i, line in enumerate(lines, 1)])
     except Timeout:
         raise ConfigError(
-            f"{path}: another process writes to it; wait for it, or give another --output."
+            f"{path} is in use by another process; wait for it, or give another --output."
         ) from None
     except OSError as error:
         raise FederationError(f"cannot write {path}: {error.strerror or error}.") from error
@@ -67,5 +66,5 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise DataError(f"{path}, line {number}: no JSON object; delete the line, or the file.")
+        raise DataError(f"{path}, line {number}: not a JSON object; delete the line, or the file.")
     return record

@@ -1,4 +1,4 @@
-"""The open-ended suite: a model answers, a judge grades, one sample per question."""
+"""The open-ended suite: a model writes answers, a judge grades them; one sample per question."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ from fedllm_flwr.evaluation.suites.samples import Samples
 if TYPE_CHECKING:
     from fedllm_flwr.evaluation.suites.suite_model import TextModel
 
-FOLDER = "open_ended"  # below the data root, and below the suites
+FOLDER = "open_ended"  # folder name in the data root and among the suites
 BY_REFERENCE = "alpaca_eval"
 UNPARSABLE = "unparsable"
 _POSITIVE = (
@@ -36,10 +36,10 @@ _POSITIVE = (
 
 
 def check(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
-    """Refuse what cannot work, before a model is loaded.
+    """Check the options before a model is loaded.
 
     Raises:
-        FedLLMError: a number out of range, a missing judge or file, a judge that does not answer.
+        FedLLMError: a number is out of range, a file or judge is missing or cannot be reached.
     """
     for name in _POSITIVE:
         if (value := getattr(options.judging, name)) <= 0:
@@ -54,16 +54,16 @@ def check(tasks: Sequence[SuiteTask], options: RunOptions) -> None:
 
 
 def what_lacks(name: str, options: RunOptions) -> str | None:
-    """Option that a task still needs; None if there is none."""
+    """The option that a task needs and that is missing; None if there is none."""
     if options.judging.judge_model is None and not BENCHMARKS[name].rules:
         return "it needs --judge-model <name at OPENAI_BASE_URL>"
     if name == BY_REFERENCE and options.judging.reference is None:
-        return "it needs --reference <file of answers to be better than>"
+        return "it needs --reference <file of baseline answers>"
     return None
 
 
 def usage_line(notes: Sequence[Mapping[str, Any]]) -> str:
-    """Cost of judging over all models and tasks, earlier calls included."""
+    """Cost of judging over all models and tasks, including earlier calls."""
 
     def total(key: str) -> Any:
         return sum(item.get(key) or 0 for item in notes)
@@ -80,10 +80,10 @@ def usage_line(notes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def load_questions(name: str, options: RunOptions) -> list[OpenQuestion]:
-    """The first questions of a set.
+    """The questions of a benchmark, up to the limit.
 
     Raises:
-        DataError: its files are missing or broken.
+        DataError: its files are missing or invalid.
     """
     if name == BY_REFERENCE:
         source = Path(str(options.judging.reference))
@@ -97,17 +97,17 @@ def load_questions(name: str, options: RunOptions) -> list[OpenQuestion]:
 
 
 def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions) -> Samples:
-    """Let a model answer the questions of a set, and have a judge grade them.
+    """Generate a model's answers to the questions of a benchmark, and have a judge grade them.
 
-    Answers and verdicts are kept in ``options.work_dir`` as they come; a call that follows one
-    that was stopped goes on there.
+    Answers and verdicts are saved in ``options.work_dir`` as they arrive; an interrupted call is
+    resumed from there.
 
     Raises:
-        DataError: the set's files are missing.
-        JudgeError: the judge cannot be asked.
+        DataError: the benchmark's files are missing.
+        JudgeError: the judge cannot be used.
     """
     if options.work_dir is None:
-        raise ConfigError(f"task {task.name} needs a directory to work in: --output.")
+        raise ConfigError(f"task {task.name} needs a working directory: --output.")
     chosen = options.judging
     benchmark, questions = BENCHMARKS[task.name], load_questions(task.name, options)
     endpoint = chosen.writer_url and Endpoint(
@@ -141,10 +141,10 @@ def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions
 
 
 def _judge(options: JudgeOptions) -> EndpointJudge | None:
-    """The judge that was asked for.
+    """The judge of the options, if any.
 
     Raises:
-        ConfigError: it is a directory, and nobody serves it.
+        ConfigError: it is a directory, and no endpoint is given.
     """
     name = options.judge_model
     if name is None:
@@ -152,8 +152,9 @@ def _judge(options: JudgeOptions) -> EndpointJudge | None:
     is_path = name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
     if is_path and not os.environ.get("OPENAI_BASE_URL"):
         raise ConfigError(
-            f"--judge-model {name}: a local judge is an endpoint too; serve it (vllm serve {name}, "
-            "or transformers serve), set OPENAI_BASE_URL to where it is, and give its name there."
+            f"--judge-model {name}: a local judge must be served by an endpoint (vllm serve "
+            f"{name}, or transformers serve); set OPENAI_BASE_URL to its address, and give its "
+            "name there."
         )
     return EndpointJudge(
         concurrency=options.judge_concurrency,
@@ -170,7 +171,7 @@ def _judged(
     options: RunOptions,
     work_dir: Path,
 ) -> tuple[dict[str, Values], dict[str, Any]]:
-    """Scores from verdicts, and what judging took."""
+    """Scores from verdicts, and the cost of judging."""
     prompts = _prompts(options)
     per_question = [benchmark.cases(item, prompts) for item in answered]
     names = list(per_question[0])
@@ -205,7 +206,7 @@ def _prompts(options: RunOptions) -> JudgePrompts:
 
 
 def _sample(answered: AnsweredQuestion, index: int, scores: dict[str, Values]) -> dict[str, Any]:
-    """One question: None where there is no verdict."""
+    """One question's sample; scores are None without a verdict."""
     numbers = {name: float(values[index]) for name, values in scores.items()}
     return {
         "id": answered.question.id,
@@ -217,7 +218,7 @@ def _sample(answered: AnsweredQuestion, index: int, scores: dict[str, Values]) -
 
 
 def _counting(line: str) -> OnProgress:
-    """A line on a terminal that counts up."""
+    """A progress counter on one line of the terminal."""
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Judge prompts: FastChat's where they lie beside the data, otherwise the package's own."""
+"""Judge prompts: FastChat's if they are in the data folder, otherwise the package's own."""
 
 import hashlib
 import json
@@ -24,13 +24,13 @@ _FASTCHAT = {
 
 @dataclass(frozen=True)
 class JudgePrompts:
-    """System and user prompt by name; the user's has named fields in braces."""
+    """System and user prompts by name; user prompts have named fields in braces."""
 
     source: str  # fastchat | own
     texts: dict[str, tuple[str, str]]
 
     def messages(self, name: str, **fields: str) -> Messages:
-        """The conversation to send."""
+        """The judge's conversation, with the fields filled in."""
         system, user = self.texts[name]
         return [
             {"role": "system", "content": system.strip()},
@@ -39,15 +39,15 @@ class JudgePrompts:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any word of them."""
+        """A digest of all prompts."""
         return hashlib.sha256(json.dumps(self.texts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_prompts(own: Path, folder: Path | None) -> JudgePrompts:
-    """FastChat's judge_prompts.jsonl in `folder`, or else the file `own`; harm is always our own.
+    """FastChat's judge_prompts.jsonl in `folder`, or the file `own`; "harm" is always from `own`.
 
     Raises:
-        DataError: FastChat's file is broken, or its prompts have other fields than our own.
+        DataError: FastChat's file is invalid, or its prompts have other fields than those of `own`.
     """
     ours = {
         name: (str(text["system"]), str(text["user"]))

@@ -1,4 +1,4 @@
-"""The open-ended sets as questions, read from local copies of their published files."""
+"""Questions of the open-ended benchmarks, read from local copies of their published files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.evaluation.suites.local_data import Row, read_rows
 
-# FastChat's temperatures of MT-Bench by category; 0.7 for any other, as for all of Vicuna bench.
+# FastChat's temperatures of MT-Bench by category; others, and all of Vicuna bench, use 0.7.
 _TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -23,21 +23,21 @@ _NEEDS_REFERENCE = ("math", "reasoning", "coding")
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """An open-ended question, turn by turn."""
+    """An open-ended question of one or more turns."""
 
-    id: str  # within its set
+    id: str  # unique within its benchmark
     category: str
     turns: tuple[str, ...]
     temperature: float
-    reference: tuple[str, ...] = ()  # a right answer per turn, for the judge
-    baseline: str | None = None  # the answer to be better than
+    reference: tuple[str, ...] = ()  # a correct answer per turn, for the judge
+    baseline: str | None = None  # the answer to compare with
 
 
 def mt_bench(folder: Path) -> list[OpenQuestion]:
-    """MT-Bench with GPT-4's answers as references where its protocol uses them.
+    """MT-Bench, with GPT-4's answers as references for the categories that need them.
 
     Raises:
-        DataError: a file is missing or broken, or a reference is not there.
+        DataError: a file or a reference is missing, or a file is invalid.
     """
     references = {
         row["question_id"]: tuple(row["choices"][0]["turns"])
@@ -50,7 +50,7 @@ def mt_bench(folder: Path) -> list[OpenQuestion]:
         if needed and row["question_id"] not in references:
             raise DataError(
                 f"{file}: question {row['question_id']} ({row['category']}) has no reference "
-                "answer in mtbench_reference_answer/gpt-4.jsonl; copy both files of one version."
+                "answer in mtbench_reference_answer/gpt-4.jsonl; copy both files from one version."
             )
         temperature = _TEMPERATURES.get(row["category"], _OTHER_TEMPERATURE)
         reference = references[row["question_id"]] if needed else ()
@@ -77,15 +77,15 @@ def vicuna_bench(folder: Path) -> list[OpenQuestion]:
 
 
 def advbench(folder: Path) -> list[OpenQuestion]:
-    """AdvBench's harmful requests, without an attack."""
+    """AdvBench's harmful requests, without an adversarial suffix."""
     goals = [row["goal"] for row in _rows(folder / "advbench.csv", "goal")]
     return [OpenQuestion(str(i), "harmful", (goal,), 0.0) for i, goal in enumerate(goals)]
 
 
 def alpaca_eval(file: Path) -> list[OpenQuestion]:
-    """The instructions of a file of reference answers, with these as the answers to be better than.
+    """The instructions of a file of baseline answers, with these answers as baselines.
 
-    The file is a JSON list, or JSON lines, with instruction and output, as AlpacaEval's are.
+    The file is a JSON list or JSON lines with instruction and output, like AlpacaEval's files.
     """
     found = []
     for i, row in enumerate(_rows(file, "instruction", "output")):
@@ -100,9 +100,9 @@ def alpaca_eval(file: Path) -> list[OpenQuestion]:
 
 
 def _rows(file: Path, *keys: str) -> list[Row]:
-    """Records of a file, each with all `keys`."""
+    """Records of a file, which must all have `keys`."""
     if not file.is_file():
-        raise DataError(f"{file}: no such file; give the folder of the data with --data-root.")
+        raise DataError(f"{file}: no such file; give the data folder with --data-root.")
     rows = read_rows(file)
     if not rows:
         raise DataError(f"{file}: the file is empty.")

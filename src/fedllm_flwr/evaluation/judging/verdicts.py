@@ -1,8 +1,8 @@
-"""Verdicts of a judge, parsed from its replies; each case is asked once and kept on disk.
+"""Verdicts of a judge, parsed from its replies; each case is judged once and saved on disk.
 
-A reply is a rating, a choice between two answers, harmless or harmful. One that says none of these,
-or several at once, has no verdict, and the case is asked again. FastChat, whose format this is,
-takes the first number in single brackets then, which may be a footnote.
+A reply is a rating, a choice between two answers, or harmless or harmful. A reply with none or
+several of these has no verdict, and the judge is asked again. FastChat, which defines this format,
+then falls back to the first number in single brackets, which can be a footnote.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class Scale(StrEnum):
 
 
 def read_verdict(reply: str, scale: Scale) -> float | None:
-    """The verdict in a reply; None where there is none, or more than one."""
+    """The verdict in a reply; None if there is none, or more than one."""
     match scale:
         case Scale.RATING:
             found = {float(text) for text in _RATING.findall(reply)}
@@ -59,13 +59,13 @@ def read_verdict(reply: str, scale: Scale) -> float | None:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to judge."""
+    """One request for a verdict."""
 
     scale: Scale
     messages: Messages
 
     def key(self, judge: str) -> str:
-        """The same for what is the same to the judge."""
+        """Identifies requests that are equal to the judge."""
         what = [judge, MAX_TOKENS, 0.0, self.scale, self.messages]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
@@ -77,14 +77,13 @@ def judge_all(
     attempts: int,
     progress: OnProgress = lambda done, total: None,
 ) -> tuple[list[float | None], dict[str, int]]:
-    """A verdict for each case (None if no reply held one), and `usage` of all, earlier calls too.
+    """A verdict for each case (None if no reply had one), and `usage`, including earlier calls.
 
-    Replies that the file at `path` holds are not asked for again. A reply without a verdict is
-    asked for again, up to `attempts` times in all: greedily at first, then sampled, where the same
-    reply would not help.
+    Replies in the file at `path` are reused. A reply without a verdict is requested again, up to
+    `attempts` times in total: first greedily, then sampled, because a greedy reply would repeat.
 
     Raises:
-        JudgeError: the judge cannot be asked; what it replied so far is in the file.
+        JudgeError: the judge cannot be used; its replies so far are in the file.
     """
     keys = [case.key(judge.model) for case in cases]
     by_key = dict(zip(keys, cases, strict=True))
@@ -125,7 +124,7 @@ def judge_all(
 
 
 def usage(replies: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Replies and tokens that judging took; replies without token counts are ``uncounted``."""
+    """Number of replies and tokens of judging; replies without token counts are ``uncounted``."""
     counted = [
         reply
         for reply in replies
@@ -142,7 +141,7 @@ def usage(replies: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _settled(replies: Sequence[Mapping[str, Any]], attempts: int) -> bool:
-    """Whether there is a verdict, or no further attempt is due."""
+    """Whether there is a verdict, or no attempt is left."""
     if len(replies) >= attempts:
         return True
     return bool(replies) and (

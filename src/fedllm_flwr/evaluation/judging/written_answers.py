@@ -1,4 +1,4 @@
-"""Answers to a set of questions, turn by turn, kept on disk as they are written."""
+"""Answers to a set of questions, turn by turn, saved on disk as they are generated."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A conversation to answer, which ends with the user."""
+    """A conversation to answer; its last turn is the user's."""
 
     messages: Messages
     temperature: float
@@ -35,20 +35,19 @@ class WrittenAnswer:
 
     text: str
     num_tokens: int
-    ended: bool  # by itself, not by the limit of new tokens
-    prompt_cut: int = 0  # tokens of the conversation's start that did not fit
+    ended: bool  # by EOS, not by the limit of new tokens
+    prompt_cut: int = 0  # tokens removed from the conversation's start
 
 
 @dataclass(frozen=True)
 class Writer:
-    """The model under evaluation, in the prompt that it is evaluated with.
+    """The model under evaluation, and how it generates answers.
 
-    Answers take at most half of the model's context, so that prompts keep the other half.
+    Answers have at most half of the model's context, and prompts the other half.
 
     Args:
-        endpoint: where the same base model and adapter are served, for completion of text: the
-            base model by its own path or hub id, an adapter by its directory. None: in this
-            process.
+        endpoint: serves text completions of the same base model, named by its path or hub id, and
+            of the adapter, named by its directory. None: generate in this process.
     """
 
     model: "TextModel"
@@ -57,11 +56,11 @@ class Writer:
 
     @property
     def room(self) -> int:
-        """Tokens that an answer may have."""
+        """Maximum number of tokens of an answer."""
         return self.model.answer_room(self.max_new_tokens)
 
     def write(self, requests: Sequence[GenerationRequest]) -> list[WrittenAnswer]:
-        """One answer per request, all in one batch."""
+        """One answer per request, generated as one batch."""
         texts = [[Segment(render(self.model, item.messages), False)] for item in requests]
         whole = [tokens for tokens, _ in tokenise(texts, self.model.adapted.tokenizer)]
         longest = self.model.max_length - self.room
@@ -78,7 +77,7 @@ class Writer:
     def _generated(
         self, prompts: Sequence[TokenArray], requests: Sequence[GenerationRequest]
     ) -> list[tuple[str, int, bool]]:
-        """Text, number of tokens, and whether it ended by itself."""
+        """Text, number of tokens, and whether it ended by EOS."""
         from fedllm_flwr.models.generation import Decoding, as_text, generate
 
         adapted = self.model.adapted
@@ -118,7 +117,7 @@ class Writer:
             except openai.OpenAIError as error:
                 raise endpoint.failure(error) from error
             if not getattr(done, "choices", None):
-                raise JudgeError(f"{endpoint.shown_url}: a reply without choices.")
+                raise JudgeError(f"{endpoint.shown_url}: its reply has no choices.")
             [choice, *_] = done.choices
             text = str(choice.text).strip()
             counted = done.usage.completion_tokens if done.usage else len(tokenizer(text).input_ids)
@@ -129,7 +128,7 @@ class Writer:
 
 
 def render(model: "TextModel", messages: Messages) -> str:
-    """A conversation that ends with the user, turn by turn as in training."""
+    """Render a conversation that ends with the user's turn, in the format of training."""
     if model.prompt == "raw":
         return "\n\n".join(turn["content"] for turn in messages)
     template = "chat" if model.prompt == "chat" else model.template
@@ -138,14 +137,14 @@ def render(model: "TextModel", messages: Messages) -> str:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """One question's answers, turn by turn."""
+    """A question, and an answer to each of its turns."""
 
     question: OpenQuestion
     answers: tuple[WrittenAnswer, ...]
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Texts of the answers, for the judge."""
+        """The texts of the answers."""
         return tuple(answer.text for answer in self.answers)
 
 
@@ -158,14 +157,15 @@ def answer_all(
     batch_size: int,
     progress: OnProgress = lambda done, total: None,
 ) -> list[AnsweredQuestion]:
-    """Answers to all questions; those that the file at `path` holds are not written again.
+    """Answers to all questions; answers in the file at `path` are reused.
 
-    Batches are the same in each call, whatever was done before, so that answers of a run that
-    stopped and went on are those of one that did not.
+    Batches do not depend on earlier calls, so a resumed call gives the same answers as an
+    uninterrupted one.
 
     Args:
-        identity: of the model, its prompt and its limits: answers of another one are not used.
-        seed: of sampled answers; each question and turn has its own sequence.
+        identity: identifies the model, its prompt and its limits; only answers with the same
+            identity are reused.
+        seed: seed of sampled answers; each question and turn has its own sequence.
     """
     keys = {}
     for question in questions:
@@ -204,7 +204,7 @@ def answer_all(
 def _write(
     batch: Sequence[OpenQuestion], writer: Writer, seed: int
 ) -> dict[str, list[WrittenAnswer]]:
-    """Answers to all turns of a batch; a question of fewer turns leaves it earlier."""
+    """Answers to all turns of a batch; questions with fewer turns leave it earlier."""
     answers: dict[str, list[WrittenAnswer]] = {question.id: [] for question in batch}
     for turn in range(max(len(question.turns) for question in batch)):
         asked = [question for question in batch if turn < len(question.turns)]

@@ -1,7 +1,7 @@
-"""Programs under bubblewrap: their own files, processes, users and network, within limits.
+"""Programs under bubblewrap: isolated files, processes, users and network, and resource limits.
 
-A program passes when its own code and then its tests have run to their end without an exception.
-The tests reach the interpreter only after the program's own code has ended.
+A program passes if its code and then its tests run to completion without an exception. The tests
+are sent to the interpreter only after the program's code has ended.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ Status = Literal["passed", "failed", "timeout", "memory", "refused"]
 INSTALL = "apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
 
 _NO_NAMESPACES = (
-    "bubblewrap cannot make a room here: user namespaces have to be allowed, in a container by "
+    "bubblewrap cannot create a sandbox here: user namespaces must be allowed, in a container by "
     "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined"
 )
 _INTERPRETER = Path(__file__).with_name("interpreter.py")
@@ -50,21 +50,21 @@ _SYSTEM = [
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _NOBODY = 65534
 _MOST_FILES = 4096  # in the program's /tmp
-_OWN_COUNT = (5, 14)  # since this Linux a user namespace counts its own processes
-_LOOK_S = 0.1  # between two looks at the memory
-_LONGEST_FRAME = 8 * LONGEST_MESSAGE + 200  # bytes, with every character escaped
+_OWN_COUNT = (5, 14)  # first Linux version in which a user namespace counts its own processes
+_LOOK_S = 0.1  # interval between memory checks
+_LONGEST_FRAME = 8 * LONGEST_MESSAGE + 200  # bytes, if every character is escaped
 _KEPT_OUTPUT = 4000  # bytes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of one program with all its processes."""
+    """Resource limits of one program, including all of its processes."""
 
     wall_s: float = 60.0
-    cpu_s: float = 10.0  # each process; in whole seconds
-    memory_bytes: int = 2**30  # address space of each process, resident memory of all
+    cpu_s: float = 10.0  # per process, rounded to whole seconds
+    memory_bytes: int = 2**30  # address space per process, and resident memory of all processes
     processes: int = 32  # and threads
-    file_bytes: int = 2**24  # all files together
+    file_bytes: int = 2**24  # total size of all files
     open_files: int = 64
     output_bytes: int = 2**20
 
@@ -74,7 +74,7 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Program:
-    """Source code, and the tests that it has to pass."""
+    """Source code and the tests that it must pass."""
 
     source: str
     tests: str = ""
@@ -82,7 +82,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a program; the message is empty for one that passed."""
+    """Outcome of a program; the message is empty if it passed."""
 
     status: Status
     message: str = ""
@@ -94,9 +94,9 @@ class Outcome:
 
 @cache
 def why_refused() -> str | None:
-    """Why no program can be run on this machine, found out with one that does nothing; or None."""
+    """Why this machine cannot run programs, tested with an empty program; None if it can."""
     if not sys.platform.startswith("linux"):
-        return f"contained programs need Linux, this is {sys.platform}"
+        return f"sandboxed programs need Linux, this is {sys.platform}"
     if shutil.which("bwrap") is None:
         return f"bubblewrap is not installed: {INSTALL}"
     outcome = _run(Program(""), DEFAULT_LIMITS)
@@ -104,14 +104,14 @@ def why_refused() -> str | None:
 
 
 def run_program(source: str, tests: str = "", limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    """Run one program and its tests; returns when nothing of it is left."""
+    """Run one program and its tests; return when all of its processes have ended."""
     return run_programs([Program(source, tests)], limits, jobs=1)[0]
 
 
 def run_programs(
     programs: Sequence[Program], limits: Limits = DEFAULT_LIMITS, jobs: int | None = None
 ) -> list[Outcome]:
-    """Run many programs, `jobs` at a time (as many as there are cores); outcomes in their order."""
+    """Run programs, `jobs` at a time (default: number of cores); outcomes are in input order."""
     if reason := why_refused():
         return [Outcome("refused", reason) for _ in programs]
     jobs = max(1, min(jobs or os.cpu_count() or 1, len(programs)))
@@ -120,7 +120,7 @@ def run_programs(
 
 
 def _run(program: Program, limits: Limits) -> Outcome:
-    """Run a program in a sandbox of its own until its end, and leave no process."""
+    """Run a program in its own sandbox to its end, leaving no process behind."""
     try:
         with _started(limits) as watch:
             return watch.until_the_end(program)
@@ -130,7 +130,7 @@ def _run(program: Program, limits: Limits) -> Outcome:
 
 @contextlib.contextmanager
 def _started(limits: Limits) -> Iterator["_Watch"]:
-    """The interpreter in its room; all of it has ended when the context has."""
+    """Start the interpreter in its sandbox; all its processes are killed when the context exits."""
     rules = call_filter()
     tasks, results, output, filter_, about = (os.pipe() for _ in range(5))
     os.write(filter_[1], rules)
@@ -139,7 +139,7 @@ def _started(limits: Limits) -> Iterator["_Watch"]:
     theirs = [tasks[0], results[1], output[1], filter_[0], about[1]]
     process: subprocess.Popen[bytes] | None = None
     try:
-        # A root whose id is another one outside is an ordinary user who is root in a namespace.
+        # If root is mapped to another id outside, this is an ordinary user in a user namespace.
         own, outside, _ = Path("/proc/self/uid_map").read_text("utf-8").split()[:3]
         users = _users() if os.getuid() == 0 and own == outside else None
         theirs += [] if users is None else [users]
@@ -174,12 +174,13 @@ def _started(limits: Limits) -> Iterator["_Watch"]:
 
 
 def _users() -> int:
-    """Descriptor of a user namespace with the users root and nobody; for root only.
+    """Descriptor of a user namespace with the users root and nobody; only root can create it.
 
-    A program runs as nobody there: no limit on processes would hold for root, in whatever
-    namespace. It is nobody who reads Python then, in the room, whatever the ways to it outside.
+    Programs run as nobody, because the limit on processes does not apply to root in any namespace.
+    Python's files are then read by nobody, through the sandbox's own mounts, whatever the
+    permissions of their parent folders outside.
     """
-    command = ["unshare", "--user", "sh", "-c", "echo; read _"]  # there until its input is closed
+    command = ["unshare", "--user", "sh", "-c", "echo; read _"]  # exists until its stdin is closed
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout
         if not holder.stdout.readline():
@@ -194,10 +195,10 @@ def _users() -> int:
 
 
 def _room(users: int | None, tmp_bytes: int, info: int, rules: int) -> list[str]:
-    """bubblewrap's command line: a system to read, a /tmp in memory, and nothing else.
+    """bubblewrap's command line: a read-only system and a /tmp in memory.
 
     Args:
-        users: descriptor of a user namespace to enter; None: a new one.
+        users: descriptor of the user namespace to enter; None: create one.
     """
     command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session"]
@@ -230,7 +231,7 @@ def _packages() -> list[str]:
 
 @cache
 def _readable() -> list[str]:
-    """Python and its packages, where they are not part of the system; none lies below another."""
+    """Folders of Python and its packages outside of the system's; none is inside another."""
     needed = [_python(), sys.base_prefix, sys.base_exec_prefix, *_packages()]
     chosen: list[str] = []
     for path in sorted({*needed, *map(os.path.realpath, needed)}):
@@ -240,11 +241,11 @@ def _readable() -> list[str]:
 
 
 def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
-    """Limits of each process, by the names of the module ``resource``."""
+    """Limits per process, by their names in the module ``resource``."""
     cpu_s = max(1, round(limits.cpu_s))
     processes = limits.processes
     if tuple(int(part) for part in os.uname().release.split(".")[:2]) < _OWN_COUNT:
-        user = os.getuid() or _NOBODY  # the kernel counts this user's other processes among them
+        user = os.getuid() or _NOBODY  # the kernel also counts this user's other processes
         for process in psutil.process_iter(["uids", "num_threads"]):
             if process.info["uids"] and process.info["uids"].real == user:
                 processes += process.info["num_threads"] or 0
@@ -259,7 +260,7 @@ def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
 
 
 def _wait_for_room(told: bytes) -> None:
-    """Wait for the first process of the room, with which all others there have ended."""
+    """Wait for the sandbox's first process; when it ends, the kernel has killed all others."""
     with contextlib.suppress(ValueError, KeyError, OSError):
         first = os.pidfd_open(json.loads(told)["child-pid"])
         try:
@@ -269,7 +270,7 @@ def _wait_for_room(told: bytes) -> None:
 
 
 class _EndError(Exception):
-    """The program has ended, or has to."""
+    """The program has ended, or must be stopped."""
 
     def __init__(self, status: Status, message: str = "") -> None:
         super().__init__(message)
@@ -278,7 +279,7 @@ class _EndError(Exception):
 
 @dataclass
 class _Watch:
-    """The pipes to one program and what came out of them so far."""
+    """The pipes of one program and what it has written to them so far."""
 
     process: "subprocess.Popen[bytes]"
     limits: Limits
@@ -288,13 +289,13 @@ class _Watch:
     tokens: list[bytes] = field(default_factory=lambda: [os.urandom(TOKEN_BYTES) for _ in range(2)])
     unsent: bytes = b""
     frames: bytes = b""
-    accepted: int = -1  # tokens that came back; -1: not ready yet
+    accepted: int = -1  # tokens returned so far; -1: not ready yet
     printed: bytes = b""
     printed_bytes: int = 0
-    cpu_s: float = 0.0  # of the busiest process, when last looked at
+    cpu_s: float = 0.0  # of the busiest process, at the last check
 
     def until_the_end(self, program: Program) -> Outcome:
-        """Serve the pipes until the program has ended, or has to."""
+        """Serve the pipes until the program has ended or must be stopped."""
         os.set_blocking(self.tasks, False)
         texts = [program.source, program.tests]
         ends = time.monotonic() + self.limits.wall_s
@@ -331,7 +332,7 @@ class _Watch:
                 raise _EndError("failed", f"printed more than {self.limits.output_bytes} bytes")
         if self.results in ready:
             self._take_frames(texts)
-        elif ended in ready and self.output not in ready:  # all that was told has been read
+        elif ended in ready and self.output not in ready:  # all frames have been read
             raise self._end_by_itself()
 
     def _take_frames(self, texts: list[str]) -> None:
@@ -365,20 +366,20 @@ class _Watch:
         raise _EndError("memory" if status == "memory" else "failed", message)
 
     def _end_by_itself(self) -> _EndError:
-        """The outcome of a program that ended without telling one."""
+        """Outcome of a program that ended without reporting one."""
         lines = self.printed.decode("utf-8", "replace").strip().splitlines()
         said = lines[-1][:LONGEST_MESSAGE] if lines else ""
         code = self.process.wait()
         if self.accepted < 0:
             return _EndError("refused", f"{_NO_NAMESPACES} ({said or f'it exited with {code}'})")
-        killed = code - 128 if code > 128 else 0  # as bubblewrap tells of a signal
+        killed = code - 128 if code > 128 else 0  # bubblewrap's exit status for a signal
         if killed == signal.SIGXCPU or (killed and self.cpu_s >= self.limits.cpu_s):
             return _EndError("timeout", f"took more than {self.limits.cpu_s:g} s of processor time")
         how = f"was ended by {signal.Signals(killed).name}" if killed else f"exited with {code}"
         return _EndError("failed", f"{how} before its tests had ended{': ' if said else ''}{said}")
 
     def _look(self) -> None:
-        """Bound what all processes of the program hold together, and its number of files."""
+        """Enforce the limits on the total memory of all processes and on the number of files."""
         resident, files = 0, 0
         try:
             for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -393,6 +394,6 @@ class _Watch:
             return
         if resident > self.limits.memory_bytes:
             limit = self.limits.memory_bytes
-            raise _EndError("memory", f"all its processes together took more than {limit} bytes")
+            raise _EndError("memory", f"its processes together used more than {limit} bytes")
         if self.accepted >= 0 and files > _MOST_FILES:
-            raise _EndError("failed", f"made more than {_MOST_FILES} files")
+            raise _EndError("failed", f"created more than {_MOST_FILES} files")

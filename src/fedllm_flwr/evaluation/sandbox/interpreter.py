@@ -1,10 +1,10 @@
-"""Code run inside the sandbox: the program, then its tests. Imports nothing of this package.
+"""Runs inside the sandbox: executes the program, then its tests. Imports nothing of this package.
 
-Frames (eight bytes of length, then that much) come in on descriptor 3 and go out on descriptor 4.
-The first one out says that the limits hold. The first one in is a token with the program; the
-tests, with a second token, come only after the program's own code has ended, in exchange for the
-first. The second tells that the tests ran to their end. All that is used after the program began
-is held in local variables: what it replaces does not count.
+Frames (eight bytes of length, then the content) arrive on descriptor 3 and leave on descriptor 4.
+The first outgoing frame confirms that the limits are set. The first incoming frame is a token and
+the program. Once the program's code has ended, the token is sent back, and a second token with the
+tests arrives; sending it back proves that the tests ran to completion. Everything used after the
+program has started is held in local variables, so the program cannot replace it.
 """
 
 import json
@@ -30,7 +30,7 @@ def main(
     say: Callable[..., str] = json.dumps,
     out_of_memory: type[BaseException] = MemoryError,
 ) -> None:
-    """Never returns: threads and exit handlers of the program have no say in the end."""
+    """Never returns: the process exits without the program's threads and exit handlers."""
 
     def receive() -> tuple[bytes, bytes]:
         frame, size = b"", 8
@@ -70,7 +70,7 @@ def main(
 
 
 def place_descriptors(tasks: int, results: int) -> None:
-    """Both where the program's end of them is known to be, and nothing else above them."""
+    """Move both descriptors to 3 and 4, and close all higher ones."""
     first, second = os.dup2(tasks, 200), os.dup2(results, 201)
     os.dup2(first, 3)
     os.dup2(second, 4)
@@ -78,7 +78,7 @@ def place_descriptors(tasks: int, results: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Type, text and the place in the program or its tests, in one line."""
+    """Type, message and location of an error in the program or its tests, in one line."""
     place, trace = "", error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename in ("program", "tests"):

@@ -1,8 +1,8 @@
-"""A filter of system calls that bubblewrap lays over a program.
+"""A seccomp filter of system calls that bubblewrap installs for a program.
 
-It refuses what holds memory outside of every process (message queues, semaphores, shared memory,
-files in memory, rings), for the bounds on address space and resident memory see nothing of it; and
-further namespaces, which expose much of the kernel.
+It rejects calls that allocate memory outside of processes (message queues, semaphores, shared
+memory, memory files, rings), which the limits on address space and resident memory do not cover,
+and calls that create further namespaces, which expose much of the kernel.
 """
 
 import errno
@@ -12,15 +12,15 @@ import struct
 # shmget, msgget, semget, mq_open, memfd_create, memfd_secret, io_uring_setup, unshare, setns
 _GENERIC = (194, 186, 190, 180, 279, 447, 425, 97, 268)
 _X86_64 = (29, 68, 64, 240, 319, 447, 425, 272, 308)
-# By the kernel's name of the machine: its audit number, its numbers of these calls and of clone.
+# Machine name -> its audit architecture, and its numbers of these calls and of clone.
 _MACHINES = {
     "x86_64": (0xC000003E, _X86_64, 56),
     "aarch64": (0xC00000B7, _GENERIC, 220),
     "riscv64": (0xC00000F3, _GENERIC, 220),
 }
-_CLONE3 = 435  # on all of them; the C library goes back to clone where it is not implemented
+_CLONE3 = 435  # on all machines; the C library falls back to clone where it is not implemented
 _CLONE_NEWUSER = 0x10000000
-_ANOTHER_ABI = 0x40000000  # x32, whose calls have numbers of their own
+_ANOTHER_ABI = 0x40000000  # x32, which numbers its calls differently
 _LOAD, _RETURN = 0x20, 0x06  # instructions of a filter
 _EQUAL, _AT_LEAST, _ANY_BIT = 0x15, 0x35, 0x45  # jumps
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets of struct seccomp_data
@@ -28,20 +28,20 @@ _ALLOW, _FAIL = 0x7FFF0000, 0x00050000
 
 
 def call_filter(machine: str = os.uname().machine) -> bytes:
-    """The filter as the kernel takes it (``struct sock_filter``s); refused calls fail with EPERM.
+    """The filter in the kernel's format (``struct sock_filter``s); rejected calls fail with EPERM.
 
     Raises:
-        OSError: no filter is known for the machine.
+        OSError: the machine's architecture is not supported.
     """
     if machine not in _MACHINES:
         raise OSError(f"no filter of system calls is known for {machine}")
     architecture, calls, clone = _MACHINES[machine]
-    allow = len(calls) + 8  # the place of each way to end
+    allow = len(calls) + 8  # index of each return instruction
     refuse, absent = allow + 1, allow + 2
     program: list[tuple[int, int, int, int]] = []
 
     def jump(kind: int, value: int, true: int | None = None, false: int | None = None) -> None:
-        here = len(program) + 1  # jumps count from the next instruction
+        here = len(program) + 1  # jumps are relative to the next instruction
         offsets = [0 if place is None else place - here for place in (true, false)]
         program.append((kind, *offsets, value))  # type: ignore[arg-type]
 

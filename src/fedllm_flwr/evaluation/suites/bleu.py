@@ -1,4 +1,4 @@
-"""BLEU over a whole test set, from counts that add up over its examples (Papineni et al. 2002)."""
+"""Corpus BLEU, from counts that are summed over the examples (Papineni et al. 2002)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Floats = NDArray[np.float64]
 
 
 def bleu_counts(reference: Sequence[str], written: Sequence[str]) -> list[int]:
-    """Matching n-grams (clipped) and all n-grams written, n = 1..4; both lengths: 10 numbers."""
+    """Clipped matches and totals of n-grams for n = 1..4, and both lengths: 10 numbers."""
     matching, possible = [], []
     for n in range(1, ORDER + 1):
         found, wanted = _ngrams(written, n), _ngrams(reference, n)
@@ -25,7 +25,7 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def bleu(sums: Floats, smooth: bool) -> Floats:
-    """BLEU-4 between 0 and 1 of summed counts, (sets, 10) -> (sets,).
+    """BLEU-4 (0 to 1) of summed counts, (sets, 10) -> (sets,).
 
     Args:
         smooth: add one to every n-gram count (Lin and Och 2004), as CodeXGLUE does.
@@ -34,6 +34,6 @@ def bleu(sums: Floats, smooth: bool) -> Floats:
     written, reference = sums[:, -2], sums[:, -1]
     precision = np.divide(matching, possible, out=np.zeros_like(matching), where=possible > 0)
     with np.errstate(divide="ignore"):
-        mean = np.exp(np.log(precision).mean(1))  # zero as soon as one precision is
+        mean = np.exp(np.log(precision).mean(1))  # zero if one precision is zero
         brevity = np.exp(np.minimum(0.0, 1.0 - reference / written))
     return np.asarray(np.where(written > 0, mean * brevity, 0.0))

@@ -1,6 +1,6 @@
 """Catalogue of the suites, read from ``evaluation/<suite>/suite.yaml``.
 
-A ``suite.yaml`` holds ``title``, ``runner`` (default ``harness``), ``tasks`` and ``averages``. The
+A ``suite.yaml`` has ``title``, ``runner`` (default ``harness``), ``tasks`` and ``averages``. The
 keys of a task are the fields of `SuiteTask`, those of a metric the fields of `SuiteMetric`, and
 those of an average the fields of `Average`.
 """
@@ -25,16 +25,16 @@ KINDS = (
 
 @dataclass(frozen=True)
 class SuiteMetric:
-    """One number of a task, computed over its examples.
+    """A metric of a task, computed over its examples.
 
     Args:
-        name: what tables call it.
-        kind: ``mean`` of the column, or a score of [target, prediction] pairs of classes or of
-            counts, see `statistics`.
-        column: field of a sample, a number, such a pair or such counts.
-        parts: harness tasks whose examples count; empty: all.
-        chance: what guessing yields, where that is known.
-        higher_is_better: of two models.
+        name: its name in tables.
+        kind: ``mean`` of the column, or a score of [target, prediction] pairs or of counts, see
+            `statistics.estimate`.
+        column: the samples' field with a number, a pair or counts.
+        parts: harness tasks whose examples are used; empty: all.
+        chance: the score of guessing, if known.
+        higher_is_better: whether the higher of two scores is better.
     """
 
     name: str
@@ -47,22 +47,22 @@ class SuiteMetric:
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """One data set, asked in one way.
+    """One data set with one prompt format.
 
     Args:
-        name, title: for the command line, and for people.
-        source: where the data are published; ``split`` and number of ``shots`` as the protocol has
-            them; ``protocol``: paper or repository that is followed.
-        licence: of the data, as its publishers state it.
-        labels: what targets may be, in lower case, where that is a fixed set; others are refused.
-        metrics: the first one stands for the task in tables.
-        files: names below ``--data-root``; ``reader`` makes rows of the hub's schema of them.
-        folder: of the harness' task files: in this suite's own folder if empty, else below the
-            harness' ``tasks/``.
-        harness: names of the harness tasks it consists of.
-        overrides: keys of the harness tasks that are set otherwise; ``raw``: with bare prompts,
-            ``local``: with local files.
-        settings: for runners other than the harness.
+        name, title: its name on the command line, and its title.
+        source: where the data are published; ``split`` and number of ``shots`` follow the
+            ``protocol``, a paper or repository.
+        licence: licence of the data, as stated by the publishers.
+        labels: valid targets in lower case, if they are a fixed set; others are rejected.
+        metrics: the first one represents the task in tables.
+        files: file names in ``--data-root``; ``reader`` reads them as rows of the hub's schema.
+        folder: folder of the harness' task files in the harness' ``tasks/``; empty: this suite's
+            own folder.
+        harness: names of its harness tasks.
+        overrides: keys of the harness tasks to override; ``raw``: with bare prompts, ``local``:
+            with local files.
+        settings: settings of other runners than the harness.
     """
 
     name: str
@@ -88,7 +88,7 @@ class SuiteTask:
 
 @dataclass(frozen=True)
 class Average:
-    """The mean of one metric over some tasks."""
+    """The mean of one metric over several tasks."""
 
     name: str
     tasks: tuple[str, ...]
@@ -97,7 +97,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that belong together."""
+    """A group of tasks and its averages."""
 
     name: str
     title: str
@@ -106,7 +106,7 @@ class Suite:
 
 
 def suites_dir() -> Path:
-    """Directory of the suites: inside an installed wheel, or of the checkout."""
+    """Directory of the suites: in the installed wheel, or in the checkout."""
     installed = _PACKAGE / "evaluation_suites"
     return installed if installed.is_dir() else _PACKAGE.parents[1] / "evaluation"
 
@@ -119,19 +119,19 @@ def all_suites() -> dict[str, Suite]:
 
 
 def chosen_suites(names: Sequence[str], typed: str = "--suite ") -> list[Suite]:
-    """The suites of these names; messages begin with what was `typed` before the name.
+    """The suites with these names; error messages begin with `typed`, the text before the name.
 
     Raises:
-        ConfigError: there is none of a name.
+        ConfigError: a name is unknown.
     """
     return [_named(all_suites(), name, "suite", typed) for name in dict.fromkeys(names)]
 
 
 def chosen_tasks(names: Sequence[str]) -> list[SuiteTask]:
-    """Tasks by name, whatever their suite.
+    """Tasks by name, from all suites.
 
     Raises:
-        ConfigError: there is none of a name.
+        ConfigError: a name is unknown.
     """
     known = {task.name: task for suite in all_suites().values() for task in suite.tasks}
     return [_named(known, name, "task", "--task ") for name in dict.fromkeys(names)]
@@ -141,9 +141,7 @@ def _named(known: dict[str, Any], name: str, kind: str, typed: str) -> Any:
     if name in known:
         return known[name]
     hint = did_you_mean(name, known, cutoff=0.4)
-    raise ConfigError(
-        f"{typed}{name}: no such {kind}.{hint} (fedllm evaluate --list lists every one)"
-    )
+    raise ConfigError(f"{typed}{name}: no such {kind}.{hint} (fedllm evaluate --list lists all)")
 
 
 def _read(file: Path) -> Suite:
@@ -156,7 +154,7 @@ def _read(file: Path) -> Suite:
 
 
 def _task(suite: str, runner: str, item: dict[str, Any]) -> SuiteTask:
-    """A task with its metrics: those that are listed, and with ``by_part`` one for each part."""
+    """A task with its listed metrics and, with ``by_part``, one metric per part."""
     listed = [_typed(SuiteMetric, metric) for metric in item["metrics"]]
     union = [part for metric in listed for part in metric.parts]
     parts = item.get("harness") or list(dict.fromkeys(union))
@@ -171,7 +169,7 @@ def _task(suite: str, runner: str, item: dict[str, Any]) -> SuiteTask:
 
 
 def _typed(cls: Any, item: dict[str, Any]) -> Any:
-    """A dataclass of YAML values: lists become tuples."""
+    """A dataclass from YAML values; lists become tuples."""
     known = {entry.name for entry in fields(cls)}
     if unknown := sorted(set(item) - known):
         raise ValueError(f"suite.yaml: {cls.__name__} has no key {unknown[0]}")

@@ -1,4 +1,4 @@
-"""Suites scored on a few examples at the central evaluations of a run."""
+"""Suites scored on a few examples at each central evaluation of a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from fedllm_flwr.models.adapted_model import AdaptedModel
 
 @dataclass(frozen=True)
 class CentralSuites:
-    """Tasks to score at every central evaluation; their data are read once."""
+    """Tasks scored at every central evaluation; their data are read once."""
 
     tasks: list[SuiteTask]
     template: str
@@ -23,7 +23,7 @@ class CentralSuites:
     harness: HarnessTasks = field(default_factory=HarnessTasks)
 
     def score(self, adapted: AdaptedModel) -> dict[str, float]:
-        """Scores of the adapter in the model, by ``<suite>/<task>/<metric>``."""
+        """Scores of the loaded adapter, by ``<suite>/<task>/<metric>``."""
         model = TextModel(adapted, template=self.template, batch_tokens=self.options.batch_tokens)
         scores = {}
         for task in self.tasks:
@@ -35,12 +35,12 @@ class CentralSuites:
 
 
 def central_suites(config: Config) -> CentralSuites | None:
-    """What ``evaluation.suites`` asks for; None if it asks for nothing.
+    """The suites of ``evaluation.suites``; None if it is empty.
 
-    Tasks of a suite whose local files are not there are left out.
+    Tasks whose local files are missing are left out.
 
     Raises:
-        ConfigError: an unknown suite, or one that is not scored by the harness.
+        ConfigError: a suite is unknown, or not scored by the harness.
         ModelError: the harness is not installed.
     """
     tasks = requested_tasks(config)

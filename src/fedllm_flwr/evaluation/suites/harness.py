@@ -1,7 +1,7 @@
-"""Suites scored by lm-evaluation-harness: its task definitions, our model and our data.
+"""Suites scored by lm-evaluation-harness: its task definitions, with this package's model and data.
 
-The harness writes prompts and reads answers; models, batches, intervals and files are this
-package's. It is an optional dependency, and is imported when the first task runs.
+The harness makes prompts and parses answers; models, batches, intervals and files are this
+package's. It is an optional dependency, imported when the first task runs.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from fedllm_flwr.evaluation.suites.samples import Sample, Samples
 from fedllm_flwr.evaluation.suites.suite_model import TextModel
 from fedllm_flwr.models.generation import Decoding
 
-_FEW_SHOT_SEED = 1234  # the harness' own
-_DEFAULT_NEW_TOKENS = 256  # the harness' own
-_ROOM = 16  # tokens kept free for an answer that is scored by likelihood
+_FEW_SHOT_SEED = 1234  # the harness' default
+_DEFAULT_NEW_TOKENS = 256  # the harness' default
+_ROOM = 16  # tokens reserved for an answer that is scored by likelihood
 
 
 class HarnessTasks:
-    """The harness tasks of suites, loaded once and asked of one model after another."""
+    """The harness tasks of suites, loaded once for all models."""
 
     def __init__(self) -> None:
         self._loaded: dict[Any, dict[str, Any]] = {}
@@ -35,7 +35,7 @@ class HarnessTasks:
         """Score a model on a task.
 
         Raises:
-            DataError: data are missing.
+            DataError: the data are missing.
             ModelError: the harness is not installed.
         """
         harness_version()
@@ -58,7 +58,7 @@ class HarnessTasks:
                 apply_chat_template=True,
                 fewshot_as_multiturn=True,
             )
-        samples: dict[str, Sample] = {}  # an example that several filters read is logged by each
+        samples: dict[str, Sample] = {}  # each filter logs an example separately
         for name in loaded:
             for logged in found["samples"][name]:
                 sample = _sample(name, logged)
@@ -75,7 +75,7 @@ class HarnessTasks:
 
 
 def _load(task: SuiteTask, options: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Harness tasks by name, their data read."""
+    """Harness tasks by name, with their data."""
     import lm_eval.tasks
 
     own = suites_dir() / task.suite
@@ -91,11 +91,11 @@ def _load(task: SuiteTask, options: RunOptions, overrides: dict[str, Any]) -> di
         loaded = manager.load([{"group": task.name, "task": members}])["tasks"]
     except DataError:
         raise
-    except Exception as error:  # datasets and the hub raise many kinds
+    except Exception as error:  # datasets and the hub raise many types
         remedy = (
             "give local files with --data-root"
             if options.data_root is None
-            else f"look at its files in {options.data_root}: {', '.join(task.files)}"
+            else f"check its files in {options.data_root}: {', '.join(task.files)}"
         )
         raise DataError(
             f"{task.name}: its data ({task.source}) cannot be loaded: "
@@ -110,10 +110,10 @@ def _load(task: SuiteTask, options: RunOptions, overrides: dict[str, Any]) -> di
 
 
 def _check_targets(task: SuiteTask, loaded: Any) -> None:
-    """Refuse rows whose right answer cannot be given: no model could score on them.
+    """Reject rows whose target is not among the choices.
 
     Raises:
-        DataError: names the row, its target, and what it could be.
+        DataError: names the row, its target and the choices.
     """
     chosen = loaded.config.output_type == "multiple_choice"
     if not (task.labels or chosen):
@@ -129,16 +129,16 @@ def _check_targets(task: SuiteTask, loaded: Any) -> None:
             known = target in (places if isinstance(target, int) else choices)
         if not known:
             raise DataError(
-                f"{task.name}: row {number} of its data has the target {target!r}, which is none "
-                f"of {', '.join(map(str, choices))}; mend the file, or leave the row out."
+                f"{task.name}: row {number} of its data has the target {target!r}, expected one of "
+                f"{', '.join(map(str, choices))}; correct the file, or remove the row."
             )
 
 
 class _HarnessModel:
-    """The harness' model interface (its class LM) over a `TextModel`.
+    """The harness' model interface (its class LM) for a `TextModel`.
 
     Args:
-        room: tokens of the context that are kept free for an answer.
+        room: tokens of the context reserved for an answer.
     """
 
     rank, world_size = 0, 1
@@ -150,7 +150,7 @@ class _HarnessModel:
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt that the model sees; the harness' name for it."""
+        """The prompt of the model (the method's name is the harness')."""
         return self._model.render_fitting(messages, self._room)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -180,7 +180,7 @@ class _HarnessModel:
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Not used by any suite."""
+        """No suite uses it."""
         raise NotImplementedError("perplexity tasks are not part of any suite")
 
 
@@ -195,9 +195,9 @@ def _decoding(settings: dict[str, Any]) -> Decoding:
 
 
 def _sample(part: str, logged: dict[str, Any]) -> Sample:
-    """One example as it is kept: what was asked and answered, and the fields of its metrics.
+    """The sample of an example: its prompt and answers, and the fields of its metrics.
 
-    Values by a named filter are called ``<metric>,<filter>``.
+    Values of a named filter are called ``<metric>,<filter>``.
     """
     likelihoods = logged["resps"] and isinstance(logged["resps"][0][0], tuple)
     answer = [row[0][0] for row in logged["resps"]] if likelihoods else logged["resps"][0][0]
@@ -213,7 +213,7 @@ def _sample(part: str, logged: dict[str, Any]) -> Sample:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy scalars and tuples as JSON has them."""
+    """Convert NumPy scalars and tuples to JSON values."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value
@@ -221,7 +221,7 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness' progress bars and remarks off the terminal; errors are raised anyway."""
+    """Suppress the harness' progress bars and messages; errors are raised anyway."""
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     with contextlib.redirect_stderr(io.StringIO()):
         yield

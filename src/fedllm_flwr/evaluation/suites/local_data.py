@@ -1,7 +1,7 @@
-"""Local files of benchmarks, as rows of the schema that the hub's data set has.
+"""Local files of benchmarks, read as rows with the schema of the hub's data set.
 
-A reader takes the paths of a task's files and returns the rows of each split. Its name stands in
-``suite.yaml``.
+A reader, named in ``suite.yaml``, takes the paths of a task's files and returns the rows of each
+split.
 """
 
 import csv
@@ -19,7 +19,7 @@ from fedllm_flwr.evaluation.suites.tasks.reading import shuffled_options
 
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
-# As FinGPT's benchmark files store it
+# The format of FinGPT's benchmark files
 _FINGPT_PROMPT = re.compile(
     r"\s*Instruction:\s*(?P<instruction>.*?)\s*\nInput:\s*(?P<input>.*?)\s*\nAnswer:\s*", re.DOTALL
 )
@@ -30,31 +30,31 @@ Reader = Callable[[Sequence[Path]], Splits]
 
 
 def missing_files(task: SuiteTask, root: Path) -> list[Path]:
-    """Files of a task that are not below `root`."""
-    parts = task.harness or ("",)  # of tasks that are not the harness' own
+    """Files of a task that are missing in `root`."""
+    parts = task.harness or ("",)  # tasks of other runners have no parts
     return [path for part in parts for path in _paths(task, part, root) if not path.is_file()]
 
 
 def _paths(task: SuiteTask, part: str, root: Path) -> list[Path]:
-    """Files of one harness task; ``{}`` in their names stands for its subject."""
+    """Files of one harness task; ``{}`` in their names is replaced by its subject."""
     subject = part.removeprefix(task.settings.get("prefix", ""))
     return [root / name.replace("{}", subject) for name in task.files]
 
 
 def local_settings(task: SuiteTask, part: str, root: Path) -> dict[str, Any]:
-    """Settings that make a harness task read local files: its rows and splits.
+    """Settings that make a harness task use local files: its rows and splits.
 
     Raises:
-        DataError: names the file that is missing or cannot be read.
+        DataError: names the file that is missing or unreadable.
     """
     import datasets
 
     if not task.files:
-        raise DataError(f"{task.name}: cannot be read from local files; drop --data-root.")
+        raise DataError(f"{task.name} cannot be read from local files; remove --data-root.")
     paths = _paths(task, part, root)
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{task.name}: {path} is missing; it holds {task.source}.")
+            raise DataError(f"{task.name}: {path} is missing; it should contain {task.source}.")
     splits = READERS[task.reader](paths)
     data = datasets.DatasetDict(
         {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
@@ -66,7 +66,7 @@ def local_settings(task: SuiteTask, part: str, root: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Records of a file: a JSON list, JSON lines, or CSV; also compressed by gzip.
+    """Records of a file: a JSON list, JSON lines or CSV, optionally gzipped.
 
     Raises:
         DataError: names the file and the line.
@@ -87,12 +87,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _same(paths: Sequence[Path]) -> Splits:
-    """Rows that are in the hub's schema already."""
+    """Rows that already have the hub's schema."""
     return {"test": read_rows(paths[0])}
 
 
 def _finance(paths: Sequence[Path]) -> Splits:
-    """FinGPT's rows: {context, target}, the finished prompt, or {instruction, input, output}."""
+    """FinGPT's rows: {context, target} with the whole prompt, or {instruction, input, output}."""
     rows = []
     for row in read_rows(paths[0]):
         if "context" in row:
@@ -106,13 +106,13 @@ def _finance(paths: Sequence[Path]) -> Splits:
 
 
 def _mmlu(paths: Sequence[Path]) -> Splits:
-    """Hendrycks' files without header: question, four options, letter; test, then dev."""
+    """Hendrycks' headerless files (question, four options, letter): test, then dev."""
 
     def rows(path: Path) -> list[Row]:
         with path.open(encoding="utf-8", newline="") as file:
             lines = [line for line in csv.reader(file) if line]
         if any(len(line) != 6 or line[5] not in "ABCD" for line in lines):
-            raise DataError(f"{path}: a line is not question, four options and a letter.")
+            raise DataError(f"{path}: a line does not have a question, four options and a letter.")
         return [
             {"question": line[0], "choices": line[1:5], "answer": "ABCD".index(line[5])}
             for line in lines
@@ -122,12 +122,12 @@ def _mmlu(paths: Sequence[Path]) -> Splits:
 
 
 def _lettered(paths: Sequence[Path], asked: str, options: Sequence[str], right: str) -> Splits:
-    """Questions with options A to D, by the names of the hub's columns."""
+    """Questions with options A to D, in the hub's columns."""
     rows = []
     for row in read_rows(paths[0]):
         answer = row["answer_idx"]
         if answer not in tuple("ABCD"):
-            raise DataError(f"{paths[0]}: answer_idx is {answer!r} in a row; give A, B, C or D.")
+            raise DataError(f"{paths[0]}: a row has answer_idx {answer!r}; give A, B, C or D.")
         texts = [row["options"][letter] for letter in "ABCD"]
         columns = dict(zip(options, texts, strict=True))
         rows.append({asked: row["question"], **columns, right: "ABCD".index(answer)})
@@ -135,7 +135,7 @@ def _lettered(paths: Sequence[Path], asked: str, options: Sequence[str], right: 
 
 
 def _pubmedqa(paths: Sequence[Path]) -> Splits:
-    """The labelled set, and the ids and answers of its test part, which come sorted by answer."""
+    """The labelled set, and the ids and answers of its test split, which are sorted by answer."""
     labelled, answers = read_rows(paths[0])[0], read_rows(paths[1])[0]
     rows = [
         {
@@ -155,7 +155,7 @@ def _bbh(paths: Sequence[Path]) -> Splits:
 
 
 def _drop(paths: Sequence[Path]) -> Splits:
-    """Finished prompts {context, ref_text}, right answers divided by |, spans joined in one."""
+    """Whole prompts {context, ref_text}; correct answers separated by |, their spans joined."""
     rows = []
     for row in read_rows(paths[0]):
         match = _DROP_PROMPT.fullmatch(row["context"])

@@ -1,4 +1,4 @@
-"""Options by which tasks are run; fields are called as on the command line."""
+"""Options of running tasks; fields have the names of the command line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,19 +8,20 @@ from fedllm_flwr.errors import ConfigError
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """Options of writing open-ended answers and having them graded.
+    """Options of generating and judging open-ended answers.
 
     Args:
-        judge_model: name at the endpoint; None: no judge, scores by rule only.
-        judge_concurrency: requests to an endpoint at once.
-        judge_timeout: seconds, of one try of one request.
-        judge_attempts: how often a judge is asked for a verdict in all.
-        judge_stream: take replies token by token.
-        judge_price: in some currency per million prompt and completion tokens.
-        reference: file of answers to be better than.
-        writer_url: endpoint that writes the answers; None: the model in this process does.
-        max_new_tokens: of an answer.
-        answer_batch: answers that are written at once.
+        judge_model: the judge's name at the endpoint; None: no judge, scores by rule only.
+        judge_concurrency: maximum number of concurrent requests to an endpoint.
+        judge_timeout: seconds per attempt of a request.
+        judge_attempts: maximum number of requests for one verdict.
+        judge_stream: receive replies token by token.
+        judge_price: prices per million prompt tokens and per million completion tokens, in any
+            currency.
+        reference: file of baseline answers.
+        writer_url: endpoint that generates the answers; None: generate in this process.
+        max_new_tokens: maximum number of tokens of an answer.
+        answer_batch: number of answers generated in one batch.
     """
 
     judge_model: str | None = None
@@ -37,13 +38,13 @@ class JudgeOptions:
 
 @dataclass(frozen=True)
 class CodeOptions:
-    """Options of generated code.
+    """Options of generating and running code.
 
     Args:
         allow_code_execution: whether generated programs may be run.
-        samples: answers to each problem; pass@k needs k of them.
-        temperature: of sampling; 0 is greedy, and then one answer is all there is. None: greedy
-            for one answer, 0.8 for several (Chen et al. 2021).
+        samples: number of answers per problem; pass@k needs k of them.
+        temperature: sampling temperature; 0 is greedy and allows one answer only. None: greedy for
+            one answer, 0.8 for several (Chen et al. 2021).
     """
 
     allow_code_execution: bool = False
@@ -52,13 +53,13 @@ class CodeOptions:
 
     @property
     def heat(self) -> float:
-        """Temperature of sampling."""
+        """The sampling temperature."""
         if self.temperature is None:
             return 0.8 if self.samples > 1 else 0.0
         return self.temperature
 
     def check(self) -> None:
-        """Refuse what does not fit together.
+        """Check the options.
 
         Raises:
             ConfigError: names the option and the remedy.
@@ -76,15 +77,15 @@ class CodeOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options by which tasks are run.
+    """Options of running tasks.
 
     Args:
-        limit: examples of each (harness) task, the first ones; None: all.
-        shots: solved examples in the prompt; None: as each task says.
-        data_root: folder of local data files; None: the Hugging Face Hub.
-        work_dir: where a runner may keep what lets a stopped evaluation go on.
-        batch_tokens: prompt tokens of one forward pass.
-        seed: of everything drawn at random.
+        limit: maximum number of examples of each (harness) task, from the first on; None: all.
+        shots: number of few-shot examples; None: as each task defines.
+        data_root: folder of local data files; None: use the Hugging Face Hub.
+        work_dir: where a runner saves its progress, to resume an interrupted evaluation.
+        batch_tokens: prompt tokens per forward pass.
+        seed: seed of all random draws.
     """
 
     limit: int | None = None

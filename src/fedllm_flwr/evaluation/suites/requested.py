@@ -1,4 +1,4 @@
-"""The suites that a run asks for, checked before a model is loaded."""
+"""The suites of a run's configuration, checked before a model is loaded."""
 
 import importlib.metadata
 from pathlib import Path
@@ -10,7 +10,7 @@ from fedllm_flwr.evaluation.suites.local_data import missing_files
 
 
 def harness_version() -> str:
-    """Version of the harness.
+    """The harness' version.
 
     Raises:
         ModelError: it is not installed.
@@ -24,10 +24,10 @@ def harness_version() -> str:
 
 
 def requested_tasks(config: Config) -> list[SuiteTask]:
-    """The tasks of ``evaluation.suites`` whose files are there; empty if no suite is asked for.
+    """The tasks of ``evaluation.suites`` whose files are available; empty without a suite.
 
     Raises:
-        ConfigError: an unknown suite, one that training does not wait for, or no files.
+        ConfigError: a suite is unknown or not available during training, or no files are found.
         ModelError: the harness is not installed.
     """
     names = config.evaluation.suites
@@ -37,8 +37,8 @@ def requested_tasks(config: Config) -> list[SuiteTask]:
     for task in tasks:
         if task.runner != "harness":
             raise ConfigError(
-                f"evaluation.suites: {task.suite} runs code or asks a judge, which training does "
-                "not wait for; use fedllm evaluate on the finished run."
+                f"evaluation.suites: {task.suite} runs code or uses a judge, which is not possible "
+                "during training; use fedllm evaluate on the finished run."
             )
     harness_version()
     root = config.evaluation.data_root
@@ -47,7 +47,7 @@ def requested_tasks(config: Config) -> list[SuiteTask]:
     found = [task for task in tasks if not missing_files(task, Path(root).expanduser())]
     if not found:
         raise ConfigError(
-            f"evaluation.data_root={root}: holds the files of no task of {', '.join(names)}; "
-            "fedllm evaluate --list names them."
+            f"evaluation.data_root={root}: contains the files of no task of {', '.join(names)}; "
+            "fedllm evaluate --list shows them."
         )
     return found

@@ -8,14 +8,14 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """The examples of one task, scored.
+    """The scored examples of one task.
 
     Args:
-        samples: one plain dict for each example: ``id``, the fields that metrics look at, and
-            whatever else explains the score.
-        first_prompt: the text that the model saw for the first example, to the last character.
-        notes: what the reader of the score should know, such as the number of prompts cut.
-        seconds: that scoring took.
+        samples: one dict per example: ``id``, the fields that the metrics use, and fields that
+            explain the score.
+        first_prompt: the exact prompt of the first example.
+        notes: remarks for readers of the score, such as the number of truncated prompts.
+        seconds: time spent scoring.
     """
 
     samples: list[Sample]

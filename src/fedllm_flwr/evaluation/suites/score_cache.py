@@ -1,7 +1,7 @@
-"""Cache of scored examples on disk, by model and questions.
+"""On-disk cache of scored examples, by model and task.
 
-An entry is found by all that decides on it: the base model's weights, the adapter's file, the
-task's definition and data, the prompt and the versions of the programs.
+The key of an entry covers everything that determines it: the base model's weights, the adapter's
+file, the task's definition and data, the prompt, and the versions of the code.
 """
 
 import gzip
@@ -20,25 +20,25 @@ from fedllm_flwr.evaluation.suites.options import RunOptions
 from fedllm_flwr.evaluation.suites.samples import Samples
 from fedllm_flwr.files import write_atomically
 
-_HASHED_WHOLE = 64 * 2**20  # bytes; of larger files both ends and the size are hashed
+_HASHED_WHOLE = 64 * 2**20  # bytes; of larger files, the size and both ends are hashed
 _END = 2**20
 _PACKAGE = Path(__file__).parents[2]
 
 
 def default_cache() -> Path:
-    """Default directory of the cache."""
+    """The default directory of the cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "fedllm-flwr" / "evaluation"
 
 
 class SamplesCache:
-    """Entries in a directory, one file each; None keeps nothing."""
+    """Entries in a directory, one file each; None disables the cache."""
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
 
     def get(self, key: str) -> Samples | None:
-        """Stored samples; None if there are none, or they cannot be read."""
+        """The cached samples; None if there are none or they cannot be read."""
         if self._directory is None:
             return None
         try:
@@ -63,13 +63,13 @@ class SamplesCache:
 
 
 def key_of(**parts: Any) -> str:
-    """A key that differs as soon as one of its parts does."""
+    """A key that depends on every one of its parts."""
     text = json.dumps({**parts, "version": __version__}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
-    """All that decides on the questions of a task: its definition, options and local data."""
+    """Everything that determines a task's questions: its definition, options and local data."""
     root = options.data_root
     data: list[Path] = []
     if root is not None:
@@ -92,17 +92,17 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
 
 @cache
 def code_identity(package: Path = _PACKAGE) -> str:
-    """A hash of what reads data, writes prompts, makes tokens of them, computes and scores answers.
+    """A hash of the code that reads data, renders and tokenises prompts, and scores answers.
 
-    Templates, tokens and choices are in ``data``, log-probabilities, answers and the model itself
-    in ``models``.
+    Templates, tokenisation and choices are in ``data``; log-probabilities, generation and the model
+    are in ``models``.
     """
     parts = ("data", "models", "evaluation")
     return files_identity(file for part in parts for file in sorted((package / part).rglob("*.py")))
 
 
 def files_identity(paths: Iterable[Path]) -> str:
-    """A hash of files' names and contents; of a large file's size and both its ends."""
+    """A hash of names and contents of files; of large files, of the size and both ends."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

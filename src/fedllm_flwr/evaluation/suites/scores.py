@@ -1,4 +1,4 @@
-"""From scored examples to the numbers of a task and of a suite."""
+"""Metrics of a task and averages of a suite, from scored examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ Estimates = dict[str, Estimate]  # by metric
 
 
 def task_estimates(task: SuiteTask, samples: Sequence[Sample]) -> Estimates:
-    """Every metric of a task for which there are examples."""
+    """The metrics of a task that have examples."""
     found = {}
     for metric in task.metrics:
         values: list[object] = [
@@ -27,7 +27,7 @@ def task_estimates(task: SuiteTask, samples: Sequence[Sample]) -> Estimates:
 
 
 def average_estimate(average: Average, tasks: Mapping[str, Estimates]) -> Estimate | None:
-    """The mean over an average's tasks; None unless all of them are there."""
+    """The mean over an average's tasks; None if one of them is missing."""
     found = [tasks.get(name, {}).get(average.metric) for name in average.tasks]
     present = [item for item in found if item is not None]
     if len(present) < len(found):

@@ -1,4 +1,4 @@
-"""A model under evaluation: prompts as it was tuned with, likelihoods, answers."""
+"""A model under evaluation: prompts in its training template, likelihoods, and answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,16 +20,16 @@ _PLACE = "\N{SYMBOL FOR UNIT SEPARATOR}"
 
 @dataclass
 class TextModel:
-    """A model that speaks text; whichever adapter is in `adapted` answers.
+    """A model with text input and output, using the adapter currently loaded in `adapted`.
 
     Args:
-        adapted: base model with an adapter in it.
-        prompt: ``trained``: the question in the template of training; ``raw``: the bare text;
-            ``chat``: the tokenizer's own chat template, solved examples as earlier turns.
-        template: of training: alpaca, vicuna or chat.
-        batch_tokens: of one forward pass, padding included.
-        source, adapter: directory or hub id of the base model, and directory of the adapter that is
-            in it, for other programs that run the same model.
+        adapted: base model with an adapter.
+        prompt: ``trained``: the question in the training template; ``raw``: the bare text;
+            ``chat``: the tokenizer's chat template, with few-shot examples as earlier turns.
+        template: the training template: alpaca, vicuna or chat.
+        batch_tokens: tokens per forward pass, including padding.
+        source, adapter: directory or hub id of the base model, and directory of the adapter, for
+            other programs that run the same model.
     """
 
     adapted: AdaptedModel
@@ -39,26 +39,26 @@ class TextModel:
     seed: int = 0
     source: str = ""
     adapter: Path | None = None
-    prompts: int = field(default=0, init=False)  # rendered to fit
-    cut: int = field(default=0, init=False)  # prompts that lost tokens at their start
-    examples_left_out: int = field(default=0, init=False)  # solved ones, of prompts
+    prompts: int = field(default=0, init=False)  # number of rendered prompts
+    cut: int = field(default=0, init=False)  # number of prompts truncated at their start
+    examples_left_out: int = field(default=0, init=False)  # number of few-shot examples removed
 
     @cached_property
     def max_length(self) -> int:
-        """Longest text that the model takes, in tokens."""
+        """The model's maximum context, in tokens."""
         config: Any = self.adapted.peft.get_base_model().config
         longest = getattr(config, "max_position_embeddings", None)
         return int(longest or self.adapted.tokenizer.model_max_length)
 
     def answer_room(self, wanted: int) -> int:
-        """Tokens reserved for an answer: as many as asked for, at most half of the context."""
+        """Tokens reserved for an answer: `wanted`, but at most half of the context."""
         return min(wanted, self.max_length // 2)
 
     def render(self, messages: Messages) -> str:
-        """A conversation that ends with the user, as the text that the model is given.
+        """The prompt text of a conversation that ends with the user's turn.
 
-        Without a template of several turns (``trained`` with alpaca or vicuna, and ``raw``) earlier
-        turns become solved examples in one text, as the harness writes them.
+        Without a multi-turn template (``trained`` with alpaca or vicuna, and ``raw``), earlier
+        turns become few-shot examples in one text, formatted like the harness'.
         """
         turns = list(messages)
         if self._template == "chat":
@@ -70,11 +70,11 @@ class TextModel:
         return render_prompt(one, self.template, self.adapted.tokenizer)
 
     def render_fitting(self, messages: Messages, room: int) -> str:
-        """`render`, without as many of the first solved examples as do not fit.
+        """`render`, removing the first few-shot examples until the prompt fits.
 
         Args:
-            messages: [system,] then pairs of user and assistant, then the user.
-            room: tokens that the answer needs.
+            messages: [system,] pairs of user and assistant, and the user.
+            room: tokens reserved for the answer.
         """
         self.prompts += 1
         system = [turn for turn in messages[:1] if turn["role"] == "system"]
@@ -94,9 +94,9 @@ class TextModel:
     ) -> list[list[Score]]:
         """Scores of the possible answers to each prompt, [prompt][answer].
 
-        Prompt and answer are tokenised together, by the boundary rule of training. A prompt that
-        is too long loses tokens at its start. Where one answer is the beginning of another, the
-        EOS is scored too, as in `data.choices`.
+        Prompt and answer are tokenised together, with the same boundary as in training. A prompt
+        that is too long is truncated at its start. If one answer is a prefix of another, the EOS
+        is scored, too, as in `data.choices`.
         """
         pairs = [
             [Segment(prompt, False), Segment(self._spaced(prompt, answer) + end, True)]
@@ -114,10 +114,10 @@ class TextModel:
         return score(self.adapted, questions, self.batch_tokens)
 
     def generate(self, prompts: Sequence[str], decoding: Decoding, strip: bool = True) -> list[str]:
-        """One answer to each prompt (as `render` made it), without white space around it.
+        """One answer to each prompt made by `render`, stripped of white space.
 
-        Code keeps its indentation with `strip` False. A prompt that leaves no room for the answer
-        loses tokens at its start.
+        With `strip` False, code keeps its indentation. A prompt that leaves no room for the answer
+        is truncated at its start.
         """
         rows = [[Segment(prompt, False)] for prompt in prompts]
         new_tokens = self.answer_room(decoding.max_new_tokens)
@@ -129,12 +129,12 @@ class TextModel:
 
     @property
     def _template(self) -> str:
-        """Template of the turns; raw text has none."""
+        """The template of the turns; raw text has none."""
         return {"trained": self.template, "chat": "chat"}.get(self.prompt, "raw")
 
     @cached_property
     def _around_answer(self) -> tuple[str, str]:
-        """White space between a prompt and its answer, and what follows it through its EOS."""
+        """The white space between prompt and answer, and the text from the answer's end to EOS."""
         if self._template == "raw":
             return " ", self.adapted.tokenizer.eos_token
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACE}]
@@ -151,7 +151,7 @@ class TextModel:
         return count
 
     def _spaced(self, prompt: str, answer: str) -> str:
-        """An answer with its leading white space; none is added where either side has some."""
+        """The answer with its leading white space, unless prompt or answer already has some."""
         apart = prompt[-1:].isspace() or answer[:1].isspace()
         return (
             answer
@@ -160,13 +160,13 @@ class TextModel:
         )
 
     def fitting(self, tokens: TokenArray, room: int) -> TokenArray:
-        """A prompt without as many tokens at its start as do not fit, which is counted."""
+        """The prompt, truncated at its start to fit; truncations are counted."""
         self.cut += len(tokens) > room
         return cut_start(tokens, max(1, room), self.adapted.tokenizer.bos_token_id)
 
 
 def _joined(turns: Messages) -> str:
-    """Description, solved examples and the question, as one text."""
+    """The description, few-shot examples and question as one text."""
     parts = []
     for turn in turns:
         content = turn["content"]
@@ -181,6 +181,6 @@ def _joined(turns: Messages) -> str:
 
 
 def _split(tokens: TokenArray, supervised: Any) -> tuple[TokenArray, TokenArray]:
-    """Prompt and answer of one tokenised pair."""
+    """The prompt and the answer of a tokenised pair."""
     start = int((~supervised).sum())
     return tokens[:start], tokens[start:]

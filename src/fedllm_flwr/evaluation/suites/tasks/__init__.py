@@ -1,1 +1,1 @@
-"""Functions that the task files of the suites name: data into one shape, answers into scores."""
+"""Functions named by the suites' task files: they normalise data and score answers."""

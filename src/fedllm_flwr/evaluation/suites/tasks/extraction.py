@@ -1,8 +1,8 @@
-"""Entities and relations that a model finds in financial texts, scored as FinGPT's benchmark does.
+"""Entities and relations extracted from financial texts, scored as in FinGPT's benchmark.
 
 Source: github.com/AI4Finance-Foundation/FinGPT, FinGPT_Benchmark/benchmarks/ner.py and finred.py
-(Wang et al. 2023, arXiv 2310.04793). As there, what an answer names but its text does not hold
-counts neither as right nor as wrong.
+(Wang et al. 2023, arXiv 2310.04793). As there, extracted items that do not occur in the text count
+neither as correct nor as wrong.
 """
 
 import re
@@ -31,9 +31,9 @@ Triple = tuple[str, str, str]  # relation, subject, object
 
 
 def ner(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """`match_counts` of entities by place and type; unparsable: none of a type that was asked for.
+    """`match_counts` of entities by position and type; unparsable without any of a valid type.
 
-    Upper and lower case are the same. An entity of another type is wrong.
+    Case is ignored. An entity of another type is wrong.
     """
     found = parse_entities(results[0])
     wanted = _placed(row["input"], parse_entities(row["output"]))
@@ -44,7 +44,7 @@ def ner(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
 
 
 def relation_records(dataset: Any) -> Any:
-    """The rows that ask for relations; those that ask to classify one have a name as answer.
+    """The rows that ask for relations; other rows ask to classify one, and their answer is a name.
 
     Raises:
         DataError: there are none.
@@ -56,10 +56,10 @@ def relation_records(dataset: Any) -> Any:
 
 
 def finred(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """`match_counts` of triples, and of their relations; unparsable: no triple of a known relation.
+    """`match_counts` of triples and of relations; unparsable without a triple of a known relation.
 
-    A triple that is written twice counts once. A relation that several triples have counts once for
-    each, and is right wherever the text has it.
+    A repeated triple counts once. A relation counts once per triple, and is correct if the text
+    has it in any triple.
     """
     found = parse_relations(results[0])
     wanted_here, found_here = (
@@ -74,13 +74,13 @@ def finred(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
 
 
 def match_counts(wanted: Collection[Any], found: Collection[Any]) -> list[int]:
-    """Right and wrong ones of the items found, and those missed: [TP, FP, FN]."""
+    """Counts of correct, wrong and missed items: [TP, FP, FN]."""
     right = sum(item in wanted for item in found)
     return [right, len(found) - right, sum(item not in found for item in wanted)]
 
 
 def parse_entities(answer: str) -> list[Entity]:
-    """Entities of an answer's first line, "X is a person, Y is an organization", in lower case."""
+    """Lower-case entities of an answer's first line, "X is a person, Y is an organization"."""
     parts = (part.strip() for part in _line(answer).lower().split(","))
     matches = (_ENTITY.fullmatch(part) for part in parts)
     return [(match["entity"], match["type"]) for match in matches if match]
@@ -89,8 +89,8 @@ def parse_entities(answer: str) -> list[Entity]:
 def parse_relations(answer: str) -> list[Triple]:
     """Distinct triples of an answer's first line, "relation: subject, object; ...".
 
-    A relation may be spelt as the data have it, ``director_/_manager``, or as the question has it,
-    ``director/manager``; case does not matter in it, but does in subject and object.
+    Relations may be spelt as in the data, ``director_/_manager``, or as in the question,
+    ``director/manager``. Case is ignored in relations, but not in subject and object.
     """
     matches = (_TRIPLE.fullmatch(part) for part in _line(answer).split(";"))
     triples = (
@@ -111,7 +111,7 @@ def _relation(name: str) -> str:
 
 
 def _placed(text: str, entities: Iterable[Entity]) -> set[tuple[range, str]]:
-    """Positions of entities in a text, in words: each at its first free place."""
+    """Word positions of entities in a text, each at its first unused occurrence."""
     words = text.lower().split()
     placed: dict[range, str] = {}
     for entity, kind in entities:

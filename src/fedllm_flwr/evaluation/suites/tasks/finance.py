@@ -1,6 +1,4 @@
-"""Labels of financial texts, sentiment and yes or no: FinGPT's prompts, by likelihood and by
-generation.
-"""
+"""Sentiment and yes/no labels of financial texts: FinGPT's prompts, by likelihood or generation."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +10,7 @@ _ASKED = (
     "What is the sentiment of this {kind}? Please choose an answer from "
     "{{negative/neutral/positive}}."
 )
-# NWGI's five degrees, as FinGPT's benchmark folds them
+# NWGI's degrees, mapped as in FinGPT's benchmark
 _DEGREES = {
     "strong negative": "negative",
     "moderately negative": "negative",
@@ -26,12 +24,12 @@ _WORD = re.compile(r"[a-z]+")
 
 
 def flare_news(dataset: Any) -> Any:
-    """FLARE rows (text, answer) of news; local rows are in shape already."""
+    """FLARE rows (text, answer) of news; local rows already have this form."""
     return _rows(dataset, "news", "text", lambda row: row["answer"])
 
 
 def flare_fiqa(dataset: Any) -> Any:
-    """FLARE rows of FiQA-SA, whose texts are news and tweets; a tweet names a stock by $."""
+    """FLARE rows of FiQA-SA, whose texts are news or tweets; tweets contain a $ stock symbol."""
     return _rows(dataset, None, "text", lambda row: row["answer"])
 
 
@@ -42,9 +40,9 @@ def tfns(dataset: Any) -> Any:
 
 
 def nwgi(dataset: Any) -> Any:
-    """News With GPT Instructions: seven degrees folded into three, in local rows too.
+    """News With GPT Instructions, with seven degrees mapped to three, also in local rows.
 
-    A local row that asks for one of seven degrees is asked for one of three instead.
+    The question of a local row for one of seven degrees is replaced by one for three.
     """
     if "instruction" not in dataset.column_names:
         return _rows(dataset, "news", "news", lambda row: _DEGREES[row["label"]])
@@ -71,12 +69,12 @@ def _rows(dataset: Any, kind: str | None, text: str, answer: Any) -> Any:
 
 
 def by_likelihood(row: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """The most likely label, beside the right one."""
+    """The target and the most likely label."""
     return {"prediction": [row["answer"], _most_likely(LABELS, results)]}
 
 
 def by_generation(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """The label that the answer names; an answer that names none, or several, is unparsable."""
+    """The target and the label in the answer; an answer with no or several labels is unparsable."""
     label = parse_label(results[0])
     return {"prediction": [row["answer"], label], "unparsable": float(label is None)}
 
@@ -84,18 +82,18 @@ def by_generation(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]
 def headline_by_likelihood(
     row: dict[str, Any], results: Sequence[tuple[float, bool]]
 ) -> dict[str, Any]:
-    """The more likely of yes and no, beside the right one; see `_by_question`."""
+    """The target and the more likely of yes and no; see `_by_question`."""
     return _by_question(row, _most_likely(YES_NO, results))
 
 
 def headline_by_generation(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Yes or no as the answer has it; one that has neither, or both, is unparsable."""
+    """The target and the answer's yes or no; an answer with neither or both is unparsable."""
     label = parse_label(results[0], YES_NO)
     return {**_by_question(row, label), "unparsable": float(label is None)}
 
 
 def parse_label(answer: str, labels: Sequence[str] = LABELS) -> str | None:
-    """The one label among the words of an answer's first line."""
+    """The only label among the words of an answer's first line, or None."""
     words = _WORD.findall(answer.strip().partition("\n")[0].lower())
     named = {word for word in words if word in labels}
     return named.pop() if len(named) == 1 else None
@@ -106,9 +104,9 @@ def _most_likely(labels: Sequence[str], results: Sequence[tuple[float, bool]]) -
 
 
 def _by_question(row: dict[str, Any], label: str | None) -> dict[str, Any]:
-    """Classes for the F1 of each question's yes, as in FinGPT's benchmarks/headline.py.
+    """Classes for the F1 of each question's "yes", as in FinGPT's benchmarks/headline.py.
 
-    The class is the question; who says no, or nothing that can be parsed, names none.
+    The class of "yes" is the question; "no" and unparsable answers have no class.
     """
     pair = [row["output"].strip().lower(), label]
     said_yes = [row["instruction"] if answer == "yes" else None for answer in pair]

@@ -1,4 +1,4 @@
-"""Answers to mathematical problems, read from what a model wrote."""
+"""Answers to mathematical problems, parsed from generated text."""
 
 import re
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ _STATED = re.compile(r"answer\s+is\s*:?\s*\(?([A-E])\b", re.IGNORECASE)
 
 
 def svamp_results(row: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether the last number of the answer is the right one."""
+    """Whether the answer's last number is correct."""
     found = last_number(results[0])
     right = found is not None and abs(found - float(row["Answer"])) < 1e-6
     return {"exact_match": float(right), "unparsable": float(found is None)}
 
 
 def aqua_results(row: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether the letter that the answer settles on is the right one."""
+    """Whether the answer's letter is correct."""
     letter = chosen_letter(results[0])
     return {
         "exact_match": float(letter == row["correct"]),
@@ -32,7 +32,7 @@ def last_number(text: str) -> float | None:
 
 
 def chosen_letter(text: str) -> str | None:
-    """The letter after "answer is", else the only letter from A to E that stands alone."""
+    """The letter after "answer is", otherwise the only separate letter from A to E."""
     stated = _STATED.findall(text)
     if stated:
         letter: str = stated[-1].upper()

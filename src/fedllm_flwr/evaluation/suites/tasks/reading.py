@@ -1,4 +1,4 @@
-"""Questions on texts: PubMedQA, DROP, CRASS."""
+"""Questions about texts: PubMedQA, DROP, CRASS."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ _DECISIONS = ("yes", "no", "maybe")
 
 
 def pubmedqa(dataset: Any) -> Any:
-    """The hub's rows as {context, question, answer}; local rows are in shape already."""
+    """The hub's rows as {context, question, answer}; local rows already have this form."""
     if "answer" in dataset.column_names:
         return dataset
 
@@ -22,17 +22,17 @@ def pubmedqa(dataset: Any) -> Any:
 
 
 def pubmedqa_results(row: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """The most likely decision, beside the right one."""
+    """The target and the most likely decision."""
     best = max(range(len(_DECISIONS)), key=lambda i: results[i][0])
     return {"prediction": [row["answer"], _DECISIONS[best]]}
 
 
 def drop(dataset: Any) -> Any:
-    """The hub's rows as {passage, question, answers}: lists of spans, each list a right answer.
+    """The hub's rows as {passage, question, answers}; each answer is a list of spans.
 
-    Every annotator's answer is one of them, as in the official protocol (Dua et al. 2019). The
-    more common copy ucinlp/drop strings the spans of all annotators together, and nothing there
-    tells two answers of one span from one answer of two.
+    Every annotator's answer is correct, as in the official protocol (Dua et al. 2019). The more
+    common copy ucinlp/drop concatenates the spans of all annotators, so that two answers of one
+    span cannot be distinguished from one answer of two.
     """
     if "answers" in dataset.column_names:
         return dataset
@@ -46,7 +46,7 @@ def drop(dataset: Any) -> Any:
 
 
 def drop_results(row: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Exact match and F1 over bags of words, the best over all right answers."""
+    """Exact match and bag-of-words F1, the maximum over all correct answers."""
     from lm_eval.tasks.drop.utils import get_metrics
 
     answers = [tuple(answer) for answer in row["answers"] if answer[0].strip()]
@@ -55,7 +55,7 @@ def drop_results(row: dict[str, Any], results: Sequence[str]) -> dict[str, float
 
 
 def crass(dataset: Any) -> Any:
-    """Rows as {premise, question, options, gold}, the options in a fixed random order."""
+    """Rows as {premise, question, options, gold}, with options in a fixed random order."""
     if "gold" in dataset.column_names:
         return dataset
 
@@ -69,18 +69,18 @@ def crass(dataset: Any) -> Any:
 
 
 def shuffled_options(options: Sequence[str], right: int, seed: int) -> dict[str, Any]:
-    """Options in an order drawn from `seed`, and where the right one is: {options, gold}."""
+    """Options in an order drawn from `seed`, and the index of the correct one: {options, gold}."""
     order = list(range(len(options)))
     random.Random(seed).shuffle(order)
     return {"options": [options[i] for i in order], "gold": order.index(right)}
 
 
 def crass_question(row: dict[str, Any]) -> str:
-    """The question and its options, a letter before each."""
+    """The question with lettered options."""
     lines = [f"{letter}. {text}" for letter, text in zip("ABCD", row["options"], strict=False)]
     return "\n".join([f"Question: {row['question']}", *lines, "Answer:"])
 
 
 def crass_letters(row: dict[str, Any]) -> list[str]:
-    """The letters to choose among."""
+    """The letters of the options."""
     return list("ABCD"[: len(row["options"])])
