@@ -265,7 +265,9 @@ def test_seconds_cover_all_starts(tmp_path: Path) -> None:
     assert sum(written["phases"].values()) == pytest.approx(written["seconds"])
     assert written["phases"]["training"] > 1000
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("Finished")]
-    assert re.match(r"Finished in 1[678] min .* over all starts, [\d.]+ s since it went on: ", line)
+    assert re.match(
+        r"Finished in 1[678] min .* over all starts, [\d.]+ s since it was resumed: ", line
+    )
     card = (tmp_path / "run/adapter/README.md").read_text()
     assert re.search(r"\| duration \| 1[678] min", card)
 

@@ -252,7 +252,7 @@ def test_closing_names_what_training_started_from() -> None:
 
 def test_closing_after_a_stop_counts_both() -> None:
     text = closed(SUMMARY, since_resumed=21.0)
-    assert "Finished in 58 s over all starts, 21 s since it went on: " in text
+    assert "Finished in 58 s over all starts, 21 s since it was resumed: " in text
 
 
 def test_closing_without_labels_or_evaluation() -> None:

@@ -66,5 +66,5 @@ def test_a_failed_attempt_at_the_best_round_is_no_score() -> None:
 def test_why_stopped() -> None:
     text = why_stopped(records(2.0, 1.0, 1.5, 1.6), 3)
     assert text == (
-        "stopped early after round 3: no lower loss in 2 evaluations, the best is that of round 1"
+        "stopped early after round 3: no lower loss in 2 evaluations, the best is in round 1"
     )

@@ -1,1 +1,1 @@
-"""Reports of a run: console, metrics, figures, trackers, model card."""
+"""Reporting of runs: console output, metrics, figures, HTML reports, trackers, model cards."""

@@ -26,15 +26,15 @@ def model_card(
     dtype: str = "float32",
     merged: bool = False,
 ) -> str:
-    """Model card in Markdown with the front matter that the Hugging Face hub reads.
+    """A model card in Markdown with front matter for the Hugging Face hub.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         summary: from `fedllm_flwr.reporting.metrics.summarise`.
-        base_model: hub id, local directory or "embedded". The front matter names hub ids only, and
-            the text the last part of a local path only, as the card may be published.
-        dtype: of the base model's weights in the run.
-        merged: the adapter is in the weights of the model that the card describes.
+        base_model: hub id, local directory or "embedded". As the card may be published, its front
+            matter contains only hub ids, and its text only the last part of a local path.
+        dtype: dtype of the base model's weights in the run.
+        merged: the card describes a model with the adapter merged into its weights.
     """
     is_hub_id = _HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
     sections = [
@@ -60,7 +60,7 @@ def _introduction(config: Config, base_model: str, is_hub_id: bool, merged: bool
         "---",
     ]
     if base_model == "embedded":
-        base = "the small demonstration model inside the package fedllm-flwr, which is on no hub"
+        base = "the small demonstration model included in the package fedllm-flwr (not on a hub)"
     elif is_hub_id:
         base = f"[{base_model}](https://huggingface.co/{base_model})"
     else:
@@ -71,13 +71,13 @@ def _introduction(config: Config, base_model: str, is_hub_id: bool, merged: bool
     return (
         f"{front}\n\n# {_code_free(config.model.name)}, fine-tuned by {config.algorithm.name} on "
         f"{_code_free(config.data.name)}\n\n"
-        f"{made[0].upper()}{made[1:]}. {'The adapter' if merged else 'It'} was trained by "
-        "federated learning: the data stayed with the clients, and only adapter weights travelled."
+        f"{made[0].upper()}{made[1:]}. {'The adapter' if merged else 'It'} was trained with "
+        "federated learning: the data stayed with the clients, which sent only adapter weights."
     )
 
 
 def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str, merged: bool) -> str:
-    """Code that loads the adapter and builds prompts exactly as in training."""
+    """Code that loads the adapter and makes the same prompts as training."""
     imports = [
         "import torch",
         *([] if merged else ["from peft import PeftModel"]),
@@ -101,7 +101,7 @@ def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str, merged:
             'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=with_bos)',
         ]
         note = (
-            "Prompts and answers were laid out by the chat template of the base model's tokenizer; "
+            "Prompts and answers were formatted with the base model's chat template; "
             "spaces at the end of the prompt belong to the answer."
         )
     else:
@@ -113,10 +113,10 @@ def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str, merged:
         ]
         space = answer.removesuffix("{answer}")
         note = (
-            f"This is the `{config.data.template}` template. In training the prompt was followed "
+            f"This is the `{config.data.template}` template. In training, the prompt was followed "
             f"by {'one space' if space == ' ' else json.dumps(space)}, the answer and the "
-            "tokenizer's end token, so that a prompt ends without a space. "
-            "An instruction with an input is both, joined by a space."
+            "tokenizer's end-of-sequence token, so a prompt must not end with a space. "
+            "An instruction and its input are joined by a space."
         )
     loaded = ['model = PeftModel.from_pretrained(model, "path/to/this/adapter").eval()']
     loaded = ["model.eval()"] if merged else loaded
@@ -137,7 +137,7 @@ def _usage(config: Config, base_model: str, is_hub_id: bool, dtype: str, merged:
 
 
 def _results(task: TrainingTask, summary: Mapping[str, Any], start: str) -> str:
-    """Table of what training started from and of the adapter, on the held-out records."""
+    """Table of scores on the held-out records, before training and with the adapter."""
     base, final = summary.get("base"), summary.get("final")
     if not base or not final:
         return ""
@@ -165,7 +165,7 @@ def _training(config: Config, summary: Mapping[str, Any]) -> str:
     data = config.data
     records = _code_free(data.hub_id or data.name)
     if data.path in EMBEDDED_DATA:
-        records = f"{_code_free(data.name)}, generated records inside the package fedllm-flwr"
+        records = f"{_code_free(data.name)}, generated records included in the package fedllm-flwr"
     elif data.path is not None:
         records = f"{_code_free(data.name)}, a local file (`{_code_free(Path(data.path).name)}`)"
     rows = {
@@ -201,5 +201,5 @@ def _row(cells: list[str]) -> str:
 
 
 def _code_free(text: str) -> str:
-    """`text` on one line, without back quotes."""
+    """`text` on one line, without backticks."""
     return one_line(text).replace("`", "'")

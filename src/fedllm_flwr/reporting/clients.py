@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from fedllm_flwr.data.partition import ClientStats
 
 OTHER = "other labels"
-TABLE_LABELS = 50  # label columns of the table; a column of free text has too many values
-_NAMED_CLIENTS = 60  # more names than this are not legible
+TABLE_LABELS = 50  # maximum number of label columns; free text has too many distinct values
+_NAMED_CLIENTS = 60  # more names would be illegible
 _LABEL_PALETTE = (*PALETTE[:6], "#F0E442", "#999999")
 
 
 def clients_table(stats: "Sequence[ClientStats]") -> str:
-    """``clients.csv``: one row per client; record lengths in characters, all turns."""
+    """``clients.csv``: one row per client; record lengths are in characters over all turns."""
     labels, counts = label_counts(stats, TABLE_LABELS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -43,7 +43,7 @@ def clients_table(stats: "Sequence[ClientStats]") -> str:
 
 
 def sizes_table(sizes: Mapping[str, int]) -> str:
-    """``clients.csv`` of a deployment, where only the number of examples is known."""
+    """``clients.csv`` of a deployment, in which only the number of examples is known."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("client", "examples"), *sizes.items()])
     return text.getvalue()
@@ -73,7 +73,7 @@ def label_counts(
 
 
 def plot_clients(stats: "Sequence[ClientStats]", path: Path) -> None:
-    """Clients' sizes by label and the lengths of their records.
+    """Figure of the clients' sizes by label and the lengths of their records.
 
     Raises:
         FederationError: the file cannot be written.
@@ -140,7 +140,7 @@ def _plot_lengths(axis: Any, stats: "Sequence[ClientStats]") -> None:
 def _legend_below(
     axis: Any, side: str, artists: Sequence[Any], labels: Sequence[str], columns: int
 ) -> None:
-    """A legend below the figure, which also shows labels that begin with "_"."""
+    """A legend below the figure that includes labels starting with "_"."""
     axis.figure.legend(
         artists,
         labels,

@@ -1,4 +1,4 @@
-"""The report of a run on the console: plan, progress, table of rounds, result; and errors."""
+"""Console output of a run: plan, progress, table of rounds, results and errors."""
 
 import atexit
 import os
@@ -30,21 +30,21 @@ from fedllm_flwr.reporting.table import (
 from fedllm_flwr.reporting.text import one_line
 
 LOG_WIDTH = 140  # columns, without a terminal
-HEARTBEAT_S = 30.0  # shortest time between two progress lines in a log
-_MOST_NAMED = 5  # more missing clients than this are not listed by name
+HEARTBEAT_S = 30.0  # minimum interval between progress lines in a log
+_MOST_NAMED = 5  # list missing clients by name only up to this number
 
 
 class Console:
-    """Prints the report of a run, with live progress on a terminal and plain lines elsewhere.
+    """Prints the output of a run, with live progress on a terminal and plain lines elsewhere.
 
     A closed pipe or a narrow encoding never ends the run. Use it as a context manager or call
     `close`, which restores the terminal.
 
     Args:
-        stream: standard output if None.
-        interactive: animate the progress; None: if the stream is a terminal.
-        quiet: print errors only.
-        clock: monotonic, in seconds.
+        stream: output stream; None: standard output.
+        interactive: animate the progress; None: only if the stream is a terminal.
+        quiet: print only errors.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Console:
         self._print(one_line(text))
 
     def status(self, text: str) -> None:
-        """Show what the run does now; in a log, before the first round only."""
+        """Show the current activity; in a log, only before the first round."""
         if self._interactive:
             self._progress.status = text
             self._animate()
@@ -118,7 +118,7 @@ class Console:
             self._print(f"  {one_line(text)}")
 
     def start_round(self, round: int, names: Sequence[str]) -> None:
-        """A round starts with these clients."""
+        """A round has started with these clients."""
         self._names |= set(names)
         self._waiting = list(names)
         total = self._plan.num_rounds if self._plan else None
@@ -162,16 +162,16 @@ class Console:
         first: str = "base",
         since_resumed: float | None = None,
     ) -> None:
-        """Print the scores before and after training, the time spent, the files written.
+        """Print the scores before and after training, the durations, and the written files.
 
         Args:
             summary: from `summarise`.
-            paths: written files by label; files beside the first are shortened.
+            paths: written files by label; paths in the first one's folder are shortened.
             rows: additional rows between the start and the result.
             next_commands: commands to suggest.
-            label: of the result's row.
+            label: label of the result's row.
             first: label of the scores before training.
-            since_resumed: seconds of this start, for a resumed run.
+            since_resumed: duration of this start in seconds, for a resumed run.
         """
         self.close()
         if table := summary_rows(summary, rows, label, first):

@@ -1,6 +1,6 @@
-"""What the records of a run say about its cost, and about how far its clients are apart.
+"""A run's cost and the spread of its clients, computed from its round records.
 
-Report, figures and trackers take these from here, so that all of them show the same numbers.
+Report, figures and trackers all use these functions, so they show the same numbers.
 """
 
 import math
@@ -14,21 +14,21 @@ from fedllm_flwr.reporting.metrics import RoundRecord
 MEGABYTES = "megabytes moved, both ways"
 SECONDS = "seconds in rounds"
 DRIFT = ("update_cosine", "update_norm")
-"""By client: how much its update points where the mean of its round does, and how long it is."""
+"""By client: the cosine of its update to the round's mean update, and the norm of its update."""
 
 CONTRIBUTIONS = ("leave_one_out", "update_alone")
-"""By client, on the central held-out records: the loss without its update minus the loss with it;
-the loss with its update alone (``evaluation.contribution``)."""
+"""By client, on the central held-out records: the loss without its update minus the loss with it,
+and the loss with only its update (``evaluation.contribution``)."""
 
 
 def deciding_score(records: Sequence[RoundRecord]) -> str:
-    """The score by which a run is judged: accuracy where answers are classes, else the loss."""
+    """The primary score of a run: accuracy if answers are classes, otherwise the loss."""
     scored = [record["eval"] for record in records if record.get("eval")]
     return "accuracy" if scored and "accuracy" in scored[-1] else "loss"
 
 
 def costs(records: Sequence[RoundRecord]) -> dict[str, list[float]]:
-    """Megabytes moved, and seconds in rounds, from the start to the end of each record."""
+    """Cumulative megabytes transferred and seconds in rounds, up to each record."""
     moved = (record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records)
     seconds = (float(record.get("seconds", 0.0)) for record in records)
     return {
@@ -39,11 +39,11 @@ def costs(records: Sequence[RoundRecord]) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class ClientSpread:
-    """One score of all clients in one round, see `client_spread`; ``best`` and ``worst`` by name.
+    """One score of every client in one round, see `client_spread`.
 
     Attributes:
-        metric: accuracy or token accuracy where these are known, else the loss.
-        values: by client.
+        metric: accuracy or token accuracy if available, otherwise the loss.
+        values: the score by client name.
     """
 
     metric: str
@@ -51,14 +51,14 @@ class ClientSpread:
 
     @property
     def ranked(self) -> list[str]:
-        """Clients from the best to the worst."""
+        """Names of the clients, from best to worst."""
         return sorted(
             self.values, key=lambda name: self.values[name], reverse=self.metric != "loss"
         )
 
     @property
     def mean(self) -> float:
-        """Each client counts the same, whatever its size."""
+        """The unweighted mean over clients."""
         return fmean(self.values.values())
 
     @property
@@ -73,7 +73,7 @@ class ClientSpread:
 
     @property
     def range(self) -> float:
-        """Distance from the best to the worst."""
+        """Difference between the best and the worst score."""
         return abs(self.best - self.worst)
 
     @property
@@ -83,8 +83,9 @@ class ClientSpread:
 
 
 def client_spread(record: RoundRecord) -> ClientSpread | None:
-    """Scores of the global adapter on each client's own held-out records (evaluation.clients), or
-    with algorithm=local of each client's adapter on the shared ones; None without either.
+    """Scores of the global adapter on each client's own held-out records (evaluation.clients) or,
+    with algorithm=local, of each client's adapter on the central held-out records; None without
+    either.
     """
     each: Mapping[str, Mapping[str, float]] = (
         record.get("local") or (record.get("client_eval") or {}).get("clients") or {}
@@ -97,5 +98,5 @@ def client_spread(record: RoundRecord) -> ClientSpread | None:
 
 
 def unrelated_cosine(num_clients: int) -> float:
-    """Cosine to their mean of `num_clients` updates of one length in unrelated directions."""
+    """Cosine of orthogonal updates of equal norm to their mean, for `num_clients` clients."""
     return 1 / math.sqrt(num_clients)

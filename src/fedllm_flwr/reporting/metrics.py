@@ -1,28 +1,28 @@
 """Round records in ``metrics.jsonl``, early stopping, and the summary in ``summary.json``.
 
-A record is plain data: ``round`` and ``seconds``, and where they apply
+A record is plain data. It has ``round`` and ``seconds``, and if they apply:
 
 - ``learning_rate``, ``loss`` (mean of the clients), ``bytes_up``, ``bytes_down``
-- ``clients``, ``failures``: metrics, or the reason of a missing update, by client name
+- ``clients``, ``failures``: metrics, or the reason for a missing update, by client name
 - ``eval``, ``client_eval``: scores on the central and on the clients' own held-out records
 - ``aggregation_error``: distance of the new adapter from the mean of the clients' products B A, as
-  a share of that mean's norm
+  a fraction of that mean's norm
 - ``refused``: clients that cannot take part in this run; ``evaluation_failures``: clients that did
-  not score the adapter; ``lost``: clients whose memory of a round is gone, with that round;
-  ``ignored``: replies that belong to no client; ``cut``: by client, the share of its update that a
-  robust combiner has left out; ``refused_updates``: those of the failures that came and could not
-  be used; ``attackers``: those of a simulation that the round has asked
-- ``update_norm``, ``update_cosine``: by client, the norm of its update and the cosine of it to the
-  weighted mean of all, but for privacy per client, where they would be no release
-- ``leave_one_out``: by client, how much higher the loss on the central held-out records would be
-  without its update in this round; ``update_alone``: the loss with its update only
-- ``failed``: the run stopped in this round
-- ``epsilon``, ``delta``: what was spent so far, where privacy is promised; ``budget_spent``:
-  another round would spend more than ``privacy.target_epsilon``
-- ``phases``: seconds by phase since the previous record, its checkpoint included
+  not score the adapter; ``lost``: clients that lost their memory of a round, with that round;
+  ``ignored``: replies that belong to no client; ``cut``: by client, the fraction of its update that
+  a robust combiner excluded; ``refused_updates``: failures whose update arrived but was rejected;
+  ``attackers``: simulated attackers that were sampled in this round
+- ``update_norm``, ``update_cosine``: by client, the norm of its update and its cosine to the
+  weighted mean of all updates; not with client-level privacy, which does not account for them
+- ``leave_one_out``: by client, the increase of the loss on the central held-out records without its
+  update in this round; ``update_alone``: the loss with only its update
+- ``failed``: the run failed in this round
+- ``epsilon``, ``delta``: the privacy spent so far, with differential privacy; ``budget_spent``:
+  another round would exceed ``privacy.target_epsilon``
+- ``phases``: seconds by phase since the previous record, including its checkpoint
 
-The best round and early stopping depend only on these records, so that a resumed run decides as an
-uninterrupted one does.
+The best round and early stopping depend only on these records, so a resumed run makes the same
+decisions as an uninterrupted one.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class MetricsLog:
     """Appends records to a file and syncs each one to disk.
 
     Args:
-        path: the file; its directory is created if needed.
+        path: the file; its directory is created if it does not exist.
         resume_from_round: round of the checkpoint to resume from; records of later rounds are
             dropped. None starts an empty file.
 
@@ -66,7 +66,7 @@ class MetricsLog:
         write_atomically(path, "".join(_line(item) for item in kept).encode())
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record; NaN and infinity become null."""
+        """Append one record; NaN and infinity become null."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
@@ -88,14 +88,14 @@ def read_metrics(path: Path) -> list[RoundRecord]:
         lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(
-            f"cannot read {path}: {error.strerror or error}; give the directory of a run."
+            f"cannot read {path}: {error.strerror or error}; give a run's directory."
         ) from error
     records: list[RoundRecord] = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("round"), int):
-                raise ValueError("an object with an integer 'round' is expected")
+                raise ValueError("expected an object with an integer 'round'")
             records.append(record)
         except ValueError as error:
             if number < len(lines):
@@ -105,9 +105,9 @@ def read_metrics(path: Path) -> list[RoundRecord]:
 
 
 def validation_losses(records: Sequence[RoundRecord]) -> list[tuple[int, float]]:
-    """(round, loss) of the evaluated rounds; the loss is infinite where it was not finite.
+    """(round, loss) of the evaluated rounds; non-finite losses are infinite.
 
-    The loss is that on the central held-out records, or without them ``client_eval``'s mean loss.
+    The loss is that on the central held-out records or, without them, the mean of ``client_eval``.
     """
     section = "eval" if any(record.get("eval") for record in records) else "client_eval"
     found = []
@@ -120,7 +120,7 @@ def validation_losses(records: Sequence[RoundRecord]) -> list[tuple[int, float]]
 
 
 def best_record(records: Sequence[RoundRecord]) -> RoundRecord | None:
-    """Record of the first round with the lowest validation loss; None without a finite loss."""
+    """The record of the first round with the lowest validation loss; None if none is finite."""
     losses = [pair for pair in validation_losses(records) if math.isfinite(pair[1])]
     if not losses:
         return None
@@ -149,10 +149,10 @@ def why_stopped(records: Sequence[RoundRecord], last_round: int) -> str:
     if records and records[-1].get("budget_spent"):
         return (
             f"stopped after round {last_round}: epsilon {records[-1]['epsilon']:.3g} is spent, and "
-            "another round would pass privacy.target_epsilon"
+            "another round would exceed privacy.target_epsilon"
         )
     waited, best = evaluations_without_better(records), best_record(records)
-    found = "" if best is None else f", the best is that of round {best['round']}"
+    found = "" if best is None else f", the best is in round {best['round']}"
     count = f"{waited} evaluation{'s' * (waited != 1)}"
     return f"stopped early after round {last_round}: no lower loss in {count}{found}"
 
@@ -160,10 +160,10 @@ def why_stopped(records: Sequence[RoundRecord], last_round: int) -> str:
 def summarise(
     records: Sequence[RoundRecord], timings: Mapping[str, float], seconds: float | None = None
 ) -> dict[str, Any]:
-    """The content of ``summary.json``; ``base`` holds the scores before training.
+    """The content of ``summary.json``; ``base`` contains the scores before training.
 
     Args:
-        records: of all rounds, in order.
+        records: the records of all rounds, in order.
         timings: seconds by phase, summed over all starts of the run; phases do not overlap.
         seconds: duration of all starts; time outside the phases becomes the phase ``rest``.
     """
@@ -192,13 +192,13 @@ def summarise(
 
 
 def cut_clients(records: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:
-    """Clients of which a robust combiner, or the check of replies, leaves little round after round.
+    """Clients whose updates a robust combiner, or the check of replies, excludes repeatedly.
 
-    An update counts as cut if more than half of it is left out or the server has refused it. A
-    client is named if that is so in more than half of its rounds, and in `_CUT_ROUNDS` at least.
+    An update counts as cut if more than half of it was excluded or the server rejected it. A client
+    is listed if this holds in more than half of its rounds, and in at least `_CUT_ROUNDS`.
 
     Returns:
-        Numbers of rounds by client: ``cut`` and ``of``, those in which it has replied.
+        Numbers of rounds by client: ``cut``, and ``of``, the rounds in which it replied.
     """
     counts: dict[str, list[bool]] = defaultdict(list)
     for record in records:
@@ -215,10 +215,10 @@ def cut_clients(records: Sequence[RoundRecord]) -> dict[str, dict[str, int]]:
 
 
 def cut_lines(cut: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """A line for each client of `cut_clients`."""
+    """One line for each client of `cut_clients`."""
     return [
         f"{name}: its updates were cut or refused in {rounds['cut']} of {rounds['of']} rounds; "
-        "look at its data and its machine"
+        "check its data and its machine"
         for name, rounds in cut.items()
     ]
 
@@ -232,9 +232,9 @@ def earlier_phases(path: Path, records: Sequence[RoundRecord], last_round: int) 
     """Seconds by phase of the earlier starts of a resumed run.
 
     Args:
-        path: ``summary.json``; exists if a finished run is being extended.
-        records: of ``metrics.jsonl``.
-        last_round: round of the newest checkpoint; later rounds are run again.
+        path: ``summary.json``, which exists if a finished run is extended.
+        records: the records of ``metrics.jsonl``.
+        last_round: round of the newest checkpoint; later rounds are repeated.
     """
     phases: dict[str, float] = defaultdict(float)
     summarised = -1
@@ -264,7 +264,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with NumPy scalars as Python numbers and non-finite numbers as None."""
+    """Convert NumPy scalars to Python numbers and non-finite numbers to None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Scores on the clients' own held-out records: of the global adapter, and of the clients' own."""
+"""Scores of the global and of personal adapters on the clients' own held-out records."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -11,8 +11,8 @@ OWN_RECORDS = "own records"
 
 
 def client_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
-    """Rows of a closing table below what training started from: the best and the worst of clients
-    that train their own adapters, by loss, and the scores on the clients' own records.
+    """Rows of the closing table below the start: the best and the worst client by loss, if clients
+    train their own adapters, and the scores on the clients' own records.
     """
     each: Mapping[str, Scores] = records[-1].get("local", {}) if records else {}
     ranked = sorted(each, key=lambda name: each[name]["loss"])
@@ -22,9 +22,9 @@ def client_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
 
 
 def own_records_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
-    """Mean, worst and best client by loss: with the global adapter, and with its own if it has one.
+    """Mean, worst and best client by loss, with the global adapter and with personal ones, if any.
 
-    Of the last round in which clients have scored; none without.
+    The rows are of the last round with clients' scores; empty if there is none.
     """
     found = [item["client_eval"]["clients"] for item in records if item.get("client_eval")]
     if not found:

@@ -9,7 +9,7 @@ SEPARATOR = "  ·  "
 
 @dataclass(frozen=True)
 class Plan:
-    """Model, data, communication and schedule of a run; sizes in bytes."""
+    """Model, data, communication and schedule of a run; sizes are in bytes."""
 
     version: str
     algorithm: str
@@ -18,9 +18,9 @@ class Plan:
     model_name: str
     model_parameters: int
     data_name: str
-    num_clients: int  # of the whole federation
+    num_clients: int  # in the whole federation
     trainable_parameters: int
-    bytes_down: int  # to one client in one round
+    bytes_down: int  # per client and round
     bytes_up: int
     wire_dtype: str
     num_rounds: int
@@ -34,18 +34,18 @@ class Plan:
     epochs: float = 1.0
     eval_records: int = 0
     eval_name: str | None = None  # data.eval_path, if it is not the data set's own
-    eval_every: int = 0  # rounds; 0: at the start and the end only
+    eval_every: int = 0  # in rounds; 0: only at the start and the end
     eval_metrics: tuple[str, ...] = ("loss",)  # scores on those records
     client_eval: bool = False  # clients score the adapter on their own held-out records
     model_note: str | None = None  # "embedded", "nf4"
-    privacy: tuple[str, str] | None = None  # mechanism and promise, in words
+    privacy: tuple[str, str] | None = None  # mechanism and guarantee, in words
     first_round: int = 1  # above 1 for a resumed run
-    client_names: list[str] = field(default_factory=list)  # if known; set the column width
+    client_names: list[str] = field(default_factory=list)  # if known; for the column width
     warnings: list[str] = field(default_factory=list)
 
 
 def plan_lines(plan: Plan, width: int) -> list[str]:
-    """The plan without its warnings, wrapped between words at `width` columns where possible."""
+    """The plan without its warnings, wrapped at `width` columns if possible."""
     sizes = [f"{format_count(plan.model_parameters)} parameters", plan.model_note]
     divided = f" by {plan.divided_by}" if plan.divided_by else ""
     title, *rest = [

@@ -43,18 +43,18 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "savefig.dpi": 150,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # dollar signs in names are no math
 }
-_MARKED_ROUNDS = 30  # more points than this are drawn without marks
+_MARKED_ROUNDS = 30  # lines with more points are drawn without markers
 _LINE_PALETTE = (*PALETTE, "#000000", "#8C510A", "#6A3D9A")
 _BAR_PALETTE = (*PALETTE, "#F0E442", "#999999", "#332288", "#88CCEE", "#44AA99", "#AA4499")
-_FLAT = 4.0  # the axis is logarithmic if highest / lowest value exceeds this
+_FLAT = 4.0  # above this ratio of highest to lowest value, the axis is logarithmic
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (8, 3)))
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
 def plot_curves(records: Sequence[RoundRecord], path: Path, title: str, task: TrainingTask) -> None:
-    """Loss and scores by round, what a score has cost, client drift and fairness, where known.
+    """Figure of loss and scores by round, score against cost, client drift and fairness.
 
     Raises:
         FederationError: the file cannot be written.
@@ -103,11 +103,11 @@ def plot_comparison(
     caption: str = "",
     xlabel: str = "round",
 ) -> None:
-    """One line with a band per name, such as the algorithms of a comparison.
+    """Figure with one line and band per name, such as the algorithms of a comparison.
 
-    Names are written at the ends of the lines. Lines differ in colour, dashes and marks, and a
-    later line is thinner than the one below it, so that coinciding lines stay visible. The axis is
-    logarithmic if the values before training would flatten the rest.
+    Names are written at the line ends. Lines differ in colour, dashes and markers, and later lines
+    are thinner, so coinciding lines stay visible. The axis is logarithmic if the values before
+    training would flatten the rest.
 
     Args:
         caption: text below the axes.
@@ -164,13 +164,13 @@ def _flattened(curves: Sequence[NDArray[np.float64]]) -> bool:
 
 
 def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names to the right of the line ends, moved apart where they would overlap."""
+    """Write names to the right of the line ends, moved apart to avoid overlaps."""
     figure = axis.figure
     figure.draw_without_rendering()
     height = 10.5 * figure.dpi / 72  # pixels of a line of text
     placed = sorted((axis.transData.transform((x, y))[1], x, y, n, c) for x, y, n, c in ends)
     heights = [pixel for pixel, *_ in placed]
-    for _ in range(200):  # neighbours that overlap push each other apart
+    for _ in range(200):  # overlapping neighbours are moved apart
         for i in range(1, len(heights)):
             missing = height - (heights[i] - heights[i - 1])
             if missing > 0:
@@ -197,11 +197,11 @@ def plot_bars(
     path: Path,
     title: str,
 ) -> None:
-    """One group of bars per name (such as a task), with one bar per model.
+    """Figure with one group of bars per name (such as a task), and one bar per model.
 
     Args:
-        names: of the groups.
-        groups: bars by model, one for each group; None without a score.
+        names: names of the groups.
+        groups: model -> one bar per group; None without a score.
         chances: chance level of each group, drawn as a dashed line; None if unknown.
 
     Raises:
@@ -238,13 +238,13 @@ def plot_bars(
 
 @contextmanager
 def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure, drawn without a display and written to `path` at the end of the block."""
+    """A figure, drawn without a display and written to `path` when the context exits."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # font cache, missing home directory
     import matplotlib
     from matplotlib.figure import Figure
 
     with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
-        warnings.filterwarnings("ignore", message="Glyph")  # scripts that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # characters missing in the font
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         image = io.BytesIO()
@@ -253,7 +253,7 @@ def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def _series(records: Sequence[RoundRecord], section: str, key: str) -> list[tuple[int, float]]:
-    """(round, value) of the rounds with this value."""
+    """(round, value) of the rounds that have this value."""
     found = ((item["round"], (item.get(section) or {}).get(key)) for item in records)
     return [(number, float(value)) for number, value in found if value is not None]
 
@@ -324,7 +324,7 @@ def _plot_cost(axis: Any, points: Sequence[tuple[float, float]], score: str, lab
 
 
 def _plot_band(axis: Any, rounds: Sequence[int], values: Sequence[Sequence[float]]) -> None:
-    """The mean of clients, and a band from the lowest to the highest."""
+    """The mean over clients, and a band from the lowest to the highest."""
     mean, low, high = ([choose(each) for each in values] for choose in (fmean, min, max))
     axis.plot(rounds, mean, color=PALETTE[0], label="mean of clients", **_marks(len(rounds)))
     label = "lowest to highest client"

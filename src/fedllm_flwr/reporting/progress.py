@@ -28,7 +28,7 @@ class Progress:
         self._sampled = 0
         self._replies = 0
         self._losses: list[float] = []
-        self._end_s: float | None = None  # on the clock, estimated
+        self._end_s: float | None = None  # estimated end, on the clock
         self._busy = False
         self._spinner: Spinner | None = None
 
@@ -39,7 +39,7 @@ class Progress:
         self.status, self._busy = "", True
 
     def reply(self, loss: float | None) -> None:
-        """One more client has replied; `loss` is None without a usable update."""
+        """A client has replied; `loss` is None without a usable update."""
         self._replies += 1
         if loss is not None:
             self._losses.append(loss)
@@ -65,7 +65,7 @@ class Progress:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A spinner, a bar over the round's clients, and the line."""
-        if self._spinner is None:  # kept: frames count from its creation
+        if self._spinner is None:  # kept, because its frames count from its creation
             wide = console.encoding.lower().startswith("utf")
             self._spinner = Spinner("dots" if wide else "line", style="cyan")
         grid = Table.grid(padding=(0, 1))

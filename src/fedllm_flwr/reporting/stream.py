@@ -1,4 +1,4 @@
-"""A text stream for reports, which survives closed pipes and narrow encodings."""
+"""A text stream that tolerates closed pipes and narrow encodings."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ class SafeStream:
     """Wraps a text stream so that writing to it never raises.
 
     Characters outside the stream's encoding are replaced. After the reader has closed the pipe,
-    output is dropped and the descriptor points to the null device, so that the interpreter's flush
-    at exit succeeds, too.
+    output is dropped and the descriptor points to the null device, so the interpreter's flush at
+    exit also succeeds.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -40,7 +40,7 @@ class SafeStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless the reader has closed the pipe."""
+        """Flush the stream, unless the reader has closed the pipe."""
         if self._open:
             try:
                 self._stream.flush()

@@ -14,7 +14,7 @@ from fedllm_flwr.tasks import all_metrics
 
 Metrics = Mapping[str, Any]
 
-NOT_EVALUATED = "."  # this round; a dash says that there is no such number
+NOT_EVALUATED = "."  # not in this round; a dash means that the value does not exist
 _MAX_CLIENTS_WIDTH = 40
 _MIN_NAME_WIDTH = 8
 _INDENT = 8
@@ -22,7 +22,7 @@ _INDENT = 8
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table of rounds; `cell` gets the record and the seconds left."""
+    """One column of the table of rounds; `cell` takes the record and the estimated seconds left."""
 
     title: str
     width: int
@@ -33,10 +33,10 @@ class RoundTable:
     """Header and rows of the table of rounds.
 
     Args:
-        client_names: known so far; the longest decides on the width of the clients column.
-        metrics: scores on held-out records to show, by name; unknown ones are left out.
+        client_names: the names known so far; the longest determines the clients column's width.
+        metrics: names of scores on held-out records to show; unknown ones are left out.
         client_eval: show the mean loss on the clients' own held-out records.
-        time_left: show the estimated time left, for readers without a progress line.
+        time_left: show the estimated time left, for output without a progress line.
         promises: show epsilon.
     """
 
@@ -77,21 +77,21 @@ class RoundTable:
         return f"{'round':>6}  {'clients':<{self._clients_width}}{titles}"
 
     def row(self, record: RoundRecord, seconds_left: float | None = None) -> str:
-        """One round."""
+        """The row of one round."""
         cells = "".join(
             f"{column.cell(record, seconds_left):>{column.width}}" for column in self._columns
         )
         return f"{record['round']:>6}  {self._clients(record):<{self._clients_width}}{cells}"
 
     def failures(self, record: RoundRecord) -> list[str]:
-        """Reasons of missing replies and scores, clients that lost memory, ignored replies."""
+        """Lines on missing replies and scores, clients that lost memory, and ignored replies."""
         failures: Mapping[str, str] = record.get("failures") or {}
         lines = [f"{name}: {reason}" for name, reason in sorted(failures.items())]
         unscored: Mapping[str, str] = record.get("evaluation_failures") or {}
         lines += [f"{name}: no scores, {reason}" for name, reason in sorted(unscored.items())]
         lost: Mapping[str, int] = record.get("lost") or {}
         lines += [
-            f"{name}: it has lost what it kept of round {before}, and started anew"
+            f"{name}: it has lost its memory of round {before} and started anew"
             for name, before in sorted(lost.items())
         ]
         return [f"{' ' * _INDENT}{one_line(line)}" for line in lines + record.get("ignored", [])]
@@ -116,7 +116,7 @@ class RoundTable:
 
 
 def closing_table(rows: Sequence[tuple[str, Metrics]]) -> list[str]:
-    """Loss and what else any row has; header first."""
+    """The loss and every other score of any row; header first."""
     shown = [
         (score.title, name, score.decimals)
         for name, score in all_metrics().items()
@@ -134,15 +134,15 @@ def closing_table(rows: Sequence[tuple[str, Metrics]]) -> list[str]:
 
 
 def result_label(algorithm: str) -> str:
-    """Label of the result of a run in its closing table."""
+    """Label of a run's result in its closing table."""
     return {"local": "local (mean)", "centralized": "centralized"}.get(algorithm, "federated")
 
 
 def summary_rows(
     summary: Mapping[str, Any], extra: Sequence[tuple[str, Metrics]], label: str, first: str
 ) -> list[tuple[str, Metrics]]:
-    """What training started from, called `first`, `extra` rows, the result called `label`, and the
-    best round where that is not the last.
+    """The start, labelled `first`, the `extra` rows, the result, labelled `label`, and the best
+    round if it is not the last.
     """
     base, final, best = summary.get("base"), summary.get("final"), summary.get("best")
     rows = [(first, base)] if base else []
@@ -161,14 +161,14 @@ def is_past_best(summary: Mapping[str, Any]) -> bool:
 
 
 def finished_line(summary: Mapping[str, Any], since_resumed: float | None = None) -> str:
-    """Finished in 58 s: 33 s training, 9 s start-up, ...; the parts add up.
+    """Finished in 58 s: 33 s training, 9 s start-up, ...; the parts add up to the total.
 
-    `since_resumed` are the seconds of the last of several starts.
+    `since_resumed` is the duration of the last start in seconds, for a resumed run.
     """
     total = float(summary["seconds"])
     text = f"Finished in {format_seconds(total)}"
     if since_resumed is not None:
-        text += f" over all starts, {format_seconds(since_resumed)} since it went on"
+        text += f" over all starts, {format_seconds(since_resumed)} since it was resumed"
     parts = whole_parts(summary.get("phases") or {}, round(total))
     if parts:
         text += ": " + ", ".join(f"{format_seconds(part)} {name}" for name, part in parts.items())
@@ -176,7 +176,7 @@ def finished_line(summary: Mapping[str, Any], since_resumed: float | None = None
 
 
 def path_lines(paths: Mapping[str, Path], width: int) -> list[str]:
-    """Labelled paths; those beside the first are shortened to .../name."""
+    """Labelled paths; those in the first one's folder are shortened to .../name."""
     cells: list[tuple[str, str]] = []
     directory: Path | None = None
     for label, path in paths.items():
@@ -193,7 +193,7 @@ def next_lines(commands: Sequence[str], width: int) -> list[str]:
 
 
 def _packed(cells: Sequence[tuple[str, str]], gap: str, width: int) -> list[str]:
-    """Labels and values side by side, on as many lines as the width asks for."""
+    """Labels and values side by side, wrapped at `width`."""
     lines: list[str] = []
     for label, value in cells:
         text = f"{label}   {value}" if label else value
@@ -205,7 +205,7 @@ def _packed(cells: Sequence[tuple[str, str]], gap: str, width: int) -> list[str]
 
 
 def _score(record: RoundRecord, _: float | None, key: str, decimals: int) -> str:
-    """A score on the held-out records, in a cell of the table of rounds."""
+    """The cell of a score on the held-out records in the table of rounds."""
     return _metric(record, "eval", key, decimals)
 
 

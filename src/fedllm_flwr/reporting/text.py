@@ -1,4 +1,4 @@
-"""Numbers, sizes, durations and names as text."""
+"""Formatting of numbers, sizes, durations and names."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,17 @@ def fixed(value: float | None, decimals: int) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Decimal units, three significant digits: 81 kB, 1.66 MB."""
+    """Bytes in decimal units with three significant digits: 81 kB, 1.66 MB."""
     return _scaled(count, (" B", " kB", " MB", " GB", " TB"))
 
 
 def format_count(count: int) -> str:
-    """1.9 M, 135 M, 8.03 B; all digits below a million."""
+    """A count as 1.9 M, 135 M or 8.03 B; below a million, all digits."""
     return f"{count:,}" if count < 1_000_000 else _scaled(count, ("", " k", " M", " B", " T"))
 
 
 def format_seconds(seconds: float) -> str:
-    """0.4 s, 58 s, 3 min 20 s, 2 h 05 min."""
+    """A duration as 0.4 s, 58 s, 3 min 20 s or 2 h 05 min."""
     if seconds < 1:
         return f"{max(seconds, 0.0):.1f} s"
     whole = round(seconds)
@@ -33,7 +33,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def whole_parts(parts: Mapping[str, float], total: int) -> dict[str, int]:
-    """Parts rounded to integers that sum to `total`, largest first, without zeros.
+    """Parts rounded to integers that sum to `total`, in descending order, without zeros.
 
     The largest remainders are rounded up (Hamilton's method).
     """
@@ -46,12 +46,12 @@ def whole_parts(parts: Mapping[str, float], total: int) -> dict[str, int]:
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` cut to `width` characters, ending in dots."""
+    """`text` truncated to `width` characters, ending in dots."""
     return text if len(text) <= width else text[: max(0, width - 3)] + "..."
 
 
 def shorten_middle(text: str, width: int) -> str:
-    """`text` with its middle cut to fit `width` characters (at least 5)."""
+    """`text` truncated in the middle to `width` characters (at least 5)."""
     if len(text) <= width:
         return text
     tail = (width - 3) // 2
@@ -64,14 +64,14 @@ def one_line(text: str) -> str:
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, header first; all columns but the first are aligned to the right."""
+    """A Markdown table, header first; all columns except the first are right-aligned."""
     names, *body = lines
     rule = ["---", *["---:"] * (len(names) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *body))
 
 
 def text_table(table: Sequence[Sequence[str]]) -> str:
-    """Aligned columns for a terminal."""
+    """A table with aligned columns for a terminal."""
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = []
     for line in table:

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases, MLflow and trackio, through their own libraries."""
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and trackio."""
 
 import contextlib
 import importlib.util
@@ -45,7 +45,7 @@ _TRACKER_IDS = "trackers.json"  # in the run's directory
 
 
 class Tracker(Protocol):
-    """One tracker's run."""
+    """The run of one tracker."""
 
     def log(self, round: int, values: Mapping[str, float]) -> None:
         """Send the scalars of one round, by name."""
@@ -58,12 +58,12 @@ class Tracker(Protocol):
 
 
 def check_trackers(tracking: TrackingConfig) -> None:
-    """Check the libraries of the chosen trackers, and that an MLflow server accepts connections.
+    """Check that the trackers' libraries are installed and an MLflow server accepts connections.
 
     MLflow itself retries an unreachable server for many minutes.
 
     Raises:
-        ConfigError: a library is missing, or the server does not answer.
+        ConfigError: a library is missing, or the server does not respond.
     """
     for name in TRACKERS:
         if getattr(tracking, name) and importlib.util.find_spec(name) is None:
@@ -83,7 +83,7 @@ def check_trackers(tracking: TrackingConfig) -> None:
     except OSError as error:
         raise ConfigError(
             f"tracking.mlflow=true: MLFLOW_TRACKING_URI={parts.scheme}://{parts.hostname}:{port} "
-            f"does not answer within {_CONNECT_S:g} s ({error.strerror or error}); "
+            f"does not respond within {_CONNECT_S:g} s ({error.strerror or error}); "
             f"{_REMEDIES['mlflow']}."
         ) from error
 
@@ -110,7 +110,7 @@ def open_trackers(config: Config, run_dir: Path) -> "Trackers":
 
 
 def attach_files(config: Config, run_dir: Path, files: Sequence[Path]) -> str:
-    """Attach files to the trackers' runs of a run that has ended; a line on what failed, or ""."""
+    """Attach files to the trackers' runs of a finished run; a line about failures, or ""."""
     try:
         trackers = open_trackers(config, run_dir)
     except ConfigError as error:
@@ -121,20 +121,20 @@ def attach_files(config: Config, run_dir: Path, files: Sequence[Path]) -> str:
 
 
 class Trackers:
-    """Several trackers as one. A tracker that fails is dropped, and the run goes on."""
+    """Several trackers as one. A tracker that fails is dropped, and the run continues."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
 
     def log(self, records: Sequence[RoundRecord]) -> None:
-        """Send the scalars of the last of a run's records to every tracker."""
+        """Send the scalars of the last record to every tracker."""
         if self._trackers:
             spent = {name: values[-1] for name, values in totals(records).items()}
             number, values = int(records[-1]["round"]), scalars(records[-1]) | spent
             self._each(lambda tracker: tracker.log(number, values))
 
     def add_files(self, files: Sequence[Path]) -> None:
-        """Attach those of the files that exist."""
+        """Attach the files that exist to every tracker's run."""
         there = [file for file in files if file.is_file()]
         self._each(lambda tracker: tracker.add_files(there))
 
@@ -150,7 +150,7 @@ class Trackers:
             except Exception as error:  # each library has its own exceptions
                 del self._trackers[name]
                 logger.warning(
-                    "tracking.%s: %s; no more is sent there, metrics.jsonl has everything",
+                    "tracking.%s: %s; this tracker is disabled, metrics.jsonl has everything",
                     name,
                     first_line(error),
                 )
@@ -196,7 +196,7 @@ def scalars(record: RoundRecord) -> dict[str, float]:
 
 
 def totals(records: Sequence[RoundRecord]) -> dict[str, list[float]]:
-    """What the rounds up to each record have cost, to draw any score against."""
+    """Cumulative cost up to each record, to plot scores against."""
     spent = costs(records)
     return {
         "system/total_megabytes": spent[MEGABYTES],
@@ -268,7 +268,7 @@ class _MLflow:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # By default MLflow waits eight times 2 minutes for a server that accepts a connection.
+        # By default, MLflow waits eight times 2 minutes for a server that accepts connections.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
@@ -312,13 +312,13 @@ class _MLflow:
 
 
 class _Trackio:
-    """Logs to trackio's local store; to a server where TRACKIO_SERVER_URL or _SPACE_ID says so."""
+    """Logs to trackio's local store, or to the server of TRACKIO_SERVER_URL or TRACKIO_SPACE_ID."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         import trackio
 
         earlier = _tracker_ids(run_dir).get("trackio")
-        # trackio knows a run by its name, and runs in other folders may have the same.
+        # trackio identifies a run by its name, which runs in other folders can share.
         name = earlier or f"{run_dir.name}-{secrets.token_hex(3)}"
         with contextlib.redirect_stdout(None):  # it prints how to start its dashboard
             self._run = trackio.init(
@@ -346,13 +346,13 @@ class _Trackio:
 
 
 def _tags(config: Config) -> list[str]:
-    """What a list of runs is filtered by."""
+    """Tags to filter lists of runs by."""
     chosen = [config.algorithm.name, config.data.name, config.model.name, config.task.name]
     return [*chosen, *config.tracking.tags]
 
 
 def _tracker_ids(run_dir: Path) -> dict[str, str]:
-    """Ids of this run by tracker, from an earlier start."""
+    """The trackers' ids of this run, from an earlier start."""
     file = run_dir / _TRACKER_IDS
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
@@ -363,7 +363,7 @@ def _keep_tracker_id(run_dir: Path, tracker: str, identity: str) -> None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections by dotted key."""
+    """Nested sections as a flat dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -382,6 +382,6 @@ _MAKERS: dict[str, Callable[[Config, Path], Tracker]] = {
 _REMEDIES = {
     "tensorboard": "set tracking.tensorboard=false",
     "wandb": "wandb login, set WANDB_MODE=offline, or tracking.wandb=false",
-    "mlflow": "look at MLFLOW_TRACKING_URI, or set tracking.mlflow=false",
-    "trackio": "look at TRACKIO_DIR and TRACKIO_SERVER_URL, or set tracking.trackio=false",
+    "mlflow": "check MLFLOW_TRACKING_URI, or set tracking.mlflow=false",
+    "trackio": "check TRACKIO_DIR and TRACKIO_SERVER_URL, or set tracking.trackio=false",
 }

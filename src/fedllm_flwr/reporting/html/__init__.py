@@ -1,5 +1,5 @@
-"""A report as one HTML file: what is on it (`page`), and how it is written (`render`).
+"""Reports as single HTML files: their content (`page`), and their rendering (`render`).
 
-A page holds data only. Whatever comes from outside, such as a client's name or a model's answer, is
-escaped where it is written, and nothing else in the package writes HTML.
+A page is plain data. All text, such as a client's name or a model's answer, is escaped by `render`,
+and nothing else in the package writes HTML.
 """

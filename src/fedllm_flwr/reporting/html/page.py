@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: headline figures, then sections of tables and charts."""
+"""The content of a report as plain data: key figures, then sections of tables and charts."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bar:
-    """A number of a table, drawn on the scale of its column; `low` and `high` are its interval."""
+    """A number of a table, drawn on its column's scale; `low` and `high` are its interval."""
 
     text: str
     value: float
@@ -18,7 +18,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of a whole in a cell, such as a client's labels; `parts` are in the column's order."""
+    """Proportions in a cell, such as a client's labels; `parts` are in the column's order."""
 
     parts: Sequence[tuple[str, float]]
 
@@ -28,7 +28,7 @@ Cell = str | Bar | Shares
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; the first column names the row."""
+    """A table with a header; the first column contains the row names."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -38,9 +38,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart, with a band from `low` to `high` where these are given.
+    """A line of a chart, with a band from `low` to `high` if they are given.
 
-    Lines of one name in several charts share a `color`, the number of one; None: by place.
+    `color` is the index of a colour, the same for one name in several charts; None: by position.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Series:
     color: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, six significant digits."""
+        """JSON values with six significant digits."""
         numbers = {"x": self.x, "y": self.y, "low": self.low, "high": self.high}
         rounded = {key: _rounded(values) for key, values in numbers.items() if values is not None}
         return {"name": self.name, "color": self.color, **rounded}
@@ -59,7 +59,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common axis; logarithmic at first where `log` is set."""
+    """Lines over a common axis, which is initially logarithmic if `log` is set."""
 
     title: str
     series: Sequence[Series]
@@ -70,7 +70,7 @@ class Chart:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """JSON values."""
         return {
             "title": self.title,
             "xLabel": self.x_label,
@@ -83,7 +83,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs; `code` keeps lines and spaces."""
+    """Paragraphs; with `code`, lines and spaces are preserved."""
 
     lines: Sequence[str]
     code: bool = False
@@ -91,7 +91,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks behind a heading that opens them."""
+    """Collapsed blocks under a heading that expands them."""
 
     title: str
     blocks: "Sequence[Block]"
@@ -102,7 +102,7 @@ Block = Table | Chart | Text | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a heading; a page leaves out a section without any."""
+    """Blocks under a heading; sections without blocks are not shown."""
 
     title: str
     blocks: Sequence[Block]
@@ -110,7 +110,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number to read first."""
+    """A key figure."""
 
     label: str
     value: str
@@ -119,7 +119,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report; `headline` is the sentence that a reader in a hurry takes away."""
+    """A whole report; `headline` is its main result in one sentence."""
 
     title: str
     subtitle: str
@@ -129,7 +129,7 @@ class Page:
 
 
 def spans_decades(series: Iterable[Series], factor: float = 4.0) -> bool:
-    """Whether positive values span more than `factor`, so that a linear axis would flatten them."""
+    """Whether the ratio of positive values exceeds `factor`: a linear axis would flatten them."""
     values = [value for line in series for value in line.y if value is not None]
     return bool(values) and min(values) > 0 and max(values) > factor * min(values)
 

@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs no network, with a strict content security policy."""
+"""Renders a page as one self-contained HTML file with a strict content security policy."""
 
 import base64
 import hashlib
@@ -25,16 +25,16 @@ from fedllm_flwr.reporting.html.page import (
 
 _ASSETS = Path(__file__).parents[2] / "assets" / "report"
 _NUM_COLORS = 10  # of --c0, --c1, ... in report.css
-_SCALE = 100.0  # width of a drawn cell, in units of its view box
-Charts = dict[str, dict[str, Any]]  # a chart's data by the id of its element
+_SCALE = 100.0  # width of a drawn cell, in units of its viewBox
+Charts = dict[str, dict[str, Any]]  # chart data by element id
 
 
 class Html(str):
-    """Text that is HTML already; `_tag` escapes all other text."""
+    """Text that is already HTML; `_tag` escapes all other text."""
 
 
 def render(page: Page, version: int | None = None) -> str:
-    """The whole file; one with a `version` asks the server it came from for later ones."""
+    """The whole file; with a `version`, it is a live page that requests updates from its server."""
     style, script = _asset("report.css"), _asset("report.js")
     live = version is not None
     connect = "'self'" if live else "'none'"
@@ -57,7 +57,7 @@ def render(page: Page, version: int | None = None) -> str:
 
 
 def render_body(page: Page) -> tuple[str, Charts]:
-    """What stands on the page, and the data of its charts by the ids of their elements."""
+    """The page's body, and the data of its charts by element id."""
     charts: Charts = {}
     sections = [section for section in page.sections if section.blocks]
     figures = [
@@ -90,7 +90,7 @@ def render_body(page: Page) -> tuple[str, Charts]:
 
 
 def as_script_data(value: Any) -> str:
-    """JSON that no text in it can end: for a script element of type application/json."""
+    """JSON for a script element of type application/json, which its text cannot close."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -100,7 +100,7 @@ def _blocks(blocks: Sequence[Block], place: str, charts: Charts) -> list[Html]:
 
 
 def _block(block: Block, place: str, charts: Charts) -> Html:
-    """A block as HTML; `place` is the id of its element."""
+    """A block as HTML; `place` is its element's id."""
     if isinstance(block, Table):
         return _table(block, place)
     if isinstance(block, Chart):
@@ -141,7 +141,7 @@ def _table(table: Table, place: str) -> Html:
 
 
 def sorted_labels(rows: Sequence[Sequence[Cell]], column: int) -> list[str]:
-    """Names of the parts of a column's `Shares`, in their order."""
+    """Part names of a column's `Shares`, in order."""
     cells = [row[column] for row in rows]
     return list(dict.fromkeys(n for c in cells if isinstance(c, Shares) for n, _ in c.parts))
 
@@ -203,12 +203,12 @@ def _legend(names: Sequence[str]) -> Html:
 
 
 def _is_number(cell: Cell) -> bool:
-    """Whether a cell is set to the right."""
+    """Whether a cell is right-aligned."""
     return isinstance(cell, str) and bool(re.match(r"[-+]?\d|-$|$", cell.strip()))
 
 
 def _tag(name: str, *children: str, **attributes: Any) -> Html:
-    """An element; text that is no `Html` is escaped, and attributes of None are left out."""
+    """An element; text other than `Html` is escaped, and attributes of None are omitted."""
     pairs = {key.strip("_").replace("_", "-"): value for key, value in attributes.items()}
     given = "".join(f' {k}="{_escaped(str(v))}"' for k, v in pairs.items() if v is not None)
     inner = "".join(child if isinstance(child, Html) else _escaped(child) for child in children)
@@ -216,7 +216,7 @@ def _tag(name: str, *children: str, **attributes: Any) -> Html:
 
 
 def _escaped(text: str) -> str:
-    """Text without markup, and without characters that change how other text is read."""
+    """Text with markup escaped, and without characters that change the display of other text."""
     return escape("".join(char if char.isprintable() or char == "\n" else " " for char in text))
 
 

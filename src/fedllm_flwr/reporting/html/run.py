@@ -1,4 +1,4 @@
-"""The page of one run, from its records as `reporting.metrics` describes them."""
+"""The report of one run, from its records as described in `reporting.metrics`."""
 
 import math
 from collections import defaultdict
@@ -48,38 +48,38 @@ from fedllm_flwr.tasks.base import TrainingTask
 _LABEL = "label:"  # column of clients.csv
 _MOST_EVENTS = 200
 _ON_LEAVING_OUT = (
-    "Leave-one-out of single rounds: the round's server step is repeated without the client's "
-    "update, the others reweighted. Above zero: the round was better with it. What an update does "
-    "to later rounds is not in it, and a client whose knowledge others have, too, gets little."
+    "Leave-one-out per round: the round's server step is repeated without the client's update, "
+    "with the others reweighted. Positive: the round was better with it. Effects on later rounds "
+    "are not included, and clients with knowledge that others also have get low values."
 )
 _ON_ALONE = (
-    "The server step with the client's update only, a lower loss is better. How updates complement "
-    "each other is not in it."
+    "The server step with only the client's update; lower is better. How updates complement each "
+    "other is not included."
 )
 _ON_COSINES = (
-    "Band: lowest to highest client. 1: all clients move alike; unrelated directions: 1/√n for n "
-    "clients; below zero: against the mean of the others."
+    "Band: lowest to highest client. 1: all updates have the same direction; orthogonal updates: "
+    "1/√n for n clients; below zero: opposed to the mean of the others."
 )
-# Of a record: what this page shows in a place of its own. Any other number is drawn as it is.
+# Keys of a record with a dedicated place on this page; every other number gets its own chart.
 _SHOWN = {
     *("round", "loss", "clients", "failures", "seconds", "bytes_up", "bytes_down", "failed"),
     *("phases", "refused", "lost", "ignored", "evaluation_failures", "local", "client_eval"),
     *("attackers", "refused_updates", "budget_spent", "delta"),
 }
-# Of a client's metrics in a record, likewise.
+# The same for the keys of a client's metrics.
 _SHOWN_OF_CLIENTS = {"loss", "num_examples", "computed_tokens"}
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run has left on disk.
+    """The data of a run that its report shows.
 
     Attributes:
-        state: running, finished, failed or stopped; ``now`` adds a sentence on the current round.
+        state: running, finished, failed or stopped; ``now`` is a sentence on the current round.
         clients: rows of ``clients.csv``.
-        changed: key -> its value and its default, where they differ.
-        environment, digests: of the software, and of what went in and came out.
-        yaml: the configuration as it can be run again.
+        changed: key -> value and default, for keys that differ from their default.
+        environment, digests: versions of the software; digests of inputs and results.
+        yaml: the complete configuration.
     """
 
     name: str
@@ -96,7 +96,7 @@ class RunFacts:
 
 
 def run_page(facts: RunFacts) -> Page:
-    """The whole page; parts that the records know nothing of are left out."""
+    """The whole page; sections without data are left out."""
     records = [record for record in facts.records if not record.get("failed")]
     task = task_of(facts.config)
     config, summary = facts.config, facts.summary or summarise(records, {})
@@ -116,10 +116,10 @@ def run_page(facts: RunFacts) -> Page:
             Section("Contribution", _contributions(records)),
             Section("Time and traffic", _time_and_traffic(records, summary)),
             Section("Further measures", further_charts(records, task)),
-            Section("What did not go as planned", _events(facts.records)),
+            Section("Failures and warnings", _events(facts.records)),
             Section("Configuration", configuration(facts)),
             Section(
-                "To do it again",
+                "Reproduction",
                 again(
                     facts,
                     ["fedllm run config=config.yaml output_dir=outputs/again"],
@@ -216,7 +216,7 @@ def _scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Block]:
 
 
 def _curves(records: Sequence[RoundRecord], task: TrainingTask) -> list[Block]:
-    """The loss, and the task's panels where they are known: the figure of `reporting.plots`."""
+    """Charts of the loss and the task's panels, as in the figure of `reporting.plots`."""
     trained = [record for record in records if record.get("loss") is not None]
     lines = []
     if trained:
@@ -246,7 +246,7 @@ def _curves(records: Sequence[RoundRecord], task: TrainingTask) -> list[Block]:
 
 
 def _lines(records: Sequence[RoundRecord], section: str, names: Mapping[str, str]) -> list[Series]:
-    """Scores of a section of the records by round, under the names to show."""
+    """Lines of scores by round from a section of the records; `names` maps keys to line names."""
     found = []
     for key, name in names.items():
         points = [
@@ -277,7 +277,7 @@ def _costs(records: Sequence[RoundRecord], score: str) -> list[Block]:
 
 
 def _clients(facts: RunFacts, records: Sequence[RoundRecord]) -> list[Block]:
-    """A row for each client, and the loss of each over the rounds."""
+    """A table with a row per client, and a chart of their losses."""
     sizes = {row["client"]: row for row in facts.clients if row.get("client")}
     series: dict[str, list[tuple[int, Mapping[str, float]]]] = defaultdict(list)
     failures: dict[str, list[str]] = defaultdict(list)
@@ -330,7 +330,7 @@ def _clients(facts: RunFacts, records: Sequence[RoundRecord]) -> list[Block]:
 
 
 def _note_on_clients(has_own: bool) -> str:
-    note = "missing: updates that did not come or were refused. Losses are those of local training."
+    note = "missing: updates that did not arrive or were refused. Losses are from local training."
     return note + (" own held-out: loss of the newest adapter on its own records." * has_own)
 
 
@@ -340,7 +340,7 @@ def _labels(row: Mapping[str, str]) -> Cell:
 
 
 def _fairness(records: Sequence[RoundRecord]) -> list[Block]:
-    """How far clients are apart: on their own held-out records, or, alone, with their adapters."""
+    """The spread of clients: on their own held-out records or, for algorithm=local, of adapters."""
     each = [(record["round"], spread) for record in records if (spread := client_spread(record))]
     if not each:
         return []
@@ -371,7 +371,7 @@ def _fairness(records: Sequence[RoundRecord]) -> list[Block]:
 
 
 def _drift(records: Sequence[RoundRecord]) -> list[Block]:
-    """Whether the clients of a round move alike: cosines and norms of their updates."""
+    """Client drift: cosines and norms of the updates of each round."""
     charts: list[Block] = []
     for key, title, note in (
         ("update_cosine", "Cosine of each update to the mean of its round", _ON_COSINES),
@@ -391,11 +391,11 @@ def _drift(records: Sequence[RoundRecord]) -> list[Block]:
 
 
 def _contributions(records: Sequence[RoundRecord]) -> list[Block]:
-    """What each client's updates were worth, by the loss on the central held-out records."""
+    """Each client's contribution, measured by the loss on the central held-out records."""
     blocks: list[Block] = []
     for key, title, note in (
         ("leave_one_out", "loss without it minus loss with it, mean", _ON_LEAVING_OUT),
-        ("update_alone", "loss with its update alone, mean", _ON_ALONE),
+        ("update_alone", "loss with only its update, mean", _ON_ALONE),
     ):
         each: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for record in records:
@@ -447,7 +447,7 @@ def _time_and_traffic(records: Sequence[RoundRecord], summary: Mapping[str, Any]
 
 
 def _by_client(record: RoundRecord) -> dict[str, Mapping[str, float]]:
-    """Measures with a number for each client of a round that have no place of their own."""
+    """Measures with a number per client that have no dedicated place on the page."""
     names = (record.get("clients") or {}).keys()
     return {
         key: value
@@ -457,9 +457,9 @@ def _by_client(record: RoundRecord) -> dict[str, Mapping[str, float]]:
 
 
 def scalar_series(records: Sequence[RoundRecord]) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Numbers of records that have no place of their own, by name: (round, value).
+    """Numbers of records that have no dedicated place on the page: name and (round, value).
 
-    A section such as ``privacy: {epsilon: 2.9}`` gives "privacy epsilon".
+    A section such as ``privacy: {epsilon: 2.9}`` gives the name "privacy epsilon".
     """
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for record in records:
@@ -479,7 +479,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[Block]:
-    """Every number by round that is not shown elsewhere, so that new measures appear here."""
+    """Charts of all numbers that are not shown elsewhere, so new measures appear automatically."""
     shown = {"loss", *(key for panel in task.panels for key in panel.keys)}
     known = {f"eval {key}".replace("_", " ") for key in shown}
     charts: list[Block] = []
@@ -503,7 +503,7 @@ def further_charts(records: Sequence[RoundRecord], task: TrainingTask) -> list[B
 
 
 def _events(records: Sequence[RoundRecord]) -> list[Block]:
-    """Clients that are cut, updates that are missing, clients that are left out or start anew."""
+    """Repeatedly cut clients, missing updates, refused clients and lost memory."""
     rows = []
     for record in records:
         number = str(record["round"])
@@ -511,17 +511,17 @@ def _events(records: Sequence[RoundRecord]) -> list[Block]:
             ("refused", "cannot take part: {}"),
             ("failures", "{}"),
             ("evaluation_failures", "no scores: {}"),
-            ("lost", "started anew, its memory of round {} is lost"),
+            ("lost", "lost its memory of round {} and started anew"),
         ):
             for name, why in (record.get(key) or {}).items():
                 rows.append([number, name, text.format(why)])
         rows += [[number, "-", line] for line in record.get("ignored", [])]
         if record.get("failed"):
-            rows.append([number, "-", "the run stopped in this round"])
+            rows.append([number, "-", "the run failed in this round"])
     named = [f"{line}." for line in cut_lines(cut_clients(records))]
     blocks: list[Block] = [Text(named)] if named else []
     if not rows:
-        whole = "Nothing: every client that was asked sent an update that could be used."
+        whole = "None: every sampled client sent a usable update."
         return blocks or [Text([whole])]
     left = len(rows) - _MOST_EVENTS
     note = f"The last {_MOST_EVENTS} of {len(rows)}; all are in metrics.jsonl." * (left > 0)
@@ -529,7 +529,7 @@ def _events(records: Sequence[RoundRecord]) -> list[Block]:
 
 
 def configuration(facts: RunFacts) -> list[Block]:
-    """What differs from the defaults, and all of it."""
+    """The configuration: differences from the defaults, and all keys."""
     rows = [[key, value, default] for key, (value, default) in facts.changed.items()]
     blocks: list[Block] = [Text(["Every value is the default of fedllm run."])]
     if rows:
@@ -540,7 +540,7 @@ def configuration(facts: RunFacts) -> list[Block]:
 
 
 def again(facts: RunFacts, commands: Sequence[str], first: str = "") -> list[Block]:
-    """What makes the same again: commands, versions, digests."""
+    """Reproduction: commands, versions, digests."""
     blocks: list[Block] = [Text([first])] if first else []
     blocks.append(Text(commands, code=True))
     for title, values in (("software", facts.environment), ("SHA-256", facts.digests)):
