@@ -1,4 +1,4 @@
-"""The package from Python: what the command line does, for notebooks and scripts.
+"""Python API: the functions of the command line, for notebooks and scripts.
 
     import fedllm_flwr as fed
 
@@ -6,9 +6,9 @@
     run.metrics                      # pandas, a row per round
     model = run.model()              # PEFT's model on its base, ready to generate
 
-Overrides are those of the command line, and every result is the directory that the command would
-have written: a run begun here goes on there, and the other way round. Importing the package stays
-light; what a function needs is imported when it is called.
+Overrides are those of the command line, and results are the same directories that the commands
+write, so a run started here can be resumed there and vice versa. Importing the package is cheap:
+functions import what they need when they are called.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ Records: TypeAlias = (
 """A path, a data set of the datasets library, a data frame, or dicts."""
 
 OnRound = Callable[[dict[str, Any]], object]
-"""Called after each round with its record, a line of ``metrics.jsonl``."""
+"""Callback after each round, called with its record, a line of ``metrics.jsonl``."""
 
-_CLIENT = "client"  # the column that says whose record it is, where records come per client
+_CLIENT = "client"  # column with the client's name, if records are given by client
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run by its directory; it need not have finished.
+    """A run, given by its directory; it need not have finished.
 
     Raises:
-        ConfigError: there is no run in `path`.
+        ConfigError: `path` contains no run.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Run:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path).expanduser())
         if not (self.path / "config.yaml").is_file():
-            raise ConfigError(f"{self.path}: holds no run (no config.yaml).")
+            raise ConfigError(f"{self.path} contains no run (no config.yaml).")
 
     @property
     def config(self) -> Config:
@@ -69,20 +69,20 @@ class Run:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What is known of each round, as in ``metrics.jsonl``; round 0 is before training."""
+        """The round records of ``metrics.jsonl``; round 0 is before training."""
         from fedllm_flwr.reporting.metrics import read_metrics
 
         return read_metrics(self.path / "metrics.jsonl")
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The content of ``summary.json``; None while the run has not finished."""
+        """The content of ``summary.json``; None if the run has not finished."""
         file = self.path / "summary.json"
         return json.loads(file.read_text("utf-8")) if file.is_file() else None
 
     @property
     def metrics(self) -> pandas.DataFrame:
-        """A row per round, under the names that experiment trackers get: ``train/loss``, ..."""
+        """A row per round, with the names of the experiment trackers: ``train/loss``, ..."""
         import pandas
 
         from fedllm_flwr.reporting.trackers import scalars, totals
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def clients(self) -> pandas.DataFrame:
-        """A row per round and client that was asked: its metrics, or under ``failure`` why none."""
+        """A row per round and sampled client: its metrics, or the reason of its ``failure``."""
         import pandas
 
         rows: list[dict[str, Any]] = []
@@ -118,11 +118,11 @@ class Run:
         """The base model with an adapter of the run, in evaluation mode.
 
         Args:
-            which: ``final``, ``best``, ``round=8``, ``client=NAME``; as behind ``@`` on the command
-                line.
+            which: ``final``, ``best``, ``round=8`` or ``client=NAME``, as after ``@`` on the
+                command line.
 
         Raises:
-            ConfigError: the run has no such adapter.
+            ConfigError: the run does not have this adapter.
         """
         return self._loaded(which)[0].peft
 
@@ -136,7 +136,7 @@ class Run:
     def generate(
         self, prompts: str | Sequence[str], which: str = "final", max_new_tokens: int = 64
     ) -> list[str]:
-        """The greedy answers to prompts, in the template of training."""
+        """Greedy answers to prompts, which are formatted with the training template."""
         from fedllm_flwr.data.encode import encode_prompts
         from fedllm_flwr.models.generation import Decoding, as_text, generate
 
@@ -149,7 +149,7 @@ class Run:
         return [as_text(adapted, answer) for answer in answers]
 
     def resume(self, *overrides: str, on_round: OnRound | None = None, quiet: bool = False) -> Run:
-        """Go on with a run that stopped, or with more rounds: ``federation.num_rounds=20``."""
+        """Resume an interrupted run, or extend a run: ``federation.num_rounds=20``."""
         return run(f"resume={self.path}", *overrides, on_round=on_round, quiet=quiet)
 
     def _loaded(self, which: str) -> tuple[AdaptedModel, Config]:
@@ -167,7 +167,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of algorithms over seeds, by its directory."""
+    """A comparison of algorithms over seeds, given by its directory."""
 
     path: Path
 
@@ -180,13 +180,13 @@ class Comparison:
 
     @property
     def runs(self) -> dict[str, Run]:
-        """The runs that have begun, by the names of their directories."""
+        """The started runs, by directory name."""
         return {file.parent.name: Run(file.parent) for file in self.path.glob("*/config.yaml")}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one ``evaluate``, by its directory."""
+    """The scores of one ``evaluate``, given by its directory."""
 
     path: Path
 
@@ -199,7 +199,7 @@ class Evaluation:
 
     @property
     def samples(self) -> pandas.DataFrame:
-        """A row per model, task and example: what was asked, answered and right."""
+        """A row per model, task and example: question, answer, target and scores."""
         import pandas
 
         frames = [
@@ -221,15 +221,16 @@ def run(
 
     Args:
         overrides: as on the command line, such as ``"algorithm=scaffold"``.
-        data: training records; a dict gives each client its own, by the client's name. Which column
-            plays which role say ``data.columns.*``, and how one set becomes clients ``partition``.
+        data: training records; a dict contains the records of each client by name. The roles of
+            the columns are set by ``data.columns.*``, and the partition of one data set into
+            clients by ``partition``.
         eval_data: held-out records for the central evaluation.
-        on_round: called after each round; what it raises ends the run, which can be resumed.
+        on_round: called after each round; if it raises, the run ends and can be resumed.
         quiet: print nothing.
 
     Raises:
-        FedLLMError: with one line on what is wrong and what to do.
-        RunInterrupted: the user stopped it (a KeyboardInterrupt); it says how the run goes on.
+        FedLLMError: one line with the problem and its remedy.
+        RunInterrupted: the user stopped the run (a KeyboardInterrupt); says how to resume it.
     """
     started = time.monotonic()
     prepare_environment()
@@ -260,11 +261,11 @@ def compare(
     """Train with each algorithm and each seed, as ``fedllm compare`` does.
 
     Args:
-        algorithms: names of algorithms and baselines; none: all.
+        algorithms: names of algorithms and baselines; empty: all.
         data, eval_data: as in `run`.
 
     Raises:
-        FedLLMError: with one line on what is wrong, or that runs have failed.
+        FedLLMError: one line with the problem, or that runs have failed.
     """
     prepare_environment()
     from fedllm_flwr.commands.compare.command import compare as compared
@@ -288,13 +289,13 @@ def evaluate(
     """Score runs and their base model on benchmark suites, as ``fedllm evaluate`` does.
 
     Args:
-        runs: runs, one comparison, or what names an adapter on the command line.
+        runs: runs, one comparison, or names of adapters as on the command line.
         suites, tasks: names, see ``fedllm evaluate --list``.
-        limit: the first examples of each part of a task; None: all.
-        data_root: folder of the suites' local files; None: the hub.
+        limit: maximum number of examples of each part of a task; None: all.
+        data_root: folder of the suites' local files; None: use the hub.
 
     Raises:
-        FedLLMError: with one line on what is wrong, before a model is loaded.
+        FedLLMError: one line with the problem, before a model is loaded.
     """
     prepare_environment()
     from fedllm_flwr.commands.evaluate.command import EvaluateOptions
@@ -321,10 +322,10 @@ def evaluate(
 def _data_overrides(
     data: Records | Mapping[str, Records] | None, eval_data: Records | None
 ) -> Iterator[str]:
-    """Overrides that make records in memory the data of a run; the files lie in the user's cache.
+    """Write in-memory records to files in the user's cache, and give the overrides that use them.
 
-    Files are named after their content: the same records are tokenised once, and a run that is
-    resumed finds them.
+    Files are named after their content, so the same records are tokenised only once, and a resumed
+    run finds them.
     """
     if data is not None:
         yield "data=jsonl"
@@ -338,7 +339,7 @@ def _data_overrides(
 
 
 def _of_clients(data: Mapping[str, Records]) -> Iterator[dict[str, Any]]:
-    """The records of all clients, each with its client's name."""
+    """The records of all clients, with their client's name."""
     for client, records in data.items():
         for record in _rows(records):
             if record.get(_CLIENT, client) != client:
@@ -372,7 +373,7 @@ def _rows(records: Records) -> Iterator[dict[str, Any]]:
 
 
 def _written(rows: Iterable[Mapping[str, Any]]) -> Path:
-    """A file of JSON lines in the user's cache, named after its content."""
+    """Write a file of JSON lines to the user's cache, named after its content."""
     from tempfile import NamedTemporaryFile
 
     from fedllm_flwr.data.remembered import cache_dir
@@ -394,7 +395,7 @@ def _written(rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's."""
+    """Convert NumPy numbers and arrays to Python values."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise DataError(

@@ -1,1 +1,1 @@
-"""Differential privacy: clipping, noise, and what was spent. NumPy only; no torch, no Flower."""
+"""Differential privacy: clipping, noise and accounting. Uses NumPy, neither torch nor Flower."""

@@ -1,27 +1,29 @@
-"""What was spent: epsilon at delta, by the package dp-accounting and by no formula of our own.
+"""Privacy accounting: epsilon at delta, computed by the package dp-accounting.
 
-A mechanism is described by its noise multiplier, the deviation of the Gaussian noise divided by the
-clipping bound C, and by how its participants are drawn:
+A mechanism is described by its noise multiplier, the standard deviation of the Gaussian noise
+divided by the clipping bound C, and by how its participants are sampled:
 
 ===========  ===========================  ===========  ====================  =====================
-sampling     neighbours                   sensitivity  amplification         accountant
+sampling     adjacency                    sensitivity  amplification         accountant
 ===========  ===========================  ===========  ====================  =====================
-``poisson``  one more, or one less        C            Poisson               privacy loss
+``poisson``  add or remove one            C            Poisson               privacy loss
                                                                              distributions
-``fixed``    one replaced by another      2 C          without replacement   Renyi (Wang, Balle
+``fixed``    replace one                  2 C          without replacement   Renyi (Wang, Balle
                                                        (m of n)              and Kasiviswanathan
                                                                              2019, theorem 27)
-``visible``  one more, or one less        C            none                  privacy loss
+``visible``  add or remove one            C            none                  privacy loss
                                                                              distributions
 ===========  ===========================  ===========  ====================  =====================
 
-"One less" means that its contribution is zero while all else, the denominator included, stays.
+Removing a participant sets its contribution to zero and changes nothing else, in particular not the
+denominator.
 
-A sum of discrete Gaussians (``discrete``), the shares of noise that several clients add, is
-accounted for by the Renyi divergences of one Gaussian that has the sum of their variances. Those
-of one discrete Gaussian are no larger (Canonne, Kamath and Steinke 2020). A sum of n of deviation s
-adds tau d to them for d values, tau = 10 sum_{k < n} exp(-2 pi^2 s^2 k / (k + 1)) (Kairouz, Liu and
-Steinke 2021, proposition 14): nothing at all from `LEAST_DEVIATION` on.
+A sum of discrete Gaussians (``discrete``), which are the shares of noise added by several clients,
+is accounted for by the Renyi divergences of one Gaussian with the sum of their variances. Those of
+a single discrete Gaussian are no larger (Canonne, Kamath and Steinke 2020). For d values, a sum of
+n discrete Gaussians with standard deviation s adds tau d, where
+tau = 10 sum_{k < n} exp(-2 pi^2 s^2 k / (k + 1)) (Kairouz, Liu and Steinke 2021, proposition 14);
+it is negligible from `LEAST_DEVIATION` on.
 """
 
 import importlib.util
@@ -35,21 +37,21 @@ from fedllm_flwr.errors import ConfigError
 
 Sampling = Literal["fixed", "poisson", "visible"]
 MOST_NOISE = 2.0**15
-"""Largest noise multiplier that is tried for a target."""
+"""Largest noise multiplier that calibration tries."""
 LEAST_DEVIATION = 64.0
-"""Of a client's share of discrete noise: tau is below 1e-17000."""
-_INTERVAL = 1e-3  # of privacy losses, rounded up: 10 times as fast as 1e-4, less than 0.4 % more
+"""Minimum deviation of a client's share of discrete noise; tau is then below 1e-17000."""
+_INTERVAL = 1e-3  # of privacy losses, rounded up: 10 times faster than 1e-4, epsilon < 0.4 % larger
 
 
 @dataclass(frozen=True)
 class Release:
-    """One use of a mechanism on the same data.
+    """One use of a mechanism.
 
     Args:
-        noise_multiplier: deviation of the noise / clipping bound.
-        sampling: how the participants are drawn.
-        drawn: how many: exactly (fixed), or in the mean (poisson).
-        of: from so many.
+        noise_multiplier: standard deviation of the noise / clipping bound.
+        sampling: how the participants are sampled.
+        drawn: number of participants: exact (fixed) or expected (poisson).
+        of: population size.
         discrete: the noise is a sum of several clients' discrete Gaussians.
     """
 
@@ -61,15 +63,15 @@ class Release:
 
 
 def default_delta(count: int) -> float:
-    """1 / n^1.1 with n = `count` units; below one half, so that there is a promise at all."""
+    """1 / n^1.1 with n = `count` units; below one half, so that the guarantee is not void."""
     return float(min(0.5, count**-1.1))
 
 
 def require_accountant(reason: str) -> None:
-    """Refuse to go on without the package that accounts.
+    """Check that dp-accounting is installed.
 
     Args:
-        reason: key and value that need it.
+        reason: key and value of the configuration that need it.
 
     Raises:
         ConfigError: it is not installed.
@@ -81,7 +83,7 @@ def require_accountant(reason: str) -> None:
 
 
 def epsilon(releases: Mapping[Release, int], delta: float) -> float:
-    """Epsilon at `delta` of all `releases` together, each so often; infinite without noise."""
+    """Epsilon at `delta` of the composition of all releases, by count; infinite if noiseless."""
     made = {release: count for release, count in releases.items() if count}
     if any(release.noise_multiplier == 0 for release in made):
         return math.inf
@@ -90,13 +92,13 @@ def epsilon(releases: Mapping[Release, int], delta: float) -> float:
 
 @cache
 def calibrated(release: Release, count: int, target_epsilon: float, delta: float) -> float:
-    """The smallest noise multiplier with which `count` such releases keep to a target.
+    """The smallest noise multiplier for which `count` releases stay within a target epsilon.
 
     Args:
-        release: whose noise multiplier is to be found.
+        release: the release, whose own noise multiplier is ignored.
 
     Raises:
-        ConfigError: none up to `MOST_NOISE` does.
+        ConfigError: no multiplier up to `MOST_NOISE` suffices.
     """
     import dp_accounting
 
@@ -106,8 +108,8 @@ def calibrated(release: Release, count: int, target_epsilon: float, delta: float
     if spent(MOST_NOISE) > target_epsilon:
         raise ConfigError(
             f"privacy.target_epsilon={target_epsilon:g} at delta={delta:.2g} is out of reach in "
-            f"{count} releases, whatever the noise: {MOST_NOISE:g} times the clip still spends "
-            f"{spent(MOST_NOISE):.2g}; raise it, or take fewer rounds."
+            f"{count} releases: even with noise of {MOST_NOISE:g} times the clip, epsilon is "
+            f"{spent(MOST_NOISE):.2g}; raise the target, or use fewer rounds."
         )
     low = high = 1.0
     while spent(high) > target_epsilon:
@@ -131,7 +133,7 @@ def calibrated(release: Release, count: int, target_epsilon: float, delta: float
 
 @cache
 def _epsilon(counted: tuple[tuple[Release, int], ...], delta: float) -> float:
-    """Releases of unlike accountants are summed up, each kind at a share of delta."""
+    """Basic composition over accountants, each with an equal share of delta."""
     accountants: dict[tuple[bool, bool], Any] = {}
     for release, count in counted:
         kind = release.sampling == "fixed", release.discrete

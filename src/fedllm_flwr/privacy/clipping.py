@@ -1,4 +1,4 @@
-"""L2 norm and clipping of all tensors of a contribution together, in float64."""
+"""Joint L2 norm and clipping of all tensors of a contribution, in float64."""
 
 import math
 
@@ -9,10 +9,10 @@ from fedllm_flwr.params import Groups, Params
 
 
 def joint_norm(groups: Groups) -> float:
-    """L2 norm over all tensors of all groups; infinite where it exceeds the range of float64.
+    """L2 norm over all tensors of all groups; infinite if it exceeds the range of float64.
 
-    Values are divided by the largest one before they are squared, so that neither huge nor tiny
-    ones leave the range.
+    Values are divided by the largest absolute value before squaring, so that neither huge nor tiny
+    values leave the range.
 
     Raises:
         NotFiniteError: a value is NaN or infinite.
@@ -22,9 +22,9 @@ def joint_norm(groups: Groups) -> float:
 
 
 def clipped(groups: Groups, bound: float) -> dict[str, Params]:
-    """`groups` scaled by min(1, bound / norm), with one norm for all; unchanged within the bound.
+    """`groups` scaled by min(1, bound / norm), with the joint norm; unchanged within the bound.
 
-    Rounding to the tensors' own dtype never leaves the norm above `bound`.
+    The norm is at most `bound` even after rounding to the tensors' dtype.
 
     Raises:
         NotFiniteError: a value is NaN or infinite.
@@ -33,7 +33,7 @@ def clipped(groups: Groups, bound: float) -> dict[str, Params]:
     result = {group: dict(params) for group, params in groups.items()}
     if largest * scaled <= bound:
         return result
-    factor = bound / scaled  # of values divided by the largest: nothing leaves the range
+    factor = bound / scaled  # for values divided by the largest, so nothing leaves the range
     shrink = max(
         float(np.finfo(value.dtype).eps) for params in groups.values() for value in params.values()
     )
@@ -45,7 +45,7 @@ def clipped(groups: Groups, bound: float) -> dict[str, Params]:
             }
         if joint_norm(result) <= bound:
             return result
-        factor *= 1 - shrink  # rounding has taken it above the bound
+        factor *= 1 - shrink  # rounding raised the norm above the bound
         shrink = min(0.5, 2 * shrink)
 
 
@@ -59,7 +59,7 @@ def _scaled_norm(groups: Groups) -> tuple[float, float]:
     ]
     largest = max((float(np.abs(value).max()) for value in values), default=0.0)
     if any(not np.isfinite(value).all() for value in values):
-        raise NotFiniteError("its update holds NaN or infinity")
+        raise NotFiniteError("its update contains NaN or infinity")
     if not largest:
         return 0.0, 0.0
     return largest, math.sqrt(sum(float(np.square(value / largest).sum()) for value in values))

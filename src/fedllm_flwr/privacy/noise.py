@@ -1,14 +1,14 @@
-"""Gaussian noise and secret coin flips from a cryptographic generator.
+"""Gaussian noise and secret sampling from a cryptographic generator.
 
 Every `Noise` has a fresh 256-bit key from the operating system, which is never stored, sent or
-derived from anything. So no seed of a run predicts the noise, no two releases share it, and a round
-that is run again after a stop draws anew: it is another release, and is accounted for as one. Noise
-that followed from the run's seed could be subtracted by whoever knows the seed, and noise that
-followed from a stored key would be subtracted by comparing two releases of unequal sums.
+derived from anything. So no run seed predicts the noise, and no two releases share it. A round that
+is repeated after an interruption draws new noise and is accounted for as another release. If noise
+depended on the run's seed, anyone who knows the seed could subtract it; if it depended on a stored
+key, it would cancel in the difference of two releases.
 
-The stream is AES-256 in counter mode, made normal by Box and Muller's transform in float64. Noise
-is added before any rounding to the wire's or the adapter's dtype. Attacks on the last bits of
-floating-point noise (Mironov 2012) are not defended against.
+The stream is AES-256 in counter mode; the Box-Muller transform in float64 makes normal numbers.
+Noise is added before any rounding to the wire's or the adapter's dtype. There is no defence against
+attacks on the last bits of floating-point noise (Mironov 2012).
 """
 
 import math
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from fedllm_flwr.params import Params
 
-_BYTES = 8  # of a uniform number; its upper 53 bits are used
-_CHUNK = 2**16  # candidates of a discrete Gaussian at a time, which stay in the cache
+_BYTES = 8  # per uniform number, of which the upper 53 bits are used
+_CHUNK = 2**16  # candidates of a discrete Gaussian per chunk, which fit into the cache
 
 
 class Noise:
@@ -46,7 +46,7 @@ class Noise:
         return both[:count].reshape(shape)
 
     def on(self, params: Params, deviation: float) -> Params:
-        """`params` plus independent Gaussian noise on every value, in float64; by name."""
+        """`params` plus independent Gaussian noise of `deviation` on every value, in float64."""
         return {
             name: value + deviation * self.normal(value.shape)
             for name, value in sorted(params.items())
@@ -55,10 +55,10 @@ class Noise:
     def discrete_normal(self, count: int, deviation: float) -> NDArray[np.int64]:
         """Integers x with probability proportional to exp(-x^2 / (2 deviation^2)), shape (count,).
 
-        Rejection from a discrete Laplace distribution, as Canonne, Kamath and Steinke 2020, "The
-        Discrete Gaussian for Differential Privacy", algorithms 2 and 3, with t the power of two
-        above the deviation. All integers can be drawn, so that no last bits give anything away.
-        Coins with probability e^-x are thrown in float64: their ratios are off by 2^-50 or so.
+        Rejection sampling from a discrete Laplace distribution, by algorithms 2 and 3 of Canonne,
+        Kamath and Steinke 2020, "The Discrete Gaussian for Differential Privacy", with t the power
+        of two above the deviation. Every integer has a positive probability, so no floating-point
+        bits leak. Bernoulli(e^-x) is sampled in float64, with a relative error of about 2^-50.
         """
         scale = 1 << max(0, math.ceil(math.log2(deviation)))  # t
         found, missing = [np.empty(0, np.int64)], count
@@ -78,9 +78,9 @@ class Noise:
         return np.concatenate(found)
 
     def poisson_sample(self, count: int, share: float) -> NDArray[np.int64]:
-        """Indices of a Poisson sample: each of `count` with probability `share`, by itself."""
+        """Indices of a Poisson sample: each of `count` independently with probability `share`."""
         return np.flatnonzero(self.uniform(count) <= share)
 
     def fixed_sample(self, count: int, size: int) -> NDArray[np.int64]:
-        """Indices of a uniformly random subset of `size` of `count`, ascending."""
+        """Indices of a uniformly random subset of `size` out of `count`, ascending."""
         return np.sort(np.argsort(self.uniform(count), kind="stable")[:size])

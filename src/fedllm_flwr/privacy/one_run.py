@@ -1,8 +1,8 @@
-"""A lower bound on epsilon from one run, by guessing which canaries were planted.
+"""A lower bound on epsilon from one run, by guessing which canaries were inserted.
 
-Steinke, Nasr and Jagielski 2023, "Privacy Auditing with One (1) Training Run", corollary 5.4 as
-their appendix D computes it. Of m records each is a member with probability one half, by itself.
-Under (epsilon, delta)-differential privacy, r guesses of which v are right have the p-value
+Steinke, Nasr and Jagielski 2023, "Privacy Auditing with One (1) Training Run", corollary 5.4,
+computed as in their appendix D. Each of m records is a member independently with probability one
+half. Under (epsilon, delta)-differential privacy, r guesses, v of them correct, have the p-value
 
     P[B >= v] + 2 m delta max_i P[v > B >= v - i] / i,    B ~ Binomial(r, 1 / (1 + e^-epsilon)).
 """
@@ -10,16 +10,16 @@ Under (epsilon, delta)-differential privacy, r guesses of which v are right have
 import numpy as np
 from numpy.typing import NDArray
 
-_ABSTAINING = (1, 2, 4, 8)  # guesses are made on 1/k of the canaries, with the extreme scores
+_ABSTAINING = (1, 2, 4, 8)  # guess on the fraction 1/k of the canaries with the most extreme scores
 _LARGEST = 50.0  # epsilon
 
 
 def p_value(num: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """Chance of at least so many right guesses under (epsilon, delta)-differential privacy.
+    """Bound on the probability of `right` or more correct guesses under (epsilon, delta)-DP.
 
     Args:
-        num: m, canaries that were planted or not.
-        guesses: r, canaries of which a guess was made.
+        num: m, the number of canaries, inserted or not.
+        guesses: r, the number of canaries guessed on.
     """
     from scipy.stats import binom
 
@@ -31,7 +31,7 @@ def p_value(num: int, guesses: int, right: int, epsilon: float, delta: float) ->
 
 
 def lower_bound(num: int, guesses: int, right: int, delta: float, error: float) -> float:
-    """The largest epsilon that so many right guesses rule out; wrong with probability `error`."""
+    """The largest epsilon rejected by this many correct guesses, at significance level `error`."""
     from scipy.optimize import brentq
 
     def excess(epsilon: float) -> float:
@@ -45,13 +45,13 @@ def lower_bound(num: int, guesses: int, right: int, delta: float, error: float) 
 def guessed_bound(
     scores: NDArray[np.float64], members: NDArray[np.bool_], delta: float, error: float = 0.05
 ) -> tuple[float, int, int]:
-    """The lower bound from one score per canary, higher where a member is suspected.
+    """The lower bound from one score per canary; members should have higher scores.
 
-    The same number of canaries is guessed to be members, by the highest scores, as not to be, by
-    the lowest. Four such numbers are tried, each at a quarter of `error` (Bonferroni).
+    The highest scores are guessed to be members, and as many of the lowest to be non-members. Four
+    numbers of guesses are tried, each at a quarter of `error` (Bonferroni).
 
     Returns:
-        Epsilon; the guesses it comes from; how many of those are right.
+        Epsilon, the number of guesses behind it, and how many of them are correct.
     """
     order = np.argsort(scores, kind="stable")
     found = []
