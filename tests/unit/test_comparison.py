@@ -158,7 +158,7 @@ def test_the_report_has_the_numbers_of_the_table(outcomes: list[FinishedRun]) ->
         "fedavg",
         Bar("0.820", *(pytest.approx(v) for v in (0.82, 0.8, 0.84))),
     ]
-    [differences] = blocks["Paired differences to local"]
+    [differences] = blocks["Paired differences from local"]
     assert isinstance(differences, Table)
     [[name, difference]] = differences.rows
     against = rows[-1].against_local
@@ -232,7 +232,7 @@ def test_mistakes(
 
 def test_a_directory_takes_one_comparison(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds a comparison already"):
+    with pytest.raises(ConfigError, match="already contains a comparison"):
         compare([f"output_dir={tmp_path}"], None)
 
 

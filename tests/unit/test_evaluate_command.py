@@ -68,9 +68,9 @@ def test_base_and_adapters_side_by_side_and_cached(
     assert "left out: tfns" in shown
     for name in ("headline", "ner", "finred"):
         assert f"{name}_test.jsonl" in shown
-    assert "finance, difference to base" in shown
+    assert "finance, difference from base" in shown
     page = (output / "report.html").read_text()
-    assert "finance, difference to base" in page
+    assert "finance, difference from base" in page
     assert 'id="examples-title"' in page
     for task in ("fpb", "fpb_generation"):
         assert f"<summary>{task}: " in page  # its examples
@@ -165,7 +165,7 @@ def test_what_cannot_be_evaluated(
 ) -> None:
     base = ["--base", str(toy_model)]
     local = ["--data-root", str(data_root)]
-    with pytest.raises(ConfigError, match="give what to evaluate: --run, --adapter"):
+    with pytest.raises(ConfigError, match="give a model to evaluate: --run, --adapter"):
         run("--suite", "finance", *local)
     with pytest.raises(ConfigError, match=r"give --suite \(of "):
         run(*base)
@@ -173,7 +173,7 @@ def test_what_cannot_be_evaluated(
         run(*base, "--suite", "medicla")
     with pytest.raises(DataError, match=r"gsm8k_test.jsonl is missing"):
         run(*base, "--task", "gsm8k", *local)
-    with pytest.raises(DataError, match=r"no task can be done; left out: gsm8k"):
+    with pytest.raises(DataError, match=r"no task can be scored; left out: gsm8k"):
         run(*base, "--suite", "math", *local)
     with pytest.raises(ConfigError, match="--limit must be > 0, got 0"):
         run(*base, "--task", "fpb", *local, "--limit", "0")

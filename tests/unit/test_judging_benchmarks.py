@@ -128,7 +128,7 @@ def test_a_reference_that_is_not_there(tmp_path: Path) -> None:
 
 def test_mistakes_in_files(tmp_path: Path) -> None:
     file = tmp_path / "answers.json"
-    with pytest.raises(DataError, match="no such file; give the folder"):
+    with pytest.raises(DataError, match="no such file; give the data folder"):
         questions.vicuna_bench(tmp_path)
     file.write_text("")
     with pytest.raises(DataError, match="the file is empty"):

@@ -42,18 +42,18 @@ COMPARED = (
     "centralized",
 )
 """The algorithms of ``algorithm=all``, unless ``compare.algorithms`` lists others."""
-SAVED = "compare.json"  # in its directory: the options
+SAVED = "compare.json"  # the options, in the comparison's directory
 
 
 def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int]:
-    """Run and tabulate; ``resume=<directory>`` resumes a stopped comparison.
+    """Run a comparison and write its results; ``resume=<directory>`` resumes a stopped one.
 
     Args:
-        arguments: overrides, and among them ``algorithm=all`` or a comma-separated list,
+        arguments: overrides, including ``algorithm=all`` or a comma-separated list,
             ``seeds=<count>``, ``output_dir=`` and ``resume=``.
 
     Returns:
-        The comparison's directory, and how many runs have failed.
+        The comparison's directory, and the number of failed runs.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -92,7 +92,7 @@ def compare(arguments: Sequence[str], config_dir: str | None) -> tuple[Path, int
 
 
 def _refuse_sweeps(options: dict[str, str], overrides: Sequence[str]) -> None:
-    """A comparison runs algorithms and seeds; other lists of values are for `fedllm run -m`.
+    """Reject lists of values other than algorithms; `fedllm run -m` is for these.
 
     Raises:
         ConfigError: names the list, and what to write instead.
@@ -141,11 +141,11 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
     root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{data}")).expanduser()
     if (root / SAVED).exists():
         raise ConfigError(
-            f"output_dir={root} holds a comparison already; resume it: resume={root}."
+            f"output_dir={root} already contains a comparison; resume it: resume={root}."
         )
     if foreign := foreign_files(root, (".*",)):
         raise ConfigError(
-            f"output_dir={root} holds other files ({', '.join(foreign[:3])}); give a new or an "
+            f"output_dir={root} contains other files ({', '.join(foreign[:3])}); give a new or "
             "empty directory."
         )
     return root
@@ -164,7 +164,7 @@ def _algorithms(text: str, overrides: list[str]) -> list[str]:
 
 
 def _carry_out(jobs: Sequence[Job], workers: int) -> int:
-    """Run the jobs with a line for each that ends; returns the number of failures."""
+    """Execute the jobs, printing a line as each ends; return the number of failures."""
     total, started = len(jobs), time.monotonic()
     before = sum(job.done for job in jobs)
     ended = failed = 0
@@ -194,7 +194,7 @@ def _carry_out(jobs: Sequence[Job], workers: int) -> int:
 
 
 def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
-    """Table as Markdown and CSV, figure, report, and the table on the screen."""
+    """Write tables, figures and the report, and print the table."""
     from fedllm_flwr.reporting.plots import plot_comparison
 
     found = Tabulated.of(jobs, algorithms)
@@ -208,7 +208,7 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
     write_atomically(root / "compare.md", text.encode())
     write_atomically(root / "compare.csv", as_csv(rows).encode())
     caption = "Lines: " + (f"mean over {seeds} seeds" if seeds > 1 else "one seed")
-    caption += ", marked where it was scored."
+    caption += ", with markers at evaluated rounds."
     caption += " Bands: lowest to highest seed." if seeds > 1 else ""
     is_local = any(outcome.job.algorithm == "local" for outcome in outcomes)
     caption += " local: mean over its clients' own adapters." if is_local else ""
@@ -229,7 +229,7 @@ def _write(root: Path, jobs: Sequence[Job], algorithms: Sequence[str]) -> None:
 
 
 def write_report(root: Path, found: Tabulated | None = None, output: Path | None = None) -> Path:
-    """Write the page of a comparison, by default ``report.html`` in its directory.
+    """Write the report of a comparison, by default to ``report.html`` in its directory.
 
     Raises:
         FedLLMError: as `report_page`, or the file cannot be written.
@@ -240,10 +240,10 @@ def write_report(root: Path, found: Tabulated | None = None, output: Path | None
 
 
 def report_page(root: Path, found: Tabulated | None = None) -> Page:
-    """The page of a comparison, so far as its runs have finished.
+    """The report of a comparison's finished runs.
 
     Args:
-        found: what its runs came to; None reads it from the directory.
+        found: the runs' results; None: read them from the directory.
 
     Raises:
         ConfigError: no run has finished.
@@ -260,7 +260,7 @@ def report_page(root: Path, found: Tabulated | None = None) -> Page:
 
 
 def _jobs_on_disk(root: Path, algorithms: Sequence[str]) -> list[Job]:
-    """The runs in a comparison's directory, which may have been moved, as `make_jobs` orders."""
+    """The runs of a comparison's directory, which may have been moved, in `make_jobs`' order."""
     jobs = []
     for path in sorted((root / "runs").glob("*/config.yaml")):
         config = replace(load_run(path.parent, str(path.parent)), output_dir=str(path.parent))

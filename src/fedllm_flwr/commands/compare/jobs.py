@@ -1,4 +1,4 @@
-"""The runs of a comparison: their configurations, and how they run in parallel."""
+"""The runs of a comparison: their configurations and their parallel execution."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -62,12 +62,12 @@ _Planned = TypeVar("_Planned", bound=PlannedRun)
 def carry_out(
     jobs: Sequence[_Planned], workers: int, report: Callable[[_Planned, str | None], None]
 ) -> None:
-    """Carry out or resume the runs that are not done, in `workers` processes.
+    """Execute or resume unfinished runs in `workers` processes.
 
-    A worker process keeps its base model from run to run.
+    A worker process keeps its base model between runs.
 
     Args:
-        report: called at the end of each run, with its error or None.
+        report: called at the end of each run with its error, or None.
     """
     pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare_environment)
     try:
@@ -77,7 +77,7 @@ def carry_out(
         for future in as_completed(futures):
             report(futures[future], future.result())
     except BaseException:
-        for process in list((pool._processes or {}).values()):  # a run would end only after minutes
+        for process in list((pool._processes or {}).values()):  # a run may take minutes to end
             process.terminate()
         raise
     finally:
@@ -85,7 +85,7 @@ def carry_out(
 
 
 def carry_out_one(job: PlannedRun) -> str | None:
-    """Carry out or resume one run, and print nothing; returns its error in one line, or None."""
+    """Execute or resume one run without output; return its error in one line, or None."""
     from fedllm_flwr.reporting.console import Console
     from fedllm_flwr.server.run import run_simulation
 
@@ -97,7 +97,7 @@ def carry_out_one(job: PlannedRun) -> str | None:
 
 
 def _with_own_settings(config: Config) -> Config:
-    """The configuration with its algorithm's ``compare.settings``."""
+    """The configuration with its algorithm's ``compare.settings`` applied."""
     settings = config.compare.settings or {}
     known = {item.name for item in fields(AlgorithmConfig)} - {"name"}
     own = settings.get(config.algorithm.name, {})

@@ -1,4 +1,4 @@
-"""The comparison as a report: what its table says, with intervals and curves."""
+"""The report of a comparison: its table, with intervals and curves."""
 
 from collections.abc import Sequence
 
@@ -33,8 +33,8 @@ def comparison_page(facts: RunFacts, found: Tabulated, command: str) -> Page:
     """The whole page.
 
     Args:
-        facts: of one run, for its configuration and software, under the comparison's name.
-        command: that makes the comparison again.
+        facts: configuration and software of one run, under the comparison's name.
+        command: the command that reproduces the comparison.
     """
     config, outcomes, rows, metric = facts.config, found.outcomes, found.rows, found.metric
     seeds = sorted({outcome.job.seed for outcome in outcomes})
@@ -54,20 +54,20 @@ def comparison_page(facts: RunFacts, found: Tabulated, command: str) -> Page:
         sections=[
             Section("Results", [Table(header, body, note=found.note), _scores(rows, metric)]),
             Section(
-                "Paired differences to local",
+                "Paired differences from local",
                 _differences(rows, [line[header.index(f"{metric} vs local")] for line in body]),
             ),
             Section("On the clients' own records", _own_records(found)),
             Section("Curves", _curves(found)),
             Section("Runs", [_runs(outcomes, metric, title)]),
             Section("Configuration", configuration(facts)),
-            Section("To do it again", again(facts, [command])),
+            Section("Reproduction", again(facts, [command])),
         ],
     )
 
 
 def _headline(rows: Sequence[ComparisonRow], metric: str) -> str:
-    """The best federated algorithm beside the baselines, by the deciding score."""
+    """The best federated algorithm and the baselines, by the deciding score."""
     scored = {row.name: row.final[metric] for row in rows if metric in row.final}
     federated = [n for n in scored if n not in _BASELINES and not n.startswith(" ")]
     if not federated:
@@ -76,13 +76,13 @@ def _headline(rows: Sequence[ComparisonRow], metric: str) -> str:
     others = [f"{n} {scored[n].mean:.3f}" for n in _BASELINES if n in scored]
     beside = f"; {', '.join(others)}" if others else ""
     sentence = (
-        f"The best mean {all_metrics()[metric].card_title} of a federated algorithm is that of "
-        f"{best}, {scored[best].mean:.3f}{beside}."
+        f"The best federated algorithm is {best} with a mean "
+        f"{all_metrics()[metric].card_title} of {scored[best].mean:.3f}{beside}."
     )
     difference = next(row.against_local for row in rows if row.name == best)
     if difference is not None and difference.half_width is not None:
         sentence += (
-            f" Its difference to local is {difference.mean:+.3f} ± {difference.half_width:.3f} "
+            f" Its difference from local is {difference.mean:+.3f} ± {difference.half_width:.3f} "
             "(95 %, paired by seed)."
         )
     return sentence
@@ -96,11 +96,11 @@ def _scores(rows: Sequence[ComparisonRow], metric: str) -> Table:
             ends = () if half is None else (spread.mean - half, spread.mean + half)
             body.append([row.name, Bar(fixed(spread.mean, 3), spread.mean, *ends)])
     name = all_metrics()[metric].card_title
-    return Table(["", name], body, note="Whiskers: one standard deviation over seeds to each side.")
+    return Table(["", name], body, note="Whiskers: ± one standard deviation over seeds.")
 
 
 def _differences(rows: Sequence[ComparisonRow], texts: Sequence[str]) -> list[Block]:
-    """The table's column of differences, drawn; its texts have the stars."""
+    """The table's column of differences as bars; `texts` have the stars."""
     drawn: list[list[Cell]] = []
     for row, text in zip(rows, texts, strict=True):
         if (difference := row.against_local) is not None:
@@ -111,7 +111,7 @@ def _differences(rows: Sequence[ComparisonRow], texts: Sequence[str]) -> list[Bl
 
 
 def _own_records(found: Tabulated) -> list[Block]:
-    """Scores on the clients' own held-out records, where they were asked for."""
+    """Scores on the clients' own held-out records, if they were evaluated."""
     rows = found.on_own_records()
     if not rows:
         return []
@@ -120,7 +120,7 @@ def _own_records(found: Tabulated) -> list[Block]:
 
 
 def _curves(found: Tabulated) -> list[Block]:
-    """The deciding score by round, and against the means over seeds of what it cost."""
+    """The deciding score by round, and against the cost (mean over seeds)."""
     by_round = curves(found.outcomes, found.metric)
     colors = {name: number for number, name in enumerate(by_round)}
     title = all_metrics()[found.metric].card_title.capitalize()

@@ -1,4 +1,4 @@
-"""Results of a comparison's runs, with their spread over seeds."""
+"""Results of a comparison's runs and their spread over seeds."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Curve = list[tuple[float, float, float, float]]  # (round or cost, mean, low, hi
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; deviation None for a single one."""
+    """Mean and sample standard deviation over seeds; the deviation is None for one seed."""
 
     mean: float
     deviation: float | None
@@ -31,8 +31,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference to the local baseline, half its 95 % t interval over seeds, and the
-    p-value of the paired t test.
+    """Mean paired difference from the local baseline, half of its 95 % t interval over seeds, and
+    the p-value of the paired t test.
     """
 
     mean: float
@@ -65,8 +65,8 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Tabulated:
-    """What the finished runs came to: the rows of the table, the score they are compared by, and
-    what a reader of the table should know.
+    """Results of the finished runs: the rows of the table, the deciding score, and notes for
+    readers of the table.
     """
 
     outcomes: list[FinishedRun]
@@ -76,7 +76,7 @@ class Tabulated:
 
     @classmethod
     def of(cls, jobs: Sequence[Job], algorithms: Sequence[str]) -> "Tabulated | None":
-        """Of the jobs that are done; None if none is."""
+        """The results of the finished jobs; None if there are none."""
         outcomes = read_outcomes(jobs)
         if not outcomes:
             return None
@@ -85,23 +85,23 @@ class Tabulated:
         note = (
             f"Mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}. vs local: "
             f"paired difference of the final {metric} by seed, ± half of its 95 % t interval over "
-            "seeds, on these records; * not zero, at 5 % for all rows together (Holm). steps: "
-            "optimizer steps of all clients together."
+            "seeds, on these records; * significant at a family-wise error rate of 5 % over all "
+            "rows (Holm). steps: total optimizer steps of all clients."
         )
         local = [outcome.job.config for outcome in outcomes if outcome.job.algorithm == "local"]
         if local:
             note += f" Local: {describe_local(local[0])}; best and worst client by loss."
         if any(row.aggregation_error is not None for row in rows):
             note += (
-                " BA error: distance of the new global B A from the mean of the clients', as a "
-                "share of it; mean over the rounds."
+                " BA error: distance of the new global B A from the mean of the clients' B A, as "
+                "a fraction of its norm; mean over rounds."
             )
         return cls(outcomes, rows, metric, note)
 
     def on_own_records(self) -> list[ComparisonRow]:
         """Scores on the clients' own held-out records: mean, worst and best client by loss.
 
-        Of the global adapter and of the clients' own, where clients have scored them.
+        The scores are of the global adapter and of personal adapters, if clients scored them.
         """
         rows = []
         for name in dict.fromkeys(outcome.job.algorithm for outcome in self.outcomes):
@@ -115,7 +115,7 @@ class Tabulated:
 
 
 def read_outcomes(jobs: Sequence[Job]) -> list[FinishedRun]:
-    """The runs that are done."""
+    """The finished runs."""
     outcomes = []
     for job in jobs:
         if job.done:
@@ -126,7 +126,7 @@ def read_outcomes(jobs: Sequence[Job]) -> list[FinishedRun]:
 
 
 def make_rows(outcomes: Sequence[FinishedRun], algorithms: Sequence[str]) -> list[ComparisonRow]:
-    """The start, each algorithm in the order given, and after local its best and worst."""
+    """Rows of the start and each algorithm in order, with best and worst clients after local."""
     by_name = {
         name: [outcome for outcome in outcomes if outcome.job.algorithm == name]
         for name in algorithms
@@ -192,7 +192,7 @@ def _spreads(scores: Sequence[dict[str, float]]) -> dict[str, Spread]:
 
 
 def _against(runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -> Difference | None:
-    """Paired by seed; the interval is Student's, for differences that spread normally."""
+    """Differences paired by seed, with Student's interval, which assumes normality."""
     metric = deciding_metric([*runs, *local])
     baseline = {run.job.seed: run.summary["final"][metric] for run in local}
     differences = [
@@ -214,7 +214,7 @@ def _against(runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -> Diffe
 
 
 def curves(outcomes: Sequence[FinishedRun], metric: str) -> dict[str, Curve]:
-    """Per algorithm and evaluated round: mean, lowest and highest over seeds."""
+    """Mean, lowest and highest score over seeds, by algorithm and evaluated round."""
     found: dict[str, dict[int, list[float]]] = {}
     for outcome in outcomes:
         of_algorithm = found.setdefault(outcome.job.algorithm, {})
@@ -228,9 +228,9 @@ def curves(outcomes: Sequence[FinishedRun], metric: str) -> dict[str, Curve]:
 
 
 def cost_curves(found: Tabulated) -> dict[str, dict[str, Curve]]:
-    """As `curves`, against the means over seeds of what was spent: by cost, then by algorithm.
+    """`curves` against the cost (mean over seeds) instead of the round: by cost, then by algorithm.
 
-    As in the table, nothing of the baselines travels.
+    As in the table, baselines have no communication cost.
     """
     travels = {row.name for row in found.rows if row.megabytes}
     drawn: dict[str, dict[str, Curve]] = {label: {} for label in costs([])}

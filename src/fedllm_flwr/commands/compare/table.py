@@ -1,4 +1,4 @@
-"""The comparison as text for a terminal, Markdown and CSV."""
+"""Formats the comparison as terminal text, Markdown and CSV."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from fedllm_flwr.tasks import all_metrics, table_metrics
 
 
 def lines_of(rows: Sequence[ComparisonRow], metric: str) -> list[list[str]]:
-    """The table as text, header first: what any row knows, ``-`` where there is nothing to say."""
+    """The table as text, header first, with columns that any row has; ``-`` for missing values."""
     scores = [name for name in table_metrics()[1:] if any(name in row.final for row in rows)]
     titles = [all_metrics()[name].title for name in scores]
     header = ["", "loss", "best loss", *titles, f"{metric} vs local", "steps", "MB", "seconds"]
@@ -66,7 +66,7 @@ def as_markdown(rows: Sequence[ComparisonRow], metric: str, note: str) -> str:
 
 
 def as_csv(rows: Sequence[ComparisonRow]) -> str:
-    """Numbers in full, a column for each mean and each standard deviation."""
+    """CSV with full precision and a column for each mean and each standard deviation."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{metric}_{part}" for metric in table_metrics() for part in ("mean", "std")]

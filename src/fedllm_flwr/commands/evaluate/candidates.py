@@ -1,4 +1,4 @@
-"""The models to compare: a base model, and adapters of runs, of directories, of a comparison."""
+"""The models to evaluate: a base model, and adapters of runs, directories or a comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model: the base of `config`, with an adapter that is kept on disk, or as it is.
+    """One model: the base model of `config`, with or without an adapter from disk.
 
     Args:
-        row: what its line in the tables is called; several candidates of a row are averaged.
-        seed, client: which of them this is, where a row has several.
+        row: name of its row in the tables; the candidates of a row are averaged.
+        seed, client: identify the candidate within its row.
     """
 
     row: str
@@ -31,7 +31,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """A name of its own."""
+        """The candidate's unique name."""
         parts = [self.row, "" if self.seed is None else f"seed {self.seed}", self.client or ""]
         return ", ".join(part for part in parts if part)
 
@@ -43,10 +43,10 @@ def collect(
     base: str | None,
     template: str | None,
 ) -> list[Candidate]:
-    """The base model, then every adapter that was asked for.
+    """The base model and all requested adapters.
 
     Raises:
-        ConfigError: a directory holds no finished run or adapter, or bases differ.
+        ConfigError: a directory contains no finished run or adapter, or base models differ.
     """
     found = _of_runs(runs)
     for typed in adapters:
@@ -57,7 +57,7 @@ def collect(
         found += _of_comparison(Path(compare).expanduser())
     if not found:
         if base is None:
-            raise ConfigError("give what to evaluate: --run, --adapter, --compare or --base.")
+            raise ConfigError("give a model to evaluate: --run, --adapter, --compare or --base.")
         found = [Candidate(BASE, Config(model=base_model(base)))]
     if template is not None:
         data = {"template": template}
@@ -70,7 +70,7 @@ def collect(
 
 
 def _of_runs(typed: Sequence[str]) -> list[Candidate]:
-    """Candidates of runs, named after their algorithms, or directories where algorithms repeat."""
+    """Candidates of runs, named after their algorithms or, if these repeat, directories."""
     found = [find_adapters(text) for text in typed]
     rows = [_row(some[0], some[0].config.algorithm.name) for some in found]
     if len(set(rows)) < len(rows):
@@ -79,7 +79,7 @@ def _of_runs(typed: Sequence[str]) -> list[Candidate]:
 
 
 def _row(kept: KeptAdapter, name: str) -> str:
-    """A run's adapter by `name`; another than the final one says so."""
+    """The row of a run's adapter: `name`, with a suffix unless it is the final adapter."""
     return name if kept.label == "final" else f"{name}, {kept.label}"
 
 
@@ -88,11 +88,11 @@ def _candidates(row: str, found: Sequence[KeptAdapter], seed: int | None = None)
 
 
 def _of_comparison(root: Path) -> list[Candidate]:
-    """All finished runs of a comparison, algorithms as rows, in the comparison's own order."""
+    """All finished runs of a comparison, with a row per algorithm in the comparison's order."""
     from fedllm_flwr.commands.compare.command import ORDER
 
     if not (root / "compare.json").is_file():
-        raise ConfigError(f"--compare {root}: no compare.json; give the directory of a comparison.")
+        raise ConfigError(f"--compare {root}: no compare.json; give a comparison's directory.")
     finished = [RunDirectory(path) for path in sorted((root / "runs").iterdir())]
     finished = [run for run in finished if run.summary.is_file()]
     if not finished:
@@ -113,7 +113,7 @@ def _of_comparison(root: Path) -> list[Candidate]:
 
 
 def _require_same_base(one: Candidate, other: Candidate) -> None:
-    """All in one call share the base model, so that it is loaded once and scored once."""
+    """Check that two candidates have the same base model, which is loaded and scored only once."""
 
     def shown(config: Config) -> str:
         return f"{config.model.path} ({config.quantization.name})"
@@ -126,10 +126,10 @@ def _require_same_base(one: Candidate, other: Candidate) -> None:
     if not same:
         raise ConfigError(
             f"{other.name} has another base model, {shown(other.config)}, than {one.name}, "
-            f"{shown(one.config)}; evaluate them in two calls."
+            f"{shown(one.config)}; evaluate them separately."
         )
     if one.config.data.template != other.config.data.template:
         raise ConfigError(
             f"{other.name} was trained with data.template={other.config.data.template}, {one.name} "
-            f"with {one.config.data.template}; give --template, or evaluate them in two calls."
+            f"with {one.config.data.template}; give --template, or evaluate them separately."
         )

@@ -43,16 +43,16 @@ from fedllm_flwr.runs.fit import check_evaluation_fit
 from fedllm_flwr.runs.report import report_or_warning
 
 NOTES = (
-    "value ± half of its 95 % interval: for a mean over seeds over seeds and examples (Student's "
-    "t), for one model over examples only (bootstrap)",
-    "differences are paired (same seeds, same examples, same resamples); those of a suite that are "
-    "not zero, at 5 % for all of them together (Holm): * over seeds and examples, † over examples "
-    "only, which holds for these adapters and not for what another seed would have given",
+    "value ± half of its 95 % interval: over seeds and examples for a mean over seeds (Student's "
+    "t), over examples only for a single model (bootstrap)",
+    "differences are paired (same seeds, examples and resamples); marks: significant at a "
+    "family-wise error rate of 5 % per suite (Holm), * over seeds and examples, † over examples "
+    "only, which applies to these adapters and not to other seeds",
 )
 
 _SHORTENED = {
-    "cut": "prompts cut at their start",
-    "examples_left_out": "solved examples left out of prompts",
+    "cut": "prompts truncated at their start",
+    "examples_left_out": "few-shot examples left out of prompts",
 }
 
 
@@ -75,10 +75,10 @@ class EvaluateOptions:
 
 
 def evaluate(request: EvaluateOptions) -> Path:
-    """Score, tabulate and write down; returns the directory.
+    """Score the models, and write tables and reports; return the output directory.
 
     Raises:
-        FedLLMError: names what cannot work, before a model is loaded.
+        FedLLMError: an option is invalid; raised before a model is loaded.
     """
     started = time.monotonic()
     _check(request)
@@ -116,8 +116,8 @@ def evaluate(request: EvaluateOptions) -> Path:
         print(warning)
     took = format_seconds(time.monotonic() - started)
     print(
-        f"Finished in {took}.  {output}: report.html (all on one page), results.md, results.csv, "
-        "results.json, a figure of each suite, predictions/"
+        f"Finished in {took}.  {output}: report.html (all results), results.md, results.csv, "
+        "results.json, a figure per suite, predictions/"
     )
     return output
 
@@ -146,21 +146,21 @@ def _check(request: EvaluateOptions) -> None:
 
 
 def _tasks(request: EvaluateOptions) -> tuple[list[SuiteTask], list[str]]:
-    """The tasks asked for, and a line on each that has to be left out of its suite.
+    """The requested tasks, and a line for each task of a suite that is left out.
 
-    A task that is asked for by name must have its files.
+    Tasks requested by name must have their files.
     """
     named = chosen_tasks(request.tasks)
     root = request.options.data_root
     found, skipped = [], []
     for task in named:
         if root is not None and (missing := missing_files(task, root)):
-            raise DataError(f"--task {task.name}: {missing[0]} is missing; it holds {task.source}.")
+            raise DataError(f"--task {task.name}: {missing[0]} is missing ({task.source}).")
         found.append(task)
     of_suites = [task for suite in chosen_suites(request.suites) for task in suite.tasks]
     for task in of_suites:
         missing = missing_files(task, root) if root is not None else []
-        reason = f"for {missing[0]} is missing" if missing else None
+        reason = f"{missing[0]} is missing" if missing else None
         if reason is None and task.runner == "open_ended":
             reason = open_ended.what_lacks(task.name, request.options)
         if reason:
@@ -168,12 +168,12 @@ def _tasks(request: EvaluateOptions) -> tuple[list[SuiteTask], list[str]]:
         elif task not in found:
             found.append(task)
     if not found:
-        raise DataError(f"no task can be done; {skipped[0]}.")
+        raise DataError(f"no task can be scored; {skipped[0]}.")
     return found, skipped
 
 
 def _draw(output: Path, comparison: ScoreTable) -> None:
-    """A figure for each suite: its tasks' first metrics, and its averages."""
+    """One figure per suite, with its tasks' first metrics and its averages."""
     from fedllm_flwr.reporting.plots import plot_bars
 
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
@@ -211,7 +211,7 @@ def _notes(
             remarks.setdefault(notes["remark"], []).append(task.name)
         for key, text in _SHORTENED.items():
             if notes.get(key):
-                lines.append(f"{task.name}: {notes[key]} {text}, for the model's context is short")
+                lines.append(f"{task.name}: {notes[key]} {text} to fit the model's context")
     lines += [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
     every = [samples.notes for some in scored.values() for samples in some.values()]
     if judged := [notes for notes in every if "judge" in notes]:
@@ -223,12 +223,12 @@ def _output(request: EvaluateOptions) -> Path:
     stamp = datetime.now().strftime("%m%d-%H%M")
     path = Path(request.output or f"outputs/{stamp}-evaluate").expanduser()
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"--output {path}: is a file; give a directory.")
+        raise ConfigError(f"--output {path} is a file; give a directory.")
     if foreign := foreign_files(
         path, ("results.*", "report.html", "*.png", "predictions", "work", ".*")
     ):
         raise ConfigError(
-            f"--output {path} holds other files ({', '.join(foreign[:3])}); give a new or an empty "
+            f"--output {path} contains other files ({', '.join(foreign[:3])}); give a new or empty "
             "directory."
         )
     return path
@@ -241,7 +241,7 @@ def _write(
     tasks: Sequence[SuiteTask],
     notes: Sequence[str],
 ) -> None:
-    """Tables, numbers, figures, and every example with its answer."""
+    """Write tables, results, figures, and all examples with their answers."""
     write_atomically(output / "results.md", as_markdown(comparison, notes).encode())
     write_atomically(output / "results.csv", as_csv(comparison).encode())
     _draw(output, comparison)

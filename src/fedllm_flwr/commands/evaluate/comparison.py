@@ -1,4 +1,4 @@
-"""Rows of the comparison: scores of every model on every task, and paired differences."""
+"""Scores of every model on every task, and paired differences between models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class ScoreColumn:
-    """One number of the comparison: a metric of a task, or an average over tasks."""
+    """A column of the comparison: a metric of a task, or an average over tasks."""
 
     suite: str
     task: str
     metric: SuiteMetric
-    headline: bool = False  # stands for its task in tables
+    headline: bool = False  # represents its task in tables
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model, or the mean over the models of one name (seeds, clients)."""
+    """One model, or the mean over the models of one row (seeds, clients)."""
 
     name: str
-    by_seed: Mapping[ScoreColumn, Mapping[int | None, Estimate]]  # seed None: a model without one
+    by_seed: Mapping[ScoreColumn, Mapping[int | None, Estimate]]  # seed None: the model has no seed
     scores: Mapping[ScoreColumn, IntervalEstimate]
-    spread: Mapping[ScoreColumn, float]  # standard deviation over seeds, where there are several
+    spread: Mapping[ScoreColumn, float]  # standard deviation over seeds, if there are several
     num_models: int = 1
 
 
@@ -44,9 +44,9 @@ class ScoreTable:
     rows: list[ModelRow]
 
     def difference(self, row: ModelRow, column: ScoreColumn, to: str) -> IntervalEstimate | None:
-        """A row's score minus that of another row, on the same examples and seed by seed.
+        """A row's score minus another row's, paired by example and seed.
 
-        A model without a seed, such as the base model, is compared with every seed of the other.
+        A model without a seed, such as the base model, is paired with every seed of the other.
         """
         other = next((item for item in self.rows if item.name == to), None)
         if other is None or other is row or row.name.startswith(" "):
@@ -71,7 +71,7 @@ def compare_scores(
     tasks: Sequence[SuiteTask],
     suites: Sequence[Suite],
 ) -> ScoreTable:
-    """Scores of all candidates, those of one row averaged; clients first, then seeds."""
+    """Scores of all candidates, averaged within rows, first over clients and then over seeds."""
     columns = _columns(tasks, suites)
     each = {item.name: _scores_of(scored[item.name], tasks, suites) for item in candidates}
     rows = []
@@ -113,7 +113,7 @@ def _columns(tasks: Sequence[SuiteTask], suites: Sequence[Suite]) -> list[ScoreC
 def _scores_of(
     samples: Mapping[str, Any], tasks: Sequence[SuiteTask], suites: Sequence[Suite]
 ) -> dict[tuple[str, str], Estimate]:
-    """By task (or average) and metric."""
+    """Scores by task (or average) and metric."""
     by_task = {task.name: task_estimates(task, samples[task.name].samples) for task in tasks}
     found = {(task, name): item for task, some in by_task.items() for name, item in some.items()}
     for suite in suites:

@@ -20,10 +20,10 @@ def list_suites() -> str:
 
 
 def list_suite(name: str) -> str:
-    """One suite: every metric with its source, split, shots, licence, protocol and files.
+    """One suite: all tasks with source, split, shots, licence, protocol and files.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: the suite is unknown.
     """
     [suite] = chosen_suites([name], "--list ")
     lines = [f"{suite.name}: {suite.title}"]
@@ -41,6 +41,6 @@ def list_suite(name: str) -> str:
 
 
 def _filled(name: str, text: str) -> str:
-    """A name and, beside it, a text in as many lines as it takes."""
+    """A name, and next to it a wrapped text."""
     start = f"  {name:<24}"
     return textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=" " * 26)

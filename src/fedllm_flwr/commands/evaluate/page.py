@@ -1,4 +1,4 @@
-"""An evaluation as a report, from the files that it has written."""
+"""The report of an evaluation, made from its output files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,24 +24,24 @@ from fedllm_flwr.reporting.text import shorten
 from fedllm_flwr.runs.report import REPORT
 
 RESULTS = "results.json"
-_EXAMPLES = 20  # of a task, on the page; all are in predictions/
-_LONGEST = 600  # characters of an answer on the page
-_MOST_BARS = 40  # more rows than this are folded
+_EXAMPLES = 20  # per task on the page; predictions/ has all of them
+_LONGEST = 600  # maximum number of characters of an answer on the page
+_MOST_BARS = 40  # tables with more rows are collapsed
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Write the page of an evaluation, by default ``report.html`` in its directory.
+    """Write the report of an evaluation, by default to ``report.html`` in its directory.
 
     Raises:
-        ConfigError: the directory holds no evaluation, or one of an earlier version.
+        ConfigError: the directory contains no evaluation, or one of an earlier version.
     """
     try:
         about = json.loads((folder / RESULTS).read_text("utf-8"))
         page = evaluation_page(folder.resolve().name, about, _examples(folder, about))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{folder / RESULTS}: not the results of fedllm evaluate as this version writes them "
-            f"({error!r}); evaluate again, which scores nothing twice."
+            f"{folder / RESULTS}: not in this version's format of results ({error!r}); evaluate "
+            "again, cached scores are reused."
         ) from error
     path = output or folder / REPORT
     write_atomically(path, render(page).encode())
@@ -52,7 +52,7 @@ SamplesByTask = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # task 
 
 
 def evaluation_page(name: str, about: Mapping[str, Any], examples: SamplesByTask) -> Page:
-    """The whole page: the tables of the command, their headline scores drawn, and examples."""
+    """The whole page: the command's tables, bars of headline scores, and examples."""
     records: Sequence[Mapping[str, Any]] = about["results"]
     models = list(dict.fromkeys(record["model"] for record in records))
     suites = list(dict.fromkeys(record["suite"] for record in records))
@@ -65,11 +65,11 @@ def evaluation_page(name: str, about: Mapping[str, Any], examples: SamplesByTask
         ]
         scores = [item for item in records if item["suite"] == suite and item["headline"]]
         drawn = Table(
-            ["task", "model", "score", "by chance"],
+            ["task", "model", "score", "chance level"],
             [_bar_row(item) for item in scores],
             note="Whiskers: 95 % intervals.",
         )
-        shown: Block = Folded("Scores, drawn", [drawn]) if len(scores) > _MOST_BARS else drawn
+        shown: Block = Folded("Bars of the scores", [drawn]) if len(scores) > _MOST_BARS else drawn
         sections.append(Section(f"Suite {suite}", [*tables, shown]))
     header, *body = about["every_metric"]
     return Page(
@@ -80,19 +80,23 @@ def evaluation_page(name: str, about: Mapping[str, Any], examples: SamplesByTask
             Figure("models", str(len(models))),
             Figure("suites", str(len(suites))),
             Figure("tasks", str(len(about["tasks"]))),
-            Figure("examples", f"{max(item['examples'] for item in records):,}", "of the largest"),
+            Figure(
+                "examples", f"{max(item['examples'] for item in records):,}", "in the largest task"
+            ),
         ],
         sections=[
             *sections,
-            Section("What to know", [Text(about["notes"])]),
-            Section("Every metric", [Folded("All, with 95 % intervals", [Table(header, body)])]),
+            Section("Notes", [Text(about["notes"])]),
+            Section(
+                "All metrics", [Folded("All metrics with 95 % intervals", [Table(header, body)])]
+            ),
             Section("Examples", [_task(task, about, some) for task, some in examples.items()]),
         ],
     )
 
 
 def _under_one_header(title: str, rows: Sequence[Sequence[str]]) -> Table:
-    """A table of the command; one of scores has the metrics in a second row, without a name."""
+    """A table of the command; tables of scores have the metrics in an unnamed second row."""
     header, *body = rows
     if body and not body[0][0]:
         header = [f"{task} {metric}".strip() for task, metric in zip(header, body[0], strict=True)]
@@ -110,7 +114,7 @@ def _bar_row(record: Mapping[str, Any]) -> list[Cell]:
 def _task(
     task: str, about: Mapping[str, Any], by_model: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> Block:
-    """A task's first examples, the models side by side, below the prompt of the first one."""
+    """A task's first examples with all models side by side, below the first example's prompt."""
     models = list(by_model)
     ids = list(dict.fromkeys(str(some["id"]) for samples in by_model.values() for some in samples))
     samples = {model: {str(s["id"]): s for s in by_model[model]} for model in models}
@@ -122,20 +126,20 @@ def _task(
     prompt = about["first_prompts"].get(task, "")
     before: list[Block] = [Text([prompt], code=True)] if prompt else []
     note = (
-        f"The first {_EXAMPLES} at most, answers cut to {_LONGEST} characters; all are in "
-        "predictions/."
+        f"At most the first {_EXAMPLES}, with answers truncated to {_LONGEST} characters; "
+        "predictions/ has all of them."
     )
     title = f"{task}: {about['tasks'][task]['title']}"
     return Folded(title, [*before, Table(["example", "expected", *models], rows, note=note)])
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
-    """What a model has answered, and what its metrics make of it."""
+    """A model's answer and its scores."""
     prediction = sample.get("prediction")
     if isinstance(prediction, list) and len(prediction) == 2:
         said = _text(sample.get("answer") or prediction[1] or "-")
         mark = "right" if prediction[0] == prediction[1] else "wrong"
-        return f"{said} ({mark if prediction[1] is not None else 'no answer found in it'})"
+        return f"{said} ({mark if prediction[1] is not None else 'unparsable'})"
     plain = {
         key: value
         for key, value in sample.items()
@@ -152,7 +156,7 @@ def _text(value: Any) -> str:
 
 
 def _examples(folder: Path, about: Mapping[str, Any]) -> SamplesByTask:
-    """The first examples of each task by model, of ``predictions/``."""
+    """The first examples of each task by model, from ``predictions/``."""
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for model, place in about["predictions"].items():
         for task in about["tasks"]:

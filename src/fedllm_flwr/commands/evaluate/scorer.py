@@ -40,7 +40,7 @@ class Scorer:
 
     Args:
         prompt: trained, raw or chat.
-        work_dir: for what lets a stopped evaluation go on, a folder for each model.
+        work_dir: runners' progress, to resume an interrupted evaluation; a folder per model.
     """
 
     options: RunOptions
@@ -49,7 +49,7 @@ class Scorer:
     work_dir: Path
 
     def score(self, candidates: Sequence[Candidate], tasks: Sequence[SuiteTask]) -> Scored:
-        """Every candidate on every task, with a line on the terminal for each."""
+        """Score every candidate on every task, and print a line for each."""
         runners = {
             "harness": HarnessTasks().run,
             "open_ended": run_open_ended_task,
@@ -104,7 +104,7 @@ class Scorer:
         return {name: samples for name, samples in found.items() if samples is not None}
 
     def _identity(self, candidate: Candidate) -> dict[str, Any]:
-        """All that decides on a model's answers to a question."""
+        """Everything that determines a model's answers."""
         config = candidate.config
         return {
             "base": base_identity(config.model.path, model_source(config.model)),
@@ -123,8 +123,8 @@ def _report(candidate: Candidate, task: SuiteTask, state: str) -> None:
 
 @contextlib.contextmanager
 def loaded(candidate: Candidate) -> Iterator[AdaptedModel]:
-    """The candidate's model, ready to answer; the base model stays from one to the next."""
-    config = replace(candidate.config, seed=0)  # the same fresh adapter, to be replaced
+    """The candidate's model; the base model is kept for the next candidate."""
+    config = replace(candidate.config, seed=0)  # the same initial adapter for all
     model = load_model(config)
     if candidate.adapter is None:
         with model.peft.disable_adapter():

@@ -1,4 +1,4 @@
-"""The comparison as text for a terminal, Markdown, CSV and JSON."""
+"""Formats the comparison as terminal text, Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -10,18 +10,18 @@ from fedllm_flwr.commands.evaluate.comparison import LOCAL, ModelRow, ScoreColum
 from fedllm_flwr.evaluation.suites.statistics import IntervalEstimate, clear_together
 from fedllm_flwr.reporting.text import markdown_table, text_table
 
-_WIDEST = 6  # columns side by side
-_EVERY = "Every metric, with its 95 % interval"
+_WIDEST = 6  # maximum number of columns side by side
+_EVERY = "All metrics, with 95 % intervals"
 
 
 def as_text(comparison: ScoreTable) -> str:
-    """Headline scores for a terminal, suite by suite."""
+    """Headline scores by suite, for a terminal."""
     tables = headline_tables(comparison)
     return "\n\n".join(f"{title}\n{text_table(table)}" for title, table in tables)
 
 
 def as_markdown(comparison: ScoreTable, notes: Sequence[str]) -> str:
-    """Headline scores, then every metric."""
+    """Headline scores, followed by all metrics."""
     parts = ["# Evaluation"]
     parts += [
         f"## {title}\n\n{markdown_table(table)}" for title, table in headline_tables(comparison)
@@ -32,7 +32,7 @@ def as_markdown(comparison: ScoreTable, notes: Sequence[str]) -> str:
 
 
 def as_csv(comparison: ScoreTable) -> str:
-    """One line per model and metric, numbers in full."""
+    """One line per model and metric, with full precision."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ["suite", "task", "metric", "model", "models", "examples", "chance"]
@@ -49,7 +49,7 @@ def as_csv(comparison: ScoreTable) -> str:
 
 
 def as_records(comparison: ScoreTable) -> list[dict[str, Any]]:
-    """Every number as plain data."""
+    """All scores as JSON values."""
     return [
         _record(comparison, column, row)
         for column in comparison.columns
@@ -89,7 +89,7 @@ def _record(comparison: ScoreTable, column: ScoreColumn, row: ModelRow) -> dict[
 
 
 def headline_tables(comparison: ScoreTable) -> list[tuple[str, list[list[str]]]]:
-    """Headline scores of each suite, and the differences to base and to local."""
+    """Headline scores of each suite, and the differences from base and local."""
     found = []
     for suite in dict.fromkeys(column.suite for column in comparison.columns):
         columns = [c for c in comparison.columns if c.suite == suite and c.headline]
@@ -104,12 +104,12 @@ def headline_tables(comparison: ScoreTable) -> list[tuple[str, list[list[str]]]]
                     if any(texts):
                         table.append([row.name, *(text or "-" for text in texts)])
                 if len(table) > 1:
-                    found.append((f"{suite}, difference to {to}", table))
+                    found.append((f"{suite}, difference from {to}", table))
     return found
 
 
 def every_metric(comparison: ScoreTable) -> list[list[str]]:
-    """A row for each metric, a column for each model."""
+    """A table with a row per metric and a column per model."""
     rows = [["task", "metric", *(row.name.strip() for row in comparison.rows)]]
     for column in comparison.columns:
         values = [_interval(row.scores.get(column)) for row in comparison.rows]
@@ -131,14 +131,14 @@ def _scores(comparison: ScoreTable, columns: Sequence[ScoreColumn]) -> list[list
     chances = [column.metric.chance for column in columns]
     if any(chance is not None for chance in chances):
         shown = ["-" if chance is None else f"{chance:.3f}" for chance in chances]
-        table.append(["by chance", *shown])
+        table.append(["chance level", *shown])
     return table
 
 
 def _differences(
     comparison: ScoreTable, columns: Sequence[ScoreColumn], to: str
 ) -> dict[tuple[str, ScoreColumn], str]:
-    """Differences of a suite by row and column; * and † mark those that are clear together."""
+    """Differences of a suite by row and column; * and † mark the significant ones."""
     found = {
         (row.name, column): difference
         for row in comparison.rows
