@@ -68,7 +68,7 @@ COMMANDS = _rows(
     ("nothing listed", "config --list foo", "--list foo: no group or key has this in it"),
     ("missing groups", "config --config-dir nowhere", "--config-dir nowhere: no such directory"),
     ("misspelt option of doctor", "doctor --quik", "Did you mean --quick"),
-    ("status of nothing", "status", "nothing to look at"),
+    ("status of nothing", "status", "give the directory of a run"),
     ("status of a missing directory", "status nowhere", "nowhere: no such directory"),
     ("status of another directory", "status folder", "folder"),
     ("metrics of nothing", "metrics", "fedllm metrics: missing directory"),
@@ -229,7 +229,7 @@ MODELS = _rows(
     (
         "suite without its files",
         "evaluation.suites=[finance] evaluation.data_root=folder",
-        "contains the files of no task of finance",
+        "holds the files of no task of finance",
     ),
     ("adapter of another shape", "init_adapter=finished/adapter lora.r=4", "lora.r=4, but"),
     ("init_adapter that is none", "init_adapter=folder", "adapter_config.json"),

@@ -58,7 +58,7 @@ class Run:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path).expanduser())
         if not (self.path / "config.yaml").is_file():
-            raise ConfigError(f"{self.path} contains no run (no config.yaml).")
+            raise ConfigError(f"{self.path}: holds no run (no config.yaml).")
 
     @property
     def config(self) -> Config:

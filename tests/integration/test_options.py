@@ -175,7 +175,7 @@ def test_a_stopped_sweep_keeps_its_rows_and_goes_on(
     assert shown.startswith("seeds: sweep, 1 of 2 runs finished, 1 waiting\n")
     assert f"resume with: {how}" in shown
     assert cli.main(["run", "--quiet", "--multirun", "resume=seeds", "seed=4,5"]) == 2
-    assert "seed=4,5: a sweep goes on with its own overrides" in capsys.readouterr().err
+    assert "seed=4,5: a sweep is resumed with its own overrides" in capsys.readouterr().err
 
     assert cli.main(["run", "--quiet", "--multirun", "resume=seeds"]) == 0
     assert [Path(call).name for call in calls[2:]] == ["1-seed=2"]

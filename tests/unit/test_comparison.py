@@ -232,7 +232,7 @@ def test_mistakes(
 
 def test_a_directory_takes_one_comparison(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text("{}")
-    with pytest.raises(ConfigError, match="already contains a comparison"):
+    with pytest.raises(ConfigError, match="holds a comparison already"):
         compare([f"output_dir={tmp_path}"], None)
 
 

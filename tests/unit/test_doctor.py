@@ -186,7 +186,7 @@ def test_a_superlink_that_stayed_behind(tmp_path: Path, own: bool) -> None:
         assert check == Check(
             "superlink",
             "ok",
-            f"flwr run's local SuperLink of this environment is up (process {process.pid})",
+            f"flwr run's local SuperLink of this environment is running (process {process.pid})",
         )
     else:
         assert (check.status, check.remedy) == ("warn", f"kill {process.pid}")

@@ -102,7 +102,7 @@ def test_messages_of_a_site(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["metrics", str(tmp_path)]) == 2
-    assert "no directory of `fedllm server init`" in capsys.readouterr().err.replace("\n", " ")
+    assert "not a directory of `fedllm server init`" in capsys.readouterr().err.replace("\n", " ")
     (tmp_path / "node.toml").write_text("")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -40,20 +40,20 @@ from fedllm_flwr.tasks.base import LocalWork
 from fedllm_flwr.training.batches import RoundBatches
 
 FILE = "audit.json"
-_FEWEST = 50  # records of either kind, below which an interval says nothing
+_FEWEST = 50  # minimum number of members and of non-members for a meaningful interval
 _FEWEST_CANARIES = 20
-_DELTA = 1e-5  # of a run that has promised none
+_DELTA = 1e-5  # for runs without differential privacy
 _UPDATES = (("one", 40), ("batch", 20))  # gradients that are attacked, by size of the batch
 
 
 @dataclass(frozen=True)
 class _Audited:
-    """A run under attack; the model holds its adapter.
+    """A run under attack, and a model with its adapter.
 
     Args:
-        records: training records without canaries.
-        others: records that were not trained on.
-        others_are: where these are from, for the reader.
+        records: training records without canaries (members).
+        others: records that were not trained on (non-members).
+        others_are: description of the non-members, for the report.
     """
 
     config: Config
@@ -64,15 +64,15 @@ class _Audited:
 
 
 def audit(kept: KeptAdapter, run: Path, most: int) -> Iterator[str]:
-    """Attack a simulated run in three ways; yields the lines of a report.
+    """Attack a simulated run in three ways; yield the lines of a report.
 
-    Membership: training records against records that were not trained on. Canaries, if the run has
-    some: how well their codes are known, and epsilon's lower bound. Updates: tokens that the
-    gradient of a step gives away.
+    Membership inference: training records against records that were not trained on. Canaries, if
+    the run has any: their exposure, and a lower bound on epsilon. Gradient inversion: tokens that
+    can be recovered from the gradient of a step.
 
     Args:
-        run: directory of the run, where ``audit.json`` is written.
-        most: records of either kind that are scored, drawn by the run's seed.
+        run: the run's directory, to which ``audit.json`` is written.
+        most: maximum number of members and of non-members, drawn by the run's seed.
 
     Raises:
         ConfigError: the attacks do not apply to the run's task, or its records are not here.
@@ -88,8 +88,8 @@ def audit(kept: KeptAdapter, run: Path, most: int) -> Iterator[str]:
         )
     if 0 < config.privacy.canaries < _FEWEST_CANARIES:
         raise ConfigError(
-            f"privacy.canaries={config.privacy.canaries} are too few to tell; run with "
-            f"{_FEWEST_CANARIES} at least."
+            f"privacy.canaries={config.privacy.canaries} are too few for an audit; run with at "
+            f"least {_FEWEST_CANARIES}."
         )
     spent = next(
         (
@@ -115,12 +115,12 @@ def _open(kept: KeptAdapter, config: Config, most: int) -> _Audited:
     data = simulated_data(config, kind, model.tokenizer)
     others: Records | None
     if not has_eval_source(config.data):
-        others, others_are = data.source.eval, "held-out ones, drawn at random from the same file"
+        others, others_are = data.source.eval, "held-out records drawn from the same file"
     else:
         others = load_unused_data(config, kind) if config.data.max_samples is not None else None
-        others_are = "ones that data.max_samples left out at random"
+        others_are = "records left out by data.max_samples"
         if others is None or len(others) < _FEWEST:
-            others, others_are = data.source.eval, "held-out ones of another file"
+            others, others_are = data.source.eval, "held-out records of another file"
     held_out = encode_records(config, kind, model.tokenizer, others)
     planted = sum(canary.planted for canary in canaries(config))
     members = np.flatnonzero(data.encoded.source < len(data.source.train) - planted)
@@ -131,9 +131,9 @@ def _open(kept: KeptAdapter, config: Config, most: int) -> _Audited:
         ("other", held_out, np.arange(len(held_out))),
     ):
         if len(among) < _FEWEST:
-            raise DataError(f"{len(among)} {name} records are too few to tell; {_FEWEST} at least.")
+            raise DataError(f"{len(among)} {name} records are too few; give at least {_FEWEST}.")
         kept_ones = among[np.sort(rng.permutation(len(among))[:most])]
-        chosen.append(cast(Encoded, encoded.take(kept_ones)))  # as task=sft makes them
+        chosen.append(cast(Encoded, encoded.take(kept_ones)))  # the type of task=sft
     model.load(load_kept(kept, model))
     return _Audited(config, model, chosen[0], chosen[1], others_are)
 
@@ -148,7 +148,7 @@ def _membership(audited: _Audited, found: dict[str, Any]) -> Iterator[str]:
         f"{counts['members']} training records against {counts['non_members']} "
         f"{audited.others_are}; an AUC of 0.5 is guessing"
     )
-    yield f"  {'attack':<12}{'AUC':>24}{'found at 1 % errors':>28}"
+    yield f"  {'attack':<12}{'AUC':>24}{'TPR at 1 % FPR':>28}"
     for name, each in attacks.items():
         yield f"  {name:<12}{_shown(each.auc):>24}{_shown(each.tpr):>28}"
     yield from _verdict(attacks)
@@ -159,8 +159,8 @@ def _verdict(attacks: dict[str, Attack]) -> Iterator[str]:
     base = attacks["base"].auc
     if not base.low <= 0.5 <= base.high:
         yield (
-            "note: the base model alone tells both kinds apart; they differ by themselves, and an "
-            "attack counts only above the base model's interval"
+            "note: the base model already separates both kinds of records; an attack is "
+            "successful only above the base model's interval"
         )
     guessing = max(0.5, base.high if base.low > 0.5 else 0.5)
     above = [name for name in ("loss", "min-k", "calibrated") if attacks[name].auc.low > guessing]
@@ -174,10 +174,14 @@ def _canaries(audited: _Audited, found: dict[str, Any]) -> Iterator[str]:
     told = attack(scores.surprise[planted], scores.surprise[~planted], seed)
     bits = [mean_of(scores.bits[chosen], seed) for chosen in (planted, ~planted)]
     bound, guesses, right = guessed_bound(scores.surprise, planted, found["delta"])
-    yield f"{planted.sum()} planted canaries against {(~planted).sum()} that were not"
-    yield f"  exposure, bits: {_shown(bits[0])} planted, {_shown(bits[1])} not; 1.44 is guessing"
-    yield f"  AUC {_shown(told.auc)}; {right} of {guesses} guesses are right"
-    promise = "" if found["spent"] is None else f", of {found['spent']['epsilon']:.3g} promised"
+    yield f"{planted.sum()} inserted canaries against {(~planted).sum()} others"
+    yield f"  exposure, bits: {_shown(bits[0])} inserted, {_shown(bits[1])} others; guessing: 1.44"
+    yield f"  AUC {_shown(told.auc)}; {right} of {guesses} guesses are correct"
+    promise = (
+        ""
+        if found["spent"] is None
+        else f"; the run's guarantee is {found['spent']['epsilon']:.3g}"
+    )
     yield f"epsilon is above {bound:.3g} at delta {found['delta']:.2g} (95 %){promise}"
     found["canaries"] = {
         "planted": int(planted.sum()),
@@ -195,7 +199,7 @@ def _updates(audited: _Audited, run: RunDirectory, found: dict[str, Any]) -> Ite
     config, model, records = audited.config, audited.model, audited.records
     layer = first_layer(model)
     if not layer.names:
-        yield "no matrix of the first layer's input is trained; its gradients give no tokens away"
+        yield "no matrix with the first layer's input is trained: gradients reveal no tokens"
         return
     if config.privacy.unit == "record":
         log = ReleaseLog(run.known_clients / "releases.jsonl").releases()
@@ -206,7 +210,7 @@ def _updates(audited: _Audited, run: RunDirectory, found: dict[str, Any]) -> Ite
     work = LocalWork(config, model, records, every, RoundBatches([], 1, size, 1, 1), 1.0, 0)
     losses = task_of(config).example_losses(work, {})
     rng, kept = np.random.default_rng(config.seed), {}
-    yield "tokens of a step's records that its gradient gives away; of other records, as a control"
+    yield "fraction of a step's tokens recovered from its gradient (control: of other records)"
     for name, count in _UPDATES:
         examples = 1 if name == "one" else min(size, len(records) // 2)
         batches = [rng.choice(every, examples, replace=False).tolist() for _ in range(count)]

@@ -24,7 +24,7 @@ from fedllm_flwr.reporting.text import format_bytes, one_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DISTRIBUTION = "fedllm-flwr"
-NAME_WIDTH = 9  # the longest name of a check
+NAME_WIDTH = 9  # length of the longest check name
 RAY_LIMIT_S = 90.0
 _EMBEDDED = (
     "tiny/config.json",
@@ -81,7 +81,7 @@ def run_checks(
 
 
 def check_lines(check: Check, width: int = NAME_WIDTH) -> list[str]:
-    """A line for the finding, and one for its remedy."""
+    """One line for the finding and one for its remedy."""
     lines = [f"  {check.status:<4}  {check.name:<{width}}  {one_line(check.detail)}"]
     if check.remedy:
         lines.append(f"{' ' * (width + 10)}{one_line(check.remedy)}")
@@ -167,8 +167,8 @@ def check_devices() -> list[Check]:
     if torch.version.cuda is None:
         detail = "NVIDIA driver found, but this torch is built for the CPU only"
         return [*checks, Check("gpu", "warn", detail, "install torch for CUDA")]
-    detail = f"torch for CUDA {torch.version.cuda} sees no GPU although nvidia-smi is there"
-    remedy = "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
+    detail = f"torch for CUDA {torch.version.cuda} finds no GPU although nvidia-smi exists"
+    remedy = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
     return [*checks, Check("gpu", "warn", detail, remedy)]
 
 
@@ -245,7 +245,7 @@ def check_loopback() -> list[Check]:
         return [Check("ports", "fail", f"no connection on 127.0.0.1: {error}", remedy)]
     if captured := captured_by_proxy(dict(os.environ)):
         remedy = "export no_proxy=127.0.0.1,localhost"
-        detail = f"{captured} is set and no_proxy does not except 127.0.0.1"
+        detail = f"{captured} is set and no_proxy does not exclude 127.0.0.1"
         return [Check("ports", "warn", detail, remedy)]
     return [Check("ports", "ok", "free ports on 127.0.0.1, connections work")]
 
@@ -281,11 +281,11 @@ def check_local_superlink(port: int | None = None) -> list[Check]:
         if "flower-superlink" not in text or f":{port}" not in text:
             continue
         if any(Path(part).is_relative_to(sys.prefix) for part in command[:2]):
-            detail = f"flwr run's local SuperLink of this environment is up (process {pid})"
+            detail = f"flwr run's local SuperLink of this environment is running (process {pid})"
             return [Check("superlink", "ok", detail)]
         detail = f"a local SuperLink of another environment ({command[0]}) would capture flwr run"
         return [Check("superlink", "warn", detail, f"kill {pid}")]
-    detail = f"port {port}, where flwr run looks for its SuperLink, is taken by a program"
+    detail = f"port {port}, which flwr run uses for its SuperLink, is used by another program"
     remedy = "export FLWR_LOCAL_CONTROL_API_PORT=<free port> before flwr run"
     return [Check("superlink", "warn", detail, remedy)]
 
@@ -301,7 +301,7 @@ def check_disk(output_dir: Path) -> list[Check]:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         detail = f"cannot write in {folder}: {error.strerror or error}"
-        return [Check("disk", "fail", detail, "give another place with output_dir=...")]
+        return [Check("disk", "fail", detail, "give another directory with output_dir=...")]
     detail = f"{format_bytes(free)} free in {folder}"
     if free >= _LOW_DISK:
         return [Check("disk", "ok", detail)]
@@ -320,9 +320,9 @@ def check_assets(assets: Path = ASSETS) -> list[Check]:
 
 
 def check_sandbox() -> list[Check]:
-    """The sandbox for programs of ``fedllm evaluate --allow-code-execution``."""
+    """The sandbox of ``fedllm evaluate --allow-code-execution``."""
     if (reason := why_refused()) is None:
-        detail = "generated code runs under bubblewrap: own files, processes, users and network"
+        detail = "generated code runs under bubblewrap, with isolated files, processes and network"
         return [Check("sandbox", "ok", detail)]
     what, _, remedy = reason.partition(": ")
     return [Check("sandbox", "warn", f"generated code cannot be run: {what}", remedy)]
@@ -330,7 +330,7 @@ def check_sandbox() -> list[Check]:
 
 def check_ray(limit_s: float = RAY_LIMIT_S) -> list[Check]:
     """Start Ray in a separate process with a time limit."""
-    remedy = "run with federation.engine=inprocess; look at ulimit -n, /dev/shm and /tmp"
+    remedy = "run with federation.engine=inprocess; check ulimit -n, /dev/shm and /tmp"
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
         [sys.executable, "-c", _RAY_SCRIPT],
@@ -360,7 +360,7 @@ def check_hub(limit_s: float = 10.0) -> list[Check]:
     try:
         urllib.request.urlopen(endpoint, timeout=limit_s).close()
     except urllib.error.HTTPError:
-        pass  # it answered
+        pass  # it responded
     except (OSError, ValueError) as error:
         remedy = "use local copies: model.path=/path/to/model data.path=/path/to/file"
         detail = f"{endpoint} cannot be reached: {getattr(error, 'reason', error)}"

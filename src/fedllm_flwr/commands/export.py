@@ -1,4 +1,4 @@
-"""``fedllm export``: an adapter in PEFT's format, as a merged model, as GGUF, or on the hub."""
+"""``fedllm export``: write an adapter for PEFT, as a merged model, as GGUF, or to the hub."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def find_converter(given: str | None) -> Path:
     """llama.cpp's converter: as given by the user, in $LLAMA_CPP, or on the PATH.
 
     Raises:
-        ConfigError: there is none; says how to get it.
+        ConfigError: it was not found; says how to get it.
     """
     if given is not None:
         if not Path(given).expanduser().is_file():
@@ -54,7 +54,7 @@ def find_converter(given: str | None) -> Path:
     raise ConfigError(
         f"--to gguf needs llama.cpp's {_CONVERTER}: git clone "
         "https://github.com/ggml-org/llama.cpp, "
-        f"pip install gguf, then --converter llama.cpp/{_CONVERTER}."
+        f"pip install gguf, and give --converter llama.cpp/{_CONVERTER}."
     )
 
 
@@ -66,15 +66,15 @@ def export(
     converter: str | None = None,
     outtype: str = "auto",
 ) -> Iterator[str]:
-    """Write the adapter `kept` as `target`, with a model card; yields progress lines.
+    """Write the adapter `kept` as `target`, with a model card; yield progress lines.
 
     Args:
-        output: a directory that does not exist.
-        onto: the weights that a quantized run is merged into, see `merge.merge`.
-        converter, outtype: for GGUF: llama.cpp's program, and the type of the weights.
+        output: output directory, which must not exist.
+        onto: weights to merge a quantized run's adapter into, see `merge.merge`.
+        converter, outtype: for GGUF: llama.cpp's converter, and the type of the weights.
 
     Raises:
-        FedLLMError: it cannot be loaded or written.
+        FedLLMError: the adapter cannot be loaded or written.
     """
     path = Path(output).expanduser()
     if target == "peft":
@@ -107,7 +107,7 @@ def export(
 
 
 def write_peft(kept: KeptAdapter, path: Path) -> None:
-    """Write the adapter in PEFT's format: a copy, or an export of its checkpoint.
+    """Write the adapter in PEFT's format, as a copy or from a checkpoint.
 
     Raises:
         FederationError: it cannot be written.
@@ -128,7 +128,7 @@ def write_peft(kept: KeptAdapter, path: Path) -> None:
 
 
 def summary_of(kept: KeptAdapter) -> Mapping[str, Any] | None:
-    """Scores and costs of the run up to the adapter's round, for a model card, if it has a run."""
+    """Scores and costs of the run up to the adapter's round, for a model card; None without one."""
     if kept.run is None:
         return None
     records = read_metrics(RunDirectory(kept.run).metrics)
@@ -160,7 +160,7 @@ def upload(
             yield f"  {file.relative_to(path)}   {format_bytes(file.stat().st_size)}"
         kind = "public" if public else "private"
         if dry_run:
-            yield f"dry run: nothing was sent; {repository} would be a {kind} repository"
+            yield f"dry run: nothing was uploaded; {repository} would be a {kind} repository"
             return
         try:
             api = HfApi()
@@ -168,9 +168,9 @@ def upload(
             commit = api.upload_folder(
                 repo_id=repository, folder_path=path, commit_message=f"fedllm export: {kept.label}"
             )
-        except Exception as error:  # of requests, the hub and the file system
+        except Exception as error:  # from requests, the hub or the file system
             raise FederationError(
-                f"{repository}: the hub refuses it ({first_line(error)}); hf auth login, or look "
-                "at the name."
+                f"{repository}: the hub rejected the upload ({first_line(error)}); hf auth "
+                "login, or check the name."
             ) from error
         yield f"uploaded: {commit}"

@@ -10,7 +10,7 @@ from fedllm_flwr.runs.kept_adapters import KeptAdapter
 
 
 def answer_side_by_side(kept: KeptAdapter, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Print the greedy answers to each prompt, in the template of the adapter's training.
+    """Print the greedy answers to each prompt, using the adapter's training template.
 
     Raises:
         FedLLMError: the model or the adapter cannot be loaded.

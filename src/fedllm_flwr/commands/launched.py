@@ -22,7 +22,7 @@ from fedllm_flwr.errors import ConfigError, FederationError
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.runs.directory import PlannedRun
 
-_FOLDER = "launched"  # below the sweep's directory: configurations, errors, the launcher's files
+_FOLDER = "launched"  # in the sweep's directory: configurations, errors, the launcher's files
 
 
 def check_launcher(overrides: Sequence[str]) -> None:
@@ -44,13 +44,13 @@ def check_launcher(overrides: Sequence[str]) -> None:
 
 
 def launch(root: Path, runs: Sequence[PlannedRun], overrides: Sequence[str]) -> dict[int, str]:
-    """Execute runs with Hydra's launcher; return errors by number.
+    """Execute runs with Hydra's launcher; return errors by run number.
 
     Args:
         overrides: Hydra's own, such as ``hydra/launcher=joblib`` and ``hydra.launcher.n_jobs=4``.
 
     Raises:
-        FederationError: the launcher itself has failed.
+        FederationError: the launcher failed.
     """
     folder = (root / _FOLDER).resolve()
     numbers = [number for number, run in enumerate(runs) if not run.done]

@@ -28,8 +28,8 @@ _ADAPTER = "a run, RUN@best, RUN@round=8, RUN@client=NAME, or the directory of a
 _BASE = "base model, if the one recorded with the adapter is not available: hub id or directory"
 _TEMPLATE = "prompt template for an adapter outside of a run: alpaca (default), vicuna or chat"
 _ONTO = (
-    "of a quantized run: merge into the base model's own weights (default), or into those that "
-    "quantization had made of them"
+    "quantized runs: merge into the base model's original weights (default), or into its "
+    "dequantized weights"
 )
 
 
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     handles_sigterm = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     if not handles_sigterm and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run is kept
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # like Ctrl-C: the run can be resumed
     try:
         parsed = _parsed(typed)
         status: int = parsed.command(parsed)
@@ -230,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     run = _add(commands, "run", _run, "train: fedllm run [group=choice] [section.key=value] ...")
     _add_overrides(run)
     run.add_argument("--multirun", "-m", action="store_true", help="one run per combination: a=1,2")
-    text = "of --multirun: runs side by side, each in one process; default 1"
+    text = "with --multirun: number of runs in parallel, one process each; default 1"
     run.add_argument("--jobs", "-j", type=int, default=1, metavar="N", help=text)
     run.add_argument("--quiet", "-q", action="store_true", help="print errors only")
 
@@ -241,15 +243,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--personal",
         action="store_true",
-        help="let clients score the global adapter, and their own if they have one, on own records",
+        help="let clients score the global adapter, and personal ones, on their own records",
     )
 
     text = "search each algorithm's learning rate: tune [algorithm=a,b] [section.key=value] ..."
     tuned = _add(commands, "tune", _tune, text)
     _add_overrides(tuned)
-    text = "learning rates of each algorithm; default 8"
+    text = "learning rates to try per algorithm; default 8"
     tuned.add_argument("--trials", type=int, default=8, metavar="N", help=text)
-    text = "where they are searched; default 0.0001 0.02"
+    text = "range of the search; default 0.0001 0.02"
     tuned.add_argument(
         "--range", type=float, nargs=2, default=(1e-4, 2e-2), metavar="RATE", help=text
     )
@@ -262,40 +264,40 @@ def _parser() -> argparse.ArgumentParser:
         help="list groups, choices and keys; with words, those that contain one of them",
     )
 
-    doctor = _add(commands, "doctor", _doctor, "check this machine, and say what to do")
+    doctor = _add(commands, "doctor", _doctor, "check this machine and suggest remedies")
     doctor.add_argument("--quick", action="store_true", help="do not start Ray")
     doctor.add_argument("--hub", action="store_true", help="try to reach the Hugging Face Hub")
-    doctor.add_argument("--output-dir", default="outputs", help="where runs will write")
+    doctor.add_argument("--output-dir", default="outputs", help="where runs will be written")
 
-    generate = _add(commands, "generate", _generate, "answer a prompt with base and adapter")
+    generate = _add(commands, "generate", _generate, "answer prompts with base model and adapter")
     generate.add_argument("run", help=_ADAPTER)
-    text = "instructions to answer, each in quotes; an input follows after a space"
+    text = "instructions to answer, each in quotes; append an input after a space"
     generate.add_argument("prompt", nargs="+", help=text)
-    text = "longest answer, in tokens; default 128"
+    text = "maximum tokens per answer; default 128"
     generate.add_argument("--max-new-tokens", type=int, default=128, help=text)
     generate.add_argument("--base", metavar="MODEL", help=_BASE)
     generate.add_argument("--template", choices=("alpaca", "vicuna", "chat"), help=_TEMPLATE)
 
-    text = "write an adapter for PEFT, as one merged model, as GGUF, or to the Hugging Face Hub"
+    text = "export an adapter to PEFT, a merged model, GGUF, or the Hugging Face Hub"
     exported = _add(commands, "export", _export, text)
     exported.add_argument("run", help=_ADAPTER)
-    exported.add_argument("output", help="directory to write; of --to hub OWNER/NAME")
+    exported.add_argument("output", help="output directory; with --to hub: OWNER/NAME")
     exported.add_argument("--to", choices=("peft", "merged", "gguf", "hub"), required=True)
     exported.add_argument("--onto", choices=("full", "quantized"), default="full", help=_ONTO)
     exported.add_argument("--base", metavar="MODEL", help=_BASE)
-    text = "of gguf: llama.cpp's convert_hf_to_gguf.py; default: in $LLAMA_CPP or on the PATH"
+    text = "gguf: llama.cpp's convert_hf_to_gguf.py; default: in $LLAMA_CPP or on the PATH"
     exported.add_argument("--converter", metavar="FILE", help=text)
-    text = "of gguf: type of the weights, such as f16 or q8_0; default: auto"
+    text = "gguf: type of the weights, such as f16 or q8_0; default: auto"
     exported.add_argument("--outtype", default="auto", metavar="TYPE", help=text)
-    exported.add_argument("--merged", action="store_true", help="of hub: the merged model")
-    text = "of hub: make a public repository; default: a private one"
+    exported.add_argument("--merged", action="store_true", help="hub: upload the merged model")
+    text = "hub: create a public repository; default: a private one"
     exported.add_argument("--public", action="store_true", help=text)
-    text = "of hub: list what would be sent, and send nothing"
+    text = "hub: show what would be uploaded, without uploading"
     exported.add_argument("--dry-run", action="store_true", help=text)
 
     merge = _add(commands, "merge", _export, "the same as export --to merged")
     merge.add_argument("run", help=_ADAPTER)
-    merge.add_argument("output", help="directory to write")
+    merge.add_argument("output", help="output directory")
     merge.add_argument("--onto", choices=("full", "quantized"), default="full", help=_ONTO)
     merge.add_argument("--base", metavar="MODEL", help=_BASE)
     merge.set_defaults(to="merged", converter=None, outtype="auto")
@@ -303,10 +305,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "what a run reveals about its records: membership, canaries, gradients"
     audited = _add(commands, "audit", _audit, text)
     audited.add_argument("run", help="directory of a simulated run of task=sft")
-    text = "records to score of either kind; default 2000"
+    text = "number of members and of non-members to score; default 2000"
     audited.add_argument("--records", type=int, default=2000, help=text)
 
-    text = "benchmark suites on base and adapters"
+    text = "run benchmark suites on base model and adapters"
     add_evaluation(_add(commands, "evaluate", evaluate_arguments, text))
 
     status = _add(commands, "status", _status, "state of a run, a server or a site")
@@ -318,19 +320,19 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help=text)
     status.add_argument("--json", action="store_true", help="print one JSON object")
 
-    text = "a run, a comparison or an evaluation as one HTML file"
+    text = "report of a run, a comparison or an evaluation as one HTML file"
     page = _add(commands, "report", _report, text)
-    page.add_argument("directories", nargs="+", metavar="DIRECTORY", help="of one of these")
+    page.add_argument("directories", nargs="+", metavar="DIRECTORY", help="its directory")
     page.add_argument("--output", metavar="FILE", help="default: report.html in the directory")
 
     text = "live report of a run in a browser, on loopback"
     live = _add(commands, "watch", _watch, text)
-    live.add_argument("directory", help="of a run, of a comparison, or of server init")
+    live.add_argument("directory", help="directory of a run, a comparison, or server init")
     live.add_argument("--port", type=int, default=0, help="on 127.0.0.1; default: a free one")
 
-    text = "counts of a server or a site for Prometheus, on loopback"
+    text = "metrics of a server or a site for Prometheus, on loopback"
     metrics = _add(commands, "metrics", _metrics, text)
-    metrics.add_argument("directory", help="of server init or of site init")
+    metrics.add_argument("directory", help="directory of server init or site init")
     metrics.add_argument("--port", type=int, default=9464, help="on 127.0.0.1; default 9464")
 
     add_server(commands, _add)

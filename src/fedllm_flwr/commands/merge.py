@@ -25,8 +25,8 @@ from fedllm_flwr.runs.kept_adapters import KeptAdapter, check_output
 from fedllm_flwr.server.preparation import evaluation_threads, held_out_records
 
 _PROBE_SHAPE = (2, 64)  # sequences, tokens
-# Largest relative root-mean-square difference of the logits. Merging rounds every weight once more:
-# 1e-6 in float32 and 7e-3 in bfloat16, measured on CPU.
+# Maximum relative root-mean-square difference of the logits. Merging rounds every weight once more;
+# measured on CPU: 1e-6 in float32 and 7e-3 in bfloat16.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -40,7 +40,7 @@ class LogitDifference:
 
     @classmethod
     def of(cls, found: torch.Tensor, expected: torch.Tensor) -> "LogitDifference":
-        """Difference between two tensors of one shape."""
+        """Difference between two tensors of equal shape."""
         difference = (found - expected).float()
         norm = float(expected.float().norm())
         return cls(
@@ -54,16 +54,17 @@ class LogitDifference:
 
 
 def merge(kept: KeptAdapter, output: Path, onto: str = "full") -> Iterator[str]:
-    """Write the base model with the adapter in its weights; yields progress lines.
+    """Write the base model with the adapter merged into its weights; yield progress lines.
 
     The written model is loaded again, and its logits are compared with those of base model plus
-    adapter; if they differ, nothing is kept. Tied input and output embeddings are untied if the
-    adapter changes one of them.
+    adapter; if they differ, the output is removed. Tied input and output embeddings are untied if
+    the adapter changes one of them.
 
     Args:
-        output: a directory that does not exist.
-        onto: for a quantized run ``full``, the base model's original weights, or ``quantized``, its
-            dequantized weights. The merged model is always in full precision.
+        output: output directory, which must not exist.
+        onto: weights to merge a quantized run's adapter into: ``full`` for the base model's
+            original weights, or ``quantized`` for its dequantized weights. The merged model is
+            always in full precision.
 
     Raises:
         FedLLMError: the model cannot be loaded or written, or its logits differ.
@@ -72,17 +73,19 @@ def merge(kept: KeptAdapter, output: Path, onto: str = "full") -> Iterator[str]:
     config = kept.config
     quantization = config.quantization.name
     if onto == "quantized" and quantization == "none":
-        raise ConfigError("--onto quantized: the run's base model is not quantized; drop it.")
+        raise ConfigError(
+            "--onto quantized: the run's base model is not quantized; remove the option."
+        )
     if quantization != "none" and onto == "full":
         yield (
-            f"the adapter was trained on the base model in {quantization}, and is merged into the "
-            f"base model's own weights; --onto quantized takes those that {quantization} had made "
-            "of them"
+            f"the adapter was trained on the base model in {quantization} and is merged into the "
+            "base model's original weights; --onto quantized uses its dequantized "
+            f"{quantization} weights"
         )
     elif quantization != "none":
         yield (
-            f"the adapter is merged into what {quantization} had made of the base model's weights, "
-            "as it was trained; they are written in full precision"
+            f"the adapter is merged into the base model's dequantized {quantization} weights, on "
+            "which it was trained, and written in full precision"
         )
     full = replace(config, quantization=QuantizationConfig())
     trained = _scores(kept, load_beside(config), config) if quantization != "none" else None
@@ -104,7 +107,7 @@ def merge(kept: KeptAdapter, output: Path, onto: str = "full") -> Iterator[str]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FederationError(f"cannot write {output}: {reason}.") from error
-    yield f"logits of the merged model and of base and adapter differ by {difference}"
+    yield f"logits of the merged model and of base model plus adapter differ by {difference}"
     yield f"merged model written to {output}; load it with AutoModelForCausalLM.from_pretrained"
 
 
@@ -122,7 +125,7 @@ def _scores(kept: KeptAdapter, model: AdaptedModel, config: Config) -> dict[str,
 
 
 def _card(kept: KeptAdapter, model: AdaptedModel) -> str | None:
-    """The merged model's card; None where the adapter belongs to no run."""
+    """The merged model's card; None if the adapter has no run."""
     summary = summary_of(kept)
     if summary is None:
         return None
@@ -133,7 +136,7 @@ def _card(kept: KeptAdapter, model: AdaptedModel) -> str | None:
 def _write(
     model: AdaptedModel, params: Params, output: Path, card: str | None = None
 ) -> LogitDifference:
-    """Merge, check the logits, then create the directory by one rename."""
+    """Merge, check the logits, and create the directory by one rename."""
     model.load(params)
     model.peft.eval()
     expected = _logits(model.peft, model.device)
@@ -148,7 +151,7 @@ def _write(
         if card is not None:
             (fresh / "README.md").write_text(card, encoding="utf-8")
         give_usual_mode(fresh, like="config.json")
-        merged.to("meta")  # frees memory for the model that is read back
+        merged.to("meta")  # free memory for the model that is read back
         written = AutoModelForCausalLM.from_pretrained(
             fresh,
             dtype=dtype,
@@ -160,7 +163,7 @@ def _write(
         difference = LogitDifference.of(_logits(written.eval(), device), expected)
         if not difference.relative <= _TOLERANCE[dtype]:
             raise ModelError(
-                f"the merged model is not the adapted one, its logits differ by {difference}; it "
+                f"the merged model's logits differ from the adapted model's by {difference}; it "
                 "was not written. Load base model and adapter with PEFT instead."
             )
         shutil.move(str(fresh), output)
@@ -181,7 +184,7 @@ def _logits(model: Any, device: torch.device) -> torch.Tensor:
 def _untie(peft: Any) -> None:
     """Untie input and output embeddings if the adapter changes one of them.
 
-    Merging changes a matrix in place, so that a shared matrix would change on both sides.
+    Merging changes a matrix in place, so a shared matrix would change for both.
     """
     base = peft.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())

@@ -1,4 +1,4 @@
-"""``fedllm report``: a run, a comparison or an evaluation as one HTML file."""
+"""``fedllm report``: write the report of a run, a comparison or an evaluation as HTML."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from fedllm_flwr.runs.report import write_run_report
 
 
 def report(directories: Sequence[str], output: str | None) -> int:
-    """Write the page of each directory, and print where it is.
+    """Write the report of each directory, and print its path.
 
     Args:
-        output: the file of a single page; None: ``report.html`` in each directory.
+        output: file of a single report; None: ``report.html`` in each directory.
 
     Raises:
-        ConfigError: a directory holds none of the three, or several pages would share a file.
+        ConfigError: a directory contains none of the three, or several reports would share a file.
     """
     if output is not None and len(directories) > 1:
         raise ConfigError(f"--output {output}: one file for {len(directories)} pages; give one.")

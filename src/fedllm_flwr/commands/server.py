@@ -1,4 +1,4 @@
-"""The commands of a server's operator: ``fedllm server ...``."""
+"""``fedllm server ...``: the commands of a server's operator."""
 
 import argparse
 
@@ -8,18 +8,18 @@ from fedllm_flwr.commands.usage import AddParser
 def add_server(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: AddParser
 ) -> None:
-    """``fedllm server <step>``; `add` makes a parser for one step."""
-    text = "the server of a real federation: init, register, run, unregister, renew"
+    """Add ``fedllm server <step>``; `add` creates a step's parser."""
+    text = "operate the server of a federation: init, register, run, unregister, renew"
     server = commands.add_parser("server", help=text, description=text)
     steps = server.add_subparsers(required=True, metavar="step")
 
-    step = add(steps, "init", init, "make certificates, start scripts and a connection")
+    step = add(steps, "init", init, "create certificates, start scripts and a connection")
     step.add_argument("directory", help="new directory")
     step.add_argument(
         "--host",
         action="append",
         required=True,
-        help="name or address by which the sites reach the server; give it once for each",
+        help="name or address by which sites reach the server; may be given several times",
     )
     step.add_argument(
         "--port-base",
@@ -31,7 +31,7 @@ def add_server(
     step.add_argument(
         "--private-host",
         default="127.0.0.1",
-        help="where the server's own app and commands find it; who reaches it starts runs; "
+        help="private address for the server's app and commands, from which runs can be started; "
         "default 127.0.0.1",
     )
     text = "no encryption and no authentication"
@@ -42,24 +42,24 @@ def add_server(
     step.add_argument("key", help="public key of the site: its *.pub")
 
     step = add(steps, "unregister", unregister, "remove a site by its name")
-    step.add_argument("directory", help="directory of server init; the server must run")
-    step.add_argument("name", help="name of the site, as its *.pub was called")
+    step.add_argument("directory", help="directory of server init; the server must be running")
+    step.add_argument("name", help="name of the site, from its *.pub")
 
-    step = add(steps, "run", run, "run on the sites: server run <dir> [key=value] ...")
+    step = add(steps, "run", run, "start a run on the sites: server run <dir> [key=value] ...")
     step.add_argument("directory", help="directory of server init; the server must be running")
     step.add_argument("overrides", nargs="*", help="group=choice or section.key=value")
     step.add_argument(
-        "--dry-run", action="store_true", help="ask the sites and show the plan; train nothing"
+        "--dry-run", action="store_true", help="query the sites and show the plan, without training"
     )
 
     step = add(steps, "prune", prune, "remove old runs from superlink.db; outputs/ is kept")
     step.add_argument("directory", help="directory of server init")
     step.add_argument("--days", type=int, default=90, help="days since the end; default 90")
 
-    step = add(steps, "renew", renew, "new server certificate of the same authority")
+    step = add(steps, "renew", renew, "issue a new server certificate by the same authority")
     step.add_argument("directory", help="directory of server init")
     step.add_argument(
-        "--host", action="append", default=[], help="a further name or address of this server"
+        "--host", action="append", default=[], help="an additional name or address of this server"
     )
 
 

@@ -1,4 +1,4 @@
-"""The commands of a site's operator: ``fedllm site ...``."""
+"""``fedllm site ...``: the commands of a site's operator."""
 
 import argparse
 
@@ -8,22 +8,22 @@ from fedllm_flwr.commands.usage import AddParser
 def add_site(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", add: AddParser
 ) -> None:
-    """``fedllm site <step>``; `add` makes a parser for one step."""
+    """Add ``fedllm site <step>``; `add` creates a step's parser."""
     text = (
-        "a site of a real federation: init, start, requests, approve, decline, log, ledger, merge, "
-        "forget"
+        "operate a site of a federation: init, start, requests, approve, decline, log, ledger, "
+        "merge, forget"
     )
     site = commands.add_parser("site", help=text, description=text)
     steps = site.add_subparsers(required=True, metavar="step")
 
-    step = add(steps, "init", init, "check the data; make keys, limits and a start script")
+    step = add(steps, "init", init, "check the data; create keys, limits and a start script")
     step.add_argument("directory", help="new directory")
     step.add_argument("--name", required=True, help="this site's name in tables and logs")
     step.add_argument(
         "--data",
         required=True,
         action="append",
-        help="file or directory of this site's records; NAME=PATH for each of several data sets",
+        help="file or directory of this site's records; with several data sets, NAME=PATH for each",
     )
     step.add_argument(
         "--preprocessing",
@@ -60,7 +60,7 @@ def add_site(
     step.add_argument(
         "--approval",
         default="every-run",
-        help="which runs wait for you: every-run, new-settings or automatic; default every-run",
+        help="runs that need approval: every-run, new-settings or automatic; default every-run",
     )
     text = "no encryption and no authentication"
     step.add_argument("--insecure", action="store_true", help=text)
@@ -78,7 +78,7 @@ def add_site(
     step.add_argument("--max-length", type=int, default=512, help="tokens; default 512")
     step.add_argument("--dataset", help="one of several data sets")
 
-    step = add(steps, "requests", requests, "runs that wait for this site's approval")
+    step = add(steps, "requests", requests, "list runs that wait for approval")
     step.add_argument("directory", help="directory of site init")
     step.add_argument("--all", action="store_true", help="include decided requests")
     step.add_argument("--full", action="store_true", help="show all settings of each request")
@@ -98,15 +98,15 @@ def add_site(
     step = add(steps, "ledger", ledger, "the epsilon that runs have spent on the records")
     step.add_argument("directory", help="directory of site init")
 
-    step = add(steps, "merge", merge_own, "write the model with this site's own adapter in it")
+    step = add(steps, "merge", merge_own, "merge this site's personal adapter into the model")
     step.add_argument("directory", help="directory of site init")
     step.add_argument("run", help="Flower's id of a run with algorithm=fedsa or ditto")
-    step.add_argument("output", help="directory to write")
+    step.add_argument("output", help="output directory")
 
     step = add(steps, "forget", forget, "remove a site's state of runs, and tokenised records")
     step.add_argument("directory", help="directory of site init")
     step.add_argument("run", nargs="?", help="Flower's id of a run, or its folder in state/runs")
-    step.add_argument("--all", action="store_true", help="of every run, and tokenised records")
+    step.add_argument("--all", action="store_true", help="all runs, and tokenised records")
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -165,7 +165,7 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def merge_own(arguments: argparse.Namespace) -> int:
-    """Merge the site's own adapter into the base model."""
+    """Merge the site's personal adapter into the base model."""
     from pathlib import Path
 
     from fedllm_flwr.deployment.personal import personal_adapter
@@ -182,7 +182,7 @@ def merge_own(arguments: argparse.Namespace) -> int:
 
 
 def forget(arguments: argparse.Namespace) -> int:
-    """Remove state of runs."""
+    """Remove the state of runs."""
     from fedllm_flwr.deployment.site_state import forget_runs
 
     print("\n".join(forget_runs(arguments.directory, arguments.run, arguments.all)))

@@ -25,14 +25,14 @@ from fedllm_flwr.server.opening import with_absolute_paths
 from fedllm_flwr.server.run import run_simulation
 from fedllm_flwr.tasks import table_metrics
 
-SWEEP = "sweep.json"  # in the directory of all runs: overrides, and the runs' names
+SWEEP = "sweep.json"  # overrides and names of the runs, in the sweep's directory
 _TABLE, _FIGURE = "results.csv", "results.png"
 _MOST_LINES = 12
 
 
 @dataclass(frozen=True)
 class SweptRun(PlannedRun):
-    """One combination of values, by key."""
+    """The run of one combination of values."""
 
     name: str
     values: dict[str, str]
@@ -41,19 +41,19 @@ class SweptRun(PlannedRun):
 def multirun(
     overrides: Sequence[str], config_dir: str | None, quiet: bool = False, workers: int = 1
 ) -> int:
-    """Run every combination of a sweep; one table and one figure of all. Returns the exit status.
+    """Run every combination of a sweep, with one table and one figure; return the exit status.
 
-    Each run writes to its own directory below ``output_dir``, and the table is updated after each.
-    All configurations are checked before the first run starts. After a failed run the sweep
-    continues, and the exit status is 1. ``resume=<directory>`` continues a stopped sweep.
+    Each run writes to its own directory in ``output_dir``, and the table is updated after each run.
+    All configurations are checked before the first run starts. After a failed run, the sweep
+    continues and its exit status is 1. ``resume=<directory>`` resumes a stopped sweep.
 
     Args:
-        overrides: those of Hydra's launcher among them, such as ``hydra/launcher=joblib``.
-        workers: runs side by side, each in one process.
+        overrides: includes those of Hydra's launcher, such as ``hydra/launcher=joblib``.
+        workers: number of runs in parallel, one process each.
 
     Raises:
-        ConfigError: no key has several values, a combination is invalid, or the directory is taken.
-        RunInterrupted: by the user; names the command that continues.
+        ConfigError: no key has several values, a combination is invalid, or the directory exists.
+        RunInterrupted: the user stopped the sweep; names the command that resumes it.
     """
     launcher = [text for text in overrides if text.startswith(("hydra/", "hydra."))]
     check_launcher(launcher)
@@ -62,16 +62,16 @@ def multirun(
     if resumed:
         root = Path(resumed[-1]).expanduser()
         if not (root / SWEEP).is_file():
-            raise ConfigError(f"resume={root}: no {SWEEP} there; give the directory of a sweep.")
+            raise ConfigError(f"resume={root}: no {SWEEP} there; give a sweep's directory.")
         if other := [text for text in overrides if not text.startswith("resume=")]:
-            raise ConfigError(f"{other[0]}: a sweep goes on with its own overrides; drop it.")
+            raise ConfigError(f"{other[0]}: a sweep is resumed with its own overrides; remove it.")
         saved = json.loads((root / SWEEP).read_text(encoding="utf-8"))
         overrides, config_dir = saved["overrides"], saved["config_dir"]
     combinations = expand_sweep(overrides, config_dir)
     if len(combinations) < 2:
         raise ConfigError("--multirun needs a key with several values, such as seed=1,2,3.")
     configs = [compose(combination, config_dir) for combination in combinations]
-    if workers > 1 or launcher:  # a run in one process has the same bits as one on Ray
+    if workers > 1 or launcher:  # in-process runs are bit-identical to runs on Ray
         configs = [
             changed(config, federation={"engine": "inprocess"})
             if config.federation.engine == "ray"
@@ -103,7 +103,7 @@ def multirun(
 def _carry_out(
     root: Path, runs: Sequence[SweptRun], quiet: bool, workers: int, launcher: Sequence[str]
 ) -> dict[str, str]:
-    """Carry out the runs that are not done; returns errors by name."""
+    """Execute unfinished runs; return errors by run name."""
     errors: dict[str, str] = {}
     try:
         if launcher:
@@ -129,7 +129,7 @@ def _carry_out(
 
 def _one_by_one(root: Path, runs: Sequence[SweptRun], quiet: bool, errors: dict[str, str]) -> None:
     for number, run in enumerate(runs, start=1):
-        done = ", done before" if run.done else ""
+        done = ", already finished" if run.done else ""
         print(f"[{number}/{len(runs)}] {run.name}{done}", flush=True)
         if done:
             continue
@@ -173,7 +173,7 @@ def _lowest(run: SweptRun) -> float:
 
 
 def _best(runs: Sequence[SweptRun]) -> str | None:
-    """A line on the run with the lowest validation loss; None without any."""
+    """A line about the run with the lowest validation loss; None without any."""
     best = min(runs, key=_lowest)
     loss = _lowest(best)
     if not math.isfinite(loss):
@@ -182,7 +182,7 @@ def _best(runs: Sequence[SweptRun]) -> str | None:
 
 
 def _draw(root: Path, runs: Sequence[SweptRun]) -> bool:
-    """The validation losses of the runs, of the best where they are many; whether any is known."""
+    """Plot the runs' validation losses, only the best of many; return False if there are none."""
     from fedllm_flwr.reporting.plots import plot_comparison
 
     shown = [run for run in sorted(runs, key=_lowest)[:_MOST_LINES] if _lowest(run) < math.inf]
@@ -199,12 +199,12 @@ def _draw(root: Path, runs: Sequence[SweptRun]) -> bool:
 
 
 def _new_directory(configs: Sequence[Config]) -> Path:
-    """Directory of all runs: ``output_dir``, or multirun/<month day-time>."""
+    """Directory of a new sweep: ``output_dir``, or multirun/<month day-time>."""
     asked = {config.output_dir for config in configs}
     if len(asked) > 1:
         raise ConfigError(
-            "output_dir has several values: --multirun makes a directory for each run below one; "
-            "give that one."
+            "output_dir has several values, but --multirun creates a directory per run in one "
+            "directory; give one value."
         )
     (given,) = asked
     if given is None:
@@ -221,7 +221,7 @@ def _new_directory(configs: Sequence[Config]) -> Path:
 
 
 def _rows(runs: Sequence[SweptRun], errors: Mapping[str, str]) -> list[dict[str, str]]:
-    """A row for each run that is done or has failed: swept values, then final scores."""
+    """A row per finished or failed run: swept values, then final scores."""
     rows = []
     for run in runs:
         row = {"run": run.name, **run.values}

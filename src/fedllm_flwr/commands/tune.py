@@ -1,4 +1,4 @@
-"""``fedllm tune``: each algorithm's learning rate, by the loss on clients' held-out records."""
+"""``fedllm tune``: search each algorithm's learning rate by the clients' validation loss."""
 
 import csv
 import importlib.util
@@ -26,16 +26,16 @@ from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.server.opening import with_absolute_paths
 from fedllm_flwr.server.run import run_simulation
 
-SAVED = "tune.json"  # in its directory: the options
+SAVED = "tune.json"  # the options, in the search's directory
 _KEY = "training.learning_rate"
 
 
 @dataclass(frozen=True)
 class Search:
-    """The options of a search, which are the same for every algorithm.
+    """The options of a search, the same for every algorithm.
 
     Args:
-        lowest, highest: ends of the range of learning rates, searched on a logarithmic scale.
+        lowest, highest: range of learning rates, searched on a logarithmic scale.
     """
 
     trials: int
@@ -60,15 +60,15 @@ class Trial:
 
 
 def tune(arguments: Sequence[str], config_dir: str | None, search: Search) -> int:
-    """Search, tabulate and print; ``resume=<directory>`` resumes a stopped search.
+    """Search learning rates and write the results; ``resume=<directory>`` resumes a search.
 
-    Every algorithm gets the same number of trials, range, seed and validation records: those that
-    its clients hold out from training (``data.validation_fraction``). The central held-out records,
-    with which results are reported, are not used. A rate is judged by the lowest loss of its run.
+    Every algorithm has the same number of trials, range, seed and validation records, which are
+    held out by its clients (``data.validation_fraction``). The central held-out records, on which
+    results are reported, are not used. A rate's score is the lowest validation loss of its run.
 
     Raises:
-        ConfigError: Optuna is missing, or something in the arguments cannot work.
-        RunInterrupted: by the user; names the command that continues.
+        ConfigError: Optuna is missing, or an argument is invalid.
+        RunInterrupted: the user stopped the search; names the command that resumes it.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("fedllm tune needs Optuna: pip install 'fedllm-flwr[tune]'.")
@@ -78,7 +78,7 @@ def tune(arguments: Sequence[str], config_dir: str | None, search: Search) -> in
     if options["resume"]:
         root = Path(options["resume"]).expanduser()
         if not (root / SAVED).is_file():
-            raise ConfigError(f"resume={root}: no {SAVED} there; give the directory of a search.")
+            raise ConfigError(f"resume={root}: no {SAVED} there; give a search's directory.")
         saved = json.loads((root / SAVED).read_text("utf-8"))
         own, config_dir, names = saved["overrides"], saved["config_dir"], saved["algorithms"]
         search = Search(**saved["search"])
@@ -107,10 +107,10 @@ def tune(arguments: Sequence[str], config_dir: str | None, search: Search) -> in
 
 
 def _search(config: Config, name: str, search: Search, root: Path, trials: list[Trial]) -> None:
-    """The trials of one algorithm; finished runs are not repeated.
+    """Run the trials of one algorithm; finished runs are not repeated.
 
-    Optuna's sampler proposes the same rates for the same results, so that a resumed search finds
-    its own runs.
+    Optuna's sampler proposes the same rates for the same results, so a resumed search finds its
+    previous runs.
     """
     import optuna
 
@@ -141,7 +141,7 @@ def _search(config: Config, name: str, search: Search, root: Path, trials: list[
 
 
 def _loss(run: PlannedRun) -> float:
-    """The lowest validation loss of a run, which is carried out if it is not done."""
+    """The lowest validation loss of a run, which is executed unless it has finished."""
     failed = run.directory.path.with_suffix(".diverged")
     if failed.is_file():
         return math.inf
@@ -156,12 +156,12 @@ def _loss(run: PlannedRun) -> float:
 
 
 def _config(overrides: Sequence[str], config_dir: str | None) -> Config:
-    """The configuration of an algorithm's trials, its learning rate aside."""
+    """The configuration of an algorithm's trials, except for the learning rate."""
     asked = ["evaluation.clients=true", "evaluation.central=false"]
     config = compose([*overrides, *asked], config_dir)
     if not config.data.validation_fraction:
         raise ConfigError(
-            "data.validation_fraction=0 leaves no records to judge a rate by; set it above 0."
+            "data.validation_fraction=0 leaves no validation records; set it above 0."
         )
     every = config.evaluation.every or config.federation.num_rounds
     return changed(
@@ -193,7 +193,7 @@ def _new_directory(given: str) -> Path:
 
 
 def _write(root: Path, trials: Sequence[Trial], names: Sequence[str]) -> None:
-    """All trials as CSV, their figure, and the best of each algorithm as a table."""
+    """Write all trials as CSV, their figure, and a table with the best of each algorithm."""
     from fedllm_flwr.reporting.plots import plot_comparison
 
     text = io.StringIO()

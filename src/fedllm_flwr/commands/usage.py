@@ -1,4 +1,4 @@
-"""One-line errors for wrong command lines, with a suggestion."""
+"""One-line errors with suggestions for invalid command lines."""
 
 import argparse
 import difflib
@@ -23,7 +23,7 @@ _SYNONYMS = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that raises `ConfigError` on a wrong command line."""
+    """A parser that raises `ConfigError` for an invalid command line."""
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's `message` into a `ConfigError`.
@@ -35,7 +35,7 @@ class CommandParser(argparse.ArgumentParser):
         if choice is None:
             said = message.replace("the following arguments are required:", "missing")
             said = said.removeprefix("argument ")
-            raise ConfigError(f"{self.prog}: {said}; {self.prog} --help shows how it is used.")
+            raise ConfigError(f"{self.prog}: {said}; {self.prog} --help shows its usage.")
         name, value = choice[1], choice[2].strip("'")
         known = [text.strip("' ") for text in choice[3].split(",")]
         if name.startswith("-"):
@@ -55,13 +55,13 @@ def refuse_unknown(
     parser: argparse.ArgumentParser,
     takes_overrides: bool,
 ) -> NoReturn:
-    """Raise an error for arguments that a command does not take.
+    """Raise an error for arguments that a command does not accept.
 
     Args:
         arguments: the whole command line.
         unknown: the arguments that the command's parser did not recognise.
-        parser: of the command.
-        takes_overrides: whether the command takes ``section.key=value``.
+        parser: the command's parser.
+        takes_overrides: whether the command accepts ``section.key=value``.
 
     Raises:
         ConfigError: always.
@@ -70,7 +70,7 @@ def refuse_unknown(
     if not text.startswith("-"):
         raise ConfigError(
             f"{parser.prog}: {shown(text)!r} is one argument too many; {parser.prog} --help "
-            "shows which it takes."
+            "shows its usage."
         )
     option, has_value, value = text.partition("=")
     place = list(arguments).index(text)
@@ -88,7 +88,7 @@ def refuse_unknown(
             f"{shown(meant)}?"
         )
     raise ConfigError(
-        f"{parser.prog} has no option {option}; {parser.prog} --help lists those it has."
+        f"{parser.prog} has no option {option}; {parser.prog} --help lists its options."
     )
 
 

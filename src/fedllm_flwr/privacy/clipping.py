@@ -59,7 +59,7 @@ def _scaled_norm(groups: Groups) -> tuple[float, float]:
     ]
     largest = max((float(np.abs(value).max()) for value in values), default=0.0)
     if any(not np.isfinite(value).all() for value in values):
-        raise NotFiniteError("its update contains NaN or infinity")
+        raise NotFiniteError("its update holds NaN or infinity")
     if not largest:
         return 0.0, 0.0
     return largest, math.sqrt(sum(float(np.square(value / largest).sum()) for value in values))

@@ -141,11 +141,11 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
     root = Path(options.get("output_dir", f"outputs/{stamp}-compare-{data}")).expanduser()
     if (root / SAVED).exists():
         raise ConfigError(
-            f"output_dir={root} already contains a comparison; resume it: resume={root}."
+            f"output_dir={root} holds a comparison already; resume it: resume={root}."
         )
     if foreign := foreign_files(root, (".*",)):
         raise ConfigError(
-            f"output_dir={root} contains other files ({', '.join(foreign[:3])}); give a new or "
+            f"output_dir={root} holds other files ({', '.join(foreign[:3])}); give a new or an "
             "empty directory."
         )
     return root

@@ -228,7 +228,7 @@ def _output(request: EvaluateOptions) -> Path:
         path, ("results.*", "report.html", "*.png", "predictions", "work", ".*")
     ):
         raise ConfigError(
-            f"--output {path} contains other files ({', '.join(foreign[:3])}); give a new or empty "
+            f"--output {path} holds other files ({', '.join(foreign[:3])}); give a new or an empty "
             "directory."
         )
     return path

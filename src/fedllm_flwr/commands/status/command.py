@@ -13,7 +13,7 @@ from fedllm_flwr.commands.status.run import RunStatus, run_status
 from fedllm_flwr.commands.status.several import SeveralStatus, holds_several, several_status
 from fedllm_flwr.errors import ConfigError
 
-NOT_WELL = 3  # exit status, as of `systemctl status` for a service that is down
+NOT_WELL = 3  # exit status, like `systemctl status` of a stopped service
 
 
 def status(
@@ -50,12 +50,9 @@ def status(
 
 
 def _print_state(directory: str | None, health: Sequence[str], as_json: bool) -> tuple[int, bool]:
-    """Print the state once; returns the exit status, and whether the state may still change."""
+    """Print the state once; return the exit status, and whether the state may still change."""
     if directory is None and not health:
-        raise ConfigError(
-            "nothing to look at; give the directory of a run, a server or a site, or "
-            "--health host:port"
-        )
+        raise ConfigError("give the directory of a run, a server or a site, or --health host:port")
     checks = [check_health("health", address) for address in health]
     found: RunStatus | SeveralStatus | FederationStatus | None = None
     if directory is not None:

@@ -25,12 +25,12 @@ Labels = tuple[str, ...]
 
 
 def serve_metrics(directory: Path, port: int) -> None:
-    """Answer on ``http://127.0.0.1:<port>/metrics`` until interrupted.
+    """Serve ``http://127.0.0.1:<port>/metrics`` until interrupted.
 
     Raises:
-        ConfigError: not the directory of a server or a site, prometheus-client is missing, or the
-            port is invalid.
-        FederationError: the port is taken.
+        ConfigError: the directory is not a server's or a site's, prometheus-client is missing, or
+            the port is invalid.
+        FederationError: the port is in use.
     """
     server, thread = start_metrics(directory, port)
     print(f"http://{LOOPBACK[1]}:{server.server_port}/metrics", flush=True)
@@ -41,7 +41,7 @@ def serve_metrics(directory: Path, port: int) -> None:
 
 
 def start_metrics(directory: Path, port: int) -> tuple[Any, threading.Thread]:
-    """The HTTP server and its thread; port 0 takes a free one. Raises as `serve_metrics`."""
+    """The HTTP server and its thread; port 0 chooses a free port. Raises like `serve_metrics`."""
     try:
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError:
@@ -50,7 +50,9 @@ def start_metrics(directory: Path, port: int) -> tuple[Any, threading.Thread]:
         ) from None
     folder = directory.expanduser().resolve()
     if not is_operators(folder):
-        raise ConfigError(f"{folder}: no directory of `fedllm server init` or `fedllm site init`")
+        raise ConfigError(
+            f"{folder}: not a directory of `fedllm server init` or `fedllm site init`"
+        )
     if not 0 <= port < 65_536:
         raise ConfigError(f"--port {port}: give 1 to 65535")
     registry = CollectorRegistry()
@@ -69,7 +71,7 @@ class ServerMetrics:
         self._folder = folder
 
     def collect(self) -> Iterator[Any]:
-        """Metric families, from the current files."""
+        """Metric families from the current files."""
         rounds, replies, refusals, moved, seconds = (Counter[Labels]() for _ in range(5))
         losses: dict[Labels, float] = {}
         for file in sorted(self._folder.glob("outputs/*/metrics.jsonl")):
@@ -93,14 +95,16 @@ class ServerMetrics:
         yield _counter("fedllm_rounds", "Finished rounds", ("run",), rounds)
         yield _counter("fedllm_replies", "Usable replies", run_and_site, replies)
         yield _counter("fedllm_refusals", "Missing or refused replies", run_and_site, refusals)
-        yield _counter("fedllm_tensor_bytes", "Tensors moved", ("run", "direction"), moved)
+        yield _counter(
+            "fedllm_tensor_bytes", "Bytes of transferred tensors", ("run", "direction"), moved
+        )
         yield _counter("fedllm_round_seconds", "Seconds in rounds", ("run",), seconds)
         yield _gauge("fedllm_train_loss", "Training loss of the last round", ("run",), losses)
         yield _up(self._folder)
 
 
 class SiteMetrics:
-    """Entries of a site's audit log, and requests that wait for its operator."""
+    """Entries of a site's audit log, and requests that wait for approval."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -108,7 +112,7 @@ class SiteMetrics:
         self._read: tuple[object, AuditReport] | None = None
 
     def collect(self) -> Iterator[Any]:
-        """Metric families; the log is read again if it has grown."""
+        """Metric families; the log is read again only if it has grown."""
         state = [(file.name, file.stat().st_size) for file in self._log.files()]
         if self._read is None or self._read[0] != state:
             self._read = (state, self._log.read())
@@ -125,12 +129,12 @@ class SiteMetrics:
         by = ("event", "verdict")
         yield _counter("fedllm_site_messages", "Messages of servers", by, messages)
         yield _counter("fedllm_site_records", "Records used, by message", by, sums["records"])
-        yield _counter("fedllm_site_left_bytes", "Tensor bytes that left", by, sums["bytes"])
+        yield _counter("fedllm_site_left_bytes", "Bytes of tensors sent", by, sums["bytes"])
         yield _counter("fedllm_site_seconds", "Seconds of work", by, sums["seconds"])
         waiting = sum(request.is_waiting for request in site_requests(self._folder).all())
         text = "Runs that wait for approval"
         yield _gauge("fedllm_site_requests_waiting", text, (), {(): waiting})
-        text = "1 if the audit log's chain is whole"
+        text = "1 if the audit log's chain is intact"
         yield _gauge("fedllm_site_audit_unbroken", text, (), {(): float(not report.problems)})
         yield _up(self._folder)
 

@@ -68,7 +68,7 @@ def is_operators(folder: Path) -> bool:
 
 
 def federation_status(folder: Path) -> FederationStatus:
-    """State of a server's or site's directory; asks each process with a timeout of seconds."""
+    """State of a server's or a site's directory; queries its processes with a short timeout."""
     health = [check_health(part, address) for part, address in addresses(folder).items()]
     if not is_server(folder):
         waiting = [request.id for request in site_requests(folder).all() if request.is_waiting]
@@ -112,6 +112,6 @@ def _counted(state: str, names: list[str]) -> str:
 def _listed(folder: Path, what: str, *command: str) -> list[dict[str, Any]]:
     answer, said = ask_flower(folder, *command)
     if what not in answer:
-        reason = one_line(str(answer.get("error-message") or said)) or "no answer"
+        reason = one_line(str(answer.get("error-message") or said)) or "no response"
         raise FederationError(f"flwr {' '.join(command)}: {reason}")
     return cast(list[dict[str, Any]], answer[what])

@@ -27,7 +27,7 @@ class Health:
 
 
 def check_health(part: str, address: str, timeout_s: float = _TIMEOUT_S) -> Health:
-    """Ask the health server at ``host:port``.
+    """Query the health server at ``host:port``.
 
     Raises:
         ConfigError: `address` is not host:port.
@@ -47,11 +47,11 @@ def check_health(part: str, address: str, timeout_s: float = _TIMEOUT_S) -> Heal
             problems = {
                 "UNAVAILABLE": "nothing answers there",
                 "DEADLINE_EXCEEDED": f"no answer within {timeout_s:g} s",
-                "UNIMPLEMENTED": "what answers there has no health service",
+                "UNIMPLEMENTED": "the server there has no health service",
             }
             return Health(part, address, problems.get(code, code))
     serving = answer.status == health_pb2.HealthCheckResponse.SERVING
-    return Health(part, address, "" if serving else "it says that it does not serve")
+    return Health(part, address, "" if serving else "it reports that it is not serving")
 
 
 def addresses(folder: Path) -> dict[str, str]:

@@ -20,35 +20,35 @@ from fedllm_flwr.reporting.text import fixed, format_bytes, format_seconds, one_
 from fedllm_flwr.runs.directory import RunDirectory, how_to_go_on, is_finished
 from fedllm_flwr.runs.lock import CurrentRound, Holder, current_round, holder
 
-_MOST_NAMES = 10  # in a line
+_MOST_NAMES = 10  # maximum number of names in a line
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """State of a run.
 
-    ``state`` is running, finished, failed (with ``error``) or stopped (its process was killed).
+    ``state`` is running, finished, failed (with ``error``) or stopped (its process has ended).
     """
 
     path: str
     state: str
     algorithm: str
     data: str
-    round: int  # last finished
+    round: int  # last finished round
     num_rounds: int
     error: str
-    pid: int | None  # of its process, which may have ended
+    pid: int | None  # its process, which may have ended
     host: str | None
-    saved_round: int | None  # newest checkpoint
+    saved_round: int | None  # round of the newest checkpoint
     seconds_per_round: float | None  # mean
-    bytes: int  # up and down, all rounds
-    failures: int  # replies missing or refused, all rounds
-    best_round: int | None  # lowest validation loss
+    bytes: int  # up and down, over all rounds
+    failures: int  # missing or refused replies, over all rounds
+    best_round: int | None  # round with the lowest validation loss
     best_loss: float | None
-    current: CurrentRound | None  # the round in progress, or in which the run stopped
-    last: RoundRecord | None  # of the last finished round, as in metrics.jsonl
+    current: CurrentRound | None  # the round in progress or interrupted
+    last: RoundRecord | None  # record of the last finished round
     cut: dict[str, dict[str, int]] = field(default_factory=dict)  # see `cut_clients`
-    command: str = "fedllm run"  # resumes the run, given resume=
+    command: str = "fedllm run"  # resumes the run, with resume=
 
     @property
     def is_well(self) -> bool:
@@ -93,7 +93,7 @@ def run_status(path: Path) -> RunStatus:
     """Read a run's directory.
 
     Raises:
-        ConfigError: the directory holds no run.
+        ConfigError: the directory contains no run.
         DataError: ``metrics.jsonl`` is damaged.
     """
     directory, config = RunDirectory(path), load_run(path, str(path))
@@ -137,7 +137,9 @@ def _round_now(current: CurrentRound, is_running: bool) -> list[str]:
     took = f" for {format_seconds(time.time() - current.started)}" if is_running else ""
     line = f"  round {current.round:<5} {done} of {asked} clients have replied{took}"
     if current.waiting:
-        line += f", waiting for {_names(current.waiting)}" if is_running else ", then it stopped"
+        line += (
+            f", waiting for {_names(current.waiting)}" if is_running else ", then the run stopped"
+        )
     return [line, *([f"              failed: {_names(current.failed)}"] if current.failed else [])]
 
 

@@ -24,7 +24,7 @@ class SeveralStatus:
 
     path: str
     kind: str  # comparison | sweep
-    runs: dict[str, RunStatus | None]  # by name of their directories
+    runs: dict[str, RunStatus | None]  # by directory name
 
     @property
     def state(self) -> str:
@@ -46,7 +46,7 @@ class SeveralStatus:
         return {**asdict(self), "state": self.state}
 
     def lines(self) -> list[str]:
-        """The state as text, with a line for each run."""
+        """The state as lines of text, one for each run."""
         counts = Counter(run.state if run else "waiting" for run in self.runs.values())
         done = f"{counts.pop('finished', 0)} of {len(self.runs)} runs finished"
         rest = [f"{count} {state}" for state, count in sorted(counts.items())]
@@ -60,7 +60,7 @@ class SeveralStatus:
 
 
 def holds_several(folder: Path) -> bool:
-    """Whether a directory is that of a comparison or a sweep."""
+    """Whether the directory belongs to a comparison or a sweep."""
     return any((folder / file).is_file() for file in _KINDS)
 
 

@@ -1,4 +1,4 @@
-"""The command: serves the live page on loopback until the run has ended, or Ctrl-C."""
+"""The command: serves the live page on loopback until the run ends or Ctrl-C."""
 
 import asyncio
 import contextlib
@@ -14,14 +14,14 @@ _LINGER_S = 5.0  # after the end, for readers that have to reconnect
 
 
 def watch(directory: str, port: int) -> int:
-    """Serve the page of a directory, and print its address.
+    """Serve the live page of a directory, and print its address.
 
     Args:
-        port: on 127.0.0.1; 0 takes a free one.
+        port: port on 127.0.0.1; 0 chooses a free one.
 
     Raises:
-        ConfigError: Starlette and uvicorn are missing, or there is nothing to watch.
-        FederationError: the port is taken.
+        ConfigError: Starlette or uvicorn is missing, or there is no active run.
+        FederationError: the port is in use.
     """
     try:
         import uvicorn
@@ -35,7 +35,7 @@ def watch(directory: str, port: int) -> int:
     folder = Path(directory).expanduser()
     seen = look(folder)
     if seen.has_ended:
-        raise ConfigError(f"{folder}: has ended; open its report.html, or fedllm report {folder}.")
+        raise ConfigError(f"{folder} has ended; open its report.html, or fedllm report {folder}.")
     listening = _listen(port)
     token, taken = secrets.token_urlsafe(18), listening.getsockname()[1]
 
@@ -56,7 +56,7 @@ def watch(directory: str, port: int) -> int:
 
         following = asyncio.create_task(follow())
         where = f"http://127.0.0.1:{taken}/{token}/"
-        print(f"{where}   (read only, until the run ends or Ctrl-C)", flush=True)
+        print(f"{where}   (read-only, until the run ends or Ctrl-C)", flush=True)
         await server.serve(sockets=[listening])
         following.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -48,7 +48,7 @@ def look(folder: Path) -> Seen:
             )
         run = _run(RunDirectory(Path(status.newest.path)), status.newest)
         page = replace(run.page, sections=[_sites(status), *run.page.sections])
-        return Seen(page, has_ended=False)  # a server waits for its next run
+        return Seen(page, has_ended=False)  # the server waits for its next run
     if (folder / "config.yaml").is_file():
         return _run(RunDirectory(folder), run_status(folder))
     raise ConfigError(
@@ -133,7 +133,7 @@ def _comparison(folder: Path) -> Seen:
     headline = f"{done} of {len(status.runs)} runs have finished."
     try:
         page = report_page(folder)
-    except ConfigError:  # none has
+    except ConfigError:  # no run has finished
         page = Page("Algorithms", f"Comparison {folder.resolve().name}", "")
     text = f"{headline} {page.headline}".strip()
     page = replace(page, headline=text, sections=[runs, *page.sections])

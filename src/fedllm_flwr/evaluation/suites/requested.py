@@ -47,7 +47,7 @@ def requested_tasks(config: Config) -> list[SuiteTask]:
     found = [task for task in tasks if not missing_files(task, Path(root).expanduser())]
     if not found:
         raise ConfigError(
-            f"evaluation.data_root={root}: contains the files of no task of {', '.join(names)}; "
+            f"evaluation.data_root={root}: holds the files of no task of {', '.join(names)}; "
             "fedllm evaluate --list shows them."
         )
     return found
