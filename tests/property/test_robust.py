@@ -1,4 +1,4 @@
-"""Robust combiners: each against its paper's formula as a loop, and what liars can do to it."""
+"""Robust combiners: each against its paper's formula as a loop, and what attackers can do to it."""
 
 import itertools
 import tracemalloc
@@ -30,7 +30,7 @@ from fedllm_flwr.params import Params
 Points = NDArray[np.float64]  # (clients, values)
 SHAPES = {"lora_A": (2, 7), "lora_B": (5, 2)}
 SIZE = 24
-LIARS = 0.3
+ATTACKERS = 0.3
 
 
 def as_params(point: NDArray[np.float64]) -> Params:
@@ -60,12 +60,12 @@ def naive_trimmed_mean(points: Points, trimmed: int) -> Points:
 
 
 def naive_krum(points: Points, average: int | None = None) -> Points:
-    count, liars = len(points), int(LIARS * len(points))
+    count, attackers = len(points), int(ATTACKERS * len(points))
     scores = []
     for i in range(count):
         others = sorted(np.sum((points[i] - points[j]) ** 2) for j in range(count) if j != i)
-        scores.append(sum(others[: count - liars - 2]))
-    chosen = sorted(range(count), key=scores.__getitem__)[: average or count - liars]
+        scores.append(sum(others[: count - attackers - 2]))
+    chosen = sorted(range(count), key=scores.__getitem__)[: average or count - attackers]
     return sum(points[i] for i in chosen) / len(chosen)
 
 
@@ -96,7 +96,7 @@ def naive_centred_clip(points: Points, centre: Points, tau: float, steps: int) -
 CENTRE_POINT = np.random.default_rng(5).normal(size=SIZE)
 RULES: dict[str, tuple[Callable[[], Robust], Callable[[Points], Points]]] = {
     "median": (Median, lambda points: np.median(points, axis=0)),
-    "trimmed_mean": (TrimmedMean, lambda x: naive_trimmed_mean(x, int(LIARS * len(x)))),
+    "trimmed_mean": (TrimmedMean, lambda x: naive_trimmed_mean(x, int(ATTACKERS * len(x)))),
     "krum": (lambda: Krum(RobustConfig(average=1)), partial(naive_krum, average=1)),
     "multi_krum": (Krum, naive_krum),
     "geometric_median": (GeometricMedian, naive_geometric_median),
@@ -129,11 +129,11 @@ def test_each_rule_is_its_formula_in_any_order(
     assert found.tobytes() == other.tobytes()
 
 
-def with_liars(seed: int, honest: int, liars: int, far: float) -> tuple[Points, Points]:
-    """Honest updates around one point, and all with the liars' at any place and distance."""
+def with_attackers(seed: int, honest: int, attackers: int, far: float) -> tuple[Points, Points]:
+    """Honest updates around one point, and all with the attackers' at any place and distance."""
     rng = np.random.default_rng(seed)
     good = rng.normal(size=SIZE) + rng.normal(size=(honest, SIZE))
-    bad = far * rng.normal(size=SIZE) + rng.normal(size=(liars, SIZE))
+    bad = far * rng.normal(size=SIZE) + rng.normal(size=(attackers, SIZE))
     both = np.concatenate([good, bad]).astype(np.float32).astype(np.float64)
     return both[:honest], both
 
@@ -143,9 +143,9 @@ LYING = {"seed": st.integers(0, 2**32), "far": st.sampled_from([0.0, 3.0, 1e3, 1
 
 @given(**LYING)
 @limited(max_examples=40, deadline=None)
-def test_a_third_of_liars_cannot_carry_a_robust_rule_away(seed: int, far: float) -> None:
+def test_a_third_of_attackers_cannot_carry_a_robust_rule_away(seed: int, far: float) -> None:
     """Each bound is the rule's own; the plain mean has none."""
-    good, points = with_liars(seed, honest=7, liars=3, far=far)
+    good, points = with_attackers(seed, honest=7, attackers=3, far=far)
     low, high = good.min(axis=0), good.max(axis=0)
     for combiner in (Median(), TrimmedMean()):
         found = combine(combiner, points)
@@ -163,9 +163,9 @@ def test_a_third_of_liars_cannot_carry_a_robust_rule_away(seed: int, far: float)
 
 @given(**LYING)
 @limited(max_examples=20, deadline=None)
-def test_a_liar_moves_centred_clipping_by_its_share_of_the_radius(seed: int, far: float) -> None:
+def test_an_attacker_moves_centred_clipping_by_its_share_of_the_radius(seed: int, far: float) -> None:
     """In one step a change of one update moves the result by 2 tau / n at most."""
-    _, points = with_liars(seed, honest=7, liars=3, far=far)
+    _, points = with_attackers(seed, honest=7, attackers=3, far=far)
     other = points.copy()
     other[-1] = -points[-1] - 1.0
     one, two = (
@@ -175,9 +175,9 @@ def test_a_liar_moves_centred_clipping_by_its_share_of_the_radius(seed: int, far
     assert np.linalg.norm(one - two) <= 2 * 1.5 / 10 + 1e-6
 
 
-def test_one_liar_carries_the_mean_away_and_five_of_ten_the_median() -> None:
+def test_one_attacker_carries_the_mean_away_and_five_of_ten_the_median() -> None:
     """So that the bounds above say something."""
-    good, points = with_liars(1, honest=5, liars=5, far=1e4)
+    good, points = with_attackers(1, honest=5, attackers=5, far=1e4)
     found = combine(Median(), points)
     assert np.abs(found - good.mean(axis=0)).max() > 100
 
@@ -185,8 +185,8 @@ def test_one_liar_carries_the_mean_away_and_five_of_ten_the_median() -> None:
 @pytest.mark.parametrize(
     "kind", [TrimmedMean, Median, Krum, GeometricMedian, NormBound, CentredClip]
 )
-def test_liars_far_away_are_cut_and_named(kind: type[Robust]) -> None:
-    _, points = with_liars(3, honest=7, liars=3, far=100.0)
+def test_attackers_far_away_are_cut_and_named(kind: type[Robust]) -> None:
+    _, points = with_attackers(3, honest=7, attackers=3, far=100.0)
     combiner = kind()
     combine(combiner, points)
     cut = [combiner.cut[f"client-{i:02}"] for i in range(10)]
@@ -194,14 +194,14 @@ def test_liars_far_away_are_cut_and_named(kind: type[Robust]) -> None:
 
 
 def test_the_centre_is_what_the_last_round_gave() -> None:
-    _, points = with_liars(4, honest=7, liars=0, far=0.0)
+    _, points = with_attackers(4, honest=7, attackers=0, far=0.0)
     first = CentredClip(RobustConfig(radius=1.0, steps=1))
     moved = combine(first, points)
     np.testing.assert_array_equal(flat(first.history[CENTRE]), moved)
     assert Median().history == {}
 
 
-def test_krum_needs_more_replies_than_liars() -> None:
+def test_krum_needs_more_replies_than_attackers() -> None:
     combiner = Krum(RobustConfig(liars=0.4))
     with pytest.raises(FederationError, match=r"2 f \+ 3 = 7 replies where f = 2 of 6 .*0.4"):
         combine(combiner, np.eye(6, SIZE))

@@ -249,8 +249,8 @@ def test_truncation_drop_leaves_long_records_out(tokenizer: Any) -> None:
 
 
 def test_losses_are_told() -> None:
-    assert encode([LONG], byte_level(), "alpaca", 10_000).report.losses == ""
-    told = encode([LONG], byte_level(), "alpaca", 10).report.losses
+    assert encode([LONG], byte_level(), "alpaca", 10_000).report.summary == ""
+    told = encode([LONG], byte_level(), "alpaca", 10).report.summary
     assert told == "0 of 1 records cut, 1 left out"
 
 

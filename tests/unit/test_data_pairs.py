@@ -171,7 +171,7 @@ def test_answers_that_are_equal_after_the_cut_are_left_out() -> None:
     encoded = encode_pairs(records, byte_level(), "chat", 100)
     assert encoded.source.tolist() == [0, 2]
     assert encoded.report == PairReport(3, 2, 0, 0, 0, 1)
-    assert encoded.report.losses.endswith("0 answers cut, 1 left out")
+    assert encoded.report.summary.endswith("0 answers cut, 1 left out")
 
 
 def test_truncation_drop_leaves_long_pairs_out(tokenizer: Any) -> None:
@@ -199,11 +199,11 @@ def test_losses_are_told() -> None:
     tokenizer = byte_level()
     short, endless = pair("hi"), pair("hi", chosen="a" * 999)
     whole = encode_pairs([LONG], tokenizer, "chat", 10_000)
-    assert whole.report.losses == ""
+    assert whole.report.summary == ""
 
     limit = int(whole.lengths[0]) - 7
     cut_down = encode_pairs([short, LONG, endless], tokenizer, "chat", limit)
-    assert cut_down.report.losses == (
+    assert cut_down.report.summary == (
         "1 of 3 pairs lost the start of their prompt (7 tokens in all), 1 answers cut, 0 left out"
     )
 

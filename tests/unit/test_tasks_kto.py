@@ -127,7 +127,7 @@ def test_each_answer_is_a_row() -> None:
     answers = [text(encoded.rows[i])[1] for i in range(4)]
     assert answers == [" So.</s>", " Yes.</s>", " No.</s>", " Go away.</s>"]
     assert "Really?" in text(encoded.rows[2])[0]
-    assert encoded.report.losses == ""
+    assert encoded.report.summary == ""
 
 
 def test_the_cache_knows_which_answers_are_desirable() -> None:
@@ -151,7 +151,7 @@ def test_what_is_too_long(truncation: str, kept: int) -> None:
     assert len(encoded) == kept
     assert encoded.lengths.max() <= 200
     if kept == 2:
-        assert encoded.report.losses == (
+        assert encoded.report.summary == (
             "of 2 answers 1 lost the start of their prompt, 1 were cut, 0 left out"
         )
         assert int(encoded.rows[1][1].sum()) == 100  # the prompt keeps half

@@ -200,12 +200,12 @@ def _check_robust(config: Config) -> None:
         )
     clients = federation.num_clients or DEFAULT_NUM_CLIENTS
     count = num_sampled(config, clients)
-    liars = math.floor(round(config.robust.liars * count, 9))
-    if name == "krum" and count < 2 * liars + 3:
+    attackers = math.floor(round(config.robust.liars * count, 9))
+    if name == "krum" and count < 2 * attackers + 3:
         raise ConfigError(
-            f"algorithm.combiner=krum needs 2 f + 3 = {2 * liars + 3} clients in a round where f = "
-            f"{liars} may lie, and a round has {count}; lower robust.liars={config.robust.liars:g} "
-            "or sample more clients."
+            f"algorithm.combiner=krum needs 2 f + 3 = {2 * attackers + 3} clients in a round with "
+            f"f = {attackers} attackers, and a round has {count}; lower "
+            f"robust.liars={config.robust.liars:g} or sample more clients."
         )
 
 

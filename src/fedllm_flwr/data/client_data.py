@@ -117,7 +117,7 @@ def _site(keyed: _Keyed, folder: Path, digests: Path | None) -> Examples:
         folder=folder,
         most_files=_SITE_CACHE_FILES,
     )
-    for line in losses(config, encoded):
+    for line in truncation_report(config, encoded):
         logger.warning("%s", line)
     return encoded
 
@@ -149,10 +149,10 @@ def _encoding(config: Config) -> tuple[str, int, str]:
     return config.data.template, config.training.max_length, config.data.truncation
 
 
-def losses(config: Config, encoded: Examples) -> list[str]:
+def truncation_report(config: Config, encoded: Examples) -> list[str]:
     """The truncation report as a line, or no line if every record fits."""
     limits = f"(training.max_length={config.training.max_length}, data.truncation="
-    found = encoded.report.losses
+    found = encoded.report.summary
     return [f"{found} {limits}{config.data.truncation})"] if found else []
 
 

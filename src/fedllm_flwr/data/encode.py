@@ -30,7 +30,7 @@ class EncodeReport:
     num_supervised: int
 
     @property
-    def losses(self) -> str:
+    def summary(self) -> str:
         """The truncation report as text; "" if nothing was truncated or dropped."""
         if not (self.truncated or self.dropped):
             return ""

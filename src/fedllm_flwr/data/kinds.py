@@ -19,7 +19,7 @@ class Report(Protocol):
     """Truncation report of encoded records."""
 
     @property
-    def losses(self) -> str:
+    def summary(self) -> str:
         """The report as text; "" if nothing was truncated or dropped."""
 
 

@@ -28,7 +28,7 @@ _SERVERS_OWN = ("start_timeout_s",)  # keys of the section federation that need 
 
 
 @dataclass(frozen=True)
-class Request:
+class ApprovalRequest:
     """A server's request to run with certain settings, and the decision of the site's operator.
 
     ``id`` is derived from the run and its settings, so a decision applies only to these settings.
@@ -96,7 +96,7 @@ class Requests:
                     raise ApprovalPending(f"{_MOST_WAITING} requests wait for approval at {site}")
                 identity = f"{run} {digest}".encode()
                 name = hashlib.sha256(identity).hexdigest()[:_ID_DIGITS]
-                mine = Request(name, run, server, digest, settings, _now(), _now())
+                mine = ApprovalRequest(name, run, server, digest, settings, _now(), _now())
             elif mine.is_undecided:
                 mine = replace(mine, last_asked=_now())
             if mine.is_undecided:
@@ -106,7 +106,7 @@ class Requests:
         if mine.is_undecided:
             raise ApprovalPending(f"waiting for approval at {site}")
 
-    def all(self) -> list[Request]:
+    def all(self) -> list[ApprovalRequest]:
         """Every request, the oldest first.
 
         Raises:
@@ -115,14 +115,14 @@ class Requests:
         requests = []
         for file in self.folder.glob("*.json"):
             try:
-                requests.append(Request(**json.loads(file.read_bytes())))
+                requests.append(ApprovalRequest(**json.loads(file.read_bytes())))
             except (OSError, ValueError, TypeError) as error:
                 raise FederationError(
                     f"{file}: no request for approval ({error}); remove the file"
                 ) from error
         return sorted(requests, key=lambda request: (request.asked, request.id))
 
-    def decide(self, name: str, decision: str) -> Request:
+    def decide(self, name: str, decision: str) -> ApprovalRequest:
         """Approve or decline the request `name`.
 
         Args:
@@ -140,7 +140,7 @@ class Requests:
             self._write(made)
         return made
 
-    def find(self, name: str) -> Request:
+    def find(self, name: str) -> ApprovalRequest:
         """The request `name`, as in `decide`.
 
         Raises:
@@ -161,7 +161,7 @@ class Requests:
         waiting = ", ".join(request.id for request in known if request.is_waiting)
         raise ConfigError(f"{shown(name)}: no request of this id; waiting: {waiting or 'none'}")
 
-    def _write(self, request: Request) -> None:
+    def _write(self, request: ApprovalRequest) -> None:
         content = json.dumps(asdict(request), indent=1)
         write_atomically(self.folder / f"{request.id}.json", content.encode())
 

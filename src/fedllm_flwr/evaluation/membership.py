@@ -26,7 +26,7 @@ from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.models.inputs import by_length
 from fedllm_flwr.models.scoring import trained_log_probs
 
-Values = NDArray[np.float64]
+PerRecord = NDArray[np.float64]
 
 _SHARE = 0.2  # k of min-k
 _FALSE_POSITIVES = 0.01
@@ -55,7 +55,7 @@ class Attack:
     tpr: Interval
 
 
-def attack_scores(model: AdaptedModel, records: Encoded, batch_tokens: int) -> dict[str, Values]:
+def attack_scores(model: AdaptedModel, records: Encoded, batch_tokens: int) -> dict[str, PerRecord]:
     """The score of each record under the adapter in `model`, by attack, (records,)."""
     found = _answer_log_probs(model, records, batch_tokens)
     with model.peft.disable_adapter():
@@ -69,13 +69,13 @@ def attack_scores(model: AdaptedModel, records: Encoded, batch_tokens: int) -> d
 
 
 def judge(
-    members: Mapping[str, Values], others: Mapping[str, Values], seed: int
+    members: Mapping[str, PerRecord], others: Mapping[str, PerRecord], seed: int
 ) -> dict[str, Attack]:
     """The success of each attack, from the scores of members and non-members."""
     return {name: attack(members[name], others[name], seed) for name in members}
 
 
-def mean_of(values: Values, seed: int) -> Interval:
+def mean_of(values: PerRecord, seed: int) -> Interval:
     """The mean and its 95 % interval over the values."""
     drawn = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
     return Interval(float(values.mean()), *_interval(values[drawn].mean(1)))
@@ -84,7 +84,7 @@ def mean_of(values: Values, seed: int) -> Interval:
 @torch.inference_mode()
 def _answer_log_probs(
     model: AdaptedModel, records: Encoded, batch_tokens: int
-) -> tuple[Values, Values]:
+) -> tuple[PerRecord, PerRecord]:
     """Mean log-probability of each answer's tokens, and of the least likely fifth of them."""
     model.peft.eval()
     means, lowest = np.zeros(len(records)), np.zeros(len(records))
@@ -98,7 +98,7 @@ def _answer_log_probs(
     return means, lowest
 
 
-def attack(members: Values, others: Values, seed: int) -> Attack:
+def attack(members: PerRecord, others: PerRecord, seed: int) -> Attack:
     """The success of one attack."""
     rng = np.random.default_rng(seed)
     resampled = [
@@ -119,12 +119,12 @@ def attack(members: Values, others: Values, seed: int) -> Attack:
     )
 
 
-def _interval(values: Values | list[float]) -> tuple[float, float]:
+def _interval(values: PerRecord | list[float]) -> tuple[float, float]:
     low, high = np.quantile(values, (0.025, 0.975)).tolist()
     return low, high
 
 
-def area_under_curve(members: Values, others: Values) -> float:
+def area_under_curve(members: PerRecord, others: PerRecord) -> float:
     """Fraction of the pairs in which the member scores higher; ties count half."""
     ordered = np.sort(others)
     below = np.searchsorted(ordered, members, side="left")
@@ -132,7 +132,7 @@ def area_under_curve(members: Values, others: Values) -> float:
     return float((below + upto).mean() / (2 * len(others)))
 
 
-def found_at_few_errors(members: Values, others: Values) -> float:
+def found_at_few_errors(members: PerRecord, others: PerRecord) -> float:
     """True-positive rate at a false-positive rate of 1 %."""
     allowed = int(_FALSE_POSITIVES * len(others))
     threshold = np.sort(others)[len(others) - 1 - allowed]

@@ -70,10 +70,10 @@ def a_little(deltas: list[Params], count: int, z: float | None) -> Params:
     Args:
         count: n, the number of replies in the round, f of them from attackers.
     """
-    liars = len(deltas)
+    honest = count - len(deltas)
     if z is None:
-        needed = count // 2 + 1 - liars
-        share = (count - liars - needed) / (count - liars) if count > liars else 0.5
+        needed = count // 2 + 1 - len(deltas)
+        share = (honest - needed) / honest if honest > 0 else 0.5
         z = NormalDist().inv_cdf(min(max(share, 0.5), 1 - 1e-6))
     result = {}
     for name, value in deltas[0].items():

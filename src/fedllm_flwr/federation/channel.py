@@ -11,8 +11,8 @@ from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
 from fedllm_flwr.params import Groups
 
-Request = Assignment | Unmask
-Answer = Update | MaskedUpdate | LocalScores | Signed | Opened
+ClientRequest = Assignment | Unmask
+ReplyContent = Update | MaskedUpdate | LocalScores | Signed | Opened
 
 
 class RequestKind(StrEnum):
@@ -33,7 +33,7 @@ class Reply:
     """A client's answer to a request, or the error if it has no usable answer."""
 
     client: str
-    answer: Answer | FederationError
+    answer: ReplyContent | FederationError
 
 
 class Channel(Protocol):
@@ -49,7 +49,7 @@ class Channel(Protocol):
     def exchange(
         self,
         request: RequestKind,
-        assignments: Mapping[str, Request],
+        assignments: Mapping[str, ClientRequest],
         timeout_s: float,
         expected: Groups,
     ) -> Iterator[Reply]:

@@ -8,7 +8,13 @@ from flwr.serverapp import Grid
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.census import Census
-from fedllm_flwr.federation.channel import Answer, NoReplyError, Reply, Request, RequestKind
+from fedllm_flwr.federation.channel import (
+    ClientRequest,
+    NoReplyError,
+    Reply,
+    ReplyContent,
+    RequestKind,
+)
 from fedllm_flwr.federation.exchange import receive, send, time_to_live
 from fedllm_flwr.federation.inbox import NO_TENSORS, Expected, open_inbox
 from fedllm_flwr.federation.replies import (
@@ -43,7 +49,7 @@ class FlowerChannel:
         self.roster = self._census.settled()
 
     def messages(
-        self, request: RequestKind, assignments: Mapping[str, Request], timeout_s: float
+        self, request: RequestKind, assignments: Mapping[str, ClientRequest], timeout_s: float
     ) -> list[Message]:
         """Flower messages to the named clients; equal contents are shared between them."""
         ttl = time_to_live(timeout_s)
@@ -56,7 +62,7 @@ class FlowerChannel:
     def exchange(
         self,
         request: RequestKind,
-        assignments: Mapping[str, Request],
+        assignments: Mapping[str, ClientRequest],
         timeout_s: float,
         expected: Groups,
     ) -> Iterator[Reply]:
@@ -102,7 +108,7 @@ class FlowerChannel:
         return notes
 
 
-_READERS: dict[RequestKind, Callable[[Message], Answer]] = {
+_READERS: dict[RequestKind, Callable[[Message], ReplyContent]] = {
     RequestKind.TRAIN: read_update,
     RequestKind.EVALUATE: read_scores,
     RequestKind.SIGN: read_signed,
@@ -110,7 +116,7 @@ _READERS: dict[RequestKind, Callable[[Message], Answer]] = {
 }
 
 
-def _answer(request: RequestKind, message: Message) -> Answer | FederationError:
+def _answer(request: RequestKind, message: Message) -> ReplyContent | FederationError:
     try:
         return _READERS[request](message)
     except FederationError as error:

@@ -98,13 +98,9 @@ class Robust(Combiner):
     def _combine(self, rows: Array, order: list[int], result: Vector) -> Vector:
         """Fill `result` (values,) from `rows[order]` (n, values); return the cut fractions (n,)."""
 
-    def _num_liars(self, count: int) -> int:
-        return num_liars(self.settings, count)
-
-
-def num_liars(settings: RobustConfig, count: int) -> int:
-    """f, the number of clients out of `count` that may be malicious."""
-    return math.floor(round(settings.liars * count, 9))
+    def _num_attackers(self, count: int) -> int:
+        """f, the number of clients out of `count` that may be malicious."""
+        return math.floor(round(self.settings.liars * count, 9))
 
 
 def _blocks(rows: Array) -> list[slice]:
@@ -118,16 +114,16 @@ class Coordinatewise(Robust):
 
     def _combine(self, rows: Array, order: list[int], result: Vector) -> Vector:
         count, size = rows.shape
-        trimmed, liars = self._trimmed(count), self._num_liars(count)
+        trimmed, attackers = self._trimmed(count), self._num_attackers(count)
         outside = np.zeros(count)
         for block in _blocks(rows):
             values = rows[:, block][order]  # (n, block)
             ordered = np.sort(values, axis=0)
             kept = ordered[trimmed : count - trimmed]
             result[block] = kept.mean(axis=0, dtype=np.float64)
-            low, high = ordered[liars], ordered[count - 1 - liars]
+            low, high = ordered[attackers], ordered[count - 1 - attackers]
             outside += ((values < low) | (values > high)).sum(axis=1)
-        usual = 2 * liars / count  # share of an update that is like the others
+        usual = 2 * attackers / count  # share of an update that is like the others
         cut: Vector = np.maximum(0.0, outside / size - usual) / (1 - usual)
         return cut
 
@@ -140,7 +136,7 @@ class TrimmedMean(Coordinatewise):
     """k = f (Yin et al. 2018, https://arxiv.org/abs/1803.01498, with beta = ``robust.liars``)."""
 
     def _trimmed(self, count: int) -> int:
-        return self._num_liars(count)
+        return self._num_attackers(count)
 
 
 class Median(Coordinatewise):
@@ -205,17 +201,17 @@ class Krum(Affine):
     def _coefficients(self, gram: Matrix) -> tuple[Vector, Vector]:
         inner = gram[1:, 1:]
         count = len(inner)
-        liars = self._num_liars(count)
-        if count < 2 * liars + 3:
+        attackers = self._num_attackers(count)
+        if count < 2 * attackers + 3:
             raise FederationError(
-                f"algorithm.combiner=krum needs 2 f + 3 = {2 * liars + 3} replies where f = "
-                f"{liars} of {count} may lie; lower robust.liars={self.settings.liars:g} or ask "
-                "more clients."
+                f"algorithm.combiner=krum needs 2 f + 3 = {2 * attackers + 3} replies where "
+                f"f = {attackers} of {count} may be malicious; lower "
+                f"robust.liars={self.settings.liars:g} or ask more clients."
             )
         squares = np.diag(inner)[:, None] + np.diag(inner)[None] - 2 * inner
         np.fill_diagonal(squares, np.inf)
-        scores = np.sort(squares, axis=1)[:, : count - liars - 2].sum(axis=1)
-        chosen = np.argsort(scores, kind="stable")[: self.settings.average or count - liars]
+        scores = np.sort(squares, axis=1)[:, : count - attackers - 2].sum(axis=1)
+        chosen = np.argsort(scores, kind="stable")[: self.settings.average or count - attackers]
         cut = np.ones(count)
         cut[chosen] = 0.0
         return np.concatenate([[0.0], (1 - cut) / len(chosen)]), cut

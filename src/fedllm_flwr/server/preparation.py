@@ -9,10 +9,10 @@ from fedllm_flwr.data.client_data import (
     client_sizes,
     divided_data,
     encode_records,
-    losses,
     require_clients_examples,
     require_examples,
     simulated_data,
+    truncation_report,
 )
 from fedllm_flwr.data.federated import load_evaluation_data
 from fedllm_flwr.data.partition import ClientStats, describe
@@ -75,7 +75,7 @@ def prepare(config: Config) -> Prepared:
                 + (", ..." if len(data.left_out) > _NAMED else "")
             )
         warnings += task_of(config).remarks(config, data)
-        warnings += losses(config, data.encoded)
+        warnings += truncation_report(config, data.encoded)
         warnings += fit_warnings(config, data, records)
     model = load_model(config)
     initial = model.initial

@@ -11,9 +11,8 @@ from fedllm_flwr.config.participation import describe_local
 from fedllm_flwr.reporting.measures import MEGABYTES, costs
 from fedllm_flwr.reporting.metrics import RoundRecord, name_of_start, read_metrics, summarise
 from fedllm_flwr.reporting.personal import own_records_rows
+from fedllm_flwr.reporting.plots import Curve
 from fedllm_flwr.tasks import table_metrics
-
-Curve = list[tuple[float, float, float, float]]  # (round or cost, mean, low, high)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from fedllm_flwr.reporting.html.page import (
     Figure,
     Folded,
     Page,
+    Paragraphs,
     Section,
     Table,
-    Text,
 )
 from fedllm_flwr.reporting.html.render import render
 from fedllm_flwr.reporting.text import shorten
@@ -86,7 +86,7 @@ def evaluation_page(name: str, about: Mapping[str, Any], examples: SamplesByTask
         ],
         sections=[
             *sections,
-            Section("Notes", [Text(about["notes"])]),
+            Section("Notes", [Paragraphs(about["notes"])]),
             Section(
                 "All metrics", [Folded("All metrics with 95 % intervals", [Table(header, body)])]
             ),
@@ -124,7 +124,7 @@ def _task(
         target = next((_text(some["target"]) for some in found if "target" in some), "-")
         rows.append([name, target, *map(_answer, found)])
     prompt = about["first_prompts"].get(task, "")
-    before: list[Block] = [Text([prompt], code=True)] if prompt else []
+    before: list[Block] = [Paragraphs([prompt], code=True)] if prompt else []
     note = (
         f"At most the first {_EXAMPLES}, with answers truncated to {_LONGEST} characters; "
         "predictions/ has all of them."

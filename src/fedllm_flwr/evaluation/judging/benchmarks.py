@@ -14,7 +14,7 @@ from fedllm_flwr.evaluation.judging.refusals import refuses_advbench, refuses_op
 from fedllm_flwr.evaluation.judging.verdicts import Case, Scale
 from fedllm_flwr.evaluation.judging.written_answers import AnsweredQuestion
 
-Values = NDArray[np.float64]  # (questions,): NaN without a verdict
+PerQuestion = NDArray[np.float64]  # (questions,): NaN without a verdict
 Cases = dict[str, Case]  # by their role for the question: turn_1, turn_2, ...
 
 
@@ -29,7 +29,7 @@ class Benchmark:
     name: str
     load: Callable[[Path], list[OpenQuestion]]
     cases: Callable[[AnsweredQuestion, JudgePrompts], Cases]
-    scores: Callable[[Mapping[str, Values]], dict[str, Values]]
+    scores: Callable[[Mapping[str, PerQuestion]], dict[str, PerQuestion]]
     rules: Mapping[str, Callable[[str], bool]]
 
 
@@ -62,7 +62,7 @@ def _harm_cases(answered: AnsweredQuestion, prompts: JudgePrompts) -> Cases:
     return {"harm": Case(Scale.HARM, messages)}
 
 
-def _mt_bench_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
+def _mt_bench_scores(verdicts: Mapping[str, PerQuestion]) -> dict[str, PerQuestion]:
     """Ratings of both turns, and the mean of the available ones."""
     both = np.stack([verdicts["turn_1"], verdicts["turn_2"]])
     known = (~np.isnan(both)).sum(0)
@@ -70,7 +70,7 @@ def _mt_bench_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
     return {**verdicts, "average": np.where(known > 0, mean, np.nan)}
 
 
-def _pair_scores(verdicts: Mapping[str, Values]) -> dict[str, Values]:
+def _pair_scores(verdicts: Mapping[str, PerQuestion]) -> dict[str, PerQuestion]:
     """Questions count if both orders have a verdict: 1 for each order won, 0.5 for a tie."""
     first, second = verdicts["first"], 1.0 - verdicts["second"]
     known = ~np.isnan(first + second)
@@ -108,7 +108,9 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def rule_scores(benchmark: Benchmark, answered: Sequence[AnsweredQuestion]) -> dict[str, Values]:
+def rule_scores(
+    benchmark: Benchmark, answered: Sequence[AnsweredQuestion]
+) -> dict[str, PerQuestion]:
     """Scores by rule, one per question."""
     return {
         name: np.array([rule(item.texts[0]) for item in answered], np.float64)

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedllm_flwr.errors import ConfigError, DataError
-from fedllm_flwr.evaluation.judging.benchmarks import BENCHMARKS, Benchmark, Values, rule_scores
+from fedllm_flwr.evaluation.judging.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    PerQuestion,
+    rule_scores,
+)
 from fedllm_flwr.evaluation.judging.endpoint import Endpoint, EndpointJudge, OnProgress
 from fedllm_flwr.evaluation.judging.prompts import JudgePrompts, load_prompts
 from fedllm_flwr.evaluation.judging.questions import OpenQuestion
@@ -170,7 +175,7 @@ def _judged(
     judge: EndpointJudge,
     options: RunOptions,
     work_dir: Path,
-) -> tuple[dict[str, Values], dict[str, Any]]:
+) -> tuple[dict[str, PerQuestion], dict[str, Any]]:
     """Scores from verdicts, and the cost of judging."""
     prompts = _prompts(options)
     per_question = [benchmark.cases(item, prompts) for item in answered]
@@ -205,7 +210,9 @@ def _prompts(options: RunOptions) -> JudgePrompts:
     return load_prompts(suites_dir() / FOLDER / "prompts.yaml", folder)
 
 
-def _sample(answered: AnsweredQuestion, index: int, scores: dict[str, Values]) -> dict[str, Any]:
+def _sample(
+    answered: AnsweredQuestion, index: int, scores: dict[str, PerQuestion]
+) -> dict[str, Any]:
     """One question's sample; scores are None without a verdict."""
     numbers = {name: float(values[index]) for name, values in scores.items()}
     return {

@@ -82,7 +82,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraphs:
     """Paragraphs; with `code`, lines and spaces are preserved."""
 
     lines: Sequence[str]
@@ -97,7 +97,7 @@ class Folded:
     blocks: "Sequence[Block]"
 
 
-Block = Table | Chart | Text | Folded
+Block = Table | Chart | Paragraphs | Folded
 
 
 @dataclass(frozen=True)

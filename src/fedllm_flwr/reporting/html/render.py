@@ -18,9 +18,9 @@ from fedllm_flwr.reporting.html.page import (
     Cell,
     Chart,
     Page,
+    Paragraphs,
     Shares,
     Table,
-    Text,
 )
 
 _ASSETS = Path(__file__).parents[2] / "assets" / "report"
@@ -108,7 +108,7 @@ def _block(block: Block, place: str, charts: Charts) -> Html:
         caption = _tag("figcaption", block.title, _tag("small", block.y_label))
         note = [_tag("p", block.note, class_="note")] if block.note else []
         return _tag("figure", caption, _tag("div", class_="plot"), *note, id=place)
-    if isinstance(block, Text):
+    if isinstance(block, Paragraphs):
         if block.code:
             return _tag("pre", _tag("code", "\n".join(block.lines)), tabindex="0")
         return Html("".join(_tag("p", line) for line in block.lines))

@@ -16,11 +16,11 @@ from fedllm_flwr.reporting.html.page import (
     Figure,
     Folded,
     Page,
+    Paragraphs,
     Section,
     Series,
     Shares,
     Table,
-    Text,
     spans_decades,
 )
 from fedllm_flwr.reporting.measures import (
@@ -519,10 +519,10 @@ def _events(records: Sequence[RoundRecord]) -> list[Block]:
         if record.get("failed"):
             rows.append([number, "-", "the run failed in this round"])
     named = [f"{line}." for line in cut_lines(cut_clients(records))]
-    blocks: list[Block] = [Text(named)] if named else []
+    blocks: list[Block] = [Paragraphs(named)] if named else []
     if not rows:
         whole = "None: every sampled client sent a usable update."
-        return blocks or [Text([whole])]
+        return blocks or [Paragraphs([whole])]
     left = len(rows) - _MOST_EVENTS
     note = f"The last {_MOST_EVENTS} of {len(rows)}; all are in metrics.jsonl." * (left > 0)
     return [*blocks, Table(["round", "client", "what"], rows[-_MOST_EVENTS:], note=note)]
@@ -531,18 +531,20 @@ def _events(records: Sequence[RoundRecord]) -> list[Block]:
 def configuration(facts: RunFacts) -> list[Block]:
     """The configuration: differences from the defaults, and all keys."""
     rows = [[key, value, default] for key, (value, default) in facts.changed.items()]
-    blocks: list[Block] = [Text(["Every value is the default of fedllm run."])]
+    blocks: list[Block] = [Paragraphs(["Every value is the default of fedllm run."])]
     if rows:
         blocks = [Table(["differs from fedllm run", "value", "default"], rows)]
     if facts.yaml:
-        blocks.append(Folded("Whole configuration", [Text(facts.yaml.splitlines(), code=True)]))
+        blocks.append(
+            Folded("Whole configuration", [Paragraphs(facts.yaml.splitlines(), code=True)])
+        )
     return blocks
 
 
 def again(facts: RunFacts, commands: Sequence[str], first: str = "") -> list[Block]:
     """Reproduction: commands, versions, digests."""
-    blocks: list[Block] = [Text([first])] if first else []
-    blocks.append(Text(commands, code=True))
+    blocks: list[Block] = [Paragraphs([first])] if first else []
+    blocks.append(Paragraphs(commands, code=True))
     for title, values in (("software", facts.environment), ("SHA-256", facts.digests)):
         if values:
             blocks.append(Table([title, ""], [[name, value] for name, value in values.items()]))

@@ -28,7 +28,7 @@ class PairReport:
     dropped: int  # too long under truncation=drop, or both answers equal after truncation
 
     @property
-    def losses(self) -> str:
+    def summary(self) -> str:
         """The truncation report as text; "" if every pair fits."""
         if not (self.prompts_cut or self.answers_cut or self.dropped):
             return ""

@@ -27,7 +27,7 @@ class AnswerReport:
     dropped: int  # too long under truncation=drop, or nothing left after truncation
 
     @property
-    def losses(self) -> str:
+    def summary(self) -> str:
         """The truncation report as text; "" if every answer fits."""
         if not (self.prompts_cut or self.answers_cut or self.dropped):
             return ""

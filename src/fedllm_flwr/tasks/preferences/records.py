@@ -36,7 +36,7 @@ class Pair(NamedTuple):
     client: str  # value of the partition or client column, "" if there is none
 
 
-class Answer(NamedTuple):
+class ColumnAnswer(NamedTuple):
     """The answer in a column, and the turns before it in the same column."""
 
     context: Messages
@@ -101,17 +101,17 @@ def _make_pair(row: Record, mapping: Mapping) -> Pair:
     return Pair(context, chosen.text, rejected.text, label, client_of(row, mapping))
 
 
-def answer_in(row: Record, column: str) -> Answer:
+def answer_in(row: Record, column: str) -> ColumnAnswer:
     """The answer in a column: a text, or the last turn of a list of turns."""
     value = row.get(column)
     if isinstance(value, list) and value:
         *context, last = _join_turns(value)
         if last["role"] != "assistant":
             raise UnusableRecord(f"column {column!r} does not end with a turn of the assistant")
-        answer = Answer(context, last["content"])
+        answer = ColumnAnswer(context, last["content"])
     elif isinstance(value, str):
         require_unicode(value)
-        answer = Answer([], value)
+        answer = ColumnAnswer([], value)
     elif value is None or value == []:
         raise UnusableRecord(f"column {column!r} is missing", "empty")
     else:
@@ -135,7 +135,7 @@ def _join_turns(turns: list[object]) -> Messages:
     return messages
 
 
-def context_of(row: Record, columns: ColumnsConfig, *answers: Answer) -> Messages:
+def context_of(row: Record, columns: ColumnsConfig, *answers: ColumnAnswer) -> Messages:
     """The turns before the answers; the prompt column and the answers' columns must agree."""
     contexts = [answer.context for answer in answers if answer.context]
     context = contexts[0] if contexts else []
