@@ -163,7 +163,7 @@ def test_a_third_of_attackers_cannot_carry_a_robust_rule_away(seed: int, far: fl
 
 @given(**LYING)
 @limited(max_examples=20, deadline=None)
-def test_an_attacker_moves_centred_clipping_by_its_share_of_the_radius(seed: int, far: float) -> None:
+def test_an_attacker_moves_centred_clipping_by_a_share_of_the_radius(seed: int, far: float) -> None:
     """In one step a change of one update moves the result by 2 tau / n at most."""
     _, points = with_attackers(seed, honest=7, attackers=3, far=far)
     other = points.copy()

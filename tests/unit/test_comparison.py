@@ -170,7 +170,7 @@ def test_the_report_has_the_numbers_of_the_table(outcomes: list[FinishedRun]) ->
     charts = {block.title: block for block in blocks["Curves"] if isinstance(block, Chart)}
     moved = charts["Accuracy against megabytes moved, both ways"]
     assert [(line.name, list(line.x)) for line in moved.series] == [("fedavg", [0.0, 3.0])]
-    assert "fedavg, 0.820; base 0.250, local (mean) 0.510" in page.headline
+    assert "fedavg with a mean accuracy of 0.820; base 0.250, local (mean) 0.510" in page.headline
 
 
 def test_every_run_has_the_same_budget(tmp_path: Path) -> None:

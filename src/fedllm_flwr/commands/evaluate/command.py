@@ -155,7 +155,7 @@ def _tasks(request: EvaluateOptions) -> tuple[list[SuiteTask], list[str]]:
     found, skipped = [], []
     for task in named:
         if root is not None and (missing := missing_files(task, root)):
-            raise DataError(f"--task {task.name}: {missing[0]} is missing ({task.source}).")
+            raise DataError(f"--task {task.name}: {missing[0]} is missing; it holds {task.source}.")
         found.append(task)
     of_suites = [task for suite in chosen_suites(request.suites) for task in suite.tasks]
     for task in of_suites:

@@ -54,7 +54,7 @@ def local_settings(task: SuiteTask, part: str, root: Path) -> dict[str, Any]:
     paths = _paths(task, part, root)
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{task.name}: {path} is missing; it should contain {task.source}.")
+            raise DataError(f"{task.name}: {path} is missing; it holds {task.source}.")
     splits = READERS[task.reader](paths)
     data = datasets.DatasetDict(
         {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
