@@ -24,6 +24,15 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
 ]
 
+# What a screen reader would not be able to say, and what it tells apart by names.
+UNNAMED = (
+    "[...document.querySelectorAll('button, th, summary, a')]"
+    ".filter(e => !e.textContent.trim()).map(e => e.outerHTML)"
+)
+LANDMARKS = (
+    "[...document.querySelectorAll('[role=region], nav, section')]"
+    ".map(e => e.getAttribute('aria-label') || e.getAttribute('aria-labelledby'))"
+)
 EVIL = "</script><img src=x onerror=\"document.title='owned'\">"
 
 
@@ -106,6 +115,10 @@ def test_hostile_names_run_nothing_and_fit_a_phone(browser: Browser, address: st
         assert browser.value("document.querySelectorAll('img, iframe').length") == 0
         root = "document.documentElement"
         assert browser.value(f"{root}.scrollWidth <= {root}.clientWidth")
+        assert browser.value("document.querySelector('thead td')") is not None  # an empty corner
+        assert browser.value(UNNAMED) == []
+        names = browser.value(LANDMARKS)
+        assert len(names) == len(set(names))
     ground = browser.value("getComputedStyle(document.body).backgroundColor")
     assert ground == "rgb(20, 24, 29)"
     assert browser.console == []  # no violation of the policy, no error

@@ -287,6 +287,7 @@
     const body = table.tBodies[0];
     if (!body || body.rows.length < 3) return;
     [...table.tHead.rows[0].cells].forEach((head, column) => {
+      if (!head.textContent) return;
       const button = document.createElement("button");
       button.type = "button";
       button.append(...head.childNodes);

@@ -121,7 +121,7 @@ def _table(table: Table, place: str) -> Html:
     numeric = [all(_is_number(row[i]) for row in table.rows) for i in columns]
     labels = [sorted_labels(table.rows, i) for i in columns]
     head = [
-        _tag("th", title, scope="col", class_="number" if number else None)
+        _tag("th", title, scope="col", class_="number" if number else None) if title else _tag("td")
         for title, number in zip(table.header, numeric, strict=True)
     ]
     body = []
@@ -133,7 +133,7 @@ def _table(table: Table, place: str) -> Html:
         body.append(_tag("tr", *cells))
     caption = [_tag("caption", table.title)] if table.title else []
     whole = _tag("table", *caption, _tag("thead", _tag("tr", *head)), _tag("tbody", *body))
-    name = table.title or "table"
+    name = table.title or f"table {place.replace('-', ' ')}"
     parts = [_tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=name)]
     parts += [_legend(names) for names in labels if names]
     parts += [_tag("p", table.note, class_="note")] if table.note else []
