@@ -57,7 +57,8 @@ def started(command: Sequence[str], cwd: Path, **more: str) -> Iterator[subproce
     try:
         yield process
     finally:
-        for left in (process, *relatives(cwd)):
+        owned: list[subprocess.Popen[str] | psutil.Process] = [process, *relatives(cwd)]
+        for left in owned:
             if isinstance(left, psutil.Process) or left.poll() is None:
                 with suppress(psutil.NoSuchProcess):
                     left.kill()
