@@ -224,6 +224,7 @@ MODELS = _rows(
     ("rank above the width", "lora.r=4096 lora.target_modules=[q_proj]", "lora.r=4096 is above"),
     ("no such device", "training.device=cuda", "training.device=cuda"),
     ("FlashAttention without CUDA", "model.attention=flash_attention_2", "flash_attention_2"),
+    ("fused kernels without CUDA", "model.kernels=liger", "model.kernels=liger needs a CUDA"),
     ("misspelt suite", "evaluation.suites=[finence]", "Did you mean 'finance'"),
     ("suite that runs code", "evaluation.suites=[code]", "runs code or uses a judge"),
     (

@@ -22,6 +22,7 @@ from fedllm_flwr.data.encode import Encoded
 from fedllm_flwr.federation.messages import Acknowledged, Assignment, Update
 from fedllm_flwr.models.adapted_model import load_model
 from fedllm_flwr.params import Params, derive_seed
+from fedllm_flwr.tasks.sft import training
 from fedllm_flwr.training.schedule import draw_examples
 
 LEARNING_RATE = 1e-2
@@ -216,6 +217,40 @@ def test_packed_equals_padded(
     assert_near(other.delta, one.delta)
     assert other.metrics["computed_tokens"] == other.metrics["tokens"] == one.metrics["tokens"]
     assert one.metrics["computed_tokens"] > one.metrics["tokens"]
+
+
+@pytest.mark.parametrize("fitting", [1, 0])
+def test_a_round_without_memory_is_tried_with_smaller_micro_batches(
+    fitting: int,
+    make_config: MakeConfig,
+    random_examples: MakeExamples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = make_config(**settings(micro_batch_size=8))
+    examples, params = random_examples(50), start(config)
+    small = run(
+        task(changed(config, training={"micro_batch_size": 1}), params), examples, tmp_path / "a"
+    )
+
+    collate = training.collate_padded
+
+    def out_of_memory(examples: Encoded, batch: list[int], pad_id: int) -> Any:
+        if len(batch) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return collate(examples, batch, pad_id)
+
+    monkeypatch.setattr(training, "collate_padded", out_of_memory)
+    monkeypatch.setattr(load_model(config), "most_together", None)
+    if not fitting:
+        with pytest.raises(torch.OutOfMemoryError):
+            run(task(config, params), examples, tmp_path / "b")
+        return
+    update = run(task(config, params), examples, tmp_path / "b")
+    for name, value in small.delta.items():
+        np.testing.assert_array_equal(update.delta[name], value)
+    assert "training.micro_batch_size=1" in caplog.text
 
 
 def test_dropout_draws_from_the_seed_of_run_round_and_client(

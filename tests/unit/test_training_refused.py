@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import import_utils
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import ModelConfig
 from fedllm_flwr.errors import ConfigError, FedLLMError, ModelError
 from fedllm_flwr.models.adapted_model import load_model
+from fedllm_flwr.models.device import can_pack, resolve_attention
 
 MakeConfig = Callable[..., Config]
 
@@ -117,7 +119,41 @@ def test_foreign_adapters(make_config: MakeConfig) -> None:
         assert_helpful(raised.value, words, "does not fit")
 
 
-def test_flash_attention_needs_a_gpu(make_config: MakeConfig) -> None:
-    config = make_config(model={"attention": "flash_attention_2"}, training={"device": "cpu"})
-    with pytest.raises(ConfigError, match=r"model\.attention=auto"):
+@pytest.mark.parametrize("key", ["attention=flash_attention_3", "kernels=liger"])
+def test_what_needs_a_gpu(key: str, make_config: MakeConfig) -> None:
+    name, value = key.split("=")
+    config = make_config(model={name: value}, training={"device": "cpu"})
+    with pytest.raises(
+        ConfigError, match=rf"model\.{key} needs a CUDA device .*use model\.{name}="
+    ):
         load_model(config)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "dtype", "chosen"),
+    [
+        ({2, 3, 4}, 9, torch.bfloat16, "flash_attention_4"),
+        ({2, 4}, 8, torch.bfloat16, "flash_attention_2"),
+        ({2}, 7, torch.float16, "sdpa"),
+        ({2, 4}, 9, torch.float32, "sdpa"),
+        (set(), 9, torch.bfloat16, "sdpa"),
+    ],
+)
+def test_attention_is_the_newest_that_runs(
+    installed: set[int],
+    capability: int,
+    dtype: torch.dtype,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    for version in (2, 3, 4):
+        there = version in installed
+        monkeypatch.setattr(
+            import_utils, f"is_flash_attn_{version}_available", lambda there=there: there
+        )
+    assert resolve_attention("auto", torch.device("cuda"), dtype) == chosen
+    assert can_pack(chosen) == (chosen != "sdpa")
+    if 4 not in installed or capability < 9:
+        with pytest.raises(ConfigError, match=r"capability 9\.0"):
+            resolve_attention("flash_attention_4", torch.device("cuda"), dtype)

@@ -1,5 +1,6 @@
 """One client's round: from the server's assignment to the client's update."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.nn import Parameter
 
@@ -20,7 +22,7 @@ from fedllm_flwr.federation.messages import FROZEN, Assignment, Update
 from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.updates.transform import Chain, Passage
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
-from fedllm_flwr.models.device import micro_batch_size, torch_threads
+from fedllm_flwr.models.device import can_pack, micro_batch_size, torch_threads
 from fedllm_flwr.params import Groups, Kept, Params, add, derive_seed, digest, subtract
 from fedllm_flwr.tasks import task_of
 from fedllm_flwr.tasks.base import LocalWork, TrainingTask
@@ -31,6 +33,8 @@ from fedllm_flwr.training.momentum import MOMENTUM, with_momentum, worker_moment
 from fedllm_flwr.training.private import poisson_batches, train_privately
 from fedllm_flwr.training.schedule import draw_examples, steps_per_round
 from fedllm_flwr.training.trainer import Trained
+
+logger = logging.getLogger(__name__)
 
 Drawn = NDArray[np.int64]
 
@@ -45,7 +49,25 @@ def train_locally(assignment: Assignment, data: ClientData, state_dir: Path) -> 
         FedLLMError: the data or the model do not allow the requested training.
     """
     with torch_threads(assignment.config.federation.client_cpus):
-        return _train(assignment, data, state_dir)
+        while True:
+            try:
+                return _train(assignment, data, state_dir)
+            except torch.OutOfMemoryError:
+                if not _halve(assignment.config):
+                    raise
+            torch.cuda.empty_cache()  # after the traceback, which holds on to tensors
+
+
+def _halve(config: Config) -> bool:
+    """Whether the round can be tried again, with half as many examples per forward pass."""
+    model, rows = load_model(config), task_of(config).rows_per_example
+    asked = micro_batch_size(config.training, model.device, model.num_base_parameters, rows)
+    size = min(asked, model.most_together or asked) // 2
+    if not size or config.privacy.unit == "record":
+        return False
+    model.most_together = size
+    logger.warning("out of memory; trying again with training.micro_batch_size=%d", size)
+    return True
 
 
 def completed(assignment: Assignment, rule: Rule, model: AdaptedModel) -> Assignment:
@@ -316,8 +338,9 @@ def _batches(
     examples, rows = data.train, task.rows_per_example
     steps = steps_per_round(config.training, len(examples))
     size = micro_batch_size(config.training, model.device, model.num_base_parameters, rows)
-    has_flash, wanted = model.attention == "flash_attention_2", config.training.packing
-    packed = task.can_pack and (has_flash if wanted is None else wanted)
+    size = min(size, model.most_together or size)
+    wanted = config.training.packing
+    packed = task.can_pack and (can_pack(model.attention) if wanted is None else wanted)
     batches = round_batches(drawn, examples.lengths, steps, size, packed)
     return replace(
         batches,

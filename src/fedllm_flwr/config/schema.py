@@ -73,7 +73,15 @@ class Registered:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
 
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Attention = Literal[
+    "auto",
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 WireDtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -114,6 +122,9 @@ class ModelConfig:
         default=None, description="commit, branch or tag on the hub; null: the default branch"
     )
     attention: Attention = "auto"
+    kernels: Literal["torch", "liger"] = Field(
+        default="torch", description="liger: fused norms, rotary positions and MLPs, on CUDA"
+    )
     special_tokens_as_text: Flag = Field(
         default=True,
         description="read special tokens in a record (</s>) as text; false: as control tokens",

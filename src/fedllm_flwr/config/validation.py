@@ -506,7 +506,8 @@ def _check_device(config: Config) -> None:
             "quantization=int8 does not train with lora.dora=true: bitsandbytes hands its scales "
             "out once, and DoRA needs them twice; use quantization=nf4, or lora.dora=false."
         )
-    if config.model.attention != "flash_attention_2":
+    attention = config.model.attention
+    if not attention.startswith("flash_attention"):
         return
     for key, value, remedy in (
         ("training.device", training.device, "cuda"),
@@ -514,7 +515,7 @@ def _check_device(config: Config) -> None:
     ):
         if value in ("cpu", "mps", "float32"):
             raise ConfigError(
-                f"model.attention=flash_attention_2 does not run with {key}={value}; use "
+                f"model.attention={attention} does not run with {key}={value}; use "
                 f"{key}={remedy} or model.attention=sdpa."
             )
 

@@ -45,6 +45,7 @@ class AdaptedModel:
     num_base_parameters: int
     quantized: bool
     initial: Params = field(repr=False)  # initial adapter, from the seed and the LoRA settings
+    most_together: int | None = None  # examples per forward pass that fit into memory, once known
     _cores: list[tuple[torch.nn.Module, RemovableHandle]] = field(default_factory=list, repr=False)
 
     @property
@@ -241,7 +242,7 @@ class ModelCache:
         """
         device = resolve_device(config.training.device)
         dtype = resolve_dtype(config.training.dtype, device)
-        attention = resolve_attention(config.model.attention, device)
+        attention = resolve_attention(config.model.attention, device, dtype)
         base_key = (config.model, config.quantization, device, dtype, attention)
         adapter_key = (config.lora, config.seed)
         kept, self._model = self._model, None  # a model that cannot be adapted is not cached
@@ -276,7 +277,7 @@ def load_beside(config: Config) -> AdaptedModel:
     """
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
-    attention = resolve_attention(config.model.attention, device)
+    attention = resolve_attention(config.model.attention, device, dtype)
     return _adapt(load_base(config, device, dtype, attention), config, device, dtype, attention)
 
 
@@ -291,7 +292,7 @@ def load_dequantized(config: Config) -> AdaptedModel:
     """
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
-    attention = resolve_attention(config.model.attention, device)
+    attention = resolve_attention(config.model.attention, device, dtype)
     base = load_base(config, device, dtype, attention).dequantize().to(dtype)
     full = replace(config, quantization=QuantizationConfig())
     return _adapt(base, full, device, dtype, attention)

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ModelError
+from fedllm_flwr.models.device import check_kernels
 from fedllm_flwr.models.probe import check_computes
 from fedllm_flwr.models.tokenizer import model_source, unusable_model
 
@@ -23,6 +24,7 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
         ModelError: it cannot be loaded, its weights do not match its config.json, or it is not a
             causal language model.
     """
+    check_kernels(config.model, device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_source(config.model),
@@ -43,11 +45,31 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype, attentio
     model, report = loaded
     _check_complete(config, report)
     model.config.use_cache = False
+    if config.model.kernels == "liger":
+        _fuse(model, config)
     if config.quantization.name != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         _keep_weights(model)
     check_computes(model, config)
     return model
+
+
+def _fuse(model: Any, config: Config) -> None:
+    """Replace norms, rotary positions and MLPs by Liger's fused kernels; losses stay PyTorch's.
+
+    Raises:
+        ModelError: Liger has no kernels for this architecture.
+    """
+    from liger_kernel.transformers import monkey_patch
+
+    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(
+            f"model.kernels=liger has no kernels for {model.config.model_type} models "
+            f"(model.path={config.model.path}); use model.kernels=torch."
+        )
+    monkey_patch._apply_liger_kernel_to_instance(
+        model, cross_entropy=False, fused_linear_cross_entropy=False
+    )
 
 
 def _keep_weights(model: Any) -> None:

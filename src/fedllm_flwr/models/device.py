@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers.utils import import_utils
 
-from fedllm_flwr.config.schema import TrainingConfig
+from fedllm_flwr.config.schema import ModelConfig, TrainingConfig
 from fedllm_flwr.errors import ConfigError
 
 
@@ -48,22 +49,63 @@ def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_bfloat16 else torch.float16
 
 
-def resolve_attention(requested: str, device: torch.device) -> str:
-    """The attention implementation of ``model.attention``; auto prefers FlashAttention on CUDA.
+# Packages of FlashAttention, newest first, and the compute capability that each needs.
+_FLASH = {"flash_attention_4": 9, "flash_attention_3": 9, "flash_attention_2": 8}
+
+
+def resolve_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention implementation of ``model.attention``.
+
+    auto: the newest FlashAttention that is installed and runs on this device in this dtype,
+    otherwise PyTorch's own (sdpa).
 
     Raises:
-        ConfigError: FlashAttention is requested but cannot run here.
+        ConfigError: the requested one cannot run here.
     """
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    usable = _flash_packages(device) if dtype != torch.float32 else []
     if requested == "auto":
-        return "flash_attention_2" if has_flash else "sdpa"
-    if requested == "flash_attention_2" and not has_flash:
+        return usable[0] if usable else "sdpa"
+    if requested in _FLASH and requested not in usable:
+        needed = f"a CUDA device of compute capability {_FLASH[requested]}.0 and its package"
+    elif requested == "flex_attention" and device.type != "cuda":
+        needed = "a CUDA device"
+    else:
+        return requested
+    text = f"model.attention={requested} needs {needed}; use model.attention=auto."
+    raise ConfigError(text, text)
+
+
+def _flash_packages(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return []
+    capability, _ = torch.cuda.get_device_capability(device)
+    found = []
+    for name, needed in _FLASH.items():
+        # Packages 2 and 4 share a module; transformers tells them apart.
+        is_there = getattr(import_utils, f"is_{name.replace('attention', 'attn')}_available", None)
+        if capability >= needed and is_there is not None and is_there():
+            found.append(name)
+    return found
+
+
+def can_pack(attention: str) -> bool:
+    """Whether an attention implementation takes packed examples without a mask of all pairs."""
+    return attention in _FLASH or attention == "flex_attention"
+
+
+def check_kernels(model: ModelConfig, device: torch.device) -> None:
+    """Reject fused kernels that cannot run here.
+
+    Raises:
+        ConfigError: ``model.kernels=liger`` without a CUDA device or without the package.
+    """
+    is_there = importlib.util.find_spec("liger_kernel") is not None
+    if model.kernels == "liger" and not (is_there and device.type == "cuda"):
         text = (
-            "model.attention=flash_attention_2 needs a CUDA device and the flash-attn package; "
-            "use model.attention=auto."
+            "model.kernels=liger needs a CUDA device and the package: "
+            "pip install 'fedllm-flwr[fast]'; use model.kernels=torch."
         )
         raise ConfigError(text, text)
-    return requested
 
 
 def micro_batch_size(

@@ -154,9 +154,12 @@ def check_evaluation_fit(config: Config, prompt: str, template: str | None) -> N
 
 def _check_model(config: Config) -> BaseFacts:
     """Checks of the base model and the adapter that need no data."""
-    from fedllm_flwr.models.device import resolve_attention, resolve_device
+    from fedllm_flwr.models import device as devices
 
-    resolve_attention(config.model.attention, resolve_device(config.training.device))
+    device = devices.resolve_device(config.training.device)
+    dtype = devices.resolve_dtype(config.training.dtype, device)
+    devices.resolve_attention(config.model.attention, device, dtype)
+    devices.check_kernels(config.model, device)
     facts = base_facts(ModelKey.of(config.model))
     length = config.training.max_length
     if facts.context is not None and length > facts.context:

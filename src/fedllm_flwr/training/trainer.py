@@ -14,6 +14,8 @@ from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.training.batches import RoundBatches
 
+_ADAMW = {False: "adamw_torch", True: "adamw_torch_fused"}  # by whether it runs on CUDA
+
 Penalty = Callable[[], torch.Tensor | None]
 """A term of the loss that depends only on the adapter, if there is one."""
 
@@ -81,7 +83,7 @@ def training_arguments(
         train_sampling_strategy="sequential",
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
-        optim="sgd" if training.optimizer == "sgd" else "adamw_torch",
+        optim="sgd" if training.optimizer == "sgd" else _ADAMW[on_cuda],
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         bf16=on_cuda and model.dtype == torch.bfloat16,
@@ -94,7 +96,7 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=on_cuda,
         average_tokens_across_devices=False,
         logging_nan_inf_filter=False,  # a diverged client's loss is NaN, not the last good one
     )
