@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from fedllm_flwr.config.schema import ColumnsConfig, Config, DataConfig, PartitionConfig
@@ -330,3 +331,53 @@ def test_real_finance_sets(test_set: str, size: int) -> None:
     prompt = data.eval["messages"][0][0]["content"]
     assert prompt.startswith("What is the sentiment of this ")
     assert "Input:" not in prompt
+
+
+def contained(texts: list[str], other: list[str]) -> list[bool]:
+    """Which texts equal one of `other` or hold 80 % of its 4-grams, pair by pair."""
+
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
+
+    return [
+        any(
+            text == held or (len(g := grams(held)) >= 4 and len(g & grams(text)) >= 0.8 * len(g))
+            for held in other
+        )
+        for text in texts
+    ]
+
+
+def test_near_duplicates_of_held_out_and_test_records_are_left_out(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in chance.integers(0, 5000, 20)) for _ in range(60)]
+    copies = []
+    for text in texts:  # of 16 4-grams, a word in the middle takes 4, one at an end 1
+        words = text.split()
+        words[int(chance.choice([0, 1, 10, 19]))] = "other"
+        copies += [" ".join(words)] * int(chance.integers(0, 2))
+    pool = [texts[0], *texts, *copies]
+    path = write(tmp_path / "d.jsonl", [{"instruction": t, "output": "yes"} for t in pool])
+    tests = [{"q": {"text": t}, "answers": ["yes"]} for t in texts[30:40]]
+    test_path = write(tmp_path / "test.jsonl", tests)
+    apart = {"near_duplicates": "drop", "test_path": test_path, "validation_fraction": 0.2}
+    data = load(path=path, **apart)
+
+    tested = [f"{t} yes" for t in texts[30:40]]
+    held, train = ([f"{q} yes" for q in questions(part)] for part in (data.eval, data.train))
+    assert not any(contained([*held, *train], tested))
+    assert not any(contained(train, held))
+    before = load(path=path, validation_fraction=0.2)
+    usable = [t for t in pool if not contained([f"{t} yes"], tested)[0]]
+    assert len(held) == round(0.2 * len(usable))
+    kept = [t for t in usable if not contained([f"{t} yes"], held)[0]]
+    assert sorted(questions(data.train)) == sorted(kept)
+    assert len(before.train) - len(train) > 10
+    assert data.report.near == len(pool) - len(train) - len(held)
+    assert f"{data.report.near} near to a held-out or test record" in data.report.lines()[0]
+    only = write(
+        tmp_path / "only.jsonl", [{"instruction": t, "output": "yes"} for t in texts[30:40]]
+    )
+    with pytest.raises(DataError, match="leaves none"):
+        load(path=only, **apart)

@@ -28,6 +28,7 @@ _SAID_ELSEWHERE = {
     "max_seq_length": "max_length",
 }
 _LONGEST_SHOWN = 120  # characters of a value in a message
+_MOST_LISTED = 20  # choices in a message that already suggests one
 
 
 def conf_dir() -> Path:
@@ -139,9 +140,12 @@ def closest_key(key: str) -> str | None:
 
 
 def unknown_choice(key: str, value: Any, choices: Sequence[str]) -> str:
-    """Message for a value outside `choices`, with the closest of them."""
+    """Message for a value outside `choices`, with the closest of them, or all unless too many."""
     hint = did_you_mean(value, choices)
-    return f"{key}={shown(value)}: no such choice.{hint} Choose from {', '.join(choices)}."
+    all_of_them = f" Choose from {', '.join(choices)}."
+    if hint and len(choices) > _MOST_LISTED:
+        all_of_them = f" (fedllm config --list {key} has all {len(choices)})"
+    return f"{key}={shown(value)}: no such choice.{hint}{all_of_them}"
 
 
 def did_you_mean(value: object, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -230,6 +230,16 @@ class DataConfig:
         lt=1,
         description="fraction of training records held out if there is no evaluation set",
     )
+    near_duplicates: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="simulations: training records that equal a held-out one or contain 80 % of "
+        "its 4-grams of words: keep | drop; also those near to data.test_path",
+    )
+    test_path: Text | None = Field(
+        default=None,
+        description="JSON lines with the texts of a later test; with near_duplicates=drop no "
+        "record near to one is trained or validated on",
+    )
     truncation: Literal["right", "left", "drop", "keep"] = Field(
         default="right",
         description="of examples above training.max_length: right: cut the answer's end, drop if "

@@ -24,6 +24,7 @@ def validate(config: Config) -> None:
     _check_training(config)
     _check_clients(config)
     _check_partition(config)
+    _check_near_duplicates(config)
     _check_task(config)
     _check_lora(config)
     if config.model.path == "embedded" and config.model.name != "tiny":
@@ -135,6 +136,20 @@ def _check_partition(config: Config) -> None:
     labels = config.data.labels
     if len(set(labels)) < len(labels):
         raise ConfigError(f"data.labels={shown(labels)} names a label twice; list each once.")
+
+
+def _check_near_duplicates(config: Config) -> None:
+    data = config.data
+    if data.near_duplicates == "drop" and config.federation.engine == "deployment":
+        raise ConfigError(
+            "data.near_duplicates=drop is for simulations: the server of a deployment sees no "
+            "site's records; drop it."
+        )
+    if data.test_path is not None and data.near_duplicates == "keep":
+        raise ConfigError(
+            f"data.test_path={shown(data.test_path)} has no effect with data.near_duplicates=keep; "
+            "set data.near_duplicates=drop."
+        )
 
 
 def _check_task(config: Config) -> None:
@@ -535,7 +550,7 @@ def validate_paths(config: Config) -> None:
     sites_own = config.federation.engine == "deployment"  # each site has its own data.path
     if not config.data.path and not config.data.hub_id and not sites_own:
         raise ConfigError(f"data={shown(config.data.name)} needs data.path=<file or directory>.")
-    files = {"data.eval_path": config.data.eval_path}
+    files = {"data.eval_path": config.data.eval_path, "data.test_path": config.data.test_path}
     files |= {} if sites_own else {"data.path": config.data.path}
     for key, path in files.items():
         if path and path not in EMBEDDED_DATA:

@@ -74,7 +74,7 @@ class _Keyed:
         """The key of a configuration's records or, with a tokenizer, of its encoded examples."""
         parts = [config.task, config.data, config.partition, config.federation.num_clients]
         parts += [config.seed, config.attack, config.privacy.canaries]
-        for path in (config.data.path, config.data.eval_path):
+        for path in (config.data.path, config.data.eval_path, config.data.test_path):
             parts.append(None if path is None else stamps(Path(path).expanduser()))
         if tokenizer is not None:
             parts += [config.model, config.training.max_length]

@@ -1,8 +1,11 @@
 """The training and evaluation records of a run, sampled and split by the run's seed."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +13,10 @@ from numpy.typing import NDArray
 from fedllm_flwr.config.schema import EMBEDDED_DATA, Config, DataConfig
 from fedllm_flwr.data.columns import AttributeColumn
 from fedllm_flwr.data.kinds import RecordKind
-from fedllm_flwr.data.remembered import cache_dir
-from fedllm_flwr.data.sources import Records, Source, SourceReport, open_source, scanned
+from fedllm_flwr.data.overlap import near_duplicates, text_of
+from fedllm_flwr.data.record_files import open_records, refuse
+from fedllm_flwr.data.remembered import cache_dir, remembered
+from fedllm_flwr.data.sources import Records, Scan, Source, SourceReport, open_source, scanned
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.params import derive_seed
 
@@ -29,10 +34,11 @@ class LoadReport:
     num_train: int
     num_eval: int
     held_out: int  # usable training records that became evaluation records
+    near: int = 0  # usable training records left out as near duplicates
 
     def lines(self) -> list[str]:
         """The report as text, one line per source."""
-        described = [_describe(self.train, self.num_train, self.held_out)]
+        described = [_describe(self.train, self.num_train, self.held_out, self.near)]
         if self.evaluation is not None:
             described.append(_describe(self.evaluation, self.num_eval))
         return described
@@ -63,14 +69,62 @@ def load_federated_data(config: Config, kind: RecordKind) -> FederatedData:
     source, client = _training_source(config, kind)
     scan = scanned(source, folder)
     chosen = _sample(scan.report.usable, data.max_samples, config.seed, "max_samples")
+    before = len(chosen)
+    if data.near_duplicates == "drop":
+        chosen = _apart(source, scan, chosen, _test_texts(data), folder)
     if has_eval_source(data):
         test, report, num_held = *_load_evaluation(config, kind, client), 0
     else:
         chosen, held = _hold_out(chosen, data, config.seed)
         test = source.records(scan, held, folder).held(kind.record, folder)
         report, num_held = None, len(held)
-    counts = LoadReport(scan.report, report, len(chosen), len(test), num_held)
+    if data.near_duplicates == "drop":
+        chosen = _apart(source, scan, chosen, [text_of(record) for record in test], folder)
+    near = before - len(chosen) - num_held
+    counts = LoadReport(scan.report, report, len(chosen), len(test), num_held, near)
     return FederatedData(source.records(scan, chosen, folder), test, counts)
+
+
+def _apart(
+    source: Source, scan: Scan, chosen: Positions, texts: Sequence[str], folder: Path
+) -> Positions:
+    """The chosen records without exact and near duplicates of `texts`; cached in `folder`.
+
+    Raises:
+        DataError: none is left.
+    """
+    if not texts:
+        return chosen
+    records = source.records(scan, chosen, folder)
+    what = ("near", records.identity, sha256(repr(texts).encode()).hexdigest())
+    found, _ = remembered(what, lambda: ({"near": near_duplicates(records, texts)}, None), folder)
+    left: Positions = chosen[~found["near"]]
+    if not len(left):
+        raise DataError(
+            f"data.near_duplicates=drop leaves none of {len(chosen)} training records: all are "
+            "nearly held-out or test records; give other records"
+        )
+    return left
+
+
+def _test_texts(data: DataConfig) -> list[str]:
+    """One text for each record of ``data.test_path``, whatever its fields are."""
+    if data.test_path is None:
+        return []
+    try:
+        files = open_records(Path(data.test_path).expanduser())
+        return [" ".join(_strings(row)) for file in files for row in file.read(refuse)]
+    except DataError as error:
+        raise DataError(f"data.test_path: {error}") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def load_unused_data(config: Config, kind: RecordKind) -> Records:
@@ -169,11 +223,12 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, "data", purpose))
 
 
-def _describe(report: SourceReport, used: int, held_out: int = 0) -> str:
+def _describe(report: SourceReport, used: int, held_out: int = 0, near: int = 0) -> str:
     counts = {
         "usable": report.usable,
         "used": used,
         "held out for evaluation": held_out,
+        "near to a held-out or test record": near,
         "empty": report.empty,
         "equal": report.equal,
         "bad": report.bad,

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedllm_flwr.data.remembered import cache_dir, remembered
 from fedllm_flwr.data.sources import Records, texts_of
 
@@ -60,35 +63,68 @@ def overlap(train: Records, held_out: Records, folder: Path | None = None) -> Ov
     return Overlap(**counts)
 
 
+def near_duplicates(train: Records, texts: Sequence[str]) -> NDArray[np.bool_]:
+    """Whether each training record is an exact or near duplicate of one of `texts`.
+
+    The criterion is that of `overlap`, applied to all records and texts. (num_records,)
+    """
+    index = _Index(texts)
+    return np.array(
+        [bool(index.equal(text) or index.near(text)) for text in map(text_of, train)], np.bool_
+    )
+
+
 def _compare(train: Records, held_out: Records) -> Overlap:
-    asked = [_words(_text(record)) for record in held_out]
-    by_words: defaultdict[str, list[int]] = defaultdict(list)
-    for number, words in enumerate(asked):
-        by_words[" ".join(words)].append(number)
-    beginnings = {tuple(words[:_BEGINNING]) for words in asked}
-    shingles = [set(_shingles(words)) for words in asked[:_MOST_ASKED]]
-    often = Counter(shingle for some in shingles for shingle in some)
-    most = max(1.0, _COMMON * len(shingles))
-    own = [{shingle for shingle in some if often[shingle] <= most} for some in shingles]
-    owners: defaultdict[Shingle, list[int]] = defaultdict(list)
-    for number, some in enumerate(own):
-        for shingle in some if len(some) >= _LEAST_OWN else ():
-            owners[shingle].append(number)
+    index = _Index([text_of(record) for record in held_out], _MOST_ASKED)
     equal: set[int] = set()
     near: set[int] = set()
     for count, record in enumerate(train):
-        text = _text(record)
-        if _beginning(text) in beginnings:
-            equal.update(by_words.get(" ".join(_words(text)), ()))
+        text = text_of(record)
+        equal.update(index.equal(text))
         if count < _MOST_COMPARED:
-            held: Counter[int] = Counter()
-            for shingle in set(_shingles(_words(text))) & owners.keys():
-                held.update(owners[shingle])
-            near |= {number for number, n in held.items() if n >= _SHARED * len(own[number])}
-    return Overlap(len(asked), len(equal), len(near - equal))
+            near |= index.near(text)
+    return Overlap(len(held_out), len(equal), len(near - equal))
 
 
-def _text(record: Any) -> str:
+class _Index:
+    """Held-out texts by their words, and by the 4-grams that few of them share.
+
+    Args:
+        most_asked: number of texts, from the first on, to look up by 4-grams; None: all.
+    """
+
+    def __init__(self, texts: Sequence[str], most_asked: int | None = None) -> None:
+        asked = [_words(text[:_LONGEST]) for text in texts]
+        self._by_words: defaultdict[str, list[int]] = defaultdict(list)
+        for number, words in enumerate(asked):
+            self._by_words[" ".join(words)].append(number)
+        self._beginnings = {tuple(words[:_BEGINNING]) for words in asked}
+        shingles = [set(_shingles(words)) for words in asked[:most_asked]]
+        often = Counter(shingle for some in shingles for shingle in some)
+        most = max(1.0, _COMMON * len(shingles))
+        own = [{shingle for shingle in some if often[shingle] <= most} for some in shingles]
+        self._needed = [_SHARED * len(some) for some in own]  # shared 4-grams of a near duplicate
+        self._owners: defaultdict[Shingle, list[int]] = defaultdict(list)
+        for number, some in enumerate(own):
+            for shingle in some if len(some) >= _LEAST_OWN else ():
+                self._owners[shingle].append(number)
+
+    def equal(self, text: str) -> Sequence[int]:
+        """Indices of the texts with the same words."""
+        if _beginning(text) not in self._beginnings:
+            return ()
+        return self._by_words.get(" ".join(_words(text)), ())
+
+    def near(self, text: str) -> set[int]:
+        """Indices of the texts of whose own 4-grams `text` contains at least 80 %."""
+        shared: Counter[int] = Counter()
+        for shingle in set(_shingles(_words(text))) & self._owners.keys():
+            shared.update(self._owners[shingle])
+        return {number for number, count in shared.items() if count >= self._needed[number]}
+
+
+def text_of(record: Any) -> str:
+    """All texts of a record, at most 20,000 characters."""
     return " ".join(texts_of(record))[:_LONGEST]
 
 

@@ -153,7 +153,10 @@ def with_absolute_paths(config: Config) -> Config:
         return str(file.resolve()) if file.exists() else path
 
     data = replace(
-        config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path)
+        config.data,
+        path=absolute(config.data.path),
+        eval_path=absolute(config.data.eval_path),
+        test_path=absolute(config.data.test_path),
     )
     model = replace(config.model, path=str(absolute(config.model.path)))
     config = replace(config, data=data, model=model)
