@@ -103,3 +103,14 @@ def test_the_best_client_is_the_lowest_where_less_is_better(higher_is_better: bo
     [column] = table.columns
     best, worst = (row(table, f"  {kind} client").scores[column] for kind in ("best", "worst"))
     assert (best.value, worst.value) == ((0.5, 0.2) if higher_is_better else (0.2, 0.5))
+
+
+def test_the_share_of_unparsable_answers_is_printed() -> None:
+    share = SuiteMetric("unparsable", column="unparsable", higher_is_better=False)
+    task = replace(TASK, metrics=(METRIC, share))
+    suite = Suite("s", "", (task,), ())
+    each = [{"id": str(i), "acc": 1.0, "unparsable": float(i < 30)} for i in range(100)]
+    one = [Candidate(BASE, Config())]
+    text = as_text(compare_scores(one, {BASE: {"t": Samples(each)}}, [task], [suite]))
+    _, table = text.split("s, share of unparsable answers\n")
+    assert table.splitlines()[-1].startswith(f"{BASE}   0.300 ± ")

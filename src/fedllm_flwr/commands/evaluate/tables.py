@@ -10,6 +10,7 @@ from fedllm_flwr.commands.evaluate.comparison import LOCAL, ModelRow, ScoreColum
 from fedllm_flwr.evaluation.suites.statistics import IntervalEstimate, clear_together
 from fedllm_flwr.reporting.text import markdown_table, text_table
 
+UNPARSABLE = "unparsable"  # name of a task's metric: the share of answers that cannot be read
 _WIDEST = 6  # maximum number of columns side by side
 _EVERY = "All metrics, with 95 % intervals"
 
@@ -105,6 +106,14 @@ def headline_tables(comparison: ScoreTable) -> list[tuple[str, list[list[str]]]]
                         table.append([row.name, *(text or "-" for text in texts)])
                 if len(table) > 1:
                     found.append((f"{suite}, difference from {to}", table))
+        shares = [
+            column
+            for column in comparison.columns
+            if column.suite == suite and column.metric.name == UNPARSABLE
+        ]
+        for start in range(0, len(shares), _WIDEST):
+            part = shares[start : start + _WIDEST]
+            found.append((f"{suite}, share of unparsable answers", _scores(comparison, part)))
     return found
 
 
