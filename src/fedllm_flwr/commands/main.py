@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fedllm_flwr import __version__
 from fedllm_flwr.commands.evaluate.arguments import add_evaluation, evaluate_arguments
@@ -118,6 +119,12 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     search = Search(arguments.trials, *arguments.range)
     return tune(arguments.overrides, arguments.config_dir, search)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from fedllm_flwr.commands.reproduce.command import reproduce_arguments
+
+    return reproduce_arguments(arguments)
 
 
 def _config(arguments: argparse.Namespace) -> int:
@@ -256,6 +263,34 @@ def _parser() -> argparse.ArgumentParser:
         "--range", type=float, nargs=2, default=(1e-4, 2e-2), metavar="RATE", help=text
     )
 
+    text = "a published experiment: search, seeds, test, tables: reproduce finance [key=value] ..."
+    again = _add(commands, "reproduce", _reproduce, text)
+    text = "finance, medical, general, code or dpo; see docs/experiments.md"
+    again.add_argument("experiment", nargs="?", help=text)
+    _add_overrides(again)
+    text = "print every run and its steps, and run nothing"
+    again.add_argument("--plan", action="store_true", help=text)
+    text = "write the tables and figures of a results.json anew, and run nothing"
+    again.add_argument("--table", type=_path, metavar="FILE", help=text)
+    again.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="of each method; default 5"
+    )
+    text = "settings of each method, tried on the first seed; default 5"
+    again.add_argument("--trials", type=int, default=5, metavar="N", help=text)
+    text = "methods or groups of them (main, sgd, family); default main,sgd"
+    again.add_argument(
+        "--methods", type=_names, default=["main", "sgd"], metavar="NAMES", help=text
+    )
+    text = "tasks of the test; default: the experiment's"
+    again.add_argument("--task", dest="tasks", type=_names, default=[], metavar="TASKS", help=text)
+    text = "test on the first N examples of each part"
+    again.add_argument("--limit", type=int, metavar="N", help=text)
+    text = "local files of the test; default: the hub"
+    again.add_argument("--data-root", type=_path, metavar="DIR", help=text)
+    text = "of code: run generated programs, contained as far as this machine allows"
+    again.add_argument("--allow-code-execution", action="store_true", help=text)
+    again.add_argument("--jobs", "-j", type=int, default=1, metavar="N", help="runs side by side")
+
     config = _add(commands, "config", _config, "print the resolved configuration")
     _add_overrides(config)
     config.add_argument(
@@ -349,6 +384,14 @@ def _add(
     added = commands.add_parser(name, help=text, description=text)
     added.set_defaults(command=command, parser=added)
     return added
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ def make_jobs(
         config = _with_own_settings(config)
         if name == "centralized":
             federated = compose([*overrides, "algorithm=fedavg"], config_dir)
-            config = _centralized(federated, config.algorithm)
+            config = centralized_like(federated, config.algorithm)
         for seed in range(config.seed, config.seed + config.compare.seeds):
             path = root / "runs" / f"{name}-seed{seed}"
             federation = replace(config.federation, engine="inprocess")
@@ -112,13 +112,15 @@ def _with_own_settings(config: Config) -> Config:
     return config
 
 
-def _centralized(federated: Config, algorithm: AlgorithmConfig) -> Config:
+def centralized_like(federated: Config, algorithm: AlgorithmConfig) -> Config:
     """One client with all data and as many steps per round as all sampled clients together."""
     from fedllm_flwr.data.client_data import divided_data
     from fedllm_flwr.tasks import task_of
 
     federation, training = federated.federation, federated.training
-    num_clients = divided_data(federated, task_of(federated).records)[1].num_clients
+    num_clients = federation.num_clients
+    if num_clients is None:
+        num_clients = divided_data(federated, task_of(federated).records)[1].num_clients
     sampled = num_sampled(federated, num_clients)
     if training.max_steps > 0:
         training = replace(training, max_steps=training.max_steps * sampled)

@@ -30,13 +30,26 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference from the local baseline, half of its 95 % t interval over seeds, and
-    the p-value of the paired t test.
+    """Mean of paired differences, half of its 95 % t interval over seeds, and the p-value of the
+    paired t test.
     """
 
     mean: float
     half_width: float | None
     p_value: float = 1.0
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> "Difference | None":
+        """The mean of one difference per seed; None without any."""
+        if len(differences) < 2:
+            return cls(differences[0], None) if differences else None
+        from scipy.stats import t
+
+        count = len(differences)
+        quantile = float(t.ppf(0.975, count - 1))
+        mean, error = fmean(differences), stdev(differences) / math.sqrt(count)
+        p_value = float(2 * t.sf(abs(mean) / error, count - 1)) if error else float(not mean)
+        return cls(mean, quantile * error, p_value)
 
 
 @dataclass(frozen=True)
@@ -199,17 +212,7 @@ def _against(runs: Sequence[FinishedRun], local: Sequence[FinishedRun]) -> Diffe
         for run in runs
         if run.job.seed in baseline
     ]
-    if not differences:
-        return None
-    if len(differences) == 1:
-        return Difference(differences[0], None)
-    from scipy.stats import t
-
-    count = len(differences)
-    quantile = float(t.ppf(0.975, count - 1))
-    mean, error = fmean(differences), stdev(differences) / math.sqrt(count)
-    p_value = float(2 * t.sf(abs(mean) / error, count - 1)) if error else float(not mean)
-    return Difference(mean, quantile * error, p_value)
+    return Difference.of(differences)
 
 
 def curves(outcomes: Sequence[FinishedRun], metric: str) -> dict[str, Curve]:

@@ -66,6 +66,20 @@ class HarnessTasks:
         prompt = found["samples"][next(iter(loaded))][0]["arguments"][0][0]
         return Samples(list(samples.values()), prompt)
 
+    def questions(self, task: SuiteTask, options: RunOptions) -> list[str]:
+        """Each example's question, followed by its right answer."""
+        harness_version()
+        texts = []
+        with _quiet():
+            for loaded in self._load(task, options, "trained").values():
+                for row in loaded.eval_docs:
+                    target = loaded.doc_to_target(row)
+                    if isinstance(target, int) and loaded.config.output_type == "multiple_choice":
+                        target = loaded.doc_to_choice(row)[target]
+                    answers = target if isinstance(target, list) else [target]
+                    texts.append(" ".join(map(str, [loaded.doc_to_text(row), *answers])))
+        return texts
+
     def _load(self, task: SuiteTask, options: RunOptions, prompt: str) -> dict[str, Any]:
         key = (task.suite, task.name, options.data_root, options.shots, prompt)
         if key not in self._loaded:

@@ -1,0 +1,1 @@
+"""``fedllm reproduce``: a published experiment by the protocol of docs/experiments.md."""
