@@ -15,7 +15,7 @@ TABLES = "results.md"
 _BESIDE = ("macro F1", UNPARSABLE)  # metrics shown beside each task's headline
 _NOTES = (
     "± half of the 95 % interval over seeds and examples (Student's t), over examples only where "
-    "there is one seed (bootstrap). Differences to local are paired by seed and example; * not "
+    "there is one seed (bootstrap). Differences from local are paired by seed and example; * not "
     "zero, at 5 % for all differences of the table together (Holm), † the same over examples only, "
     "which holds for these adapters and not for another seed's.",
     "validation loss: of the round with the lowest one, whose adapter is tested; mean ± standard "
@@ -45,7 +45,10 @@ def write_document(document: Numbers, folder: Path) -> list[str]:
 def _sections(document: Numbers) -> list[tuple[str, list[list[str]]]]:
     found = []
     if document["test"]:
-        found += [("Test", _test_table(document)), ("Difference to local", _differences(document))]
+        found += [
+            ("Test", _test_table(document)),
+            ("Difference from local", _differences(document)),
+        ]
     if document["test"] and document["published"]:
         found.append(("Beside published figures", published_table(document)))
     if document["runs"]:
@@ -83,7 +86,7 @@ def _test_table(document: Numbers) -> list[list[str]]:
 
 
 def _differences(document: Numbers) -> list[list[str]]:
-    """Differences to the local baseline by headline; Holm's correction over all of them."""
+    """Differences from the local baseline by headline; Holm's correction over all of them."""
     columns = [column for column in _shown(document) if column[1] != UNPARSABLE]
     rows = dict.fromkeys(one["model"] for one in document["test"])
     found = {
