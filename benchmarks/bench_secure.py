@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 14])
     arguments = parser.parse_args()
     print(
-        "| sites | values | site: encode + mask | sign + unmask | up, to bfloat16 | up beside "
-        "| server |"
+        "| sites | values | site: encode + mask | sign + unmask | up, relative to bfloat16 | "
+        "up, additional | server |"
     )
     print("|---|---|---|---|---|---|---|")
     for count in arguments.sites:
