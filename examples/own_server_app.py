@@ -1,9 +1,10 @@
-"""SCAFFOLD in a ServerApp of one's own, with the clients of this package.
+"""SCAFFOLD in a custom ServerApp, with the clients of this package.
 
     python examples/own_server_app.py
 
-The strategy takes overrides of the configuration and the algorithm's hyper-parameters, and `start`
-the arguments of any Flower strategy. Flower's simulation runs ten clients of the embedded data.
+The strategy accepts overrides of the configuration and the algorithm's hyper-parameters, and
+`start` the arguments of any Flower strategy. Flower's simulation runs ten clients on the embedded
+data.
 """
 
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -19,7 +20,7 @@ app = ServerApp()
 
 
 def norm(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-    """The global adapter's norm; a real one would score it."""
+    """The global adapter's norm; a real function would evaluate it."""
     squares = [float((array.numpy() ** 2).sum()) for array in arrays.values()]
     return MetricRecord({"norm": sum(squares) ** 0.5})
 

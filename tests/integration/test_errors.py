@@ -121,14 +121,14 @@ def test_page_is_true(inside: Path, said: Said, capsys: pytest.CaptureFixture[st
 
 def _page(messages: dict[WrongInput, str], place: Path) -> str:
     lines = [
-        "# Mistakes and their messages",
+        "# Error messages",
         "",
-        "Wrong use ends `fedllm` with status 2 and one line on standard error, before anything",
-        "is started, and leaves nothing behind; under `flwr run` the same line is in the log. A",
-        "run that has failed ends with status 1, an interrupted one with 130. An error that",
-        "nobody foresaw is one line, too: it names the file with its trace.",
+        "A user error ends `fedllm` with status 2 and one line on standard error, before anything",
+        "has started, and leaves no files behind; under `flwr run` the same line is in the log. A",
+        "run that failed ends with status 1, an interrupted one with 130. An unexpected error is",
+        "also reported in one line, which names a file with the traceback.",
         "",
-        f"Each of these {len(ALL)} is typed by `tests/integration/test_errors.py`, which also",
+        f"Each of these {len(ALL)} commands is run by `tests/integration/test_errors.py`, which also",
         "writes this page; `scripts/measure_errors.py` measures how long each takes.",
     ]
     for title, rows in WRONG_INPUTS.items():
@@ -136,7 +136,7 @@ def _page(messages: dict[WrongInput, str], place: Path) -> str:
             "",
             f"## {title}",
             "",
-            "| what is wrong | `fedllm ...` | message |",
+            "| error | `fedllm ...` | message |",
             "|---|---|---|",
         ]
         for row in rows:
