@@ -128,8 +128,8 @@ def _page(messages: dict[WrongInput, str], place: Path) -> str:
         "run that failed ends with status 1, an interrupted one with 130. An unexpected error is",
         "also reported in one line, which names a file with the traceback.",
         "",
-        f"Each of these {len(ALL)} commands is run by `tests/integration/test_errors.py`, which also",
-        "writes this page; `scripts/measure_errors.py` measures how long each takes.",
+        f"Each of these {len(ALL)} commands is run by `tests/integration/test_errors.py`, which",
+        "also writes this page; `scripts/measure_errors.py` measures how long each takes.",
     ]
     for title, rows in WRONG_INPUTS.items():
         lines += [
