@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_early_is_finished(
     (copy / "config.yaml").write_text(text)
     assert config.training.early_stopping is None
     assert cli.main(["run", f"resume={copy}"]) == 0
-    said = "already finished (training.early_stopping=2 ended it after round 5 of 9); to go on: "
+    said = "already finished (training.early_stopping=2 ended it after round 5 of 9); to continue: "
     assert said in " ".join(capsys.readouterr().out.split())
     assert find_adapter(str(copy)).label == "final"
     assert cli.main(["status", str(copy)]) == 0

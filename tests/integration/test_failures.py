@@ -108,7 +108,7 @@ def test_diverging_clients_end_the_command_with_one_line(
     assert len(lines) == 1
     assert lines[0].startswith("error: round 1: 0 of 2 replies could be used")
     assert "nan" in lines[0].lower()
-    assert "start anew with a lower training.learning_rate than 1e+15" in lines[0]
+    assert "start a new run with a lower training.learning_rate than 1e+15" in lines[0]
     assert "resume=" not in lines[0]  # it would diverge again
 
 

@@ -227,8 +227,8 @@ def test_fed_sb_under_privacy(unit: str, tmp_path: Path) -> None:
     ("overrides", "said"),
     [
         (["federation.num_rounds=2"], "federation.num_rounds=2: with algorithm=fed_sb"),
-        (["lora.dora=true"], "lora.dora=true does not go with algorithm=fed_sb"),
-        (["lora.ranks=[a:4]"], "lora.ranks does not go with algorithm=fed_sb"),
+        (["lora.dora=true"], "lora.dora=true does not work with algorithm=fed_sb"),
+        (["lora.ranks=[a:4]"], "lora.ranks does not work with algorithm=fed_sb"),
         (["algorithm.options.estimation=3"], "estimation must be an even number"),
     ],
 )

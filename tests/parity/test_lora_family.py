@@ -420,7 +420,7 @@ def test_a_cut_to_the_needed_rank_loses_nothing(seed):
         ({"name": "flora", "eta": 0.5}, "algorithm.eta=0.5 has no effect with algorithm=flora"),
         ({"name": "flora", "options": {"max_rank": 0}}, "max_rank must be >= 1"),
         ({"name": "lora_fair", "options": {"strength": 0.0}}, "use algorithm=fedavg"),
-        ({"name": "scaffold", "factors": "b"}, "algorithm.factors=b does not go with"),
+        ({"name": "scaffold", "factors": "b"}, "algorithm.factors=b does not work with"),
         ({"name": "fedadam", "factors": "alternate"}, "which takes b or both"),
     ],
 )

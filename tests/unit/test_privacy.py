@@ -178,7 +178,7 @@ REFUSED = {
     "federation.min_replies=1": "federation.min_replies=1 with privacy.sampling=poisson",
     "algorithm=scaffold privacy.clip_quantile=0.5": "privacy.clip_quantile=0.5 with",
     "algorithm.combiner=median": "algorithm.combiner=median with privacy.unit=client",
-    "algorithm=flora": "privacy.unit=client does not go with algorithm=flora",
+    "algorithm=flora": "privacy.unit=client does not work with algorithm=flora",
     "privacy.secure_aggregation=true": "privacy.sampling=poisson with privacy.unit=client and",
     "privacy.secure_aggregation=true privacy.sampling=visible privacy.clip_quantile=0.5": (
         "privacy.clip_quantile=0.5 with privacy.secure_aggregation=true"

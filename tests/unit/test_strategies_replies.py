@@ -145,7 +145,7 @@ def test_error_of_the_superlink_is_the_clients():
 
     _, (report,) = run(config_of(), MemoryGrid(nodes_of(lost)))
     assert report.failures == {
-        "bee": "its SuperNode gave no sign of life for a minute; start it, or look at the network"
+        "bee": "its SuperNode gave no sign of life for a minute; start it, or check the network"
     }
     assert report.ignored == []
 

@@ -118,8 +118,8 @@ def evaluate(content: RecordDict, site: Site) -> RecordDict:
 
     if site.policy.asks_for_privacy:
         raise RefusedError(
-            "the site refuses to score: scores on its records are under no promise of privacy; set "
-            "evaluation.clients=false"
+            "the site refuses to score: scores on its records are not covered by the privacy "
+            "guarantee; set evaluation.clients=false"
         )
     assignment, data, _ = accepted(content, site)
     memory = site.memory_folder(data.name, assignment.run, content)

@@ -278,8 +278,8 @@ def _check_client_privacy(config: Config) -> None:
         )
     if rule.stacks:
         raise ConfigError(
-            f"{promised} does not go with algorithm={algorithm.name}, whose server step takes the "
-            "clients' adapters one by one and not their noisy sum; use algorithm=ffa, or "
+            f"{promised} does not work with algorithm={algorithm.name}, whose server step needs "
+            "individual adapters instead of their noisy sum; use algorithm=ffa, or "
             "privacy.unit=record."
         )
     if algorithm.weighting not in ("auto", "uniform"):
@@ -377,12 +377,12 @@ def _check_record_privacy(config: Config) -> None:
         )
     if config.training.packing:
         raise ConfigError(
-            f"training.packing=true with {promised}: records end to end cannot be told apart; set "
+            f"training.packing=true with {promised}: packed records cannot be separated; set "
             "training.packing=null."
         )
     if not TASKS.find(config.task.name).has_example_losses:
         raise ConfigError(
-            f"task={config.task.name} with {promised}: it has no loss of an example by itself; use "
+            f"task={config.task.name} with {promised}: it has no per-example loss; use "
             "another task, or privacy.unit=client."
         )
 
@@ -425,7 +425,7 @@ def _check_secure(config: Config) -> None:
     if privacy.unit == "client" and privacy.sampling != "visible":
         raise ConfigError(
             f"privacy.sampling={privacy.sampling} with privacy.unit=client and {secure}: the "
-            "promise holds against the server, which knows the clients of a round; set "
+            "guarantee holds against the server, which knows the clients of a round; set "
             "privacy.sampling=visible, which counts on no secret draw."
         )
     if privacy.unit == "client" and privacy.clip_quantile is not None:
@@ -487,25 +487,25 @@ def _check_ranks(config: Config) -> None:
     if lora.ranks and not kind.any_rank:
         able = [name for name in ALGORITHMS.builtin if ALGORITHMS.find(name).any_rank]
         raise ConfigError(
-            f"lora.ranks does not go with algorithm={algorithm.name}, which needs one rank of all; "
+            f"lora.ranks does not work with algorithm={algorithm.name}, which needs equal ranks; "
             f"use algorithm={' or '.join(able)}."
         )
     is_matrix = kind.stacks or "both" not in kind.takes_factors or algorithm.factors != "both"
     is_matrix = is_matrix or kind.has_cores
     if lora.dora and is_matrix:
         raise ConfigError(
-            f"lora.dora=true does not go with algorithm={algorithm.name} or algorithm.factors="
+            f"lora.dora=true does not work with algorithm={algorithm.name} or algorithm.factors="
             f"{algorithm.factors}: they are about B A, which DoRA rescales; use lora.dora=false."
         )
     if lora.rslora and (kind.freezes or kind.any_rank):
         raise ConfigError(
-            f"lora.rslora=true does not go with algorithm={algorithm.name}: its scale depends on "
+            f"lora.rslora=true does not work with algorithm={algorithm.name}: its scale depends on "
             "the rank of each adapter; use lora.rslora=false and another lora.alpha."
         )
     if kind.stacks and algorithm.combiner != "auto":
         raise ConfigError(
-            f"algorithm.combiner={algorithm.combiner} does not go with algorithm={algorithm.name}, "
-            "which combines the clients' adapters itself; drop it."
+            f"algorithm.combiner={algorithm.combiner} does not work with "
+            f"algorithm={algorithm.name}, which combines the clients' adapters itself; drop it."
         )
 
 

@@ -115,7 +115,7 @@ def require_eos(tokenizer: Tokenizer) -> None:
     if tokens != [tokenizer.eos_token_id]:
         raise ModelError(
             f"the tokenizer turns its eos_token {tokenizer.eos_token!r} into {tokens}, not into "
-            f"its id {tokenizer.eos_token_id}; mend the tokenizer's special tokens"
+            f"its id {tokenizer.eos_token_id}; correct the tokenizer's special tokens"
         )
 
 

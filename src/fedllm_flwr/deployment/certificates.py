@@ -214,7 +214,7 @@ def renew_certificate(directory: str | Path, more_hosts: list[str]) -> list[str]
     return [
         f"Made a new certificate for {', '.join(hosts)}, valid {SERVER_DAYS} days; the old one "
         f"{_expiry(old)} and is kept in {folder / 'server.crt.old'}.",
-        "  restart    the SuperLink reads it when it starts; a run goes on meanwhile",
+        "  restart    the SuperLink reads it when it starts; runs continue meanwhile",
         "  sites      nothing to do: the authority is the same",
     ]
 

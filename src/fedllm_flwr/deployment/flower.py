@@ -77,7 +77,7 @@ def ask_flower(folder: Path, *command: str) -> tuple[dict[str, object], str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise FederationError("the SuperLink does not answer; look at its log") from None
+        raise FederationError("the SuperLink does not answer; check its log") from None
     return last_json(done.stdout), done.stderr
 
 

@@ -42,7 +42,7 @@ def node_config(folder: Path) -> dict[str, Any]:
     try:
         return flat(tomllib.loads(file.read_text("utf-8")))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); mend it") from None
+        raise ConfigError(f"{file}: cannot be read ({error}); correct it") from None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -453,7 +453,7 @@ def _whole_number(value: Any) -> int:
 
 def _promise(value: Any) -> str:
     if value not in (OPTIONAL, REQUIRED, BY_RECORD):
-        raise ValueError(f"is no promise; use one of: {OPTIONAL}, {REQUIRED}, {BY_RECORD}")
+        raise ValueError(f"is unknown; use one of: {OPTIONAL}, {REQUIRED}, {BY_RECORD}")
     return str(value)
 
 

@@ -152,7 +152,7 @@ def ledger_lines(directory: str | Path) -> list[str]:
     limit = site_policy(own).max_epsilon
     entries = account_of(own, site_state(own, site_folder(directory) / "state").root).entries()
     if not entries:
-        return ["nothing was spent under a promise of privacy"]
+        return ["no private run has used the records"]
     lines = []
     for dataset in sorted({str(entry["dataset"]) for entry in entries}):
         of_set = [entry for entry in entries if entry["dataset"] == dataset]

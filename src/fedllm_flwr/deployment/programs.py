@@ -86,7 +86,7 @@ def _superexec(options: Sequence[str]) -> None:
             if control is None:
                 sys.exit(
                     "error: this server's directory is of an earlier version of fedllm-flwr; make "
-                    "a new one with `fedllm server init`, or go on with Flower 1.31"
+                    "a new one with `fedllm server init`, or continue with Flower 1.31"
                 )
             given.pop("--appio-api-address", None)
             given["--runtime-api-address"] = control

@@ -321,7 +321,7 @@ def _report(
         ]
     return [
         *lines,
-        f"  limits     {folder / 'policy.yaml'} says what a server may ask; look it over",
+        f"  limits     {folder / 'policy.yaml'} limits the server's requests; review it",
         _APPROVAL[options.approval].format(folder=quoted),
         f"  start      fedllm site start {quoted}",
         f"  check      fedllm site check {quoted} shows what will be learned",

@@ -52,7 +52,7 @@ def check_public_key(content: bytes, source: str) -> None:
     if b"PRIVATE KEY" in content:
         raise ConfigError(
             f"{source}: a private key, which stays at its site; register the file *.pub beside "
-            "it, and let the site make a new pair if this one has travelled"
+            "it, and let the site make a new pair if this one was sent"
         )
     try:
         key = load_ssh_public_key(content)

@@ -52,7 +52,7 @@ def supernode_command(
     except FileNotFoundError:
         raise ConfigError(f"{folder}: no directory that `fedllm site init` has made") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); mend it") from None
+        raise ConfigError(f"{file}: cannot be read ({error}); correct it") from None
     if unknown := sorted(set(options) - set(_OPTIONS)):
         raise ConfigError(f"{file}: unknown {unknown[0]}; it holds {', '.join(_OPTIONS)}")
     if "superlink" not in options:

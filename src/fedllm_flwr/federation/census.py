@@ -230,7 +230,7 @@ class Census:
                 f"version on both: pip install fedllm-flwr=={__version__}"
             )
         if not 1 <= size <= LARGEST_WEIGHT:
-            return f"it announces {size} examples; look at its data file."
+            return f"it announces {size} examples; check its data file."
         return None
 
     def _wrong_card(self, info: ClientInfo, run: str) -> str | None:
@@ -381,7 +381,7 @@ def _too_few(census: Census, wanted: int, required: int) -> str:
     if census.silent:
         silent = f" No answer yet: {', '.join(census.silent)}." if is_deployment else ""
         return (
-            f"{there} of {wanted} clients answered within {timeout}{names}; look at the logs of "
+            f"{there} of {wanted} clients answered within {timeout}{names}; check the logs of "
             f"the others, or raise federation.start_timeout_s.{silent}{missing}"
         )
     return (

@@ -39,7 +39,7 @@ _FLOWER_ERRORS = {
     BROKE_OFF: "its task expired before it was fetched, or its reply broke off; is its SuperNode "
     "running?",
     _EXPIRED: "its reply expired before it was complete; raise federation.round_timeout_s",
-    _GONE: "its SuperNode gave no sign of life for a minute; start it, or look at the network",
+    _GONE: "its SuperNode gave no sign of life for a minute; start it, or check the network",
     _CRASHED: "its ClientApp was killed or crashed, out of memory perhaps; the site's log says "
     "more",
 }

@@ -132,7 +132,7 @@ class Rule(ABC):
         rule = cls(**{**known, **options})
         if rule.factors not in cls.takes_factors:
             raise ConfigError(
-                f"algorithm.factors={rule.factors} does not go with algorithm={algorithm.name}, "
+                f"algorithm.factors={rule.factors} does not work with algorithm={algorithm.name}, "
                 f"which takes {' or '.join(sorted(cls.takes_factors))}."
             )
         return rule

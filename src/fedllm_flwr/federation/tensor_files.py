@@ -61,7 +61,7 @@ def load_params(path: Path) -> tuple[dict[str, Params], dict[str, str]]:
     if _digest(tensors, metadata) != written:
         raise FederationError(
             f"{path} is damaged: its content has changed since it was written (its SHA-256 "
-            "differs); look at the disk."
+            "differs); check the disk."
         )
     groups: dict[str, Params] = {}
     for key, value in tensors.items():

@@ -269,7 +269,7 @@ def reopen(config: Config) -> tuple[RunDirectory, list[str]]:
             )
     if config.output_dir not in (None, saved.output_dir, str(config.resume)):
         raise ConfigError(
-            f"output_dir={config.output_dir}: a run goes on in its own directory; drop it."
+            f"output_dir={config.output_dir}: a run is resumed in its own directory; drop it."
         )
     last = newest_round(directory.checkpoints)
     if last is None:
@@ -344,7 +344,8 @@ def already_finished(directory: RunDirectory, config: Config) -> str:
         patience = config.training.early_stopping
         return (
             f"{directory.path}: already finished (training.early_stopping={patience} ended it "
-            f"after round {last} of {num_rounds}); to go on: {command} training.early_stopping=null"
+            f"after round {last} of {num_rounds}); to continue: {command} "
+            "training.early_stopping=null"
         )
     return (
         f"{directory.path}: already finished ({num_rounds} round{'s' * (num_rounds != 1)}); to go "

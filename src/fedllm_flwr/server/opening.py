@@ -126,7 +126,7 @@ def _saying_how_to_go_on(directory: RunDirectory, config: Config, command: str) 
         yield
     except DivergedError as error:
         raise DivergedError(
-            f"{error} Training has left the finite numbers and would do so again: start anew with "
+            f"{error} Training diverged to NaN or Inf and would do so again: start a new run with "
             f"a lower training.learning_rate than {config.training.learning_rate:g}."
         ) from error
     except (FedLLMError, KeyboardInterrupt) as error:

@@ -259,7 +259,7 @@ def catching(model: AdaptedModel, parameters: dict[str, nn.Parameter]) -> Iterat
     if missing := sorted(parameters.keys() - modules.keys()):
         raise ModelError(
             f"privacy.unit=record: {missing[0]} is no matrix of a linear layer, so that records' "
-            "gradients cannot be told apart; set lora.target_modules to linear layers.",
+            "gradients cannot be separated; set lora.target_modules to linear layers.",
             "privacy.unit=record works with adapters of linear layers only",
         )
     rows = Rows()
@@ -273,7 +273,7 @@ def catching(model: AdaptedModel, parameters: dict[str, nn.Parameter]) -> Iterat
             if x.dim() != 3 or len(x) != rows.expected or module.bias is not None:
                 text = (
                     "privacy.unit=record: a layer of this model mixes the rows of a batch, so that "
-                    "records' gradients cannot be told apart; choose another lora.target_modules"
+                    "records' gradients cannot be separated; choose another lora.target_modules"
                 )
                 raise ModelError(text, text)
             return _Linear.apply(x, module.weight, take)
