@@ -271,3 +271,30 @@ def test_targets_outside_the_label_set_are_refused(
     [task] = chosen_tasks([name])
     with pytest.raises(DataError, match=message):
         _load(task, RunOptions(data_root=tmp_path), {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", "B"), (" (C) Aspirin", "C"), ("The answer is D.", "D"), ("Aspirin", None), ("", None)],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"sent1": "Which?", **{f"ending{i}": f"o{i}" for i in range(4)}, "label": 1},
+        {"question": "Which?", "opa": "o0", "opb": "o1", "opc": "o2", "opd": "o3", "cop": 1},
+        {"question": "Which?", "op1": "o0", "op2": "o1", "op3": "o2", "op4": "o3", "cop": 2},
+    ],
+)
+def test_letters_of_generated_answers(row: dict[str, object], answer: str, letter: str) -> None:
+    """Of the three schemas of medical examinations, whose right answer counts from 0 or 1."""
+    (found,) = reading.lettered(datasets.Dataset.from_list([row]))
+    assert found == {"question": "Which?", "options": ["o0", "o1", "o2", "o3"], "gold": 1}
+    assert reading.crass_question(found).startswith("Question: Which?\nA. o0\nB. o1\n")
+    scored = reading.lettered_answer(found, [answer])
+    assert scored == {"prediction": ["B", letter], "unparsable": float(letter is None)}
+
+
+def test_decisions_of_generated_answers() -> None:
+    for answer, decision in (("Yes, it", "yes"), ("maybe", "maybe"), ("yes or no", None)):
+        scored = reading.pubmedqa_answer({"answer": "yes"}, [answer])
+        assert scored == {"prediction": ["yes", decision], "unparsable": float(decision is None)}

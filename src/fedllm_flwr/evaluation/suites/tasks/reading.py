@@ -1,8 +1,11 @@
-"""Questions about texts: PubMedQA, DROP, CRASS."""
+"""Questions about texts and with lettered options: PubMedQA, DROP, CRASS, medical examinations."""
 
 import random
 from collections.abc import Sequence
 from typing import Any
+
+from fedllm_flwr.evaluation.suites.tasks.finance import parse_label
+from fedllm_flwr.evaluation.suites.tasks.numbers import chosen_letter
 
 _DECISIONS = ("yes", "no", "maybe")
 
@@ -25,6 +28,38 @@ def pubmedqa_results(row: dict[str, Any], results: Sequence[tuple[float, bool]])
     """The target and the most likely decision."""
     best = max(range(len(_DECISIONS)), key=lambda i: results[i][0])
     return {"prediction": [row["answer"], _DECISIONS[best]]}
+
+
+def pubmedqa_answer(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """The target and the decision that a generated answer names."""
+    said = parse_label(results[0], _DECISIONS)
+    return {"prediction": [row["answer"], said], "unparsable": float(said is None)}
+
+
+def lettered(dataset: Any) -> Any:
+    """Rows of MedQA, MedMCQA and CareQA as {question, options, gold}; gold counts from 0."""
+    columns = dataset.column_names
+    if "sent1" in columns:
+        asked, right, first = "sent1", "label", 0
+        options = [f"ending{i}" for i in range(4)]
+    elif "opa" in columns:
+        asked, right, first = "question", "cop", 0
+        options = [f"op{letter}" for letter in "abcd"]
+    else:
+        asked, right, first = "question", "cop", 1
+        options = [f"op{i}" for i in range(1, 5)]
+
+    def shaped(row: dict[str, Any]) -> dict[str, Any]:
+        choices = [row[name] for name in options]
+        return {"question": row[asked], "options": choices, "gold": int(row[right]) - first}
+
+    return dataset.map(shaped, remove_columns=columns)
+
+
+def lettered_answer(row: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """The target and the letter that the first line of a generated answer names."""
+    letter = chosen_letter(results[0].strip().partition("\n")[0])
+    return {"prediction": ["ABCD"[row["gold"]], letter], "unparsable": float(letter is None)}
 
 
 def drop(dataset: Any) -> Any:
