@@ -1,4 +1,4 @@
-"""Lists the benchmarks, or runs one and says on what machine.
+"""Lists the benchmarks, or runs one and prints the machine and versions.
 
 python -m benchmarks
 python -m benchmarks NAME [argument ...]
@@ -21,7 +21,7 @@ FILES = {
 
 
 def main() -> None:
-    """Run the benchmark that the first argument names, with the others."""
+    """Run the benchmark named by the first argument, with the remaining arguments."""
     if len(sys.argv) < 2 or sys.argv[1] not in FILES:
         print("usage: python -m benchmarks NAME [argument ...]\n")
         for name, path in FILES.items():

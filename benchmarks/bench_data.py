@@ -2,12 +2,12 @@
 
     python benchmarks/bench_data.py [--megabytes 2000] [--texts FILE ...] [--max-samples N] [--run]
 
-It writes a JSON lines file of records (instruction, input, output), made of the records of --texts
-(json or jsonl; the embedded demo without it) with a number in each so that no two are equal, and
-reads it as `fedllm run` does, up to every client's encoded examples: first with an empty cache,
-then with what the first has left there. Each measurement is a process of its own. --run measures
-`fedllm run` itself with one round of one step, too. A process that comes to hold more than
---most-gb is ended and reported. File and cache lie in a temporary directory and are removed.
+It writes a JSON lines file of records (instruction, input, output), made from the records of
+--texts (json or jsonl; default: the embedded demo) with a number in each to make them unique, and
+reads it like `fedllm run`, up to every client's encoded examples: first with an empty cache, then
+with the cache of the first start. Each measurement is a separate process. --run also measures `fedllm run`
+with one round of one step. A process that exceeds --most-gb is killed and reported. File and cache
+are in a temporary directory and are removed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ DEMO = Path(__file__).parents[1] / "src/fedllm_flwr/assets/demo/train.jsonl"
 
 
 def write_records(file: Path, texts: list[Path], megabytes: float) -> int:
-    """Write the records and return how many there are."""
+    """Write the records and return their number."""
     records = [record for path in texts for record in read_records(path)]
     chance = random.Random(0)
     size = count = 0
@@ -45,7 +45,7 @@ def write_records(file: Path, texts: list[Path], megabytes: float) -> int:
         while size < megabytes * 1e6:
             record = dict(chance.choice(records))
             record["instruction"] = f"{record['instruction']} ({count})"
-            # Answers of different records one after the other vary in length, and end differently.
+            # Answers of consecutive records vary in length and ending.
             record["output"] += f" {chance.choice(records)['output']} {count}"
             size += out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             count += 1
@@ -53,7 +53,7 @@ def write_records(file: Path, texts: list[Path], megabytes: float) -> int:
 
 
 def read_records(path: Path) -> Iterator[dict[str, str]]:
-    """Those of a file that have an instruction and an answer."""
+    """The records of a file that have an instruction and an answer."""
     text = path.read_text("utf-8")
     rows = json.loads(text) if path.suffix == ".json" else map(json.loads, text.splitlines())
     for row in rows:
@@ -62,7 +62,7 @@ def read_records(path: Path) -> Iterator[dict[str, str]]:
 
 
 def read_as_a_run(data: Path, output: Path) -> None:
-    """What a run does before its first step; prints seconds and peak memory after each phase."""
+    """A run's work before its first step; print seconds and peak memory after each phase."""
     prepare_environment()
     from fedllm_flwr.config.compose import compose
     from fedllm_flwr.data.client_data import simulated_client
@@ -124,7 +124,7 @@ def measure(command: list[str], environment: dict[str, str], most_gb: float) -> 
 
 
 def main() -> None:
-    """Parse the command line, make the file, and measure."""
+    """Parse the command line, write the file, and measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--megabytes", type=float, default=2000)
     parser.add_argument("--texts", type=Path, nargs="+", default=[DEMO])

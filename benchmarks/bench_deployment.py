@@ -1,12 +1,11 @@
-"""A round between real processes: seconds beside the training, and bytes on each site's socket.
+"""A round of a deployment: seconds except for training, and bytes on each site's socket.
 
     python benchmarks/bench_deployment.py out.json [--sites 2] [--rounds 8] [--communication ...]
 
-A server and its sites over TLS on loopback, with resident trainers and one optimizer step a round.
-Each site connects through a proxy that counts what passes. Bytes of a round are the difference
-between a run of `--rounds` rounds and one of two, so that the start is left out; beside them stand
-the bytes of the tensors, which `metrics.jsonl` gives. Seconds of a round are its whole time without
-the slowest site's training.
+A server and its sites use TLS on loopback, resident trainers and one optimizer step per round. Each
+site connects through a proxy that counts bytes. Bytes per round are computed from the difference
+between a run of `--rounds` rounds and one of two, which excludes the start, and are compared with
+the bytes of tensors in `metrics.jsonl`. Seconds per round exclude the slowest site's training.
 """
 
 import argparse
@@ -23,13 +22,13 @@ from fedllm_flwr.reporting.text import markdown_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-# The tests' own way of starting a federation.
+# The tests' helpers start the federation.
 from deployments import Federation, rounds_of, running_federation
 from processes import wait_for
 from slow_link import SlowLink, slow_link
 
 SITES = ("banking", "energy", "health", "retail", "transport")
-SHORT = 2  # rounds of the run that is taken off
+SHORT = 2  # rounds of the run that is subtracted
 
 
 def main() -> None:

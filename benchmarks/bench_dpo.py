@@ -1,13 +1,13 @@
-"""A round of DPO with kept reference log-probabilities against computing them in every step.
+"""A round of DPO with stored reference log-probabilities or with those computed in every step.
 
     python benchmarks/bench_dpo.py [--repeats 5] [--steps 10] [--threads 1]
 
-The embedded model and pairs, 16 pairs a step. Three programs train the same adapter on the same
-micro-batches: the package's `train_dpo` with values that an earlier round has kept, the same with
-a forward pass through the reference in every micro-batch, as a trainer without precomputed values
-does it, and the first round of the package, which computes the values of the pairs it draws once,
-sorted by length, before it trains. They take turns in one process, so that other load on the
-machine hits them alike: read the ratios, not the absolute figures.
+The embedded model and pairs, 16 pairs per step. Three programs train the same adapter on the same
+micro-batches: the package's `train_dpo` with values stored by an earlier round; the same with a
+forward pass of the reference in every micro-batch, like a trainer without precomputed values; and
+the package's first round, which computes the values of its pairs once, sorted by length, before
+training. They alternate in one process, so other load affects all of them: use the ratios instead
+of the absolute numbers.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from fedllm_flwr.tasks import find
 
 prepare_environment()
 
-# The environment comes before the libraries that read it.
+# Set the environment before importing the libraries that read it.
 # ruff: noqa: E402
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ KEPT, FIRST, EVERY_STEP = "kept values", "first round", "in every step"  # names
 
 @dataclass(frozen=True)
 class Workload:
-    """The model, the pairs and how they are trained on."""
+    """The model, the pairs and the training settings."""
 
     config: Config
     model: AdaptedModel
@@ -56,7 +56,7 @@ class Workload:
     def train(
         self, batches: RoundBatches, reference: LogProbs, callbacks: list[TrainerCallback]
     ) -> float:
-        """A round of training; its mean loss."""
+        """Train one round; return its mean loss."""
         config = self.config
         return train_dpo(
             self.model,
@@ -83,7 +83,7 @@ def load_workload(steps: int, threads: int) -> Workload:
 
 
 class _ReferenceInEveryStep(TrainerCallback):
-    """Computes the values of each micro-batch just before it is trained on, and checks them."""
+    """Computes and checks the values of each micro-batch before it is trained on."""
 
     def __init__(self, work: Workload, batches: RoundBatches) -> None:
         self._work = work
@@ -101,14 +101,14 @@ class _ReferenceInEveryStep(TrainerCallback):
         self._compute()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before each further one."""
+        """Before each further micro-batch."""
         self._compute()
 
 
 def programs(
     work: Workload, drawn: NDArray[np.int64]
 ) -> dict[str, Callable[[RoundBatches], float]]:
-    """What is compared."""
+    """The programs to compare."""
 
     def first(batches: RoundBatches) -> float:
         values, chosen = np.zeros_like(work.kept), np.unique(drawn)
@@ -127,7 +127,7 @@ def programs(
 
 
 def measure(work: Workload, repeats: int) -> dict[str, list[float]]:
-    """Seconds a step of each program and repeat; every repeat draws other pairs."""
+    """Seconds per step of each program and repeat; every repeat samples other pairs."""
     training = work.config.training
     size = micro_batch_size(training, work.model.device, work.model.num_base_parameters, rows=2)
     seconds: dict[str, list[float]] = {KEPT: [], FIRST: [], EVERY_STEP: []}

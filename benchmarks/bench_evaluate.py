@@ -1,4 +1,4 @@
-"""A likelihood suite against a bare batched forward pass over the same tokens, in turns."""
+"""A likelihood suite compared with bare batched forward passes over the same tokens."""
 
 import argparse
 import statistics
@@ -22,7 +22,7 @@ from fedllm_flwr.models.inputs import by_length, forward, left_padded
 
 
 class Recording(TextModel):
-    """Keeps the prompts that it scores."""
+    """Stores the prompts that it scores."""
 
     def log_likelihoods(self, prompts, answers):  # type: ignore[no-untyped-def]
         self.asked = list(prompts)
@@ -31,7 +31,7 @@ class Recording(TextModel):
 
 @torch.inference_mode()
 def bare(model: TextModel, tokens: list[np.ndarray]) -> None:
-    """Prompts sorted by length in padded batches, the model's last logits, nothing else."""
+    """Only the last logits of the prompts, in padded batches sorted by length."""
     adapted = model.adapted
     lengths = np.array([len(row) for row in tokens], np.int64)
     for batch in by_length(lengths, model.batch_tokens):

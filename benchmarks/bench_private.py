@@ -1,10 +1,10 @@
-"""A step of DP-SGD per record against the plain step, on the same examples.
+"""A DP-SGD step compared with a plain step on the same examples.
 
     python benchmarks/bench_private.py MODEL DATA [--repeats 6] [--steps 4]
 
-MODEL is the directory of a base model, DATA a file of instruction, input and output. Both programs
-take turns in one process on one thread, and their CPU seconds are compared, which other load hardly
-changes. Peak memory is that of a process of each program by itself.
+MODEL is a base model's directory, DATA a file with instruction, input and output. Both programs
+alternate in one process on one thread, and their CPU seconds are compared, which hardly depend on
+other load. Peak memory is measured in a separate process for each program.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from fedllm_flwr.environment import prepare_environment
 
 prepare_environment()
 
-# The environment comes before the libraries that read it.
+# Set the environment before importing the libraries that read it.
 # ruff: noqa: E402
 import numpy as np
 
@@ -71,7 +71,7 @@ class Programs:
         self.losses = task.example_losses(work, {})
 
     def train(self, program: str, repeat: int) -> float:
-        """CPU seconds of a step, on 16 examples that follow from `repeat`."""
+        """CPU seconds of a step on 16 examples determined by `repeat`."""
         training = self.config.training
         count = training.max_steps * training.batch_size
         drawn = np.random.default_rng(repeat).integers(len(self.examples), size=count)

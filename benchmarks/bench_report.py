@@ -1,9 +1,9 @@
-"""Bytes and loading time of a report on a large run: 500 rounds with 50 clients by default.
+"""Size and loading time of the report of a large run, by default 500 rounds with 50 clients.
 
     python benchmarks/bench_report.py [--rounds 500] [--clients 50] [--output report.html]
 
-The records are made up. The time is that from the start of the navigation to the end of the load
-event, all charts drawn, in a headless Chromium where one is installed.
+The records are synthetic. The time is from the start of the navigation to the end of the load
+event, with all charts drawn, in a headless Chromium, if one is installed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _LOADED = "performance.timing.loadEventEnd - performance.timing.navigationStart"
 
 
 def made_up_records(rounds: int, clients: int) -> list[dict[str, Any]]:
-    """Records as a run writes them, with half of the clients in each round."""
+    """Records in a run's format, with half of the clients in each round."""
     draw = random.Random(0)
     names = [f"hospital-{i:02d}" for i in range(clients)]
     records: list[dict[str, Any]] = [{"round": 0, "seconds": 0.0, "eval": scores(2.5, draw)}]

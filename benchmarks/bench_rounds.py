@@ -1,12 +1,11 @@
-"""Seconds of a round of a real federation, with a fresh process per message and with a resident
-trainer.
+"""Seconds of a round of a deployment, with a new process per message or with a resident trainer.
 
     python benchmarks/bench_rounds.py WORKLOAD [--rounds 4] [--repeats 2] [--work NAME ...]
 
-Two federations on loopback, each a server and one site that are started with the scripts of
-`fedllm server init` and `fedllm site init`; they differ in the site's `resident` alone. Runs of the
-same work are submitted to them in turns, so that other load on the machine hits both alike: read
-the ratios, not the absolute figures. The first round of a run is left out, it starts the trainer.
+Two deployments on loopback, each with a server and one site, are started with the scripts of
+`fedllm server init` and `fedllm site init`; they differ only in the site's `resident`. Runs of the
+same work alternate between them, so other load affects both: use the ratios instead of the absolute
+numbers. The first round of a run starts the trainer and is left out.
 
 Work: `empty` is one step of one example on the embedded model, `embedded` ten steps of sixteen on
 it, `workload` the same on the model and the data of WORKLOAD, a directory with `make_model.py`,
@@ -35,7 +34,7 @@ from fedllm_flwr.data.sources import DEMO
 from fedllm_flwr.deployment.server_directory import init_server
 from fedllm_flwr.deployment.site_directory import SiteOptions, init_site
 
-LIMIT_S = 1800.0  # of a run
+LIMIT_S = 1800.0  # per run
 MODES = {"process per message": False, "resident trainer": True}
 COMMON = [
     "federation.engine=deployment",
@@ -55,7 +54,7 @@ class Federation:
     environment: dict[str, str]
 
     def rounds(self, overrides: list[str], output: Path) -> list[dict[str, Any]]:
-        """Records of the rounds of a run, the first left out."""
+        """The round records of a run without the first."""
         text = " ".join([*COMMON, *overrides, f"output_dir={output}"])
         command = ["flwr", "run", str(self.server / "app"), "federation", "--run-config"]
         program = Path(sys.executable).parent / command[0]
@@ -75,7 +74,7 @@ class Federation:
 
 
 def five_free_ports(start: int) -> int:
-    """The first of five in a row from `start` on."""
+    """The first of five consecutive free ports from `start` on."""
     for base in range(start, 60_000, 5):
         with ExitStack() as stack:
             try:
@@ -155,7 +154,7 @@ def work(root: Path, workload: Path) -> dict[str, tuple[Path, Path | None, list[
 def measure(
     root: Path, name: str, job: tuple[Path, Path | None, list[str]], rounds: int, repeats: int
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds of a round, and of the training in it, by mode; runs take turns."""
+    """Median seconds of a round and of its training, by mode; runs alternate."""
     data, model, overrides = job
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     with ExitStack() as stack:
@@ -180,7 +179,7 @@ def measure(
 
 
 def main() -> None:
-    """Print a table of the medians and of their ratio."""
+    """Print a table of the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workload", type=Path)
     parser.add_argument("--rounds", type=int, default=4, help="of a run; the first is left out")

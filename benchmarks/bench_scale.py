@@ -1,12 +1,12 @@
-"""Start-up, rounds and memory of a simulation by its number of clients.
+"""Start-up, rounds and memory of a simulation by number of clients.
 
     python benchmarks/bench_scale.py [--clients 10 100 1000 10000] [--engines ray inprocess]
 
-Every run trains 4 clients a round for one step, on the same short records of one file, so
-that only the number of clients differs. Start-up is from the command to the first round's start;
-memory is the peak of the process that hosts the server (with ``inprocess`` also the clients').
-Each run is made ``--repeats`` times, in turns; medians are printed, and ratios to the fewest
-clients.
+Every run trains 4 clients per round for one step on the same short records of one file, so only the
+number of clients differs. Start-up is the time from the command to the start of the first round;
+memory is the peak of the server's process (with ``inprocess``, including the clients). Runs are
+repeated ``--repeats`` times, alternating; medians are printed, with ratios to the smallest number
+of clients.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Cost of secure aggregation: seconds of computing and bytes, per site and round and at the server.
+"""Cost of secure aggregation: computing time and bytes, per site and round and at the server.
 
     python benchmarks/bench_secure.py [--sites 3 10 50] [--millions 1 14]
 
-Every site of a round has to exist for its keys; one masks a vector of the size, and the server's
-part is timed with that vector in the place of all (sums and streams do not depend on the values).
-A tenth of the sites, at least one, drops out before sending. Times are those of the processor, on
+All sites of a round exist for their keys; one of them masks a vector of the given size, and the
+server's work is timed with this vector for all sites (sums and streams do not depend on the
+values). A tenth of the sites, at least one, drops out before sending. Times are processor times on
 one thread.
 """
 
@@ -23,7 +23,7 @@ from fedllm_flwr.federation.secure.site import SecureSite
 
 
 def main() -> None:
-    """Print a row for each number of sites and values."""
+    """Print a row for each number of sites and of values."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sites", type=int, nargs="+", default=[3, 10, 50])
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 14])

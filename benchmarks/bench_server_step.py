@@ -1,12 +1,12 @@
-"""Seconds and memory of a server's round without its clients: combining updates, and the step.
+"""Time and memory of a server's work in a round: combining updates, and the server step.
 
     python benchmarks/bench_server_step.py [--clients 50] [--values 14] [--rank 8] [RULE ...]
 
-The adapter has a number of square layers of width 4096 that makes about ``--values`` million values
-(as that of a 7 B model has), and the updates of ``--clients`` clients are random. Each rule runs in
-a process of its own; with one thread its CPU seconds do not depend on what else the machine does.
-Read the ratios to FedAvg: time and memory grow with the number of layers alike for all. ``fedavg``
-is without the aggregation error, ``fedavg+error`` with it.
+The adapter has square layers of width 4096 with about ``--values`` million values in total (as for
+a 7 B model), and the updates of ``--clients`` clients are random. Each rule runs in a separate
+process; with one thread, its CPU seconds do not depend on other load. Use the ratios to FedAvg:
+time and memory grow in proportion to the number of layers for all rules. ``fedavg`` is without the
+aggregation error, ``fedavg+error`` with it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.params import Params
 
 WIDTH = 4096
-ROUND = 3  # a later one: the first rounds of fed_sb do something else
+ROUND = 3  # the first rounds of fed_sb only estimate gradients
 RULES = (
     *("fedavg", "fedavg+error", "ffa", "rolora", "lora_fair", "fedex", "flexlora", "hetlora"),
     *("flora", "fedsa", "fed_sb", "ditto"),
@@ -50,7 +50,7 @@ def adapter(layers: int, rank: int, seed: int, scale: float) -> Params:
 
 
 def measure(name: str, clients: int, layers: int, rank: int) -> dict[str, float]:
-    """CPU seconds, and bytes of memory above those before the round."""
+    """CPU seconds, and additional bytes of memory of the round."""
     rule_name, _, error = name.partition("+")
     wanted = "true" if error else "false"
     config = compose(

@@ -1,12 +1,12 @@
-"""Local training against a bare PyTorch loop and against padded batches, on a fixed workload.
+"""Local training compared with a bare PyTorch loop and with padded batches, on a fixed workload.
 
     python benchmarks/bench_training.py WORKLOAD [--repeats 5] [--steps 10] [--threads 2]
 
-WORKLOAD is a directory with `make_model.py` (writes the model to a directory it is given) and
-`sft.json` (instruction, input, output). Three programs train the same adapter on the same
-examples: the package's `train_sft`, a bare loop over the same micro-batches, and a bare loop over
-padded batches with all logits, as one writes it first. They take turns in one process, so that
-other load on the machine hits them alike: read the ratios, not the absolute figures.
+WORKLOAD is a directory with `make_model.py` (writes the model to a given directory) and `sft.json`
+(instruction, input, output). Three programs train the same adapter on the same examples: the
+package's `train_sft`, a bare loop over the same micro-batches, and a bare loop over padded batches
+with all logits, as in a first implementation. They alternate in one process, so other load affects
+all of them: use the ratios instead of the absolute numbers.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from fedllm_flwr.tasks import find
 
 prepare_environment()
 
-# The environment comes before the libraries that read it.
+# Set the environment before importing the libraries that read it.
 # ruff: noqa: E402
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ OURS, BARE, PADDED = "train_sft", "bare loop", "bare loop, padded"  # names of t
 
 @dataclass(frozen=True)
 class Workload:
-    """The model, one client's encoded records and how they are trained on."""
+    """The model, one client's encoded records and the training settings."""
 
     config: Config
     model: AdaptedModel
@@ -81,7 +81,7 @@ def load_workload(directory: Path, steps: int, threads: int) -> Workload:
 
 
 def bare_loop(work: Workload, batches: RoundBatches, all_logits: bool) -> None:
-    """AdamW over the micro-batches: nothing but forward, backward, clip and step."""
+    """AdamW over the micro-batches: only forward, backward, clip and step."""
     model = work.model.peft
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -106,7 +106,7 @@ def ours(work: Workload, batches: RoundBatches) -> None:
 
 
 def measure(work: Workload, repeats: int, micro_batch_size: int) -> dict[str, list[float]]:
-    """Real tokens per second of each program and repeat; every repeat draws other examples."""
+    """Real tokens per second of each program and repeat; every repeat samples other examples."""
     training, lengths = work.config.training, work.examples.lengths
     sizes = {OURS: micro_batch_size, BARE: micro_batch_size, PADDED: training.batch_size}
     speeds: dict[str, list[float]] = {name: [] for name in sizes}

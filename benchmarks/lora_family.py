@@ -1,13 +1,13 @@
-"""Rules about the factors of LoRA on equal work: a search for the learning rate, then seeds.
+"""Algorithms on LoRA's factors with equal work: a search of the learning rate, then seeds.
 
     python benchmarks/lora_family.py out.json [--rates 0.002 0.005 0.0125] [--seeds 3] [--rules ...]
         [key=value ...]
 
-Each rule takes the same grid of learning rates with the first seed, is given the rate of the least
-loss on the records that clients hold back, and is then run with the other seeds. The test records
-are scored at the end of each run and decide nothing. fedsa and ditto are chosen by their clients'
-own adapters, the others by the global one. `out.json` keeps what is done; one run after the other,
-the searches first.
+Each rule is run with the same grid of learning rates and the first seed; the rate with the lowest
+loss on the clients' validation records is then run with the other seeds. The test records are
+scored at the end of each run and not used for the selection, which is based on the personal
+adapters for fedsa and ditto, and on the global one for others. `out.json` stores finished runs;
+runs are executed in sequence, the searches first.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RULES = (
 
 
 def main() -> None:
-    """Run what the file does not hold yet, and print the tables."""
+    """Execute the runs that the file does not contain yet, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.002, 0.005, 0.0125])
@@ -62,7 +62,7 @@ def main() -> None:
 def carry_out(
     rule: str, rate: float, seed: int, asked: argparse.Namespace, found: dict[str, Any]
 ) -> None:
-    """One run, if the file lacks it."""
+    """Execute one run, unless the file contains it."""
     if (name := f"{rule} {rate:g} {seed}") not in found["runs"] and asked.most > 0:
         asked.most -= 1
         found["runs"][name] = scores(rule, rate, seed, asked.overrides)
@@ -71,7 +71,7 @@ def carry_out(
 
 
 def scores(rule: str, rate: float, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Of one run: on the test records, on the clients' own, and what it took."""
+    """One run's scores on the test records and the clients' own, and its cost."""
     with tempfile.TemporaryDirectory() as folder:
         config = compose(
             [
@@ -105,7 +105,7 @@ def scores(rule: str, rate: float, seed: int, overrides: list[str]) -> dict[str,
 
 
 def chosen_rate(rule: str, found: dict[str, Any]) -> float:
-    """The rate of the least loss on the clients' own held-out records, with the first seed."""
+    """The rate with the lowest loss on the clients' own held-out records, for the first seed."""
     losses = {}
     for name, run in found["runs"].items():
         own_rule, rate, seed = name.split()
@@ -117,7 +117,7 @@ def chosen_rate(rule: str, found: dict[str, Any]) -> float:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Test records, then the clients' own, mean ± standard deviation over seeds."""
+    """Tables for the test records and the clients' own: mean ± standard deviation over seeds."""
     rules = list(dict.fromkeys(name.split()[0] for name in found["runs"]))
     first = [["", "rate", "loss", "accuracy", "macro F1", "MB up", "MB down", "BA error", "seeds"]]
     second = [["on the clients' own records", "mean loss", "worst", "best"]]

@@ -1,9 +1,9 @@
-"""Leakage, utility and epsilon of one run without privacy and of runs with it: table and figure.
+"""Leakage, utility and epsilon of runs with and without privacy: table and figure.
 
     python benchmarks/privacy_audit.py out.json [--seeds 3] [--most N] [--figure FILE.png]
 
-Each run trains long on few records, so that it remembers them, with canaries; `fedllm audit`
-attacks it. Runs what out.json does not hold yet, and prints the table.
+Each run trains long on few records with canaries, so that it memorises them, and is attacked by
+`fedllm audit`. Executes the runs that out.json does not contain yet, and prints the table.
 """
 
 import argparse
@@ -34,7 +34,7 @@ RUN = [
     *("training.batch_size=16", "training.learning_rate=1e-2", "lora.dropout=0"),
     *("evaluation.every=0", "tracking.figures=false", "tracking.report=false"),
 ]
-RECORDS = 600  # of either kind that the audit scores
+RECORDS = 600  # maximum number of members and of non-members
 Found = dict[str, Any]
 COLUMNS: dict[str, Callable[[Found], float]] = {
     "epsilon": lambda f: f["audit"]["spent"]["epsilon"] if f["audit"]["spent"] else np.inf,
@@ -50,7 +50,7 @@ COLUMNS: dict[str, Callable[[Found], float]] = {
 
 
 def main() -> None:
-    """Run and audit what the file does not hold yet; print the table."""
+    """Run and audit what the file does not contain yet; print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def audited(level: str, seed: int) -> Found:
-    """One run's last scores and its audit."""
+    """One run's final scores and its audit."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         config = compose([*RUN, *LEVELS[level], f"seed={seed}", f"output_dir={run}"])
@@ -83,13 +83,13 @@ def audited(level: str, seed: int) -> Found:
 
 
 def each(found: Found, level: str, column: str) -> list[float]:
-    """A column's values over the seeds."""
+    """A column's values over seeds."""
     runs = [value for name, value in found.items() if name.startswith(f"{level}, seed")]
     return [COLUMNS[column](run) for run in runs]
 
 
 def table(found: Found) -> str:
-    """Means over the seeds, and the lowest and highest value."""
+    """Mean, lowest and highest value over seeds."""
     lines = [f"| privacy | {' | '.join(COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
     for level in LEVELS:
         cells = []
@@ -104,7 +104,7 @@ def table(found: Found) -> str:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Utility and leakage by epsilon; bars are the range over the seeds."""
+    """Plot utility and leakage by epsilon; bars show the range over seeds."""
     import matplotlib.pyplot as plt
 
     panels = {

@@ -1,10 +1,10 @@
-"""What privacy costs in utility: epsilon 2, 8 and infinity, per record and per client.
+"""The utility cost of privacy: epsilon 2, 8 and infinity, per record and per client.
 
     python benchmarks/privacy_utility.py out.json [--seeds 3] [--data FOLDER]
 
-Runs what out.json does not hold yet, most telling first, and prints the table. FOLDER has a base
+Executes the runs that out.json does not contain yet, most important first, and prints the table. FOLDER has a base
 model (models/base7m) and financial news (sft/finance_sentiment_train.jsonl, eval/fpb_test.jsonl);
-without it the demo alone is run.
+without it, only the demo is run.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import read_metrics
 from fedllm_flwr.server.run import run_simulation
 
-EPSILONS = ("inf", "8", "2")  # inf: plain training, without a clip
+EPSILONS = ("inf", "8", "2")  # inf: plain training without clipping
 COMMON = [
     *("federation.engine=inprocess", "evaluation.every=0", "tracking.figures=false"),
     *("tracking.report=false", "partition=iid"),
@@ -34,9 +34,9 @@ SETTINGS = {
         *("federation.num_rounds=10", "training.max_steps=1", "training.batch_size=5"),
     ],
 }
-# What was found by hand with seed 0. Noise has the same size in every coordinate of the sum, so a
-# private run trains few values (B at rank 4), takes large batches, and steps along the sum (SGD):
-# AdamW divides each coordinate by its own size and takes noise for signal.
+# Settings found by hand with seed 0. Noise has the same size in every coordinate of the sum, so a
+# private run trains few values (B at rank 4), uses large batches, and steps along the sum (SGD):
+# AdamW divides each coordinate by its magnitude and thus amplifies noise.
 PLAIN = {
     "demo per record": [
         *("federation.num_rounds=8", "training.max_steps=4", "training.batch_size=48"),
@@ -65,7 +65,7 @@ PRIVATE = {
 
 
 def main() -> None:
-    """Run what the file does not hold yet, and print the table."""
+    """Execute the runs that the file does not contain yet, and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def scores(setting: str, epsilon: str, seed: int, data: Path | None) -> dict[str, float]:
-    """Scores on the held-out records before and after a run, and what it has spent."""
+    """Scores on the held-out records before and after a run, and the epsilon spent."""
     with tempfile.TemporaryDirectory() as folder:
         own = (PLAIN if epsilon == "inf" else PRIVATE).get(setting, [])
         overrides = [*COMMON, *SETTINGS[setting], *own, f"seed={seed}", f"output_dir={folder}/run"]
@@ -111,7 +111,7 @@ def scores(setting: str, epsilon: str, seed: int, data: Path | None) -> dict[str
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Scores by setting and epsilon: mean, and standard deviation over the seeds."""
+    """Scores by setting and epsilon: mean and standard deviation over seeds."""
     columns = ("loss", "accuracy", "macro_f1")
     lines = [
         "| setting | epsilon | seeds | loss | accuracy | macro F1 |",

@@ -1,10 +1,10 @@
-"""Every combiner against every attack on the demo: accuracy, and a backdoor's success.
+"""Every combiner against every attack on the demo: accuracy and backdoor success.
 
     python benchmarks/robustness.py out.json [--seeds 0 1 2] [--rounds 8] [key=value ...]
         [--attacks none sign_flip ...] [--combiners mean krum,robust.average=1 ...]
 
-All ten clients take part in each round, and three of them attack. The file keeps what was measured:
-a run that was stopped goes on, and a call for more seeds adds them.
+All ten clients take part in each round, and three of them attack. The file stores finished runs, so
+an interrupted call can be resumed, and seeds can be added.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ATTACKS = ("none", "sign_flip", "scale", "gaussian", "alie", "label_flip", "back
 
 
 def main() -> None:
-    """Run what the file does not hold yet, and print the table."""
+    """Execute the runs that the file does not contain yet, and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -53,7 +53,7 @@ def main() -> None:
 def scores(
     combiner: str, attack: str, seed: int, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """The last round's scores on the held-out records."""
+    """The final scores on the held-out records."""
     combiner, *settings = combiner.split(",")
     with tempfile.TemporaryDirectory() as folder:
         config = compose(
@@ -71,7 +71,7 @@ def scores(
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Accuracy by combiner and attack, over seeds; of a backdoor also its success."""
+    """Accuracy by combiner and attack over seeds, and the success of backdoors."""
     combiners = dict.fromkeys(name.split()[0] for name in found)
     lines = ["| combiner | " + " | ".join(ATTACKS) + " |", "|---" * (1 + len(ATTACKS)) + "|"]
     for combiner in combiners:
@@ -87,7 +87,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """The mean and, of several, how far the furthest is from it."""
+    """The mean and, for several values, the maximum deviation from it."""
     mean = sum(values) / len(values)
     furthest = max(abs(value - mean) for value in values)
     return f"{mean:.2f}" + (f" ± {furthest:.2f}" if len(values) > 1 else "")
