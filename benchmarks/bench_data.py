@@ -5,9 +5,9 @@
 It writes a JSON lines file of records (instruction, input, output), made from the records of
 --texts (json or jsonl; default: the embedded demo) with a number in each to make them unique, and
 reads it like `fedllm run`, up to every client's encoded examples: first with an empty cache, then
-with the cache of the first start. Each measurement is a separate process. --run also measures `fedllm run`
-with one round of one step. A process that exceeds --most-gb is killed and reported. File and cache
-are in a temporary directory and are removed.
+with the cache of the first start. Each measurement is a separate process. --run also measures
+`fedllm run` with one round of one step. A process that exceeds --most-gb is killed and reported.
+File and cache are in a temporary directory and are removed.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/privacy_utility.py out.json [--seeds 3] [--data FOLDER]
 
-Executes the runs that out.json does not contain yet, most important first, and prints the table. FOLDER has a base
-model (models/base7m) and financial news (sft/finance_sentiment_train.jsonl, eval/fpb_test.jsonl);
-without it, only the demo is run.
+Executes the runs that out.json does not contain yet, most important first, and prints the table.
+FOLDER has a base model (models/base7m) and financial news (sft/finance_sentiment_train.jsonl,
+eval/fpb_test.jsonl); without it, only the demo is run.
 """
 
 import argparse
