@@ -224,7 +224,7 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
         "superlink": options.server,
         "health-server-address": options.health_address,
     }
-    security_rows = "| (no keys) | made with `--insecure`: no encryption, no authentication |"
+    security_rows = "| (no keys) | created with `--insecure`: no encryption, no authentication |"
     before_start = ""
     files: dict[str, NewFile] = {}
     if authority is None:
@@ -241,7 +241,7 @@ def init_site(directory: str | Path, options: SiteOptions) -> list[str]:
         security_rows = (
             f"| `{name}.pub` | this site's public key; **send it to the server's operator** |\n"
             f"| `{name}.key` | its private key; it never leaves this machine |\n"
-            "| `ca.crt` | by which this site knows the server |"
+            "| `ca.crt` | authenticates the server to this site |"
         )
         before_start = (
             f"Send `{name}.pub` to the server's operator, who registers it once. Then, and at any "

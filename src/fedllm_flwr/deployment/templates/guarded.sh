@@ -1,4 +1,4 @@
 #!/bin/sh
-# In the place of Flower's program of this name, which the SuperNode starts: it runs the installed
-# package and never code that a server has sent, and shows no run's token on a command line.
+# Replaces Flower's program of this name, which the SuperNode starts: it runs only the installed
+# package and no code from a server, and shows no run token on a command line.
 exec @{python} -P -m fedllm_flwr.deployment.programs @{program} "$@@"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Starts the server's app when a run is submitted. It is a process of its own, so that a run goes
-# on while the SuperLink restarts. Runs write into outputs/ of this directory.
+# Starts the server's app when a run is submitted. It is a separate process, so that runs continue
+# while the SuperLink restarts. Runs write to outputs/ in this directory.
 set -eu
 umask 077
 cd "$(dirname "$0")"
@@ -11,9 +11,9 @@ fi
 unset LOGGED
 export PATH=@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
-# gRPC would ask a proxy even for this machine's own address.
+# gRPC would use a proxy even for this machine's own address.
 export no_proxy="@{unproxied}${no_proxy:+,$no_proxy}"
-# The package runs Flower's program so that a run's token is on no command line.
+# The package runs Flower's program without a run's token on the command line.
 exec @{python} -P -m fedllm_flwr.deployment.programs flower-superexec --plugin-type serverapp --insecure \
   --superexec-auth-secret-file superexec.secret \
   --health-server-address @{superexec_health} \

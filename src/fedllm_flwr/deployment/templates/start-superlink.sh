@@ -1,5 +1,5 @@
 #!/bin/sh
-# The SuperLink: the sites dial in here. Its state is in superlink.db and survives a restart.
+# The SuperLink, to which sites connect. Its state is in superlink.db and survives a restart.
 set -eu
 umask 077
 cd "$(dirname "$0")"
@@ -10,11 +10,11 @@ fi
 unset LOGGED
 export PATH=@{bin}:"$PATH" FLWR_HOME="$PWD/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
-# Flower keeps all runs for ever. Results in outputs/ stay.
+# Flower keeps all runs forever. Results in outputs/ are not removed.
 if [ -e superlink.db ]; then
   fedllm server prune "$PWD" --days "${KEEP_RUNS_DAYS:-90}" || true
 fi
-# flower-superlink, waiting longer for its database than Flower's own (5 s).
+# flower-superlink with a longer timeout for its database than Flower's (5 s).
 exec @{python} -P -m fedllm_flwr.deployment.superlink \
   --database superlink.db \
   --isolation process --superexec-auth-secret-file superexec.secret \

@@ -1,10 +1,9 @@
 #!/bin/sh
-# This site's SuperNode. It dials out to the server; nothing listens but on this machine's own
-# address. Whatever ends it, it is started again, until this script is ended: after RESTART_S
-# seconds (5), twice as long each time up to RESTART_MAX_S (60), from the beginning once it has run
-# for ten minutes. RESTARTS=3 gives up after three starts that did not last. The server refuses a
-# site that has crashed until it counts as offline, which takes up to a minute. A SuperNode gives
-# up by itself after MAX_RETRIES failed connections in a row.
+# This site's SuperNode. It connects to the server, and listens only on loopback. Whenever it ends, it
+# is restarted until this script is ended: after RESTART_S seconds (5), doubled each time up to
+# RESTART_MAX_S (60), and reset after it has run for ten minutes. RESTARTS=3 gives up after three
+# short-lived starts. The server refuses a crashed site until it is considered offline, which takes up
+# to a minute. A SuperNode ends after MAX_RETRIES consecutive failed connections.
 set -u
 umask 077
 cd "$(dirname "$0")" || exit 1

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Both parts of the server in one terminal: Ctrl-C ends them. One that ends, with whatever status, is
-# started again, until this script is ended: after RESTART_S seconds (3), twice as long each time up
-# to RESTART_MAX_S (60), from the beginning once it has run for ten minutes. RESTARTS=3 gives up
-# after three starts that did not last. A run goes on under a new SuperLink; one whose app has died
-# goes on with resume=. For a machine that boots without you, see systemd/.
+# Runs both processes of the server in one terminal; Ctrl-C ends them. A process that ends, whatever
+# its status, is restarted until this script is ended: after RESTART_S seconds (3), doubled each time
+# up to RESTART_MAX_S (60), and reset after it has run for ten minutes. RESTARTS=3 gives up after three
+# short-lived starts. Runs continue with a restarted SuperLink; a run whose app has ended is resumed
+# with resume=. To start at boot, see systemd/.
 set -u
 here="$(cd "$(dirname "$0")" && pwd)"
 ended=no
@@ -41,7 +41,7 @@ end() {
   kill $superlink $superexec 2>/dev/null
 }
 trap end INT TERM HUP
-# Without a SuperLink nothing works; without a SuperExec it waits for the operator.
+# Ends with the SuperLink; if the SuperExec has ended, waits for the operator.
 wait $superlink
 status=$?
 kill $superlink $superexec 2>/dev/null
