@@ -52,7 +52,7 @@ def row(count: int, size: int, folder: Path) -> str:
     session = Session("run/1/x", cards, "examples", 1000.0, 1 / 3, 4.0)
     update = {"w": np.random.default_rng(0).normal(0, 1e-2, size).astype(np.float32)}
     started = time.process_time()
-    words = code_of(session).encode(update, 0.5)
+    words = code_of(session, size).encode(update, 0.5)
     sealed = sites[names[0]].mask(session, words)
     masking = time.process_time() - started
     beside = sum(map(len, sealed.values()))

@@ -92,6 +92,8 @@ def test_one_of_three_may_drop_out_at_any_point(kind: str, tmp_path: Path) -> No
     assert distance(adapter(run), adapter(plain)) < 0.03  # two steps of AdamW after the rounding
 
 
+PROMISE = ("privacy.unit=client", "privacy.sampling=visible", "privacy.delta=1e-3")
+SIXTEEN = (*PROMISE, "privacy.secure_ring=16", "privacy.noise_multiplier=1")
 DROPOUTS: dict[int, dict[int, str]] = {  # by round: clients, and before or after what they go
     1: {},
     2: {0: "before sending"},
@@ -126,9 +128,11 @@ class LeavingApp(ClientApp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "chosen"), [*((name, ()) for name in ALGORITHMS), ("scaffold", SIXTEEN)]
+)
 def test_the_sum_is_the_plain_one_bit_for_bit_whoever_goes_and_when(
-    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, chosen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None, one, and the most that may go, at each point of the protocol."""
     vectors: dict[tuple[str, str], Words] = {}
@@ -142,7 +146,8 @@ def test_the_sum_is_the_plain_one_bit_for_bit_whoever_goes_and_when(
     def checked(self: MaskedSum) -> Words:
         found, session = unmasked(self), self.session
         each = [vectors[session.id, name] for name in self.survivors]
-        np.testing.assert_array_equal(found, np.sum(each, axis=0, dtype=np.uint32))
+        np.testing.assert_array_equal(found, np.sum(each, axis=0, dtype=found.dtype))
+        assert found.itemsize == (2 if chosen else 4)
         added.append(len(each))
         return found
 
@@ -150,7 +155,9 @@ def test_the_sum_is_the_plain_one_bit_for_bit_whoever_goes_and_when(
     monkeypatch.setattr(MaskedSum, "unmasked", checked)
     six = ("federation.num_clients=6", "federation.sample_clients=6", "federation.num_rounds=9")
     short = (*six, "training.max_steps=1", "evaluation.every=0", "federation.min_replies=4")
-    run = run_intercepted(tmp_path, LeavingApp(), SECURE[0], f"algorithm={algorithm}", *short)
+    run = run_intercepted(
+        tmp_path, LeavingApp(), SECURE[0], f"algorithm={algorithm}", *short, *chosen
+    )
     assert added == [6, 5, 5, 6, 4, 4, 6, 6, 6]
     assert [len(record["clients"]) for record in records(run)[1:]] == added
 
@@ -286,9 +293,34 @@ def test_a_value_beyond_the_range_is_refused_by_the_client(tmp_path: Path) -> No
         run_tiny(tmp_path / "run", *THREE, "privacy.secure_range=0.000001")
 
 
+@pytest.mark.slow
+def test_sixteen_bits_halve_the_upload_and_cost_the_same_epsilon(tmp_path: Path) -> None:
+    once = (*THREE, "federation.num_rounds=1", "evaluation.every=0")
+    half = records(run_tiny(tmp_path / "16", *once, *SIXTEEN))[-1]
+    whole = records(run_tiny(tmp_path / "32", *once, *PROMISE, "privacy.noise_multiplier=1"))[-1]
+    assert 2 * half["bytes_up"] == whole["bytes_up"]
+    assert half["epsilon"] == whole["epsilon"]
+
+
+def test_noise_that_sixteen_bits_have_no_room_for_is_refused_before_training(
+    tmp_path: Path,
+) -> None:
+    asked: list[str] = []
+
+    def before(message: Message, context: Context) -> None:
+        asked.append(message.metadata.message_type)
+
+    loud = (*PROMISE, "privacy.secure_ring=16", "privacy.noise_multiplier=200")
+    with pytest.raises(FederationError, match="would more than double the noise"):
+        run_intercepted(tmp_path / "run", WrappedApp(before), *THREE, *loud)
+    assert "train" not in asked
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["privacy.secure_ring=16"], "rounds so coarsely that only noise hides it"),
+        (["privacy.secure_ring=16", *PROMISE, "privacy.noise_multiplier=0"], "only noise hides it"),
         (["algorithm.combiner=median"], "looks at single updates"),
         (["algorithm=local"], "nothing to add up with algorithm=local"),
         (["algorithm=centralized"], "nothing to add up"),

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as limited
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import hypergeom
 
 from fedllm_flwr.errors import FederationError, NotFiniteError
-from fedllm_flwr.federation.masked_round import as_words, code_of
+from fedllm_flwr.federation import masked_round
+from fedllm_flwr.federation.masked_round import as_words, code_of, noise_deviation
 from fedllm_flwr.federation.messages import Update
-from fedllm_flwr.federation.secure.fixed_point import FixedPoint
+from fedllm_flwr.federation.secure.fixed_point import FixedPoint, signed
 from fedllm_flwr.federation.secure.graph import Session, degree_and_threshold
 from fedllm_flwr.federation.secure.keys import (
     KeyCard,
@@ -25,7 +26,7 @@ from fedllm_flwr.federation.secure.keys import (
     new_run_key,
     sign,
 )
-from fedllm_flwr.federation.secure.masks import Words, add_mask
+from fedllm_flwr.federation.secure.masks import Words, add_mask, words_of
 from fedllm_flwr.federation.secure.server import MaskedSum
 from fedllm_flwr.federation.secure.shares import PRIME, join, split
 from fedllm_flwr.federation.secure.site import SecureSite, Unmask
@@ -38,14 +39,16 @@ RNG = np.random.default_rng(0)
 class Federation:
     """Sites and the session of a round of theirs, with a vector for each."""
 
-    def __init__(self, folder: Path, count: int, id: str = "run/1/a") -> None:
+    def __init__(self, folder: Path, count: int, ring: int = 32) -> None:
         self.names = [f"site-{i:03}" for i in range(count)]
         self.sites = {
             name: SecureSite(folder / name, folder / name / RUN, RUN, name) for name in self.names
         }
         cards = {name: site.card() for name, site in self.sites.items()}
-        self.session = Session(id, cards, "examples", 100.0, 1 / 3, 4.0)
-        self.vectors = {n: RNG.integers(0, 2**32, SIZE, np.uint32) for n in self.names}
+        self.session = Session("run/1/a", cards, "examples", 100.0, 1 / 3, 4.0, ring=ring)
+        self.vectors: dict[str, Words] = {
+            n: RNG.integers(0, 2**ring, SIZE, words_of(ring)) for n in self.names
+        }
 
     def masked(self, name: str) -> tuple[Words, dict[str, bytes]]:
         words = self.vectors[name].copy()
@@ -65,7 +68,9 @@ class Federation:
         return total.questions()
 
     def plain(self, names: list[str]) -> Words:
-        return np.sum([self.vectors[name] for name in names], axis=0, dtype=np.uint32)
+        dtype = words_of(self.session.ring)
+        total: Words = np.sum([self.vectors[name] for name in names], axis=0, dtype=dtype)
+        return total
 
 
 @pytest.mark.parametrize(
@@ -78,10 +83,16 @@ class Federation:
         pytest.param(60, 8, 6, 6, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("ring", [32, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_sum_is_that_of_the_survivors_bit_for_bit(
-    count: int, before_sending: int, before_signing: int, before_unmasking: int, tmp_path: Path
+    ring: int,
+    count: int,
+    before_sending: int,
+    before_signing: int,
+    before_unmasking: int,
+    tmp_path: Path,
 ) -> None:
-    federation = Federation(tmp_path, count)
+    federation = Federation(tmp_path, count, ring)
     most = before_sending + before_signing + before_unmasking
     away = list(RNG.permutation(federation.names)[:most])
     sending = [name for name in federation.names if name not in away[:before_sending]]
@@ -446,7 +457,7 @@ def test_the_graph_keeps_its_promises_with_a_third_away_and_a_fifth_colluding(co
 def test_fixed_point_sums_stay_within_their_error_and_the_ring(
     values: list[float], sites: int, factor: float
 ) -> None:
-    code = FixedPoint(4.0, sites)
+    code = FixedPoint.finest(4.0, sites)
     params = {"w": np.array(values, np.float32)}
     total = np.zeros(len(values), np.uint32)
     for _ in range(sites):
@@ -456,31 +467,64 @@ def test_fixed_point_sums_stay_within_their_error_and_the_ring(
     np.testing.assert_allclose(found, expected, atol=sites * code.resolution * 0.51, rtol=0)
 
 
-@given(st.integers(2, 30), st.floats(0.1, 3), st.floats(1e-3, 100), st.booleans())
-@limited(max_examples=15, deadline=None)
+@given(
+    st.integers(2, 30),
+    st.floats(0.1, 3),
+    st.floats(1e-3, 100),
+    st.booleans(),
+    st.sampled_from([32, 16]),
+)
+@limited(max_examples=20, deadline=None)
 def test_noise_of_the_sites_has_the_stated_variance(
-    sites: int, multiplier: float, clip: float, most_drop_out: bool
+    sites: int, multiplier: float, clip: float, most_drop_out: bool, ring: int
 ) -> None:
     """z^2 C^2 with as few survivors as there may be, one of which takes its own noise off."""
     card = KeyCard("", "", "")
     cards = {f"site-{i:02}": card for i in range(sites)}
-    session = Session("x", cards, "uniform", 1.0, 1 / 3, clip, multiplier)
+    session = Session("x", cards, "uniform", 1.0, 1 / 3, clip, multiplier, ring)
+    try:
+        units = noise_deviation(session, 3000)
+    except FederationError:
+        assume(ring != 16)
+        raise
     left = session.least if most_drop_out else sites
     delta = {"w": RNG.normal(size=3000).astype(np.float32)}
     delta = clipped({"delta": delta}, clip)["delta"]
     words = [as_words(Update(delta, 1, {}), session, 1) for _ in range(left)]
-    total = np.sum(words, axis=0, dtype=np.uint32)
+    total = np.sum(words, axis=0, dtype=words_of(ring))
     assert total[-1] == left
-    found = code_of(session).decode(total[:-1], delta, left)["w"]
+    code = code_of(session, 3000)
+    found = code.decode(total[:-1], delta, left)["w"]
     noise = (found - left * delta["w"].astype(np.float64)) / (multiplier * clip)
+    more = units * code.resolution / (clip * session.noise_share)  # by rounding
+    assert 1 <= more < (2 if ring == 16 else 1.001)
+    noise /= more
     assert noise.std() == pytest.approx(math.sqrt(left / (session.least - 1)), rel=0.08)
     assert abs(noise.mean()) < 5 * noise.std() / math.sqrt(noise.size)
     if most_drop_out:  # what the promise rests on
         assert noise.std() * math.sqrt((left - 1) / left) == pytest.approx(1, rel=0.08)
 
 
+def test_random_rounding_keeps_the_mean_and_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm on which the noise of the ring of 16 bits rests holds for every vector."""
+    monkeypatch.setattr(masked_round, "add_noise", lambda words, session: None)
+    cards = {f"site-{i}": KeyCard("", "", "") for i in range(10)}
+    session = Session("x", cards, "uniform", 1.0, 1 / 3, 1.0, 1.0, 16)
+    size = 500_000
+    code = code_of(session, size)
+    longest = noise_deviation(session, size) / session.noise_share
+    assert longest < 1.1 / code.resolution
+    for spread in (1, size // 100, size):  # on so many values
+        value = np.zeros(size, np.float32)
+        value[:spread] = 1 / math.sqrt(spread)
+        words = as_words(Update({"w": value}, 1, {}), session, 1)[:-1]
+        assert np.linalg.norm(signed(words).astype(np.float64)) <= longest
+        mean = signed(words)[:spread].mean() * code.resolution * math.sqrt(spread)
+        assert mean == pytest.approx(1, abs=0.02)
+
+
 def test_values_beyond_the_range_and_sums_that_cannot_be_are_refused() -> None:
-    code = FixedPoint(1.0, 10)
+    code = FixedPoint.finest(1.0, 10)
     for value, kind, said in (
         (1.5, FederationError, r"1.5, beyond privacy.secure_range=1"),
         (np.nan, NotFiniteError, "NaN or Inf"),

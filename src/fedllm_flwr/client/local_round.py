@@ -17,7 +17,7 @@ from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
 from fedllm_flwr.factors import folded
 from fedllm_flwr.federation.client_memory import ClientMemory
-from fedllm_flwr.federation.masked_round import code_of
+from fedllm_flwr.federation.masked_round import as_decoded
 from fedllm_flwr.federation.messages import FROZEN, Assignment, Update
 from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.updates.transform import Chain, Passage
@@ -197,7 +197,7 @@ class _LocalRound:
         """Tensors as the server reads them from the wire."""
         session = self.assignment.session
         if session is not None:
-            return code_of(session).round_trip(params)
+            return as_decoded(params, session)
         return Chain.of(self.work.config).as_received(params)
 
     def leaving(self, contribution: Groups) -> tuple[dict[str, Params], dict[str, Kept]]:

@@ -581,6 +581,15 @@ class PrivacyConfig:
         description="secure aggregation: largest magnitude of a value; a client with more fails",
     )
 
+    secure_ring: Whole = Field(
+        default=32,
+        ge=16,
+        le=32,
+        multiple_of=16,
+        description="secure aggregation: bits of a value on the way up, 32 or, with "
+        "privacy.unit=client, 16",
+    )
+
     @property
     def at_clients(self) -> bool:
         """Whether clients add the noise, so that the guarantee also holds against the server."""

@@ -389,7 +389,16 @@ def _check_record_privacy(config: Config) -> None:
 
 def _check_secure(config: Config) -> None:
     """Reject options that need individual updates, which secure aggregation hides."""
-    if not config.privacy.secure_aggregation:
+    privacy = config.privacy
+    if privacy.secure_ring == 16 and not (
+        privacy.secure_aggregation and privacy.unit == "client" and privacy.noise_multiplier != 0
+    ):
+        raise ConfigError(
+            "privacy.secure_ring=16 rounds so coarsely that only noise hides it; set "
+            "privacy.secure_aggregation=true, privacy.unit=client and a noise multiplier above 0, "
+            "or privacy.secure_ring=32."
+        )
+    if not privacy.secure_aggregation:
         return
     secure, algorithm = "privacy.secure_aggregation=true", config.algorithm
     rule = ALGORITHMS.find(algorithm.name)
@@ -421,7 +430,6 @@ def _check_secure(config: Config) -> None:
             f"evaluation.aggregation_error=true needs single updates, which {secure} hides; set "
             "evaluation.aggregation_error=null."
         )
-    privacy = config.privacy
     if privacy.unit == "client" and privacy.sampling != "visible":
         raise ConfigError(
             f"privacy.sampling={privacy.sampling} with privacy.unit=client and {secure}: the "

@@ -26,7 +26,12 @@ from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
 from fedllm_flwr.federation.directions import UpdateDirections
-from fedllm_flwr.federation.masked_round import MaskedContributions, num_words, session_of
+from fedllm_flwr.federation.masked_round import (
+    MaskedContributions,
+    noise_deviation,
+    num_words,
+    session_of,
+)
 from fedllm_flwr.federation.mechanism import mechanism_of
 from fedllm_flwr.federation.messages import (
     FROZEN,
@@ -47,7 +52,15 @@ from fedllm_flwr.federation.server_copies import ServerCopies
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.updates.cast import wire_bytes
 from fedllm_flwr.federation.updates.transform import Chain, Passage
-from fedllm_flwr.params import Groups, Params, check_like, digest, full_like, moved
+from fedllm_flwr.params import (
+    Groups,
+    Params,
+    check_like,
+    digest,
+    full_like,
+    moved,
+    num_values,
+)
 from fedllm_flwr.plugins import COMBINERS
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
@@ -154,6 +167,8 @@ class Rounds:
         session = None
         if self.secure:
             session = self._session(config.privacy, state.run, roster, names, server_round)
+            shared = self.shared(state.params, server_round)
+            noise_deviation(session, num_words(shared, self.rule.contributes, state.params) - 1)
         assignments = {
             name: replace(each, config=config, session=session)
             for name, each in assignments.items()
@@ -318,8 +333,8 @@ class Rounds:
     def bytes_up(self, params: Params, server_round: int) -> int:
         """Bytes of tensors in the reply of a client that starts from `params`."""
         up = self.expected(params, server_round)
-        if self.secure:  # words of the ring
-            return sum(wire_bytes(group, "float32") for group in up.values())
+        if self.secure:
+            return num_values(up["masked"]) * self.config.privacy.secure_ring // 8
         return self.wire_bytes(up)
 
     def _session(

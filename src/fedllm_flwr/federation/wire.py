@@ -33,6 +33,7 @@ from fedllm_flwr.federation.messages import (
     Update,
     require_version,
 )
+from fedllm_flwr.federation.secure.fixed_point import signed
 from fedllm_flwr.federation.secure.graph import Session
 from fedllm_flwr.federation.secure.keys import KeyCard
 from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
@@ -232,9 +233,9 @@ def unpack_unmask(content: RecordDict) -> Unmask:
     )
 
 
-def pack_signed(signed: Signed) -> RecordDict:
+def pack_signed(answer: Signed) -> RecordDict:
     """A `Signed` as records."""
-    return RecordDict({"signed": ConfigRecord({"signature": signed.signature})})
+    return RecordDict({"signed": ConfigRecord({"signature": answer.signature})})
 
 
 @_reading()
@@ -255,8 +256,8 @@ def unpack_opened(content: RecordDict) -> Opened:
 
 
 def pack_masked(update: MaskedUpdate) -> RecordDict:
-    """A `MaskedUpdate` as records; the words travel as int32."""
-    vector = ArrayRecord({"vector": WireArray(update.words.view(np.int32))})
+    """A `MaskedUpdate` as records; the words travel as signed integers."""
+    vector = ArrayRecord({"vector": WireArray(signed(update.words))})
     return RecordDict(
         {
             "update": ConfigRecord({"dtype": MASKED, "num_examples": update.num_examples}),
@@ -301,10 +302,10 @@ def unpack_update(content: RecordDict) -> Update | MaskedUpdate:
     numbers = {name: float(cast(float, value)) for name, value in metrics.items()}
     if dtype == MASKED:
         words = _arrays(content, "masked")["vector"].numpy()
-        if words.dtype != np.int32 or words.ndim != 1:
+        if words.dtype not in (np.int32, np.int16) or words.ndim != 1:
             raise FederationError("its masked vector is none")
         return MaskedUpdate(
-            words=words.view(np.uint32),
+            words=words.view(f"u{words.itemsize}"),
             sealed=_bytes(_settings(content, "sealed")),
             num_examples=_field(settings, "num_examples", int),
             metrics=numbers,

@@ -1,20 +1,22 @@
-"""Tensors as words of the ring of integers modulo 2^32, and sums of them back.
+"""Tensors as words of the ring of integers modulo 2^32 or 2^16, and sums of them back.
 
-A value x within ``bound`` becomes round(x 2^f), to the nearest, ties to even. f is the largest
-number of binary places for which the sum over all sites of a round cannot overflow the ring.
+A value x within ``bound`` becomes x 2^f, rounded to the nearest, ties to even, or at random so that
+its expectation stays. f is such that the sum over all sites of a round cannot overflow the ring.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedllm_flwr.errors import FederationError, NotFiniteError
-from fedllm_flwr.federation.secure.masks import Words
+from fedllm_flwr.federation.secure.masks import Words, words_of
 from fedllm_flwr.params import Array, Params
 
-RING_BITS = 32
+Uniform = Callable[[int], NDArray[np.float64]]  # so many random numbers in (0, 1]
 
 
 @dataclass(frozen=True)
@@ -23,29 +25,44 @@ class FixedPoint:
 
     Args:
         bound: largest magnitude of a value that a site may send.
-        sites: largest number of sites whose vectors are summed.
+        places: f, the number of binary places.
+        bits: of the ring.
+        noise: largest magnitude of the noise in a sum, in multiples of 2^-f, without that for which
+            the bound has room.
     """
 
     bound: float
-    sites: int
+    places: int
+    bits: int = 32
+    noise: float = 0.0
 
-    @property
-    def places(self) -> int:
-        """f: sites (bound 2^f + 1/2) stays below 2^31."""
-        return math.floor(math.log2((2.0 ** (RING_BITS - 1) / self.sites - 1) / self.bound))
+    @classmethod
+    def finest(cls, bound: float, sites: int) -> "FixedPoint":
+        """That of 32 bits: f is the largest for which sites (bound 2^f + 1/2) stays below 2^31."""
+        return cls(bound, math.floor(math.log2((2.0**31 / sites - 1) / bound)))
 
     @property
     def resolution(self) -> float:
         """The distance between two adjacent values."""
         return 2.0**-self.places
 
-    def encode(self, params: Mapping[str, Array], factor: float = 1.0) -> Words:
+    def largest(self, count: int) -> float:
+        """Largest magnitude of a sum of `count` sites' words, and of the noise."""
+        return count * (self.bound * 2.0**self.places + 1) + self.noise
+
+    def encode(
+        self, params: Mapping[str, Array], factor: float = 1.0, uniform: Uniform | None = None
+    ) -> Words:
         """``factor`` times the tensors in name order, flat, as words.
+
+        Args:
+            uniform: random numbers for rounding x up with probability x - floor(x); None: to the
+                nearest.
 
         Raises:
             FederationError: a value is not finite or exceeds the bound; values never wrap around.
         """
-        words = np.empty(sum(value.size for value in params.values()), np.uint32)
+        words = np.empty(sum(value.size for value in params.values()), words_of(self.bits))
         start = 0
         for name, value in sorted(params.items()):
             largest = float(np.abs(value).max(initial=0.0))
@@ -57,9 +74,13 @@ class FixedPoint:
                     "raise it"
                 )
                 raise FederationError(text, text)
-            scaled = np.multiply(value, factor * 2.0**self.places, dtype=np.float64)
+            scaled = np.multiply(value, factor * 2.0**self.places, dtype=np.float64).ravel()
+            if uniform is None:
+                np.rint(scaled, out=scaled)
+            else:
+                np.floor(scaled + (1 - uniform(scaled.size)), out=scaled)
             stop = start + value.size
-            words[start:stop] = np.rint(scaled, out=scaled).ravel().astype(np.int64)
+            words[start:stop] = scaled.astype(np.int64)
             start = stop
         return words
 
@@ -69,9 +90,8 @@ class FixedPoint:
         Raises:
             FederationError: a value is impossible for `count` sites within the bound.
         """
-        values = words.view(np.int32)
-        most = count * (self.bound * 2.0**self.places + 0.5)
-        if float(np.abs(values.astype(np.int64)).max(initial=0)) > most:
+        values = signed(words)
+        if float(np.abs(values.astype(np.int64)).max(initial=0)) > self.largest(count):
             raise FederationError(
                 f"a sum of {count} sites exceeds what they may send; one of them has lied, or its "
                 "masks are not what they should be"
@@ -87,3 +107,8 @@ class FixedPoint:
         """`params` as decoded by the server: rounded, in their own dtype."""
         decoded = self.decode(self.encode(params), params, 1)
         return {name: value.astype(params[name].dtype) for name, value in decoded.items()}
+
+
+def signed(words: Words) -> NDArray[np.signedinteger[Any]]:
+    """Words as the integers next to zero that they stand for; the same memory."""
+    return words.view(f"i{words.itemsize}")

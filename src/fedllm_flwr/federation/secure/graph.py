@@ -64,6 +64,7 @@ class Session:
         dropouts: share of the sites that may drop out, below one half.
         bound: largest magnitude of a value; with noise, the L2 norm of a vector.
         noise_multiplier: deviation, in bounds, of the noise of `least` sites but one; 0: none.
+        ring: bits of a word.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Session:
     dropouts: float
     bound: float
     noise_multiplier: float = 0.0
+    ring: int = 32
 
     def plain(self) -> dict[str, Any]:
         """As data for JSON."""

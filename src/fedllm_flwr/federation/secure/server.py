@@ -8,7 +8,7 @@ import numpy as np
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.secure.graph import Session, dropped
 from fedllm_flwr.federation.secure.keys import has_signed
-from fedllm_flwr.federation.secure.masks import Words, add_mask
+from fedllm_flwr.federation.secure.masks import Words, add_mask, words_of
 from fedllm_flwr.federation.secure.shares import SHARE_BYTES, join
 from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
 
@@ -25,7 +25,7 @@ class MaskedSum:
 
     def __init__(self, session: Session, size: int) -> None:
         self.session = session
-        self._sum = np.zeros(size, np.uint32)
+        self._sum: Words = np.zeros(size, words_of(session.ring))
         self._sealed: dict[str, Mapping[str, bytes]] = {}
         self._signatures: dict[str, bytes] = {}
         self._shares: Seeds = defaultdict(dict)
@@ -43,8 +43,9 @@ class MaskedSum:
         """
         neighbours = self.session.neighbours(name)
         size = SHARE_BYTES * (1 + len(neighbours)) + _SEAL_BYTES
-        if words.shape != self._sum.shape or words.dtype != np.uint32:
-            raise FederationError(f"a masked vector of {words.shape} words, not {self._sum.shape}")
+        if words.shape != self._sum.shape or words.dtype != self._sum.dtype:
+            kinds = [f"{each.dtype} {each.shape}" for each in (words, self._sum)]
+            raise FederationError(f"a masked vector of {kinds[0]}, not {kinds[1]}")
         if sorted(sealed) != neighbours or any(len(text) != size for text in sealed.values()):
             raise FederationError("its sealed shares are not those for its neighbours")
         self._sum += words
