@@ -42,24 +42,25 @@ PLAIN = {
         *("federation.num_rounds=8", "training.max_steps=4", "training.batch_size=48"),
     ],
     "base7m per record": [
-        *("federation.num_rounds=24", "training.max_steps=10", "training.batch_size=16"),
+        *("federation.num_rounds=12", "training.max_steps=10", "training.batch_size=16"),
         *("training.learning_rate=2.0e-3", "training.min_learning_rate=2.0e-4"),
         *("lora.r=16", "lora.alpha=32", "lora.target_modules=all-linear"),
     ],
 }
 SMALL_AND_STEADY = [
-    *("algorithm=ffa", "lora.r=4", "lora.alpha=8", "training.optimizer=sgd"),
-    *("training.learning_rate=6.0", "training.min_learning_rate=1.0", "training.max_grad_norm=0"),
-    *("training.max_steps=1", "lora.target_modules=all-linear"),
+    *("algorithm=ffa", "lora.r=4", "lora.alpha=8", "lora.target_modules=all-linear"),
+    *("training.optimizer=sgd", "training.max_grad_norm=0", "training.min_learning_rate=1.0"),
 ]
 PRIVATE = {
     "demo per record": [
         *SMALL_AND_STEADY,
-        *("federation.num_rounds=40", "training.batch_size=96"),
+        *("federation.num_rounds=40", "training.max_steps=1", "training.batch_size=96"),
+        "training.learning_rate=6.0",
     ],
     "base7m per record": [
         *SMALL_AND_STEADY,
-        *("federation.num_rounds=24", "training.batch_size=160"),
+        *("federation.num_rounds=16", "training.max_steps=4", "training.batch_size=32"),
+        "training.learning_rate=4.0",
     ],
 }
 
