@@ -21,7 +21,7 @@ from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.reporting.metrics import read_metrics, validation_losses
 from fedllm_flwr.reporting.text import markdown_table
-from fedllm_flwr.runs.directory import PlannedRun, foreign_files
+from fedllm_flwr.runs.directory import PlannedRun, refuse_other_files
 from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.server.opening import with_absolute_paths
 from fedllm_flwr.server.run import run_simulation
@@ -187,8 +187,7 @@ def _new_directory(given: str) -> Path:
     root = Path(given or f"outputs/{datetime.now():%m%d-%H%M}-tune").expanduser()
     if (root / SAVED).exists():
         raise ConfigError(f"output_dir={root} holds a search already; resume it: resume={root}.")
-    if foreign := foreign_files(root, (".*",)):
-        raise ConfigError(f"output_dir={root} holds other files ({foreign[0]}); give a new one.")
+    refuse_other_files(root, f"output_dir={root}")
     return root
 
 

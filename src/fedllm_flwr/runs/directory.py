@@ -209,12 +209,22 @@ class PlannedRun:
         return self.config
 
 
-def foreign_files(folder: Path, own: Sequence[str]) -> list[str]:
-    """Sorted names in a directory, if it exists, that match no pattern of `own`."""
-    if not folder.is_dir():
-        return []
-    names = sorted(path.name for path in folder.iterdir())
-    return [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+def refuse_other_files(folder: Path, typed: str, own: Sequence[str] = (".*",)) -> None:
+    """Require that a directory, if it exists, contains only names that match a pattern of `own`.
+
+    Args:
+        typed: the option and its value, for the message.
+
+    Raises:
+        ConfigError: lists other files.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+    if others:
+        raise ConfigError(
+            f"{typed} holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)}); "
+            "give a new or an empty directory."
+        )
 
 
 def create(config: Config) -> RunDirectory:
@@ -238,11 +248,7 @@ def create(config: Config) -> RunDirectory:
             f"output_dir={path} holds a run already; give another directory, or resume it: "
             f"resume={path}."
         )
-    if foreign := foreign_files(directory.path, _OWN_FILES):
-        raise ConfigError(
-            f"output_dir={path} holds other files ({', '.join(foreign[:3])}"
-            f"{', ...' if len(foreign) > 3 else ''}); give a new or an empty directory."
-        )
+    refuse_other_files(directory.path, f"output_dir={path}", _OWN_FILES)
     try:
         write_atomically(directory.config, to_yaml(config).encode())
     except FederationError as error:

@@ -28,7 +28,7 @@ from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.html.page import Page
 from fedllm_flwr.reporting.html.render import render
 from fedllm_flwr.reporting.text import format_seconds, markdown_table, text_table
-from fedllm_flwr.runs.directory import foreign_files
+from fedllm_flwr.runs.directory import refuse_other_files
 from fedllm_flwr.runs.fit import first_refusal
 from fedllm_flwr.runs.report import REPORT, report_or_warning, run_facts
 from fedllm_flwr.simulation.resources import check_machine
@@ -143,11 +143,7 @@ def _new_directory(options: dict[str, str], overrides: list[str]) -> Path:
         raise ConfigError(
             f"output_dir={root} holds a comparison already; resume it: resume={root}."
         )
-    if foreign := foreign_files(root, (".*",)):
-        raise ConfigError(
-            f"output_dir={root} holds other files ({', '.join(foreign[:3])}); give a new or an "
-            "empty directory."
-        )
+    refuse_other_files(root, f"output_dir={root}")
     return root
 
 

@@ -38,7 +38,7 @@ from fedllm_flwr.evaluation.suites.score_cache import SamplesCache, default_cach
 from fedllm_flwr.files import write_atomically
 from fedllm_flwr.plugins import TEMPLATES
 from fedllm_flwr.reporting.text import format_seconds
-from fedllm_flwr.runs.directory import foreign_files
+from fedllm_flwr.runs.directory import refuse_other_files
 from fedllm_flwr.runs.fit import check_evaluation_fit
 from fedllm_flwr.runs.report import report_or_warning
 
@@ -224,13 +224,8 @@ def _output(request: EvaluateOptions) -> Path:
     path = Path(request.output or f"outputs/{stamp}-evaluate").expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output {path} is a file; give a directory.")
-    if foreign := foreign_files(
-        path, ("results.*", "report.html", "*.png", "predictions", "work", ".*")
-    ):
-        raise ConfigError(
-            f"--output {path} holds other files ({', '.join(foreign[:3])}); give a new or an empty "
-            "directory."
-        )
+    own = ("results.*", "report.html", "*.png", "predictions", "work", ".*")
+    refuse_other_files(path, f"--output {path}", own)
     return path
 
 

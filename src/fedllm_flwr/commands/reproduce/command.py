@@ -40,7 +40,7 @@ from fedllm_flwr.models.device import describe_device, resolve_device
 from fedllm_flwr.reporting.console import print_error
 from fedllm_flwr.reporting.metrics import best_record, read_metrics
 from fedllm_flwr.reporting.text import text_table
-from fedllm_flwr.runs.directory import PlannedRun, foreign_files
+from fedllm_flwr.runs.directory import PlannedRun, refuse_other_files
 from fedllm_flwr.runs.fit import check_evaluation_fit, first_refusal
 from fedllm_flwr.runs.kept_adapters import KeptAdapter, find_adapters
 
@@ -166,10 +166,7 @@ def _claim(study: _Study) -> None:
                 f"output_dir={study.root} holds another reproduction, of {was}; give another one."
             )
         return
-    if foreign := foreign_files(study.root, (".*",)):
-        raise ConfigError(
-            f"output_dir={study.root} holds other files ({foreign[0]}); give a new or an empty one."
-        )
+    refuse_other_files(study.root, f"output_dir={study.root}")
     write_atomically(file, json.dumps(wanted, indent=2).encode())
 
 
