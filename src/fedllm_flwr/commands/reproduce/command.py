@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -223,6 +224,9 @@ def _carry_out(study: _Study) -> int:
             "data.validation_fraction=0 leaves no records to choose settings and rounds by; set it "
             "above 0."
         )
+    if study.tasks:
+        check_evaluation_fit(trials[0].config, "trained", None)
+        code_suite.check(study.run_options)
     first_refusal([run.config for run in trials if not run.done])
     print(
         f"{study.protocol.name}: {len(study.methods)} methods, {study.options.trials} trials each, "
@@ -232,7 +236,7 @@ def _carry_out(study: _Study) -> int:
     failed = _train(trials, study.options.jobs)
     chosen: dict[str, MethodRun] = {}
     for method in study.methods:
-        own = [run for run in trials if run.method == method.name and run.done]
+        own = [run for run in trials if run.method == method.name and _has_scores(run)]
         if own:
             chosen[method.name] = min(own, key=lambda run: _validation(run)["loss"])
     runs = [
@@ -246,7 +250,7 @@ def _carry_out(study: _Study) -> int:
     failed += _train(runs, study.options.jobs)
     document = _document(study, trials, runs)
     _write(study, document)
-    document["test"] = _tested(study, [run for run in runs if run.done])
+    document["test"] = _tested(study, [run for run in runs if _has_scores(run)])
     for line in _write(study, document):
         print(line)
     return 1 if failed else 0
@@ -279,7 +283,12 @@ def _train(runs: Sequence[MethodRun], jobs: int) -> int:
 def _validation(run: MethodRun) -> dict[str, Any]:
     """Scores of the best round on the validation records; an infinite loss without any."""
     best = best_record(read_metrics(run.directory.metrics))
-    return {"loss": float("inf")} if best is None else {"round": best["round"], **best["eval"]}
+    return {"loss": math.inf} if best is None else {"round": best["round"], **best["eval"]}
+
+
+def _has_scores(run: MethodRun) -> bool:
+    """Whether a run has finished with a finite validation loss."""
+    return run.done and math.isfinite(_validation(run)["loss"])
 
 
 def _document(
@@ -304,8 +313,8 @@ def _document(
             "partition": f"{first.partition.name} {first.partition.column or ''}".strip(),
             "limit": study.options.limit,
         },
-        "trials": [_about(run) for run in trials if run.done],
-        "runs": [{**_about(run), "curve": _curve(run)} for run in runs if run.done],
+        "trials": [_about(run) for run in trials if _has_scores(run)],
+        "runs": [{**_about(run), "curve": _curve(run)} for run in runs if _has_scores(run)],
         "test": [],
         "published": list(study.protocol.published),
     }
@@ -348,7 +357,6 @@ def _tested(study: _Study, runs: Sequence[MethodRun]) -> list[dict[str, Any]]:
         from fedllm_flwr.commands.reproduce.record_scores import scored_on_records
 
         return scored_on_records(candidates, study.options.limit)
-    check_evaluation_fit(candidates[0].config, "trained", None)
     cache = SamplesCache(default_cache())
     work = study.root / "work"
     scored = Scorer(study.run_options, "trained", cache, work).score(candidates, study.tasks)
