@@ -54,7 +54,7 @@ def test_a_reproduction_is_searched_repeated_tested_once_and_tabulated(
     assert steps == {"local": 12, "fedavg": 8, "fedprox_sgd": 8, "centralized": 8}
     tested = {(one["model"], one["task"], one["metric"]): one for one in found["test"]}
     assert tested["fedavg", "fpb", "accuracy"]["by_seed"].keys() == {"0", "1"}
-    assert tested["base", "fpb", "accuracy"]["by_seed"].keys() == {"null"}
+    assert tested["base", "fpb", "accuracy"]["by_seed"].keys() == {"-"}
     assert tested["fedavg", "fpb", "macro F1"]["vs_local"][3] == "seeds and examples"
     unparsable = tested["base", "fpb_generation", "unparsable"]["value"]
     printed = capsys.readouterr().out

@@ -17,7 +17,7 @@ from fedllm_flwr.commands.evaluate.candidates import BASE, Candidate
 from fedllm_flwr.commands.evaluate.comparison import compare_scores
 from fedllm_flwr.commands.evaluate.scorer import Scorer
 from fedllm_flwr.commands.evaluate.tables import as_records
-from fedllm_flwr.commands.reproduce.document import write_document
+from fedllm_flwr.commands.reproduce.document import seed_name, write_document
 from fedllm_flwr.commands.reproduce.methods import (
     Method,
     MethodRun,
@@ -367,7 +367,7 @@ def _tested(study: _Study, runs: Sequence[MethodRun]) -> list[dict[str, Any]]:
         owner = owner if row.name.startswith(" ") else row.name
         names.append(row.name if owner == row.name else f"{owner}, {row.name.strip()}")
     seen = [
-        (name, {str(seed): found.value for seed, found in row.by_seed[column].items()})
+        (name, {seed_name(seed): found.value for seed, found in row.by_seed[column].items()})
         for column in table.columns
         for name, row in zip(names, table.rows, strict=True)
         if column in row.scores

@@ -42,6 +42,11 @@ def write_document(document: Numbers, folder: Path) -> list[str]:
     return [text, f"tables {folder / TABLES}   figures {folder}/*.png"]
 
 
+def seed_name(seed: int | None) -> str:
+    """Key of a seed in ``by_seed``; a dash for the base model, which has none."""
+    return "-" if seed is None else str(seed)
+
+
 def _sections(document: Numbers) -> list[tuple[str, list[list[str]]]]:
     found = []
     if document["test"]:

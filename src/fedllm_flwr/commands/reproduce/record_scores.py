@@ -9,6 +9,7 @@ from fedllm_flwr.commands.compare.results import Difference
 from fedllm_flwr.commands.evaluate.candidates import BASE, Candidate
 from fedllm_flwr.commands.evaluate.comparison import LOCAL
 from fedllm_flwr.commands.evaluate.scorer import loaded
+from fedllm_flwr.commands.reproduce.document import seed_name
 from fedllm_flwr.config import changed
 from fedllm_flwr.errors import DataError
 from fedllm_flwr.models.adapted_model import load_model
@@ -63,7 +64,7 @@ def scored_on_records(candidates: Sequence[Candidate], limit: int | None) -> lis
                     **{"chance": 0.5 if metric == "accuracy" else None, "interval_over": _OVER},
                     **{"value": mean, "low": mean - half, "high": mean + half},
                     **versus,
-                    "by_seed": {str(seed): value for seed, value in by_seed.items()},
+                    "by_seed": {seed_name(seed): value for seed, value in by_seed.items()},
                 }
             )
     return found
