@@ -288,6 +288,11 @@ ADAPTERS = [
         ("misspelt algorithm", "algorithm=fedpox", "algorithm=fedpox: choose all"),
     ),
     *_rows(
+        "reproduce",
+        ("misspelt experiment", "finence", "Did you mean 'finance'"),
+        ("no seeds", "finance --seeds 0", "--seeds must be > 0"),
+    ),
+    *_rows(
         "export",
         ("no target", "finished out", "missing --to"),
         ("missing run", "nowhere out --to peft", "nowhere: no such directory"),
