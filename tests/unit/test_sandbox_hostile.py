@@ -225,7 +225,7 @@ ALL = [
 
 
 @pytest.mark.parametrize("case", ALL)
-def test_stays_in_its_room(case: Case) -> None:
+def test_stays_in_its_sandbox(case: Case) -> None:
     outcome = run_program(case.source, case.tests, case.limits)
 
     assert outcome.status == case.status, outcome.message
@@ -283,7 +283,7 @@ def test_nothing_is_left_when_the_caller_ends() -> None:
 
 
 def is_program(process: psutil.Process) -> bool:
-    """Whether this is an interpreter in a room, and not the one that finds out if there is any."""
+    """Whether this is an interpreter in a sandbox, other than the one that tests for support."""
     try:
         return "bwrap" not in process.name() and time.time() - process.create_time() > 3
     except psutil.Error:

@@ -143,7 +143,7 @@ def _started(limits: Limits) -> Iterator["_Watch"]:
         own, outside, _ = Path("/proc/self/uid_map").read_text("utf-8").split()[:3]
         users = _users() if os.getuid() == 0 and own == outside else None
         theirs += [] if users is None else [users]
-        room = _room(users, limits.file_bytes, info=about[1], rules=filter_[0])
+        sandbox = _sandbox_command(users, limits.file_bytes, info=about[1], rules=filter_[0])
         order = {
             "user": None if users is None else _NOBODY,
             "tasks": tasks[0],
@@ -153,7 +153,7 @@ def _started(limits: Limits) -> Iterator["_Watch"]:
         }
         code = [_python(), "-I", "-S", "-c", _INTERPRETER.read_text("utf-8"), json.dumps(order)]
         process = subprocess.Popen(
-            [*room, "--", *code],
+            [*sandbox, "--", *code],
             stdin=subprocess.DEVNULL,
             stdout=output[1],
             stderr=output[1],
@@ -168,7 +168,7 @@ def _started(limits: Limits) -> Iterator["_Watch"]:
         if process is not None:
             process.kill()
             process.wait()
-            _wait_for_room(os.read(about[0], 4096))
+            _wait_for_sandbox(os.read(about[0], 4096))
         for descriptor in (*ours, *theirs):
             os.close(descriptor)
 
@@ -194,7 +194,7 @@ def _users() -> int:
         return os.open(place / "ns/user", os.O_RDONLY)
 
 
-def _room(users: int | None, tmp_bytes: int, info: int, rules: int) -> list[str]:
+def _sandbox_command(users: int | None, tmp_bytes: int, info: int, rules: int) -> list[str]:
     """bubblewrap's command line: a read-only system and a /tmp in memory.
 
     Args:
@@ -259,7 +259,7 @@ def _resources(limits: Limits) -> dict[str, tuple[int, int]]:
     }
 
 
-def _wait_for_room(told: bytes) -> None:
+def _wait_for_sandbox(told: bytes) -> None:
     """Wait for the sandbox's first process; when it ends, the kernel has killed all others."""
     with contextlib.suppress(ValueError, KeyError, OSError):
         first = os.pidfd_open(json.loads(told)["child-pid"])
