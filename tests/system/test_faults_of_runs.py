@@ -82,7 +82,7 @@ def test_killed_server_app_is_resumed_to_the_same_bits(federation: Deployment, w
 def test_full_disk_of_the_server_keeps_the_checkpoint(federation: Deployment, whole: Run) -> None:
     disk = federation.root / "disk"
     disk.mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
     is_root = os.geteuid() == 0 and shutil.which("mount") is not None
     if not is_root or subprocess.run(mounted, capture_output=True, check=False).returncode:
         pytest.skip("no small file system can be mounted here")

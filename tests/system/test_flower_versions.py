@@ -1,6 +1,6 @@
 """The other end of Flower's range, in an environment of its own: same bits, same federations."""
 
-import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -11,27 +11,35 @@ from pathlib import Path
 import pytest
 
 from deployments import make_site, rounds_of, running_federation
-from fedllm_flwr.flower.names import SEEN, version
+from fedllm_flwr.config.compose import compose
+from fedllm_flwr.data.sources import DEMO
+from fedllm_flwr.flower.names import SEEN, is_http, version
+from fedllm_flwr.reporting.console import Console
+from fedllm_flwr.server.run import run_simulation
 from processes import BIN, environment, nothing_left, started, wait_for
-from tiny_runs import ADAPTER, tiny
+from tiny_runs import ADAPTER, outcome, run_tiny, tiny
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 OTHER = SEEN[0] if version().startswith(f"{SEEN[-1]}.") else SEEN[-1]
-GIVEN = "FEDLLM_OTHER_FLOWER"  # an environment that is there already
-SITES = ("amber", "birch")
+GIVEN = "FEDLLM_OTHER_FLOWER"  # prefix of an environment that is there already
+SITES = ("banking", "energy", "health")  # desks of the embedded data
+EACH = 24  # records of a site
 
 # What is run there as a whole: each file starts servers, sites and clients of its own.
 WHOLE = (
     "test_fedllm_run.py::test_ray_run",
+    "test_fedllm_run.py::test_killed_run_ends_as_the_uninterrupted_one",
     "test_flwr_run.py::test_flwr_run_gives_the_bits_of_fedllm_run",
+    "test_flwr_run.py::test_clients_keep_their_state_where_the_run_is",
     "test_three_sites.py::test_sites_train_as_simulated_clients_do[scaffold-10-rounds]",
-    "test_deployment.py::test_run_goes_on_when_the_superlink_is_killed",
     "test_deployment.py",
     "test_foreign_bundle.py",
-    "test_faults_of_runs.py::test_killed_server_app_is_resumed_to_the_same_bits",
+    "test_faults_of_runs.py",
     "test_faults_at_sites.py",
+    "test_faults_of_links.py",
+    "test_flower_versions.py::test_server_with_sites_of_both_versions",
 )
 
 
@@ -63,52 +71,71 @@ def test_it_is_the_other_one(other: Path) -> None:
 
 
 def test_same_bits_in_simulation(other: Path, tmp_path: Path) -> None:
-    """One process, and Flower's engine on Ray."""
-    digests = {}
-    for python in (Path(sys.executable), other):
-        for engine in ("inprocess", "ray"):
-            output = tmp_path / f"{engine}-{len(digests)}"
-            overrides = [*tiny("algorithm=scaffold"), f"federation.engine={engine}"]
-            command = [str(python.parent / "fedllm"), "run", *overrides, f"output_dir={output}"]
-            done = subprocess.run(
-                command,
-                env=environment(tmp_path),
-                capture_output=True,
-                text=True,
-                timeout=400,
-                check=False,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            content = (output / ADAPTER).read_bytes()
-            digests[python, engine] = hashlib.sha256(content).hexdigest()
-    assert len(digests) == 4
-    assert len(set(digests.values())) == 1, digests
+    """One process, and Flower's engine on Ray; `test_ray_run` compares the two under this one."""
+    found = {}
+    for engine in ("inprocess", "ray"):
+        overrides = [*tiny("algorithm=scaffold"), f"federation.engine={engine}"]
+        command = [str(other.parent / "fedllm"), "run", *overrides]
+        done = subprocess.run(
+            [*command, f"output_dir={tmp_path / engine}"],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[engine] = outcome(tmp_path / engine)
+    expected = outcome(run_tiny(tmp_path / "expected", "algorithm=scaffold"))
+    assert found == dict.fromkeys(("inprocess", "ray"), expected)
+
+
+def records_of(name: str) -> list[str]:
+    lines = (DEMO / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    return [line for line in lines if json.loads(line)["desk"] == name][:EACH]
 
 
 @pytest.fixture
 def mixed(other: Path, tmp_path: Path) -> Iterator[Path]:
-    """A server of this environment, a site of it and one of the other; the server's directory."""
-    [own, foreign] = SITES
-    with running_federation(tmp_path, {own: None}) as running, ExitStack() as stack:
-        site = make_site(tmp_path, foreign, running.ports["fleet"], running.folder / "ca.crt")
-        for file in (site / "start-supernode.sh", *(site / "bin").iterdir()):
-            file.write_text(file.read_text().replace(str(BIN), str(other.parent)))
-        done = running.run(
-            "fedllm", "server", "register", str(running.folder), str(site / f"{foreign}.pub")
-        )
-        assert f"Registered {foreign}" in done.stdout, done.stderr
-        stack.enter_context(started([str(site / "start-supernode.sh")], tmp_path))
-        assert wait_for(lambda: running.nodes() == ["online", "online"], 180)
+    """A server of this environment, a site of it, and one of the other; the server's directory.
+
+    Where the server serves HTTP, too, there is a third, which speaks that.
+    """
+    [own, foreign, over_http] = SITES
+    with running_federation(tmp_path, {own: records_of(own)}) as running, ExitStack() as stack:
+        for name in SITES[1 : 3 if is_http() else 2]:
+            port = running.ports["fleet"]
+            site = make_site(tmp_path, name, port, running.folder / "ca.crt", records_of(name))
+            command = [str(site / "start-supernode.sh")]
+            if name == over_http:
+                address = f"localhost:{running.ports['control']}"
+                command += ["--http", "--superlink", address]
+            elif name == foreign:
+                for file in (site / "start-supernode.sh", *(site / "bin").iterdir()):
+                    file.write_text(file.read_text().replace(str(BIN), str(other.parent)))
+            key = str(site / f"{name}.pub")
+            done = running.run("fedllm", "server", "register", str(running.folder), key)
+            assert f"Registered {name}" in done.stdout, done.stderr
+            stack.enter_context(started(command, tmp_path))
+        online = ["online"] * (3 if is_http() else 2)
+        assert wait_for(lambda: running.nodes() == online, 180)
         yield running.folder
     assert nothing_left(tmp_path) == []
 
 
-def test_server_and_site_of_different_versions(mixed: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    overrides = ["federation.num_clients=2", "federation.num_rounds=2", "training.max_steps=1"]
-    command = [str(BIN / "fedllm"), "server", "run", str(mixed), *overrides]
+def test_server_with_sites_of_both_versions(mixed: Path, tmp_path: Path) -> None:
+    """The bits of one process."""
+    names = SITES[: 3 if is_http() else 2]
+    together = tmp_path / "together.jsonl"
+    together.write_text("".join(line for name in names for line in records_of(name)), "utf-8")
+    common = ["data=jsonl", "data.columns.label=output", f"data.eval_path={DEMO / 'test.jsonl'}"]
+    common += ["algorithm=scaffold", "training.max_steps=1", "training.batch_size=4"]
+    common += ["federation.num_rounds=2", "evaluation.every=0", "federation.sample_fraction=1.0"]
+    output, expected = tmp_path / "run", tmp_path / "expected"
+    own = ["data.path=at-the-sites", f"federation.num_clients={len(names)}"]
+    command = [str(BIN / "fedllm"), "server", "run", str(mixed), *common, *own]
     done = subprocess.run(
-        [*command, "evaluation.every=0", f"output_dir={output}"],
+        [*command, "data.eval_max_samples=10", f"output_dir={output}"],
         env=environment(tmp_path),
         capture_output=True,
         text=True,
@@ -116,8 +143,13 @@ def test_server_and_site_of_different_versions(mixed: Path, tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [sorted(record["clients"]) for record in rounds_of(output)[1:]] == [list(SITES)] * 2
+    assert [sorted(record["clients"]) for record in rounds_of(output)[1:]] == [list(names)] * 2
     assert all(record["failures"] == {} for record in rounds_of(output)[1:])
+
+    simulated = ["federation.engine=inprocess", "partition=natural", "partition.column=desk"]
+    simulated += [f"data.path={together}", "data.eval_max_samples=10", f"output_dir={expected}"]
+    run_simulation(compose([*common, *simulated]), Console(quiet=True), 0.0)
+    assert (output / ADAPTER).read_bytes() == (expected / ADAPTER).read_bytes()
 
 
 @pytest.mark.parametrize("tests", WHOLE)
@@ -127,6 +159,7 @@ def test_runs_and_federations_of_the_other_one(other: Path, tests: str) -> None:
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", f"tests/system/{tests}"],
         cwd=ROOT,
+        env={**os.environ, GIVEN: sys.prefix},
         capture_output=True,
         text=True,
         timeout=3000,

@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedllm_flwr.flower.names import is_http
 from processes import BIN, environment, relatives
 from tiny_runs import outcome, resume, run_tiny, tiny
 
 CHECKOUT = Path(__file__).parents[2]
-# flwr run starts ten nodes.
+# flwr run of Flower 1.31 starts ten nodes.
 TEN = ("federation.num_clients=10", "federation.sample_clients=2")
 RAY_TOO_LATE = ("Timed out waiting for file", "The current node timed out during startup")
 Flwr = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -60,6 +61,8 @@ def flwr(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flwr]:
 def _run(flwr: Flwr, *overrides: str, federation: str = "") -> str:
     """What ``flwr run`` shows; it exits with 0 whatever becomes of the run."""
     text = " ".join(overrides)
+    if not federation and is_http():  # since 1.32 Flower's simulation has two nodes by default
+        federation = "num-supernodes=10"
     options = ["--federation-config", federation] if federation else []
     done = flwr("run", ".", "--stream", *options, "--run-config", f'overrides="{text}"')
     return done.stdout + done.stderr
