@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from packaging.specifiers import SpecifierSet
 
 from fedllm_flwr.deployment import programs
 from fedllm_flwr.deployment.superlink import in_terms_of_http
@@ -55,6 +57,19 @@ def test_the_page_lists_all_names() -> None:
     listed = set(re.findall(r"`(flwr(?:\.\w+)+)`", text))
     used = {name for places in names.NAMES.values() for name in places.values()}
     assert used - listed == set()
+
+
+def test_the_range_is_said_once() -> None:
+    """By pyproject.toml and the remedies; a checkout and an image are held at the older end."""
+    root = DOCS.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert f"flwr[simulation]{names.RANGE}" in project["dependencies"]
+    range_ = SpecifierSet(names.RANGE)
+    assert [f"{seen}.0" in range_ for seen in names.SEEN] == [True, True]
+    held = f"=={names.SEEN[0]}.*"
+    assert f"flwr{held}" in (root / "constraints.txt").read_text().splitlines()
+    for file in ("Dockerfile", "compose.yaml"):
+        assert f"flwr[simulation]{held}" in (root / "docker" / file).read_text()
 
 
 SUPERLINK = (

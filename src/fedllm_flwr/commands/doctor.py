@@ -227,10 +227,11 @@ def check_commands() -> list[Check]:
         remedy = f"pip install 'flwr[simulation]=={SEEN[-1]}.*' (docs/flower-versions.md)"
         return [Check("flower", "warn", detail, remedy)]
     follows = (
-        "sites speak gRPC, its own commands and apps HTTP on the server's address; "
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 before flwr run"
+        "sites speak gRPC, its own commands and apps HTTP on the server's address; flwr run needs "
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 and --federation-config "
+        "'num-supernodes=10' (docs/flower-versions.md)"
         if is_http()
-        else "gRPC on every interface; runs in this environment"
+        else "gRPC on every interface; flwr run uses this environment and ten nodes"
     )
     return [Check("flower", "ok", f"{installed}: {follows}")]
 
