@@ -26,7 +26,7 @@ def test_centred_clipping_goes_on_with_its_centre_and_the_clients_momenta(tmp_pa
     [
         (["algorithm=scaffold"], "does not bound the further sums of algorithm=scaffold .control"),
         (["algorithm=local"], "has nothing to combine with algorithm=local"),
-        (["federation.sample_clients=4"], r"needs 2 f \+ 3 = 5 clients .* f = 1 may lie.* has 4"),
+        (["federation.sample_clients=4"], r"needs 2 f \+ 3 = 5 clients .* f = 1 attackers.* has 4"),
         (["robust.liars=0.5"], "robust.liars"),
     ],
 )
