@@ -110,7 +110,7 @@ def test_mlflow_that_does_not_answer_is_found_in_seconds(monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if it were installed
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"http://127.0.0.1:\d+ does not answer"):
+    with pytest.raises(ConfigError, match=r"http://127.0.0.1:\d+ does not respond"):
         trackers.check_trackers(TrackingConfig(mlflow=True))
     assert time.monotonic() - started < 2 * trackers._CONNECT_S
 
