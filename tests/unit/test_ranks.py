@@ -56,7 +56,10 @@ def test_a_site_says_what_is_wrong_with_its_rank(own: object, said: str) -> None
         (["algorithm=fedadam", "algorithm.factors=b", "lora.dora=true"], "use lora.dora=false"),
         (["algorithm=fedex", "lora.rslora=true"], "use lora.rslora=false"),
         (["algorithm=fedex", "algorithm.combiner=median"], "combines the clients' adapters itself"),
-        (["algorithm=flora", "privacy.unit=client", "privacy.noise_multiplier=1"], "individual adapters"),
+        (
+            ["algorithm=flora", "privacy.unit=client", "privacy.noise_multiplier=1"],
+            "individual adapters",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_is_loaded(
