@@ -31,7 +31,10 @@ def own_records_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]
         return []
     each: Mapping[str, Scores] = found[-1]
     own = {name: _personal(scores) for name, scores in each.items()}
-    shared = {name: _shared(scores) for name, scores in each.items()}
+    shared = {
+        client: {name: value for name, value in scores.items() if not name.startswith(PERSONAL)}
+        for client, scores in each.items()
+    }
     rows = _rows("global", shared)
     return rows + _rows("personal", {name: scores for name, scores in own.items() if scores})
 
@@ -51,7 +54,3 @@ def _rows(label: str, each: Mapping[str, Scores]) -> list[tuple[str, Scores]]:
 def _personal(scores: Mapping[str, float]) -> Scores:
     start = len(PERSONAL)
     return {name[start:]: value for name, value in scores.items() if name.startswith(PERSONAL)}
-
-
-def _shared(scores: Mapping[str, float]) -> Scores:
-    return {name: value for name, value in scores.items() if not name.startswith(PERSONAL)}

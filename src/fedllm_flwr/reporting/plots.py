@@ -90,7 +90,8 @@ def plot_curves(records: Sequence[RoundRecord], path: Path, title: str, task: Tr
         figure.suptitle(shorten(one_line(title), 100), fontsize=12)
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, draw in zip(axes, drawn, strict=False):
-            _round_axis(axis)
+            axis.set_xlabel("round")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             draw(axis)
         for axis in axes[len(drawn) :]:
             axis.set_axis_off()
@@ -357,11 +358,6 @@ def _plot_fairness(axis: Any, spreads: Sequence[tuple[int, ClientSpread]]) -> No
     axis.set_title("Fairness", loc="left")
     axis.set_ylabel(f"{metric.replace('_', ' ')} of each client")
     axis.legend(fontsize=9)
-
-
-def _round_axis(axis: Any) -> None:
-    axis.set_xlabel("round")
-    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _marks(points: int) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def _document(
             "limit": study.options.limit,
         },
         "trials": [_about(run) for run in trials if _has_scores(run)],
-        "runs": [{**_about(run), "curve": _curve(run)} for run in runs if _has_scores(run)],
+        "runs": [_about(run) for run in runs if _has_scores(run)],
         "test": [],
         "published": list(study.protocol.published),
     }
@@ -335,12 +335,8 @@ def _about(run: MethodRun) -> dict[str, Any]:
         "seconds": round(sum(record.get("seconds", 0.0) for record in records), 1),
         "megabytes": sum(r.get("bytes_up", 0) + r.get("bytes_down", 0) for r in records) / 1e6,
         "aggregation_error": sum(errors) / len(errors) if errors else None,
+        "curve": [(r["round"], round(r["eval"]["loss"], 5)) for r in records if r.get("eval")],
     }
-
-
-def _curve(run: MethodRun) -> list[tuple[int, float]]:
-    records = read_metrics(run.directory.metrics)
-    return [(r["round"], round(r["eval"]["loss"], 5)) for r in records if r.get("eval")]
 
 
 def _tested(study: _Study, runs: Sequence[MethodRun]) -> list[dict[str, Any]]:
