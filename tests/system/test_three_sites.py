@@ -95,6 +95,45 @@ def computed(run: Path, clients: dict[str, Path]) -> dict[str, Any]:
     return {**tensors, "adapter": adapter, "losses": losses}
 
 
+# Before the tests that share a federation, whose sites have the same names and ports.
+RANKS = {"banking": 4, "energy": 8, "health": 16}
+RANKED = ["algorithm=flora", "lora.r=16", "lora.alpha=32", "federation.num_rounds=3"]
+
+
+def test_sites_of_different_ranks_killed_and_resumed(tmp_path: Path) -> None:
+    """Adapters of ranks 4, 8 and 16, and the server's app killed: the bits of a simulation."""
+    evaluation = [f"data.eval_path={DEMO / 'test.jsonl'}", "data.eval_max_samples=20"]
+    common = [*INSTRUCTIONS, *evaluation, *SHORT, *RANKED]
+    entries = ",".join(f"{name}:{rank}" for name, rank in RANKS.items())
+    expected = simulated(tmp_path / "expected", [*common, f"lora.ranks=[{entries}]"])
+
+    output = tmp_path / "real"
+    own = ["data.path=at-the-sites", "federation.engine=deployment", "federation.num_clients=3"]
+    own += ["federation.sample_fraction=1.0", f"output_dir={output}"]
+    nodes = {name: f"lora-rank = {rank}\n" for name, rank in RANKS.items()}
+    sites = {name: records_of(name) for name in RANKS}
+    with running_federation(tmp_path / "three", sites, nodes=nodes) as federation:
+        assert wait_for(lambda: federation.nodes() == ["online"] * 3, 90)
+        command = ["fedllm", "server", "run", str(federation.folder)]
+        with ThreadPoolExecutor(1) as pool:
+            submitted = pool.submit(federation.run, *command, *common, *own)
+            assert wait_for(lambda: len(rounds_of(output)) > 1, 400)
+            root = federation.folder.parent
+            [app] = [p for p in relatives(root) if "flwr-serverapp" in command_of(p)]
+            app.kill()
+            assert submitted.result().returncode == 1
+        done = federation.run(*command, f"resume={output}")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    found, wanted = (max(run.glob("checkpoints/round-*")) for run in (output, expected))
+    assert tensors_of(found, "server") == tensors_of(wanted, "server")
+    adapters = [run / "adapter" / "adapter_model.safetensors" for run in (output, expected)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert "state.frozen" in load_params(found)[0]
+    first, second, third = (record["aggregation_error"] for record in rounds_of(output)[1:])
+    assert max(first, second) < 1e-6 < third  # 3 x (4 + 8 + 16) is above the cap of rank 64
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides", "num_rounds"),
     [
@@ -135,41 +174,3 @@ def test_sites_train_as_simulated_clients_do(
         assert {row["client"]: row["examples"] for row in csv.DictReader(file)} == {
             name: str(EACH) for name in SITES
         }
-
-
-RANKS = {"banking": 4, "energy": 8, "health": 16}
-RANKED = ["algorithm=flora", "lora.r=16", "lora.alpha=32", "federation.num_rounds=3"]
-
-
-def test_sites_of_different_ranks_killed_and_resumed(tmp_path: Path) -> None:
-    """Adapters of ranks 4, 8 and 16, and the server's app killed: the bits of a simulation."""
-    evaluation = [f"data.eval_path={DEMO / 'test.jsonl'}", "data.eval_max_samples=20"]
-    common = [*INSTRUCTIONS, *evaluation, *SHORT, *RANKED]
-    entries = ",".join(f"{name}:{rank}" for name, rank in RANKS.items())
-    expected = simulated(tmp_path / "expected", [*common, f"lora.ranks=[{entries}]"])
-
-    output = tmp_path / "real"
-    own = ["data.path=at-the-sites", "federation.engine=deployment", "federation.num_clients=3"]
-    own += ["federation.sample_fraction=1.0", f"output_dir={output}"]
-    nodes = {name: f"lora-rank = {rank}\n" for name, rank in RANKS.items()}
-    sites = {name: records_of(name) for name in RANKS}
-    with running_federation(tmp_path / "three", sites, nodes=nodes) as federation:
-        assert wait_for(lambda: federation.nodes() == ["online"] * 3, 90)
-        command = ["fedllm", "server", "run", str(federation.folder)]
-        with ThreadPoolExecutor(1) as pool:
-            submitted = pool.submit(federation.run, *command, *common, *own)
-            assert wait_for(lambda: len(rounds_of(output)) > 1, 400)
-            root = federation.folder.parent
-            [app] = [p for p in relatives(root) if "flwr-serverapp" in command_of(p)]
-            app.kill()
-            assert submitted.result().returncode == 1
-        done = federation.run(*command, f"resume={output}")
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    found, wanted = (max(run.glob("checkpoints/round-*")) for run in (output, expected))
-    assert tensors_of(found, "server") == tensors_of(wanted, "server")
-    adapters = [run / "adapter" / "adapter_model.safetensors" for run in (output, expected)]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-    assert "state.frozen" in load_params(found)[0]
-    first, second, third = (record["aggregation_error"] for record in rounds_of(output)[1:])
-    assert max(first, second) < 1e-6 < third  # 3 x (4 + 8 + 16) is above the cap of rank 64
