@@ -70,21 +70,28 @@ def test_it_is_the_other_one(other: Path) -> None:
     assert found.startswith(f"{OTHER}.")
 
 
+def succeeds(command: list[str], place: Path) -> None:
+    """Run a command to its end."""
+    done = subprocess.run(
+        command,
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_same_bits_in_simulation(other: Path, tmp_path: Path) -> None:
     """One process, and Flower's engine on Ray; `test_ray_run` compares the two under this one."""
     found = {}
     for engine in ("inprocess", "ray"):
         overrides = [*tiny("algorithm=scaffold"), f"federation.engine={engine}"]
-        command = [str(other.parent / "fedllm"), "run", *overrides]
-        done = subprocess.run(
-            [*command, f"output_dir={tmp_path / engine}"],
-            env=environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
+        succeeds(
+            [str(other.parent / "fedllm"), "run", *overrides, f"output_dir={tmp_path / engine}"],
+            tmp_path,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
         found[engine] = outcome(tmp_path / engine)
     expected = outcome(run_tiny(tmp_path / "expected", "algorithm=scaffold"))
     assert found == dict.fromkeys(("inprocess", "ray"), expected)
@@ -134,15 +141,7 @@ def test_server_with_sites_of_both_versions(mixed: Path, tmp_path: Path) -> None
     output, expected = tmp_path / "run", tmp_path / "expected"
     own = ["data.path=at-the-sites", f"federation.num_clients={len(names)}"]
     command = [str(BIN / "fedllm"), "server", "run", str(mixed), *common, *own]
-    done = subprocess.run(
-        [*command, "data.eval_max_samples=10", f"output_dir={output}"],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeds([*command, "data.eval_max_samples=10", f"output_dir={output}"], tmp_path)
     assert [sorted(record["clients"]) for record in rounds_of(output)[1:]] == [list(names)] * 2
     assert all(record["failures"] == {} for record in rounds_of(output)[1:])
 
