@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedllm_flwr.commands import main as cli
+from fedllm_flwr.commands.reproduce import command as command_module
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.data.sources import DEMO
 from tiny_runs import tiny
@@ -28,6 +29,10 @@ def reproduction(tmp_path: Path, *more: str) -> list[str]:
     options = ["--methods", METHODS, "--seeds", "2", "--trials", "2", "--task"]
     options += ["fpb,fpb_generation", "--data-root", str(data)]
     return ["reproduce", "finance", *settings, f"output_dir={tmp_path}/out", *options, *more]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_reproduction_is_searched_repeated_tested_once_and_tabulated(
@@ -66,6 +71,10 @@ def test_a_reproduction_is_searched_repeated_tested_once_and_tabulated(
     written = {file: file.stat().st_mtime_ns for file in out.rglob("summary.json")}
     assert len(written) == 3 * len(methods)
     tables = (out / "results.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(command_module, "_tested", interrupt)
+        assert cli.main(command) != 0
+    assert json.loads((out / "results.json").read_text()) == found  # with its test
     assert cli.main(command) == 0  # what is done is kept
     assert {file: file.stat().st_mtime_ns for file in out.rglob("summary.json")} == written
     (out / "results.md").unlink()

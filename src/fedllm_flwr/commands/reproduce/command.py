@@ -245,11 +245,10 @@ def _carry_out(study: _Study) -> int:
         for method in study.methods
         if method.name in chosen
     ]
-    document = _document(study, trials, [])
-    _write(study, document)
+    _write_untested(study, _document(study, trials, []))
     failed += _train(runs, study.options.jobs)
     document = _document(study, trials, runs)
-    _write(study, document)
+    _write_untested(study, document)
     document["test"] = _tested(study, [run for run in runs if _has_scores(run)])
     for line in _write(study, document):
         print(line)
@@ -381,6 +380,16 @@ def _best_adapters(run: MethodRun) -> list[KeptAdapter]:
         return find_adapters(f"{run.directory.path}@best")
     except ConfigError:  # clients that only lose by training have no best adapters
         return find_adapters(str(run.directory.path))
+
+
+def _write_untested(study: _Study, document: dict[str, Any]) -> None:
+    """Write a document without test, unless an earlier command left a tested one."""
+    try:
+        tested = json.loads((study.root / RESULTS).read_text("utf-8"))["test"]
+    except (OSError, ValueError, KeyError):
+        tested = []
+    if not tested:
+        _write(study, document)
 
 
 def _write(study: _Study, document: dict[str, Any]) -> list[str]:
