@@ -81,11 +81,16 @@ def test_same_update_as_in_process_and_the_process_stays(site: Site, tmp_path: P
     assert other.pid != process.pid
 
 
-def test_a_refusal_comes_back_as_a_failure(site: Site) -> None:
+def test_a_refusal_comes_back_as_a_failure(site: Site, tmp_path: Path) -> None:
+    """A full log is moved aside when a trainer starts."""
+    with (tmp_path / "trainer.log").open("wb") as log:
+        log.truncate(11 * 2**20)
     simulated = compose(tiny())
     failure = unpack_failure(answer_by_resident("query", pack_query(simulated), site))
     assert failure is not None
     assert "federation.engine=deployment" in failure.reason
+    assert (tmp_path / "trainer.log.1").stat().st_size == 11 * 2**20
+    assert (tmp_path / "trainer.log").stat().st_size < 2**20
 
 
 @pytest.mark.slow

@@ -491,7 +491,8 @@ def test_forgotten_records_are_gone(
     for number, name in enumerate(("first", "second")):
         trained(replace(site, run_id=10 + number), task(config, run=name, **fields))
     assert not files_below(tmp_path / "user-cache")
-    (tmp_path / "state" / "trainer.log").write_text(f"ValueError: {SECRET}\n")
+    for name in ("trainer.log", "trainer.log.1"):
+        (tmp_path / "state" / name).write_text(f"ValueError: {SECRET}\n")
     runs, tokens = tmp_path / "state" / "runs", tmp_path / "state" / "tokens"
     assert len(files_below(tokens)) == 1
 
@@ -506,6 +507,11 @@ def test_forgotten_records_are_gone(
     assert not files_below(runs)
     assert not files_below(tokens)
     assert (tmp_path / "state" / "trainer.log").read_text() == ""
+    assert not (tmp_path / "state" / "trainer.log.1").exists()
+    assert cli.main(["site", "log", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "forget     run 10  removed  Removed state of run first (" in printed[-3]
+    assert "Removed tokenised records" in printed[-2]
 
 
 def test_own_model_is_told_by_its_fingerprint(site: Site, tmp_path: Path) -> None:

@@ -122,10 +122,17 @@ class SiteState:
                 raise FederationError(f"cannot remove {path}: {error.strerror}.") from error
             lines.append(f"Removed {kind} ({size / 1e6:.1f} MB).")
         log = self.root / "trainer.log"
+        if runs is None:
+            earlier_log(log).unlink(missing_ok=True)
         if runs is None and log.is_file():
             log.write_bytes(b"")  # a running trainer continues writing to it
             lines.append(f"Emptied {log}.")
         return lines
+
+
+def earlier_log(log: Path) -> Path:
+    """Where `log` is moved when it has grown too large."""
+    return log.with_name(f"{log.name}.1")
 
 
 def site_state(node_config: Mapping[str, object], default: Path) -> SiteState:
@@ -142,15 +149,19 @@ def site_state(node_config: Mapping[str, object], default: Path) -> SiteState:
 def forget_runs(directory: str, run: str | None, everything: bool) -> list[str]:
     """``fedllm site forget``: remove a run's state at a site, or the state of all runs.
 
+    The removal is written to the audit log.
+
     Args:
         directory: directory made by ``site init``.
         run: Flower's id of the run, or the name of its folder in ``state/runs``.
 
     Raises:
         ConfigError: no such directory or run, or neither `run` nor `everything` is given.
+        FederationError: the log cannot be written.
     """
     import tomllib
 
+    from fedllm_flwr.deployment.audit import AuditLog
     from fedllm_flwr.deployment.ledger import Ledger
 
     file = Path(directory).expanduser() / "node.toml"
@@ -172,6 +183,8 @@ def forget_runs(directory: str, run: str | None, everything: bool) -> list[str]:
         if not lines:
             there = ", ".join(folder.name for folder in _children(state.runs)) or "none"
             raise ConfigError(f"{run}: no state of such a run here; there are: {there}")
+    entry = {"event": "forget", "verdict": "removed", "reason": " ".join(lines) or "nothing kept"}
+    AuditLog(file.parent / "audit").append(entry if run is None else {**entry, "run": run})
     return [
         *(lines or ["Nothing was kept."]),
         "A trainer that is running holds tokenised records in memory until it has been idle for "

@@ -19,6 +19,7 @@ from flwr.app import RecordDict
 from fedllm_flwr.client.requests import answer
 from fedllm_flwr.client.resident.protocol import receive_frame, send_frame
 from fedllm_flwr.client.site import Site
+from fedllm_flwr.deployment.site_state import earlier_log
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Failure
 from fedllm_flwr.federation.wire import pack_failure, unpack_failure
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_IDLE_TIMEOUT_S = 600.0
 _START_TIMEOUT_S = 120.0
 _ATTEMPTS = 2  # a trainer that dies while handling a message is restarted once
+_LARGEST_LOG = 10 * 2**20  # bytes; a trainer that starts then begins a new one
 _DYING_S = 5.0  # time for a killed trainer to close its socket
 
 
@@ -145,6 +147,8 @@ def start(connection: socket.socket, path: Path, site: Site) -> None:
     path.unlink(missing_ok=True)
     idle = float(site.node_config.get("idle-timeout-s", DEFAULT_IDLE_TIMEOUT_S))
     log = _log_path(site)
+    if log.is_file() and log.stat().st_size > _LARGEST_LOG:
+        log.replace(earlier_log(log))
     with log.open("ab") as output:
         trainer = subprocess.Popen(
             [
