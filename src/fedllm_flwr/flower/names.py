@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm_flwr.errors import FederationError
 
-RANGE = ">=1.31,<1.43"  # of flwr; pyproject.toml installs the older end
+RANGE = ">=1.31,<1.43"  # of flwr, as in pyproject.toml
 SEEN = ("1.31", "1.42")  # versions with which servers and sites have been run
 _OLD, _NEW = SEEN
 _MODULE = " module"
