@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fedllm_flwr.data.encode import Encoded, EncodeReport
 from fedllm_flwr.models.inputs import IGNORED, collate_packed, collate_padded, needed_logits
 from fedllm_flwr.training.batches import round_batches, split_step
+from fedllm_flwr.training.group import Group
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=9)
 
@@ -116,6 +117,31 @@ def test_needed_logits_keeps_every_label_and_no_empty_position(
     whole[:, kept + 1] = wanted
     assert torch.equal(whole[:, 1:], inputs["labels"][:, 1:])
     assert (wanted != IGNORED).any(0).all()
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=12, max_size=12),
+    st.integers(1, 12),
+    st.sampled_from([1, 2, 3, 6]),
+)
+@settings(deadline=None)
+def test_processes_divide_every_step_among_them(
+    lengths: list[int], size: int, processes: int
+) -> None:
+    drawn = np.arange(12, dtype=np.int64)  # two steps of six
+    whole = round_batches(drawn, np.array(lengths, np.int64), 2, size, False, processes)
+    shares = [whole.share(Group(rank, processes)) for rank in range(processes)]
+
+    assert {(share.num_steps, share.items_per_step) for share in shares} == {(2, 6)}
+    for step in (0, 1):
+        parts = [
+            i
+            for share in shares
+            for batch in share.batches[step * share.per_step : (step + 1) * share.per_step]
+            for i in batch
+        ]
+        assert sorted(parts) == list(range(6 * step, 6 * step + 6))
+    assert {share.num_tokens for share in shares} == {sum(lengths)}
 
 
 @given(st.lists(st.integers(1, 50), min_size=8, max_size=8), st.integers(1, 8))

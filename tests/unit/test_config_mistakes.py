@@ -106,6 +106,31 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["training.dtype=float23"], ["training.dtype=float23", "Did you mean 'float32'?"]),
     (['training.dtype="a\nb"'], ["training.dtype=a\\nb"]),
     (["training.micro_batch_size=5"], ["batch_size=16", "micro_batch_size=5", "multiple"]),
+    (["federation.client_processes=0"], ["federation.client_processes must be > 0, got 0"]),
+    (
+        ["federation.client_processes=3", "training.batch_size=16"],
+        ["batch_size=16", "client_processes=3", "multiple; set federation.client_processes=1"],
+    ),
+    (
+        ["federation.client_processes=32", "training.batch_size=16"],
+        [
+            "batch_size=16",
+            "client_processes=32",
+            "to a multiple; set federation.client_processes=1",
+        ],
+    ),
+    (
+        [
+            "federation.client_processes=2",
+            "privacy.unit=record",
+            "privacy.noise_multiplier=1",
+        ],
+        ["client_processes=2 with privacy.unit=record", "set federation.client_processes=1"],
+    ),
+    (
+        ["federation.client_processes=2", "federation.client_gpus=0.5"],
+        ["client_gpus=0.5", "client_processes=2", "set federation.client_gpus=2"],
+    ),
     (["communication.dtype=int8"], ["communication.dtype=int8", "bfloat16"]),
     (["communication.transforms=[int8,top_k]"], ["compressed once", "choose one"]),
     (["communication=int8", "algorithm=flora"], ["[int8]", "algorithm=flora", "one shape"]),

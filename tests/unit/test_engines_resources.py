@@ -11,6 +11,7 @@ import torch
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.models.device import check_devices, gpu_count
 from fedllm_flwr.simulation import resources
 from fedllm_flwr.simulation.resources import check_machine, join_cluster, start_ray
 
@@ -35,6 +36,21 @@ def test_cpus_of_the_machine(engine: str, make_config: MakeConfig) -> None:
 def test_gpus_where_there_is_none(engine: str, make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"federation\.client_gpus=0\.1, .*has no GPU"):
         check_machine(make_config(federation={"engine": engine, "client_gpus": 0.1}))
+
+
+def test_processes_need_a_device_each() -> None:
+    """A machine has one of MPS; of CPUs, processes share what there is."""
+    check_devices(64, torch.device("cpu"))
+    check_devices(1, torch.device("mps"))
+    with pytest.raises(ConfigError) as caught:
+        check_devices(2, torch.device("mps"))
+    assert str(caught.value) == (
+        "federation.client_processes=2 needs a mps device for each, and there is 1; set "
+        "federation.client_processes=1."
+    )
+    more = gpu_count() + 1
+    with pytest.raises(ConfigError, match=f"client_processes={more} needs a cuda device for each"):
+        check_devices(more, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,16 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import Parameter
 
+from fedllm_flwr.client.optimisation import Optimisation
+from fedllm_flwr.client.processes import processes
 from fedllm_flwr.config import Config
 from fedllm_flwr.data.client_data import ClientData
 from fedllm_flwr.errors import ConfigError, DataError, FederationError, ModelError, RefusedError
@@ -30,7 +30,7 @@ from fedllm_flwr.training.batches import RoundBatches, round_batches
 from fedllm_flwr.training.drift import DriftCorrection
 from fedllm_flwr.training.local_terms import LocalResult, LocalTerms
 from fedllm_flwr.training.momentum import MOMENTUM, with_momentum, worker_momentum
-from fedllm_flwr.training.private import poisson_batches, train_privately
+from fedllm_flwr.training.private import poisson_batches
 from fedllm_flwr.training.schedule import draw_examples, steps_per_round
 from fedllm_flwr.training.trainer import Trained
 
@@ -48,7 +48,7 @@ def train_locally(assignment: Assignment, data: ClientData, state_dir: Path) -> 
     Raises:
         FedLLMError: the data or the model do not allow the requested training.
     """
-    with torch_threads(assignment.config.federation.client_cpus):
+    with torch_threads(assignment.config.federation.threads_per_process):
         while True:
             try:
                 return _train(assignment, data, state_dir)
@@ -137,6 +137,7 @@ class _LocalRound:
         config = assignment.config
         if not len(data.train):
             raise DataError(f"{data.name} has no usable training example")
+        processes.start(config)
         model, rule, task = load_model(config), find_rule(config.algorithm), task_of(config)
         assignment = completed(assignment, rule, model)
         check_sent(assignment, rule, task, model)
@@ -165,33 +166,16 @@ class _LocalRound:
 
     def optimise(self, terms: LocalTerms) -> tuple[Params, DriftCorrection, Trained]:
         """Train with these terms; return the adapter, the drift correction and the metrics."""
-        work, model, config = self.work, self.work.model, self.work.config
 
         def trains(name: str) -> bool:
             chosen = terms.trains is None or terms.trains(name)
             return chosen and self.rule.trains(name, self.assignment.round)
 
-        model.load(terms.start, self.assignment.tensors.get(FROZEN))
-        with _trained_only(model.trainable(), trains) as parameters:
-            drift = DriftCorrection(parameters, terms, work.learning_rate)
-            if config.privacy.unit == "record":
-                trained = train_privately(
-                    model,
-                    parameters,
-                    self.task.example_losses(work, self.prepared),
-                    self.data.train.source,
-                    work.batches,
-                    config,
-                    work.learning_rate,
-                    work.seed,
-                    self.task.rows_per_example,
-                    self.task.drops_out(config),
-                    [drift],
-                    drift.penalty,
-                )
-            else:
-                trained = self.task.optimise(work, self.prepared, [drift], drift.penalty)
-        return model.params(), drift, trained
+        chosen = frozenset(filter(trains, terms.start))
+        whole = Optimisation(self.work, self.prepared, terms, chosen)
+        with processes.share(whole) as own:
+            drift, trained = own.run()
+        return self.work.model.params(), drift, trained
 
     def as_received(self, params: Params) -> Params:
         """Tensors as the server reads them from the wire."""
@@ -284,21 +268,6 @@ def _drawn_batches(
     return np.array([i for step in batches.batches for i in step], np.int64), batches
 
 
-@contextmanager
-def _trained_only(
-    parameters: dict[str, Parameter], trains: Callable[[str], bool]
-) -> Iterator[dict[str, Parameter]]:
-    """The parameters that `trains` selects, while all others are frozen."""
-    frozen = {name: p for name, p in parameters.items() if not trains(name)}
-    for parameter in frozen.values():
-        parameter.requires_grad_(False)
-    try:
-        yield {name: p for name, p in parameters.items() if name not in frozen}
-    finally:
-        for parameter in frozen.values():
-            parameter.requires_grad_(True)
-
-
 def _check_fit(data: ClientData, model: AdaptedModel, config: Config) -> None:
     """Reject token ids and positions for which the base model has no embeddings."""
     vocabulary = model.peft.get_input_embeddings().weight.shape[0]
@@ -341,7 +310,8 @@ def _batches(
     size = min(size, model.most_together or size)
     wanted = config.training.packing
     packed = task.can_pack and (can_pack(model.attention) if wanted is None else wanted)
-    batches = round_batches(drawn, examples.lengths, steps, size, packed)
+    count = config.federation.client_processes
+    batches = round_batches(drawn, examples.lengths, steps, size, packed, count)
     return replace(
         batches,
         num_tokens=examples.num_tokens_of(drawn),

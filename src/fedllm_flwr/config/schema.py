@@ -502,9 +502,19 @@ class FederationConfig:
     client_gpus: Real = Field(
         default=0.0, ge=0, description="ray: fraction of a GPU per simulated client"
     )
+    client_processes: Whole = Field(
+        default=1,
+        gt=0,
+        description="processes that divide a client's batches, on CUDA each on its own GPU",
+    )
     ray_address: Text | None = Field(
         default=None, description="ray: host:port of a running cluster; null: a local one"
     )
+
+    @property
+    def threads_per_process(self) -> int:
+        """CPU threads of each of a client's processes."""
+        return max(1, self.client_cpus // self.client_processes)
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

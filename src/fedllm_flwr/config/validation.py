@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
         ConfigError: names the key, its value and the remedy.
     """
     _check_training(config)
+    check_processes(config)
     _check_clients(config)
     _check_partition(config)
     _check_near_duplicates(config)
@@ -79,6 +80,36 @@ def _check_training(config: Config) -> None:
         raise ConfigError(
             f"training.early_stopping={patience} needs scores: set evaluation.central=true or "
             "evaluation.clients=true."
+        )
+
+
+def check_processes(config: Config) -> None:
+    """Reject options that several processes per client do not support; sites choose their number.
+
+    Raises:
+        ConfigError: names the key, its value and the remedy.
+    """
+    federation, training = config.federation, config.training
+    asked = f"federation.client_processes={federation.client_processes}"
+    text = None
+    if federation.client_processes == 1:
+        return
+    if training.batch_size % federation.client_processes:
+        text = (
+            f"training.batch_size={training.batch_size} is not a multiple of {asked}, which "
+            "divide a batch evenly: set training.batch_size to a multiple"
+        )
+    elif config.privacy.unit == "record":
+        text = f"{asked} with privacy.unit=record: one process draws and clips a client's records"
+    elif federation.engine == "ray" and 0 < federation.client_gpus < federation.client_processes:
+        text = (
+            f"federation.client_gpus={federation.client_gpus:g} with {asked}, each of which needs "
+            f"a GPU: set federation.client_gpus={federation.client_processes}"
+        )
+    if text is not None:
+        raise ConfigError(
+            f"{text}; set federation.client_processes=1 (at a site: processes in node.toml).",
+            "the number of its processes does not suit training.batch_size or privacy.unit",
         )
 
 

@@ -143,6 +143,22 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def check_devices(processes: int, device: torch.device) -> None:
+    """Reject more processes of a client than devices of its kind; a CPU takes any number.
+
+    Raises:
+        ConfigError: names their numbers.
+    """
+    there = {"cuda": gpu_count(), "mps": 1}.get(device.type, processes)
+    if processes > there:
+        text = (
+            f"federation.client_processes={processes} needs a {device.type} device for each, and "
+            f"there {'is' if there == 1 else 'are'} {there}; set federation.client_processes="
+            f"{there}."
+        )
+        raise ConfigError(text, text)
+
+
 def describe_device(device: torch.device) -> str:
     """A readable description: the device's name and memory, or the number of CPUs."""
     if device.type == "cuda":

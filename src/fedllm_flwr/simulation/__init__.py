@@ -25,11 +25,15 @@ def simulated_clients(config: Config, num_clients: int, state_dir: Path) -> Iter
     """
     if config.federation.engine == "inprocess":
         from fedllm_flwr.client.app import app
+        from fedllm_flwr.client.processes import processes
         from fedllm_flwr.simulation.grid import MOST_NODES, SimulationGrid
         from fedllm_flwr.simulation.inprocess import InProcessGrid
 
         nodes = InProcessGrid(app, min(num_clients, MOST_NODES))
-        yield SimulationGrid(nodes, num_clients, state_dir)
+        try:
+            yield SimulationGrid(nodes, num_clients, state_dir)
+        finally:
+            processes.end()
         return
     from fedllm_flwr.simulation.ray import ray_clients
 

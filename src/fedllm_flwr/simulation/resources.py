@@ -13,7 +13,7 @@ from typing import Any
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import FederationConfig
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.models.device import cpu_count, gpu_count
+from fedllm_flwr.models.device import check_devices, cpu_count, gpu_count, resolve_device
 from fedllm_flwr.simulation.access import check_asks_for_token, check_is_private, use_cluster_token
 
 _CONNECT_S, _ANSWER_S = 5.0, 15.0  # seconds
@@ -23,7 +23,7 @@ def check_machine(config: Config) -> None:
     """Reject clients that exceed this machine's resources, if they run on it.
 
     Raises:
-        ConfigError: they need more CPUs or GPUs than the machine has.
+        ConfigError: they need more CPUs, GPUs or devices for processes than the machine has.
     """
     federation = config.federation
     on_cluster = federation.engine == "ray" and federation.ray_address is not None
@@ -31,6 +31,8 @@ def check_machine(config: Config) -> None:
         return
     resources = {"CPU": cpu_count(), "GPU": gpu_count()}
     _check_fit(federation, resources, "this machine")
+    if federation.client_processes > 1:
+        check_devices(federation.client_processes, resolve_device(config.training.device))
 
 
 def join_cluster(address: str, init_args: Mapping[str, Any], federation: FederationConfig) -> None:

@@ -1,11 +1,13 @@
 """Micro-batches of one client's round, sorted by length to reduce padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
+
+from fedllm_flwr.training.group import ALONE, Group
 
 # Largest number of examples divided at once. Larger steps are first split by length, because the
 # table of all cuts grows with the square of their number.
@@ -70,7 +72,11 @@ def _padded_sizes(ascending: NDArray[np.int64], allowed: int) -> NDArray[np.floa
 
 @dataclass(frozen=True)
 class RoundBatches(Dataset[list[int]]):
-    """A round as a data set of micro-batches; an optimizer step has `per_step` of them."""
+    """A round as a data set of micro-batches; an optimizer step has `per_step` of them.
+
+    In a process's share of a round, `batches` and `per_step` are its own, the counts are those of
+    all processes of `group`.
+    """
 
     batches: list[MicroBatch]
     per_step: int
@@ -78,11 +84,17 @@ class RoundBatches(Dataset[list[int]]):
     num_tokens: int  # real tokens of the round
     computed_tokens: int  # tokens that pass through the model, including padding
     packed: bool = False  # examples are concatenated, without padding
+    group: Group = ALONE  # the processes that share the steps
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the round."""
         return len(self.batches) // self.per_step
+
+    def share(self, group: Group) -> "RoundBatches":
+        """This process's micro-batches of every step, of about the same lengths as the others'."""
+        own = self.batches[group.rank :: group.size]
+        return replace(self, batches=own, per_step=self.per_step // group.size, group=group)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -97,6 +109,7 @@ def round_batches(
     steps: int,
     micro_batch_size: int,
     packed: bool,
+    processes: int = 1,
 ) -> RoundBatches:
     """Micro-batches for `steps` optimizer steps over the examples `drawn`, in drawing order.
 
@@ -104,9 +117,11 @@ def round_batches(
         drawn: indices of examples, shape (steps * examples per step,).
         lengths: tokens of every example, shape (num_examples,).
         packed: the model gets no padding (see `models.inputs.collate_packed`).
+        processes: number of processes, which divide the examples of a step; each gets the same
+            number of micro-batches.
     """
     examples_per_step = len(drawn) // steps
-    per_step = -(-examples_per_step // micro_batch_size)
+    per_step = processes * -(-examples_per_step // (processes * micro_batch_size))
     batches = [
         batch
         for step in drawn.reshape(steps, examples_per_step).tolist()

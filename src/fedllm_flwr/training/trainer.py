@@ -33,15 +33,35 @@ class Trained:
 
 
 class BareTrainer(Trainer):
-    """transformers' Trainer without its FLOP count, which walks over all modules in every step.
+    """transformers' Trainer, whose steps may be shared by several processes.
+
+    It has no FLOP count, which walks over all modules in every step.
 
     Args:
+        batches: this process's share of the round.
         penalty: an additional term of a step's loss, which is clipped with it but not reported.
     """
 
-    def __init__(self, penalty: Penalty, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, batches: RoundBatches, penalty: Penalty, **arguments: Any) -> None:
+        super().__init__(train_dataset=batches, **arguments)
+        self.group = batches.group
         self._penalty = penalty
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and the number of labels in those of all processes."""
+        samples, labels = super().get_batch_samples(*arguments)
+        if labels is None or self.group.size == 1:
+            return samples, labels
+        return samples, self.group.sum(torch.as_tensor(labels))
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """A forward and backward pass; after the step's last, the gradient is that of all."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.group.sum_gradients([p for p in model.parameters() if p.requires_grad])
+        return loss
 
     def compute_loss(
         self,
@@ -105,7 +125,7 @@ def training_arguments(
     return arguments
 
 
-def run(trainer: Trainer, model: AdaptedModel) -> Trained:
+def run(trainer: BareTrainer, model: AdaptedModel) -> Trained:
     """Train, and restore the model for the next round's Trainer.
 
     A Trainer starts with a full garbage collection. It takes half a second if it walks over all
@@ -120,7 +140,8 @@ def run(trainer: Trainer, model: AdaptedModel) -> Trained:
         trainer.accelerator.unwrap_model(model.peft, keep_fp32_wrapper=False)
         if trainer.args.gradient_checkpointing:
             model.peft.get_base_model().gradient_checkpointing_disable()
-    return Trained(loss=float(result.training_loss), steps=int(result.global_step))
+    loss = trainer.group.sum(torch.tensor(result.training_loss, dtype=torch.double))
+    return Trained(loss=float(loss), steps=int(result.global_step))
 
 
 def _checkpointing(model: AdaptedModel, training: TrainingConfig) -> dict[str, Any]:

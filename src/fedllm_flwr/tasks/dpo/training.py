@@ -92,6 +92,6 @@ def train_dpo(
         penalty,
         dpo.disable_dropout,
     )
-    found = torch.cat(margins).double().cpu().numpy()
+    found = batches.group.gather(torch.cat(margins).double().cpu()).numpy()
     metrics = {"accuracy": share_above_zero(found), "margin": float(found.mean())}
     return Trained(trained.loss, trained.steps, metrics)

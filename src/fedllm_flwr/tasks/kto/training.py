@@ -107,8 +107,10 @@ def train_kto(
         penalty,
         disable_dropout=True,
     )
-    rewards = config.kto.beta * torch.cat(ratios).double().cpu().numpy()
-    metrics = answer_scores(rewards, desirable[np.concatenate(trained_on)])
+    group = work.batches.group
+    rewards = config.kto.beta * group.gather(torch.cat(ratios).double().cpu()).numpy()
+    answers = group.gather(torch.from_numpy(np.concatenate(trained_on))).numpy()
+    metrics = answer_scores(rewards, desirable[answers])
     shown = {name: metrics[name] for name in ("accuracy", "margin") if name in metrics}
     return Trained(trained.loss, trained.steps, {**shown, "kl": float(np.mean(points))})
 

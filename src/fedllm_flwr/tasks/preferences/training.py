@@ -87,7 +87,6 @@ def train_on_answers(
         penalty,
         model=model.peft,
         args=training_arguments(model, batches, training, learning_rate, seed),
-        train_dataset=batches,
         data_collator=collate,
         callbacks=callbacks,
     )
@@ -106,7 +105,7 @@ class AnswerTrainer(BareTrainer):
         penalty: Penalty,
         **arguments: Any,
     ) -> None:
-        super().__init__(penalty, **arguments)
+        super().__init__(batches, penalty, **arguments)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which is divided by per_step
         self._loss = loss
         self._batches = batches

@@ -45,10 +45,10 @@ def train_sft(
         ModelError: the model computes only batch means, which do not add up to the step's mean.
     """
     trainer = BareTrainer(
+        batches,
         penalty,
         model=model.peft,
         args=training_arguments(model, batches, training, learning_rate, seed),
-        train_dataset=batches,
         data_collator=_collator(model, examples, batches.packed),
         callbacks=callbacks,
     )
