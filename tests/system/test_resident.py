@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import fedllm_flwr
+from fedllm_flwr.client.processes import processes
 from fedllm_flwr.client.requests import answer
 from fedllm_flwr.client.resident.caller import answer_by_resident
 from fedllm_flwr.client.site import Site
@@ -79,6 +80,29 @@ def test_same_update_as_in_process_and_the_process_stays(site: Site, tmp_path: P
     assert again.delta.keys() == expected.delta.keys()
     [other] = residents(tmp_path)
     assert other.pid != process.pid
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_site_train_and_end_with_its_trainer(site: Site, tmp_path: Path) -> None:
+    """The same bits as with the two processes of another trainer, this one."""
+    content = pack_assignment(Assignment(1, load_model(CONFIG).initial, 5e-3, CONFIG))
+    two = Site({**site.node_config, "processes": 2}, site.run_id, site.node_id)
+
+    update = unpack_update(answer_by_resident("train", content, two))
+    try:
+        expected = unpack_update(answer("train", content, two))
+    finally:
+        processes.end()
+    for name, value in expected.delta.items():
+        assert update.delta[name].tobytes() == value.tobytes()
+
+    [trainer] = residents(tmp_path)
+    [other] = trainer.children()
+    trainer.kill()
+    trainer.wait()
+    assert wait_until(
+        lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, 60.0
+    )
 
 
 def test_a_refusal_comes_back_as_a_failure(site: Site, tmp_path: Path) -> None:

@@ -397,6 +397,20 @@ def test_threads_are_the_sites(site: Site, monkeypatch: pytest.MonkeyPatch) -> N
     assert asked[0] == 1
 
 
+def test_processes_are_the_sites(site: Site) -> None:
+    """No server starts 500 processes at a site, nor learns how many there are."""
+    config = asking(federation__client_processes=500)
+    assert site.own_config(config).federation.client_processes == 1
+    own = Site({**site.node_config, "processes": 2}, site.run_id, site.node_id)
+    assert own.own_config(config).federation.client_processes == 2
+
+    failure = refused(answer("query", pack_query(asking(training__batch_size=17)), next_run(own)))
+    assert failure.reason == (
+        "the number of its processes does not suit training.batch_size or privacy.unit; the site's "
+        "log says more"
+    )
+
+
 def drawn(site: Site, config: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The records that the site draws for round 1."""
     found: list[int] = []

@@ -12,11 +12,12 @@ from fedllm_flwr.client.simulated import noted_state_dir
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.ranks import divides, rank_of_client, with_rank
 from fedllm_flwr.config.schema import Device
+from fedllm_flwr.config.validation import check_processes
 from fedllm_flwr.data.encode import KEEP
 from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
 from fedllm_flwr.deployment.datasets import asked_dataset
 from fedllm_flwr.deployment.ledger import Ledger
-from fedllm_flwr.deployment.node import site_threads
+from fedllm_flwr.deployment.node import site_processes, site_threads
 from fedllm_flwr.deployment.policy import Policy, site_policy
 from fedllm_flwr.deployment.site_state import SiteState, site_state
 from fedllm_flwr.errors import RefusedError
@@ -90,8 +91,8 @@ class Site:
     def own_config(self, config: Config, server_round: int = 0, run: str = "") -> Config:
         """The server's configuration, with the values that only this site decides.
 
-        These are the data and how they are read, the model's directory, the device and the number
-        of threads.
+        These are the data and how they are read, the model's directory, the device and the numbers
+        of threads and processes.
 
         Args:
             server_round: round of the request, 0 before the first.
@@ -102,6 +103,7 @@ class Site:
                 the policy, or treats the site as a simulated client.
             ApprovalPending: the operator has not decided on the run yet.
             ApprovalDeclined: the operator has declined it.
+            ConfigError: the site's number of processes cannot divide the training.
         """
         deployed = config.federation.engine == "deployment"
         if deployed == self.is_simulated:
@@ -139,6 +141,10 @@ class Site:
             server = str(own.get("server-address", ""))
             requests.require(policy.approval, config, str(self.run_id), server, self.name)
         Ledger(self.state.ledger).count(str(self.run_id), config, policy, run)
+        federation = replace(
+            config.federation, client_cpus=site_threads(own), client_processes=site_processes(own)
+        )
+        check_processes(replace(config, federation=federation))
         cuts_left = config.data.truncation == "left" and task_of(config).can_cut_left
         return replace(
             config,
@@ -154,7 +160,7 @@ class Site:
                 revision=None if "model-path" in own else config.model.revision,
             ),
             training=replace(config.training, device=cast(Device, own.get("device", "auto"))),
-            federation=replace(config.federation, client_cpus=site_threads(own)),
+            federation=federation,
         )
 
     def rank(self, config: Config, name: str) -> int:

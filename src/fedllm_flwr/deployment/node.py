@@ -111,9 +111,21 @@ def site_threads(node_config: Mapping[str, object]) -> int:
     if given is None:
         cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         return len(cpus) or os.cpu_count() or 1
-    text = str(given).partition(",")[0]
+    return _positive("threads", str(given).partition(",")[0])
+
+
+def site_processes(node_config: Mapping[str, object]) -> int:
+    """Processes that share a site's training: `processes`, otherwise one.
+
+    Raises:
+        ConfigError: `processes` is not a positive integer.
+    """
+    return _positive("processes", str(node_config.get("processes", 1)))
+
+
+def _positive(key: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"this site's node config: threads={shown(given)}: give 1 or more")
+        raise ConfigError(f"this site's node config: {key}={shown(text)}: give 1 or more")
     return int(text)
 
 
