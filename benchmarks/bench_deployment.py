@@ -1,6 +1,7 @@
 """A round of a deployment: seconds except for training, and bytes on each site's socket.
 
-    python benchmarks/bench_deployment.py out.json [--sites 2] [--rounds 8] [--communication ...]
+    python benchmarks/bench_deployment.py out.json [--sites 2] [--rounds 8]
+        [--communication int8 ...] [--downlink whole int8 ...]
 
 A server and its sites use TLS on loopback, resident trainers and one optimizer step per round. Each
 site connects through a proxy that counts bytes. Bytes per round are computed from the difference
@@ -9,6 +10,7 @@ the bytes of tensors in `metrics.jsonl`. Seconds per round exclude the slowest s
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=2, choices=range(2, len(SITES) + 1))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--communication", nargs="+", default=["bfloat16", "int8", "top_k"])
+    parser.add_argument("--downlink", nargs="+", default=["whole"])
     asked = parser.parse_args()
     links: list[SlowLink] = []
 
@@ -54,12 +57,14 @@ def main() -> None:
         running_federation(Path(folder), dict.fromkeys(names), counting) as federation,
     ):
         assert wait_for(lambda: federation.nodes() == ["online"] * len(names), 120)
-        for communication in asked.communication:
-            start = measure(federation, links, communication, SHORT, len(names))
-            whole = measure(federation, links, communication, SHORT + asked.rounds, len(names))
+        for communication, downlink in itertools.product(asked.communication, asked.downlink):
+            options = (f"communication={communication}", f"communication.downlink={downlink}")
+            start = measure(federation, links, options, SHORT, len(names))
+            whole = measure(federation, links, options, SHORT + asked.rounds, len(names))
             rows.append(
                 {
                     "communication": communication,
+                    "downlink": downlink,
                     "seconds_beside_training": whole["seconds"],
                     **{
                         way: (whole[way] - start[way]) / asked.rounds / len(names)
@@ -70,16 +75,17 @@ def main() -> None:
                 }
             )
             asked.out.write_text(json.dumps(rows, indent=1))
-    header = ["communication", "round beside training", "up: socket", "tensors"]
+    header = ["communication", "downlink", "round beside training", "up: socket", "tensors"]
     lines = [[*header, "down: socket", "tensors"]]
     for row in rows:
         numbers = [f"{row[k] / 1e3:.0f} kB" for k in ("up", "tensors_up", "down", "tensors_down")]
-        lines.append([row["communication"], f"{row['seconds_beside_training']:.1f} s", *numbers])
+        chosen = [row["communication"], row["downlink"]]
+        lines.append([*chosen, f"{row['seconds_beside_training']:.1f} s", *numbers])
     print(markdown_table(lines))
 
 
 def measure(
-    federation: Federation, links: list[SlowLink], communication: str, rounds: int, sites: int
+    federation: Federation, links: list[SlowLink], options: tuple[str, ...], rounds: int, sites: int
 ) -> dict[str, Any]:
     """Bytes on the sockets of a run, and medians over its rounds."""
     before = {way: sum(link.num_bytes[way] for link in links) for way in ("up", "down")}
@@ -87,7 +93,7 @@ def measure(
     done = federation.run(
         *("fedllm", "server", "run", str(federation.folder), f"output_dir={output}"),
         *(f"federation.num_clients={sites}", f"federation.num_rounds={rounds}"),
-        *(f"communication={communication}", "federation.sample_fraction=1.0"),
+        *(*options, "federation.sample_fraction=1.0"),
         *("training.max_steps=1", "evaluation.every=0", "tracking.figures=false"),
     )
     assert done.returncode == 0, done.stdout + done.stderr

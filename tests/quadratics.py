@@ -6,6 +6,7 @@ the rule, and `DriftCorrection` on torch's SGD.
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
+from hypothesis import strategies as st
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import (
@@ -22,14 +24,16 @@ from fedllm_flwr.config.schema import (
     FederationConfig,
     TrainingConfig,
 )
+from fedllm_flwr.errors import LostDownloadError
 from fedllm_flwr.federation.client_memory import ClientMemory
-from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.downlink import received
+from fedllm_flwr.federation.messages import Assignment, ClientInfo, Failure, Update
 from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.round_store import RoundStore, folder_name
 from fedllm_flwr.federation.rule import find_rule
 from fedllm_flwr.federation.state import ServerState, kept_rounds, load_state, save_state
 from fedllm_flwr.federation.strategies import STRATEGIES, FederatedStrategy
-from fedllm_flwr.federation.wire import pack_update, unpack_assignment
+from fedllm_flwr.federation.wire import pack_failure, pack_update, unpack_assignment
 from fedllm_flwr.params import Kept, Params, subtract
 from fedllm_flwr.training.drift import DriftCorrection
 from fedllm_flwr.training.local_terms import LocalResult
@@ -39,10 +43,23 @@ from strategy_runs import Listener
 SIZE, STEPS, LEARNING_RATE = 3, 5, 0.1
 START = {"w": np.zeros(SIZE, np.float32)}
 GONE = 5  # the SuperLink's code for a node that it has lost
+NUM_CLIENTS = 3
+FATES = ("ok", "ok", "ok", "lost", "refused", "late", "idle")
+one_round = st.tuples(
+    st.sampled_from(["go on", "go on", "go on", "restart", "go back", "a client joins"]),
+    st.lists(st.sampled_from(FATES), min_size=NUM_CLIENTS, max_size=NUM_CLIENTS),
+    st.sets(st.integers(0, NUM_CLIENTS - 1), max_size=1),  # who loses its disk before
+)
 ZERO = {"control": {"w": np.zeros(SIZE, np.float32)}}
 
 
-def config_of(algorithm: str = "scaffold", optimizer: str = "sgd", **federation: Any) -> Config:
+def config_of(
+    algorithm: str = "scaffold",
+    optimizer: str = "sgd",
+    downlink: Any = "whole",
+    dtype: Any = "float32",
+    **federation: Any,
+) -> Config:
     federation.setdefault("sample_fraction", 1.0)
     return Config(
         algorithm=AlgorithmConfig(name=algorithm),
@@ -53,7 +70,7 @@ def config_of(algorithm: str = "scaffold", optimizer: str = "sgd", **federation:
             optimizer=optimizer,
         ),
         federation=FederationConfig(min_replies=1, round_timeout_s=5.0, **federation),
-        communication=CommunicationConfig(dtype="float32"),
+        communication=CommunicationConfig(dtype=dtype, downlink=downlink),
     )
 
 
@@ -71,15 +88,21 @@ class QuadraticClient:
     target: np.ndarray
     fate: str = "ok"
     late: list[Message] = field(default_factory=list)
+    started: list[Assignment] = field(default_factory=list)  # what it has trained from
 
     def __call__(self, message: Message) -> Message:
         for older in self.late:
-            self.train(older)
+            with suppress(LostDownloadError):
+                self.train(older)
         self.late.clear()
         if self.fate in ("idle", "late"):
             self.late += [message] if self.fate == "late" else []
             return superlink_error(message.metadata.message_id, GONE, "gone")
-        update = self.train(message)
+        try:
+            update = self.train(message)
+        except LostDownloadError as error:
+            failure = Failure(type(error).__name__, str(error))
+            return Message(pack_failure(failure), reply_to=message)
         if self.fate == "lost":
             return superlink_error(message.metadata.message_id, GONE, "gone")
         if self.fate == "refused":
@@ -87,7 +110,8 @@ class QuadraticClient:
         return Message(pack_update(update, "float32"), reply_to=message)
 
     def train(self, message: Message) -> Update:
-        task = unpack_assignment(message.content)
+        task = received(unpack_assignment(message.content), self.directory)
+        self.started.append(task)
         rule = find_rule(task.config.algorithm)
         memory = ClientMemory.recall(task, self.directory, rule.remembers)
         terms = rule.local_terms(task.tensors, memory.tensors)

@@ -69,6 +69,10 @@ class NotFiniteError(FederationError):
     """Tensors or scores with NaN, Inf or values out of range."""
 
 
+class LostDownloadError(FederationError):
+    """A client that lacks the tensors from which the steps of its download lead."""
+
+
 class DivergedError(NotFiniteError):
     """A round in which training diverged to NaN or Inf at every client."""
 

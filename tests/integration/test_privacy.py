@@ -42,6 +42,7 @@ def test_a_run_keeps_to_its_target(algorithm: str, task: str, unit: str, tmp_pat
         "training.gradient_accumulation_steps=2",
         "algorithm.mu=0.1",
         "communication.dtype=float16",
+        "communication.downlink=int8",
         "dpo.loss_type=ipo task=dpo dpo.sft_weight=0.1",
     ],
 )

@@ -83,6 +83,32 @@ def test_compressed_updates_go_on_with_what_was_left_out(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("communication.downlink=int8", "algorithm=scaffold", "federation.sample_clients=3"),
+        ("communication.downlink=int4", "communication=int4", "task=dpo"),
+        ("communication.downlink=int4", "algorithm=ffa"),
+        ("communication.downlink=int8", "algorithm=rolora"),
+        ("communication.downlink=int4", "algorithm=local"),
+    ],
+    ids=lambda chosen: chosen[1],
+)
+def test_a_compressed_downlink_goes_on(
+    chosen: tuple[str, ...], whole_run: WholeRun, tmp_path: Path
+) -> None:
+    longer = (*chosen, "federation.num_rounds=3")
+    whole = whole_run(*longer)
+    with pytest.raises(RunInterrupted):
+        run_intercepted(tmp_path / "stopped", interrupting(3, after=1), *longer)
+    assert outcome(resume(tmp_path / "stopped")) == outcome(whole)
+    plain = whole_run(*longer[1:])
+    down, all_down = ([r["bytes_down"] for r in records(run)[1:]] for run in (whole, plain))
+    assert down[0] == all_down[0]
+    assert sum(down) < sum(all_down)
+
+
+@pytest.mark.slow
 def test_openfedllm_scaffold_goes_on_too(whole_run: WholeRun, tmp_path: Path) -> None:
     chosen = ("algorithm=scaffold", "algorithm.variant=openfedllm")
     whole = whole_run(*chosen)

@@ -8,15 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm_flwr.errors import FederationError
-from quadratics import Federation, config_of
-
-NUM_CLIENTS = 3
-FATES = ("ok", "ok", "ok", "lost", "refused", "late", "idle")
-one_round = st.tuples(
-    st.sampled_from(["go on", "go on", "go on", "restart", "go back", "a client joins"]),
-    st.lists(st.sampled_from(FATES), min_size=NUM_CLIENTS, max_size=NUM_CLIENTS),
-    st.sets(st.integers(0, NUM_CLIENTS - 1), max_size=1),  # who loses its disk before
-)
+from quadratics import NUM_CLIENTS, Federation, config_of, one_round
 
 
 def play(

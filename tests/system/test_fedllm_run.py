@@ -43,6 +43,7 @@ def test_ray_run(tmp_path: Path) -> None:
         ["algorithm=flora", "lora.ranks=[*1:4,*2:2]"],
         ["algorithm=fed_sb", "federation.num_rounds=4"],
         ["algorithm=ditto"],
+        ["algorithm=scaffold", "communication.downlink=int4", "federation.num_rounds=4"],
     ],
     ids=lambda rule: rule[0],
 )

@@ -141,8 +141,9 @@ def test_sites_of_different_ranks_killed_and_resumed(tmp_path: Path) -> None:
         (INSTRUCTIONS, ["algorithm=scaffold"], 10),
         (PAIRS, ["algorithm=fedavg"], 3),
         (INSTRUCTIONS, ["algorithm=scaffold", "privacy.secure_aggregation=true"], 2),
+        (INSTRUCTIONS, ["algorithm=scaffold", "communication.downlink=int4"], 3),
     ],
-    ids=["fedavg", "scaffold-10-rounds", "dpo-3-rounds", "secure"],
+    ids=["fedavg", "scaffold-10-rounds", "dpo-3-rounds", "secure", "downlink"],
 )
 def test_sites_train_as_simulated_clients_do(
     federation: Federation,

@@ -135,6 +135,27 @@ VALUES: list[tuple[list[str], list[str]]] = [
     (["communication.transforms=[int8,top_k]"], ["compressed once", "choose one"]),
     (["communication=int8", "algorithm=flora"], ["[int8]", "algorithm=flora", "one shape"]),
     (["communication=int4", "attack=alie"], ["[int4]", "attack=alie"]),
+    (["communication.downlink=top_k"], ["communication.downlink=top_k", "int4"]),
+    (
+        ["communication.downlink=int8", "algorithm=fedex"],
+        ["communication.downlink=int8", "algorithm=fedex", "downlink=whole"],
+    ),
+    (
+        ["communication.downlink=int8", "algorithm=fed_sb"],
+        ["communication.downlink=int8", "algorithm=fed_sb", "downlink=whole"],
+    ),
+    (
+        ["communication.downlink=int4", "algorithm=hetlora"],
+        ["communication.downlink=int4", "same for all clients", "algorithm=hetlora"],
+    ),
+    (
+        ["communication.downlink=int4", "algorithm=flexlora", "lora.ranks=[*1:4]"],
+        ["communication.downlink=int4", "lora.ranks", "downlink=whole"],
+    ),
+    (
+        ["communication.downlink=int4", "privacy.secure_aggregation=true"],
+        ["communication.downlink=int4", "secure_aggregation", "downlink=whole"],
+    ),
     (
         ["communication=top_k", "communication.top_k=0"],
         ["communication.top_k must be in (0, 1]", "0.0"],

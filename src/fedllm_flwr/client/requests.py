@@ -23,10 +23,12 @@ from fedllm_flwr.errors import (
     ApprovalPending,
     DataError,
     FedLLMError,
+    LostDownloadError,
     NotFiniteError,
     RefusedError,
 )
 from fedllm_flwr.factors import rank_of
+from fedllm_flwr.federation.downlink import received
 from fedllm_flwr.federation.masked_round import as_words
 from fedllm_flwr.federation.messages import (
     FROZEN,
@@ -64,7 +66,7 @@ def answer(kind: str, content: RecordDict, site: Site) -> RecordDict:
     """
     try:
         return HANDLERS[kind](content, site)
-    except (ApprovalPending, NotFiniteError) as error:
+    except (ApprovalPending, LostDownloadError, NotFiniteError) as error:
         logger.warning("%s: %s", kind, error)
         return failed(error, site)
     except Exception as error:  # the server gets a reason instead of a timeout
@@ -179,8 +181,9 @@ def accepted(content: RecordDict, site: Site) -> "tuple[Assignment, ClientData, 
     assignment = unpack_assignment(content)
     asked = assignment.config.data.site_dataset
     config = site.own_config(assignment.config, assignment.round, assignment.run)
-    site.policy.check_tensors(assignment.params)
     data = site.data(config)
+    assignment = received(assignment, site.memory_folder(data.name, assignment.run, content))
+    site.policy.check_tensors(assignment.params)
     site.policy.check_records(config, len(data.train), len(data.held_out))
     site.policy.check_rank("rank of frozen factors", rank_of(assignment.sent.get(FROZEN, {})))
     if (rank := rank_of(assignment.params)) > (most := site.rank(config, data.name)):

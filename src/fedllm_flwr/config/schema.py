@@ -530,6 +530,10 @@ class CommunicationConfig:
     top_k: Real = Field(
         default=0.05, gt=0, le=1, description="top_k: fraction of a tensor's values to send"
     )
+    downlink: Literal["whole", "int8", "int4"] = Field(
+        default="whole",
+        description="whole | int8, int4: clients get quantized changes of what they have received",
+    )
 
 
 @dataclass(frozen=True, config=KNOWN_KEYS)

@@ -39,6 +39,7 @@ def validate(config: Config) -> None:
     _check_attack(config)
     _check_secure(config)
     _check_transforms(config)
+    _check_downlink(config)
 
 
 def _check_training(config: Config) -> None:
@@ -385,6 +386,29 @@ def _check_transforms(config: Config) -> None:
         raise ConfigError(
             f"{chosen} needs updates of one shape; with algorithm={config.algorithm.name} and "
             "lora.ranks set communication.transforms=[]."
+        )
+
+
+def _check_downlink(config: Config) -> None:
+    """Reject options under which clients do not start from the same tensors of constant shape."""
+    if (chosen := config.communication.downlink) == "whole":
+        return
+    rule, remedy = ALGORITHMS.find(config.algorithm.name), "set communication.downlink=whole."
+    if config.privacy.secure_aggregation:
+        raise ConfigError(
+            f"communication.downlink={chosen} with privacy.secure_aggregation=true: a client that "
+            f"has lost what the changes start from is asked twice, but masks are for one answer; "
+            f"{remedy}"
+        )
+    if config.lora.ranks or rule.any_rank:
+        raise ConfigError(
+            f"communication.downlink={chosen} needs an adapter that is the same for all clients; "
+            f"with algorithm={config.algorithm.name} and lora.ranks {remedy}"
+        )
+    if rule.freezes or rule.has_cores:
+        raise ConfigError(
+            f"communication.downlink={chosen} with algorithm={config.algorithm.name}: its frozen "
+            f"factors must arrive exactly; {remedy}"
         )
 
 

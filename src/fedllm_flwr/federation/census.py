@@ -14,7 +14,13 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.ranks import rank_of_client
 from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.exchange import failure_reason, may_answer_later, send, time_to_live
+from fedllm_flwr.federation.exchange import (
+    failure_kind,
+    failure_reason,
+    may_answer_later,
+    send,
+    time_to_live,
+)
 from fedllm_flwr.federation.inbox import NO_TENSORS, Inbox, open_inbox
 from fedllm_flwr.federation.messages import SITE_NAME, SITE_NAME_RULE, ClientInfo, printable
 from fedllm_flwr.federation.roster import Client, Roster
@@ -160,7 +166,7 @@ class Census:
         tries = before.tries + 1 if before else 1
         label = _called(reply) or (before.label if before else self._label(node_id))
         why = failure_reason(reply) or ""
-        if _kind(reply) == _APPROVAL:
+        if failure_kind(reply) == _APPROVAL:
             return Waiting(label, why, tries, time.monotonic() + _APPROVAL_S)
         if not may_answer_later(reply):
             return None
@@ -389,15 +395,6 @@ def _too_few(census: Census, wanted: int, required: int) -> str:
         f"(in simulation: --federation-config 'num-supernodes={wanted}'), or lower "
         f"federation.num_clients or raise federation.start_timeout_s.{missing}"
     )
-
-
-def _kind(reply: Message) -> str | None:
-    """The kind of a client's `Failure`."""
-    try:
-        failure = unpack_failure(reply.content) if reply.has_content() else None
-    except FederationError:
-        return None
-    return failure.kind if failure else None
 
 
 def _called(reply: Message) -> str | None:

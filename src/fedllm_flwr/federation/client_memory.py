@@ -18,6 +18,9 @@ from fedllm_flwr.params import Groups, Kept, check_like
 
 logger = logging.getLogger(__name__)
 
+RECEIVED = "received"
+"""Kind of client memory: the tensors of a compressed download, from which the next ones step."""
+
 
 @dataclass(frozen=True)
 class ClientMemory:
@@ -68,6 +71,8 @@ class ClientMemory:
         Raises:
             FederationError: the file cannot be written.
         """
+        if (download := assignment.download) is not None:
+            kept = {**kept, RECEIVED: Kept(download.whole or {})}
         if kept:
             acknowledged, oldest = assignment.acknowledged.round, assignment.oldest_checkpoint
             RoundStore(directory).store(assignment.round, kept, acknowledged, oldest)

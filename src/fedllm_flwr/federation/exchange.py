@@ -155,6 +155,15 @@ def failure_reason(reply: Message) -> str | None:
     return printable(failure.reason) if failure else None
 
 
+def failure_kind(reply: Message) -> str | None:
+    """The kind of a client's `Failure`."""
+    try:
+        failure = unpack_failure(reply.content) if reply.has_content() else None
+    except FederationError:
+        return None
+    return failure.kind if failure else None
+
+
 def may_answer_later(reply: Message) -> bool:
     """Whether a node failed to answer for lack of a connection, time or memory, not by refusing."""
     return reply.has_error() and reply.error.code in _FLOWER_ERRORS

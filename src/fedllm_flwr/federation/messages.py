@@ -39,6 +39,30 @@ class Acknowledged:
 
 
 @dataclass(frozen=True)
+class Download:
+    """Tensors of an assignment as they travel with ``communication.downlink`` (`downlink`).
+
+    Their names are ``group/name``.
+
+    Args:
+        digest: of the tensors that the client ends up with.
+        whole: the tensors before the steps; None: those that the client has received in its
+            acknowledged round.
+        steps: quantized changes of them, the oldest first.
+    """
+
+    digest: str
+    whole: Params | None = None
+    steps: tuple[Params, ...] = ()
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of tensors to send."""
+        whole = {} if self.whole is None else {"whole": self.whole}
+        return whole | {f"step.{number}": step for number, step in enumerate(self.steps, 1)}
+
+
+@dataclass(frozen=True)
 class Assignment:
     """One round's work for one client: to train, or to score the global adapter.
 
@@ -58,6 +82,8 @@ class Assignment:
         seeded: digest of the adapter tensors that are not sent, because they keep the initial
             value drawn from the run's seed; "" if all tensors are sent.
         session: secure-aggregation session, with the keys of the round's clients.
+        download: what travels in place of the tensors if the downlink is compressed. The tensors
+            are then the server's own; the client replaces them by what it receives.
     """
 
     round: int
@@ -70,11 +96,17 @@ class Assignment:
     oldest_checkpoint: int = 0
     seeded: str = ""
     session: Session | None = None
+    download: Download | None = None
 
     @property
     def tensors(self) -> Groups:
         """All groups of tensors, including the global adapter as ``params``."""
         return {"params": self.params, **self.sent}
+
+    @property
+    def on_wire(self) -> Groups:
+        """The groups of tensors that travel."""
+        return self.tensors if self.download is None else self.download.groups
 
 
 @dataclass(frozen=True)

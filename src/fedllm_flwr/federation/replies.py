@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 
-from fedllm_flwr.errors import FederationError
-from fedllm_flwr.federation.exchange import failure_reason
+from fedllm_flwr.errors import FederationError, LostDownloadError
+from fedllm_flwr.federation.exchange import failure_kind, failure_reason
 from fedllm_flwr.federation.messages import (
     LocalScores,
     MaskedUpdate,
@@ -63,10 +63,12 @@ def read_update(reply: Message) -> Update | MaskedUpdate:
     """The update in a reply.
 
     Raises:
+        LostDownloadError: the client cannot follow the steps of its download.
         FederationError: the reply is an error or a refusal, or no update can be read from it.
     """
     if reason := failure_reason(reply):
-        raise FederationError(reason)
+        lost = failure_kind(reply) == LostDownloadError.__name__
+        raise (LostDownloadError if lost else FederationError)(reason)
     return _decoded(reply.content, unpack_update)
 
 

@@ -9,7 +9,7 @@ where clients run.
 import math
 import secrets
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.participation import min_replies
 from fedllm_flwr.config.schema import PrivacyConfig
 from fedllm_flwr.data.poison import attackers
-from fedllm_flwr.errors import FederationError, NotFiniteError
+from fedllm_flwr.errors import FederationError, LostDownloadError, NotFiniteError
 from fedllm_flwr.factors import aggregation_error, cut, folded, is_a, is_b, is_core
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
 from fedllm_flwr.federation.directions import UpdateDirections
+from fedllm_flwr.federation.downlink import DOWNLINK, Downlink
 from fedllm_flwr.federation.masked_round import (
     MaskedContributions,
     noise_deviation,
@@ -85,6 +86,7 @@ class Rounds:
         self.copies = ServerCopies(copies, {} if self.secure else rule.contributes)
         self._dropped = 0  # consecutive rounds
         self.chain = Chain.of(config)
+        self.downlink = Downlink.of(config)
         self.mechanism = mechanism_of(config, copies / "releases.jsonl")
 
     def run(self, state: ServerState, channel: Channel, last: int, timeout_s: float) -> ServerState:
@@ -132,6 +134,8 @@ class Rounds:
         clients = {name: state.clients.get(name, Acknowledged()) for name in known}
         self.copies.require(clients)
         state = replace(self.rule.start(state, len(clients)), clients=clients)
+        if DOWNLINK not in state.tensors:
+            state = self.with_downlink(state, {})
         check_roster(roster, self.config)
         self._check_ranks(roster)
         return state
@@ -173,7 +177,7 @@ class Rounds:
             name: replace(each, config=config, session=session)
             for name, each in assignments.items()
         }
-        bytes_down = sum(self.wire_bytes(each.tensors) for each in assignments.values())
+        bytes_down = sum(self.wire_bytes(each.on_wire) for each in assignments.values())
         lying = [name for name in attackers(self.config, roster) if name in names]
         report = RoundReport(server_round, names, attackers=lying, bytes_down=bytes_down)
         return OpenRound(self, state, roster, assignments, report, session)
@@ -194,6 +198,9 @@ class Rounds:
             FederationError: fewer than ``federation.min_replies`` replies are usable, or the server
                 step gives values that are not finite.
         """
+        limit = self.config.federation.round_timeout_s if timeout_s is None else timeout_s
+        if channel is not None:
+            replies = opened.asked_again(replies, channel, limit)
         lying = opened.report.attackers
         for reply in attacked(replies, self.config, lying, opened.report.round):
             opened.take(reply)
@@ -208,7 +215,6 @@ class Rounds:
             return opened.next_state()
         try:
             assert channel is not None
-            limit = self.config.federation.round_timeout_s if timeout_s is None else timeout_s
             opened.agree(channel, limit)
             self.mechanism.open(opened.state, channel.roster)
             opened.unmask(channel, limit)
@@ -244,7 +250,12 @@ class Rounds:
         """The requests that ask all clients to score the adapter of `state`."""
         ranks, run = self._ranks(state, roster), state.run if self.rule.personal else ""
         return {
-            name: replace(assignment, sent=self._scored_with(assignment.sent, state), run=run)
+            name: replace(
+                assignment,
+                sent=self._scored_with(assignment.sent, state),
+                run=run,
+                download=None,  # the adapter itself is scored
+            )
             for name, assignment in self._assignments(state, ranks, state.round, 0.0).items()
         }
 
@@ -328,7 +339,7 @@ class Rounds:
         """Bytes of tensors that a client receives and sends in the last round."""
         last = self.config.federation.num_rounds
         (assignment,) = self._assignments(state, {"": 0}, last, 0.0).values()
-        return self.wire_bytes(assignment.tensors), self.bytes_up(state.params, last)
+        return self.wire_bytes(assignment.on_wire), self.bytes_up(state.params, last)
 
     def bytes_up(self, params: Params, server_round: int) -> int:
         """Bytes of tensors in the reply of a client that starts from `params`."""
@@ -370,6 +381,7 @@ class Rounds:
             ranks: ranks of the clients' adapters by name; 0 means that of the global adapter.
         """
         oldest, frozen = self.oldest_checkpoint(state), state.tensors.get(FROZEN)
+        downloads = self.downlink.downloads(state, ranks) if self.downlink else {}
         made: dict[tuple[int, int], tuple[Params, str]] = {}
         found = {}
         for name, rank in ranks.items():
@@ -387,8 +399,34 @@ class Rounds:
                 acknowledged=state.clients.get(name, Acknowledged()),
                 oldest_checkpoint=oldest,
                 seeded=made[key][1],
+                download=downloads.get(name),
             )
         return found
+
+    def with_downlink(self, state: ServerState, before: Groups) -> ServerState:
+        """`state` with what the clients of the next round receive if the downlink is compressed.
+
+        Args:
+            before: ``tensors`` of the state before.
+
+        Raises:
+            FederationError: the algorithm sends clients different tensors.
+        """
+        if self.downlink is None:
+            return state
+        common = self.rule.send(state, "")
+        for name in state.clients:
+            own = self.rule.send(state, name)
+            if "params" in own or any(own[group] is not common.get(group) for group in own):
+                raise FederationError(
+                    f"algorithm={self.config.algorithm.name} sends clients different tensors; set "
+                    "communication.downlink=whole."
+                )
+        params, _ = self._without_fixed(state.params)
+        sent = {"params": params, **state.sent, **common}
+        rest = {n: each for n, each in state.tensors.items() if n.partition(".")[0] != DOWNLINK}
+        found = self.downlink.advanced(before, sent, state.round + 1)
+        return replace(state, tensors={**rest, **found})
 
     def _without_fixed(self, params: Params) -> tuple[Params, str]:
         """`params` without the tensors that clients draw themselves, and their digest or ""."""
@@ -424,6 +462,32 @@ class OpenRound:
         self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
         self._directions = UpdateDirections(self.state.params)
         self._updates: dict[str, tuple[Params, Groups, float]] = {}  # for evaluation.contribution
+
+    def asked_again(
+        self, replies: Iterable[Reply], channel: Channel, timeout_s: float
+    ) -> Iterator[Reply]:
+        """`replies`; clients that cannot follow the steps of their download are asked once more.
+
+        Args:
+            timeout_s: seconds to wait for their second replies.
+        """
+        lost = []
+        for reply in replies:
+            download = self.assignments[reply.client].download
+            has_steps = download is not None and download.whole is None
+            if has_steps and isinstance(reply.answer, LostDownloadError):
+                lost.append(reply.client)
+            else:
+                yield reply
+            del reply  # otherwise it stays in memory until the next one arrives
+        if not lost:
+            return
+        rounds, report, whole = self.rounds, self.report, Downlink.whole(self.state)
+        again = {name: replace(self.assignments[name], download=whole) for name in lost}
+        report.bytes_down += sum(rounds.wire_bytes(each.on_wire) for each in again.values())
+        report.ignored += [f"{name}: asked again, with the whole adapter" for name in lost]
+        expected = rounds.expected(self.state.params, report.round)
+        yield from channel.exchange(RequestKind.TRAIN, again, timeout_s, expected)
 
     def take(self, reply: Reply) -> None:
         """Validate a whole reply before combining it with the others."""
@@ -496,6 +560,7 @@ class OpenRound:
             tensors={**new.tensors, **tensors},
             clients={**state.clients, **accepted},
         )
+        new = rounds.with_downlink(new, state.tensors)
         if counts.adapters and rounds.rule.aggregates and not rounds.rule.estimates(report.round):
             adapters = [folded(each) for each in counts.adapters]
             before = state.tensors.get(FROZEN, {})

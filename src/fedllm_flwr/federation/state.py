@@ -25,7 +25,8 @@ class ServerState:
         params: the global adapter after these rounds.
         tensors: the algorithm's own tensors (float64), by symbol: a server optimizer's moments
             ``m`` and ``v``, SCAFFOLD's ``control``. ``frozen`` holds factors of any rank that
-            clients apply in addition to the adapter and do not train.
+            clients apply in addition to the adapter and do not train, ``downlink`` and
+            ``downlink.<round>`` what clients receive and its last changes (`federation.downlink`).
         sent: groups of tensors that the training task sends to clients in every round, such as the
             adapter of DPO's reference model.
         run: id of the run, which does not change when the run is resumed.
@@ -118,7 +119,8 @@ def read_state(path: Path) -> ServerState:
     """
     groups, metadata = load_params(path)
     try:
-        tensors = {name: groups[f"{_TENSORS}{name}"] for name in json.loads(metadata["tensors"])}
+        names = json.loads(metadata["tensors"])
+        tensors = {name: groups.get(f"{_TENSORS}{name}", {}) for name in names}  # may be empty
         sent = {name: groups[f"{_SENT}{name}"] for name in json.loads(metadata["sent"])}
         clients = {
             name: Acknowledged(int(server_round), int(updates))

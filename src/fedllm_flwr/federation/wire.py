@@ -28,6 +28,7 @@ from fedllm_flwr.federation.messages import (
     Acknowledged,
     Assignment,
     ClientInfo,
+    Download,
     Failure,
     MaskedUpdate,
     Update,
@@ -144,7 +145,9 @@ def pack_assignments(assignments: Iterable[Assignment]) -> Iterator[RecordDict]:
                 }
             )
             content["cards"] = ConfigRecord({n: c.to_text() for n, c in session.cards.items()})
-        for name, params in assignment.tensors.items():
+        if (download := assignment.download) is not None:
+            content["download"] = ConfigRecord({"digest": download.digest})
+        for name, params in assignment.on_wire.items():
             if id(params) not in encoded:
                 encoded[id(params)] = params, pack_params(params, dtype)[0]
             content[name] = encoded[id(params)][1]
@@ -166,12 +169,13 @@ def unpack_assignment(content: RecordDict) -> Assignment:
     acknowledged = Acknowledged(_field(own, "round", int), _field(own, "updates", int))
     if not 0 <= acknowledged.updates <= acknowledged.round <= server_round:
         raise FederationError(f"{acknowledged} is not of round {server_round}")
-    _arrays(content, "params")
     groups = {name: unpack_params(record, dtype) for name, record in content.array_records.items()}
+    if (download := _download(content, groups)) is None:
+        _arrays(content, "params")
     config = _config(settings)
     return Assignment(
         round=server_round,
-        params=groups.pop("params"),
+        params=groups.pop("params", {}),
         learning_rate=_non_negative(settings, "learning_rate"),
         config=config,
         sent=groups,
@@ -180,7 +184,17 @@ def unpack_assignment(content: RecordDict) -> Assignment:
         oldest_checkpoint=_field(settings, "oldest_checkpoint", int),
         seeded=_field(settings, "seeded", str),
         session=_session(content, config),
+        download=download,
     )
+
+
+def _download(content: RecordDict, groups: dict[str, Params]) -> Download | None:
+    """The compressed download in a message, whose groups it takes out of `groups`."""
+    if "download" not in content.config_records:
+        return None
+    whole = groups.pop("whole", None)
+    steps = tuple(groups.pop(f"step.{number}") for number in range(1, len(groups) + 1))
+    return Download(_field(_settings(content, "download"), "digest", str), whole, steps)
 
 
 def _session(content: RecordDict, config: Config) -> Session | None:

@@ -33,8 +33,12 @@ class Compression(UpdateTransform):
     stage = Stage.COMPRESS
 
     @abstractmethod
-    def compressed(self, values: Array, seed: int) -> Array:
-        """The bytes, as uint8 of shape ``(num_bytes(values.size),)``, of flat float32 `values`."""
+    def compressed(self, values: Array, seed: int | None) -> Array:
+        """The bytes, as uint8 of shape ``(num_bytes(values.size),)``, of flat float32 `values`.
+
+        Args:
+            seed: of the random draws of the rounding; None: round to the nearest.
+        """
 
     @abstractmethod
     def restored(self, encoded: Array, size: int) -> Array:
@@ -69,11 +73,16 @@ class Compression(UpdateTransform):
     def server_end(self, groups: Groups, like: Groups, passage: Passage) -> Groups:
         """The decoded tensors, in their original shapes."""
         return {
-            group: {
-                name: self._read(name, value, like.get(group, {})) for name, value in params.items()
-            }
-            for group, params in groups.items()
+            group: self.decoded(params, like.get(group, {})) for group, params in groups.items()
         }
+
+    def decoded(self, params: Params, like: Mapping[str, Array]) -> Params:
+        """float32 tensors of the shapes of `like` from their bytes.
+
+        Raises:
+            FederationError: `compressed` cannot have produced them.
+        """
+        return {name: self._read(name, value, like) for name, value in params.items()}
 
     def remembered(self, before: Groups, after: Groups, passage: Passage) -> Groups:
         """The accumulated compression error, including tensors not sent in this round."""
@@ -124,11 +133,12 @@ class Int8(Compression):
     def num_bytes(self, size: int) -> int:
         return self.code_bytes(size) + 4 * _num_blocks(size)
 
-    def compressed(self, values: Array, seed: int) -> Array:
+    def compressed(self, values: Array, seed: int | None) -> Array:
         blocks = np.zeros((_num_blocks(values.size), BLOCK), np.float32)
         blocks.ravel()[: values.size] = values
         scales = np.abs(blocks).max(axis=1) / np.float32(self.levels)
-        draws = np.random.default_rng(seed).random(blocks.shape, np.float32)
+        half = np.broadcast_to(np.float32(0.5), blocks.shape)
+        draws = half if seed is None else np.random.default_rng(seed).random(half.shape, np.float32)
         steps = np.divide(
             blocks, scales[:, None], out=np.zeros_like(blocks), where=scales[:, None] > 0
         )
@@ -188,7 +198,7 @@ class TopK(Compression):
     def num_bytes(self, size: int) -> int:
         return 8 * self.kept(size)
 
-    def compressed(self, values: Array, seed: int) -> Array:
+    def compressed(self, values: Array, seed: int | None) -> Array:
         kept = self.kept(values.size)
         places = np.sort(np.argsort(-np.abs(values), kind="stable")[:kept])
         largest = values[places].astype("<f4").view(np.uint8)
