@@ -142,8 +142,13 @@ def test_sites_of_different_ranks_killed_and_resumed(tmp_path: Path) -> None:
         (PAIRS, ["algorithm=fedavg"], 3),
         (INSTRUCTIONS, ["algorithm=scaffold", "privacy.secure_aggregation=true"], 2),
         (INSTRUCTIONS, ["algorithm=scaffold", "communication.downlink=int4"], 3),
+        (INSTRUCTIONS, ["algorithm=fed_sb"], 4),
+        (INSTRUCTIONS, ["algorithm=fed_sb", "privacy.secure_aggregation=true"], 3),
     ],
-    ids=["fedavg", "scaffold-10-rounds", "dpo-3-rounds", "secure", "downlink"],
+    ids=[
+        *("fedavg", "scaffold-10-rounds", "dpo-3-rounds", "secure", "downlink"),
+        *("fed_sb", "fed_sb-secure"),
+    ],
 )
 def test_sites_train_as_simulated_clients_do(
     federation: Federation,
@@ -175,3 +180,25 @@ def test_sites_train_as_simulated_clients_do(
         assert {row["client"]: row["examples"] for row in csv.DictReader(file)} == {
             name: str(EACH) for name in SITES
         }
+
+
+def test_a_site_merges_its_personal_adapter(federation: Federation, tmp_path: Path) -> None:
+    """With Ditto: the weights of the same client's adapter, merged after a simulation.
+
+    With FedSA, a site has only its own A_i, and a simulation their mean.
+    """
+    evaluation = [f"data.eval_path={DEMO / 'test.jsonl'}", "data.eval_max_samples=20"]
+    common = [*INSTRUCTIONS, "algorithm=ditto", *evaluation, *SHORT, "federation.num_rounds=2"]
+    deployed(federation, tmp_path / "real", [*common, "data.path=at-the-sites"])
+    simulation = simulated(tmp_path / "expected", common)
+
+    site = federation.folder.parent / "energy"
+    log = federation.run("fedllm", "site", "log", str(site), "--json").stdout.splitlines()
+    run = [json.loads(line)["run"] for line in log if line.startswith("{")][-1]
+    merged, expected = tmp_path / "merged", tmp_path / "wanted"
+    done = federation.run("fedllm", "site", "merge", str(site), str(run), str(merged))
+    assert done.returncode == 0, done.stderr
+    done = federation.run("fedllm", "merge", f"{simulation}@client=energy", str(expected))
+    assert done.returncode == 0, done.stderr
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (merged, expected)]
+    assert weights[0] == weights[1]
