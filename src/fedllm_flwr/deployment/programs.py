@@ -39,7 +39,6 @@ PROGRAMS = ("flower-superexec", "flwr-clientapp")  # started by name from Flower
 CA_FILE = "ca.crt"  # in a server's directory, if it has TLS
 _SERVER_APP, _CLIENT_APP = "serverapp", "clientapp"  # what a SuperExec starts
 _SECRET_BYTES = 32
-_LOOKS = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2"  # s, of Flower 1.42; its default is 1
 
 
 def main() -> None:
@@ -78,7 +77,6 @@ def _superexec(options: Sequence[str]) -> None:
     kind = given.get("--plugin-type", _CLIENT_APP)
     control = given.pop("--control-api-address", None)
     hide_tokens(find("executor module"))
-    os.environ.setdefault(*_LOOKS)
     if is_http():
         task_type = find("TaskType")
         one = task_type.SERVER_APP if kind == _SERVER_APP else task_type.CLIENT_APP
