@@ -139,7 +139,13 @@ def test_tables_follow_from_the_document(tmp_path: Path) -> None:
     )
     verdicts = [row[-1] for row in published_table(document)[1:]]
     assert verdicts == ["met", "not run", "passed", "missed", "other model"]
-    document["test"][1]["vs_local"][4] = 0.03
+    document["test"][1] |= {"value": 0.0, "low": 0.0, "high": 0.0, "examples": 60}
+    document["published"][1]["scores"]["fpb"] = 0.059  # Clopper and Pearson: 0 of 60, to 0.0596
+    rows = published_table(document)[1:]
+    assert [row[-1] for row in rows] == ["missed", "not run", "met", "missed", "other model"]
+    assert rows[0][-2] == "0.000 [0.000, 0.060]"
+    document["test"][1] = number("fedavg", 0.8, 0.02)
+    document["test"][1]["vs_local"] = [0.3, 0.2, 0.4, "seeds", 0.03]
     write_document(document, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| fedavg | +0.300 ± 0.100 |" in text

@@ -129,14 +129,25 @@ def published_table(document: Numbers) -> list[list[str]]:
             one = _number(document, entry["method"], task, entry["metric"])
             ours, verdict = "-", "not run"
             if one is not None:
-                ours = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+                low, high = _interval(one)
+                ours = f"{one['value']:.3f} [{low:.3f}, {high:.3f}]"
                 verdict = "other model"
                 if entry["model"] == document["model"]:
-                    is_above, is_below = one["low"] > value, one["high"] < value
-                    verdict = "passed" if is_above else "missed" if is_below else "met"
+                    verdict = "passed" if low > value else "missed" if high < value else "met"
             about = [entry["system"], entry["model"], entry["method"]]
             table.append([task, entry["metric"], *about, f"{value:.3f}", ours, verdict])
     return table
+
+
+def _interval(one: Numbers) -> tuple[float, float]:
+    """The 95 % interval of a score; if no example is right, or all are, Clopper and Pearson's.
+
+    The bootstrap, and Student's t over equal seeds, have no width then.
+    """
+    if one["value"] not in (0.0, 1.0) or not one.get("examples"):
+        return one["low"], one["high"]
+    open_end = 0.025 ** (1 / one["examples"])
+    return (0.0, 1.0 - open_end) if one["value"] == 0.0 else (open_end, 1.0)
 
 
 def _training_table(runs: Sequence[Numbers]) -> list[list[str]]:
