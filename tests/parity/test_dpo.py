@@ -4,7 +4,7 @@ TRL loads the model by itself, tokenises the text of the pairs, pads each batch 
 row, computes the reference in every step and knows nothing of micro-batches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,12 @@ from fedllm_flwr.tasks.dpo.pairs import EncodedPairs
 from fedllm_flwr.training.schedule import draw_examples
 from toy_pairs import random_pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEARNING_RATE = 1e-2
 TOLERANCE = 2e-5  # absolute; AdamW moves a weight by up to 1e-2 a step, clipped SGD by 5e-3
 
 MakeConfig = Callable[..., Config]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

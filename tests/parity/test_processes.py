@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fedllm_flwr.client.local_round import train_locally
 from fedllm_flwr.client.processes import processes
@@ -22,20 +21,12 @@ from fedllm_flwr.params import Params
 from toy_answers import random_answers
 from toy_pairs import random_pairs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 LEARNING_RATE = 1e-2
 TOLERANCE = 2e-5  # absolute; AdamW moves a weight by up to 1e-2 a step
 
 MakeConfig = Callable[..., Config]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,7 @@ The loops load the model by themselves, pad every batch to its longest example, 
 and know nothing of micro-batches. Tolerances are those of float32 sums in another order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,13 @@ from fedllm_flwr.params import Params, derive_seed
 from fedllm_flwr.tasks.sft import training
 from fedllm_flwr.training.schedule import draw_examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEARNING_RATE = 1e-2
 TOLERANCE = 2e-5  # absolute; AdamW moves a weight by up to 1e-2 a step, clipped SGD by 1e-3
 
 MakeConfig = Callable[..., Config]
 MakeExamples = Callable[..., Encoded]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass
