@@ -283,6 +283,7 @@ def evaluate(
     suites: Sequence[str] = (),
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    subset: int | None = None,
     data_root: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
@@ -291,7 +292,8 @@ def evaluate(
     Args:
         runs: runs, one comparison, or names of adapters as on the command line.
         suites, tasks: names, see ``fedllm evaluate --list``.
-        limit: maximum number of examples of each part of a task; None: all.
+        limit: maximum number of examples of each part of a task, from the first on; None: all.
+        subset: number of examples of each part of a task, drawn at random; None: all.
         data_root: folder of the suites' local files; None: use the hub.
 
     Raises:
@@ -314,7 +316,7 @@ def evaluate(
         suites=list(suites),
         tasks=list(tasks),
         output=None if output is None else str(output),
-        options=RunOptions(limit=limit, data_root=root),
+        options=RunOptions(limit=limit, subset=subset, data_root=root),
     )
     return Evaluation(evaluated(request))
 

@@ -96,7 +96,7 @@ def test_preferences_start_from_instruction_tuning_and_are_tested_on_pairs(
         *("data.columns.output=chosen", f"data.test_path={DEMO / 'preferences_test.jsonl'}"),
         *("evaluation.every=1", "data.validation_fraction=0.2", f"output_dir={tmp_path}/out"),
     )
-    options = ["--methods", "local,fedavg", "--seeds", "2", "--trials", "1", "--limit", "8"]
+    options = ["--methods", "local,fedavg", "--seeds", "2", "--trials", "1", "--subset", "8"]
     assert cli.main(["reproduce", "dpo", *settings, *options]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {one["model"]: one for one in found["test"] if one["metric"] == "accuracy"}

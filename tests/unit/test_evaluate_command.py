@@ -177,6 +177,10 @@ def test_what_cannot_be_evaluated(
         run(*base, "--suite", "math", *local)
     with pytest.raises(ConfigError, match="--limit must be > 0, got 0"):
         run(*base, "--task", "fpb", *local, "--limit", "0")
+    with pytest.raises(ConfigError, match="--subset must be > 0, got 0"):
+        run(*base, "--task", "fpb", *local, "--subset", "0")
+    with pytest.raises(ConfigError, match=r"give --limit .* or --subset .*, not both"):
+        run(*base, "--task", "fpb", *local, "--subset", "2", "--limit", "2")
     with pytest.raises(ConfigError, match=r"no adapter \(no adapter_config.json\)"):
         run("--adapter", str(tmp_path), "--task", "fpb", *local)
     with pytest.raises(ConfigError, match=r"no compare.json"):

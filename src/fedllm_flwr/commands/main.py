@@ -283,8 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "tasks of the test; default: the experiment's"
     again.add_argument("--task", dest="tasks", type=_names, default=[], metavar="TASKS", help=text)
-    text = "test on the first N examples of each part"
-    again.add_argument("--limit", type=int, metavar="N", help=text)
+    text = "test on N examples of each part, drawn at random; default: all"
+    again.add_argument("--subset", type=int, metavar="N", help=text)
     text = "local files of the test; default: the hub"
     again.add_argument("--data-root", type=_path, metavar="DIR", help=text)
     text = "of code: run generated programs, contained as far as this machine allows"

@@ -27,6 +27,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     add("--suite", dest="suites", metavar="SUITE", **names, help="suites: finance,medical,...")
     add("--task", dest="tasks", metavar="TASK", **names, help="single tasks, by name")
     add("--limit", type=int, metavar="N", help="first N examples of each part")
+    add("--subset", type=int, metavar="N", help="N examples of each part, drawn at random")
     add("--shots", type=int, metavar="N", help="few-shot examples in a prompt")
     add("--data-root", type=_path, metavar="DIR", help="local data files; default: the hub")
     add = parser.add_argument_group("how").add_argument

@@ -123,11 +123,7 @@ def evaluate(request: EvaluateOptions) -> Path:
 
 
 def _check(request: EvaluateOptions) -> None:
-    limit, shots = request.options.limit, request.options.shots
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit must be > 0, got {limit}.")
-    if shots is not None and shots < 0:
-        raise ConfigError(f"--shots must be >= 0, got {shots}.")
+    request.options.check()
     if request.template is not None and request.template not in TEMPLATES.names():
         raise ConfigError(
             f"--template {request.template}: choose from {', '.join(TEMPLATES.names())}."
@@ -201,8 +197,11 @@ def _notes(
     local = next((item.config for item in candidates if item.row == LOCAL), None)
     if local is not None and any(item.client for item in candidates):
         lines.append(f"{LOCAL}: {describe_local(local)}")
-    if request.options.limit is not None:
-        lines.append(f"limit: the first {request.options.limit} examples of each part of a task")
+    limit, subset = request.options.limit, request.options.subset
+    if limit is not None:
+        lines.append(f"limit: the first {limit} examples of each part of a task")
+    if subset is not None:
+        lines.append(f"subset: {subset} examples of each part of a task, drawn at random")
     first = candidates[0].name
     remarks: dict[str, list[str]] = {}
     for task in tasks:

@@ -57,7 +57,7 @@ class ReproduceOptions:
     Args:
         trials: settings that each method is searched over, on the first seed.
         tasks: of the test; empty: the experiment's.
-        limit: examples of each part of a task; None: all.
+        subset: examples of each part of a task, drawn at random; None: all.
         jobs: runs side by side.
     """
 
@@ -67,7 +67,7 @@ class ReproduceOptions:
     trials: int = 5
     methods: list[str] = field(default_factory=lambda: ["main", "sgd"])
     tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
+    subset: int | None = None
     data_root: Path | None = None
     allow_code_execution: bool = False
     jobs: int = 1
@@ -94,7 +94,7 @@ class _Study:
     def run_options(self) -> RunOptions:
         """Options of the test."""
         code = CodeOptions(allow_code_execution=self.options.allow_code_execution)
-        return RunOptions(limit=self.options.limit, data_root=self.options.data_root, code=code)
+        return RunOptions(subset=self.options.subset, data_root=self.options.data_root, code=code)
 
 
 def reproduce(name: str, options: ReproduceOptions) -> int:
@@ -119,6 +119,7 @@ def reproduce(name: str, options: ReproduceOptions) -> int:
     overrides = [f"experiment={experiment}", *rest]
     methods, tasks = chosen_methods(options.methods), _tasks(protocol, options)
     study = _Study(protocol, options, root, methods, tasks, overrides)
+    study.run_options.check()
     if options.plan:
         print(plan_text(study))
         return 0
@@ -180,11 +181,12 @@ def _kept_apart(study: _Study) -> _Study:
     path = study.root / _TEXTS
     if not path.is_file():
         harness, lines = HarnessTasks(), []
+        whole = replace(study.run_options, subset=None)
         for task in study.tasks:
             if task.runner == "harness":
-                lines += harness.questions(task, study.run_options)
+                lines += harness.questions(task, whole)
             elif task.runner == "code":
-                problems = code_suite.read_problems(task, study.run_options)[0]
+                problems = code_suite.read_problems(task, whole)[0]
                 lines += [f"{one.asked[-1]['content']} {one.target}" for one in problems]
         texts = "".join(f"{json.dumps({'text': text})}\n" for text in dict.fromkeys(lines))
         write_atomically(path, texts.encode())
@@ -310,7 +312,7 @@ def _document(
             "batch": first.training.batch_size,
             "rank": first.lora.r,
             "partition": f"{first.partition.name} {first.partition.column or ''}".strip(),
-            "limit": study.options.limit,
+            "subset": study.options.subset,
         },
         "trials": [_about(run) for run in trials if _has_scores(run)],
         "runs": [_about(run) for run in runs if _has_scores(run)],
@@ -351,7 +353,7 @@ def _tested(study: _Study, runs: Sequence[MethodRun]) -> list[dict[str, Any]]:
     if not study.tasks:
         from fedllm_flwr.commands.reproduce.record_scores import scored_on_records
 
-        return scored_on_records(candidates, study.options.limit)
+        return scored_on_records(candidates, study.options.subset)
     cache = SamplesCache(default_cache())
     work = study.root / "work"
     scored = Scorer(study.run_options, "trained", cache, work).score(candidates, study.tasks)

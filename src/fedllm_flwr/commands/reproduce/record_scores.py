@@ -20,17 +20,20 @@ from fedllm_flwr.tasks.base import Scores
 _TASK, _OVER = "pairs", "seeds"
 
 
-def scored_on_records(candidates: Sequence[Candidate], limit: int | None) -> list[dict[str, Any]]:
-    """Scores on the first `limit` records of ``data.test_path``, as records of a test's document.
+def scored_on_records(candidates: Sequence[Candidate], subset: int | None) -> list[dict[str, Any]]:
+    """Scores on records of ``data.test_path``, as records of a test's document.
 
     Intervals are Student's over the seeds; without a second seed they have no width.
+
+    Args:
+        subset: number of records, drawn at random; None: all.
 
     Raises:
         DataError: there are no records to score.
     """
     first = candidates[0].config
     test = {
-        **{"eval_path": first.data.test_path, "eval_max_samples": limit, "eval_split": None},
+        **{"eval_path": first.data.test_path, "eval_max_samples": subset, "eval_split": None},
         **{"near_duplicates": "keep", "test_path": None},
     }
     config = changed(replace(first, seed=0), data=test, evaluation={"answers": 0})

@@ -128,7 +128,7 @@ def read_problems(task: SuiteTask, options: RunOptions) -> tuple[list[Problem], 
     kept = [row for row in rows if row.get("metadata", {}).get("library") not in absent]
     missing = len(rows) - len(kept)
     left_out = f"{missing} problems left out: {', '.join(absent)} not installed" if missing else ""
-    rows = kept[: options.limit]
+    rows = [kept[place] for place in options.places(len(kept))]
     try:
         problems = [KINDS[task.settings["kind"]](row, shots) for row in rows]
     except KeyError as error:

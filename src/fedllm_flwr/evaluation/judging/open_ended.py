@@ -85,7 +85,7 @@ def usage_line(notes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def load_questions(name: str, options: RunOptions) -> list[OpenQuestion]:
-    """The questions of a benchmark, up to the limit.
+    """The questions of a benchmark that the options choose.
 
     Raises:
         DataError: its files are missing or invalid.
@@ -98,7 +98,8 @@ def load_questions(name: str, options: RunOptions) -> list[OpenQuestion]:
         )
     else:
         source = options.data_root / FOLDER
-    return BENCHMARKS[name].load(source)[: options.limit]
+    questions = BENCHMARKS[name].load(source)
+    return [questions[place] for place in options.places(len(questions))]
 
 
 def run_open_ended_task(task: SuiteTask, model: "TextModel", options: RunOptions) -> Samples:

@@ -52,7 +52,7 @@ class HarnessTasks:
             found = evaluate(
                 _HarnessModel(model, max(rooms)),
                 {"tasks": loaded},
-                limit=options.limit,
+                samples={name: options.places(len(one.eval_docs)) for name, one in loaded.items()},
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=True,

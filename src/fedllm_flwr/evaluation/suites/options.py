@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fedllm_flwr.errors import ConfigError
 
 
@@ -81,6 +83,7 @@ class RunOptions:
 
     Args:
         limit: maximum number of examples of each (harness) task, from the first on; None: all.
+        subset: number of examples of each (harness) task, drawn at random; None: all.
         shots: number of few-shot examples; None: as each task defines.
         data_root: folder of local data files; None: use the Hugging Face Hub.
         work_dir: where a runner saves its progress, to resume an interrupted evaluation.
@@ -89,6 +92,7 @@ class RunOptions:
     """
 
     limit: int | None = None
+    subset: int | None = None
     shots: int | None = None
     data_root: Path | None = None
     work_dir: Path | None = None
@@ -96,3 +100,27 @@ class RunOptions:
     seed: int = 0
     judging: JudgeOptions = JudgeOptions()
     code: CodeOptions = CodeOptions()
+
+    def check(self) -> None:
+        """Check how many examples and shots are asked for.
+
+        Raises:
+            ConfigError: names the option and the remedy.
+        """
+        for name, count in (("--limit", self.limit), ("--subset", self.subset)):
+            if count is not None and count < 1:
+                raise ConfigError(f"{name} must be > 0, got {count}.")
+        if self.limit is not None and self.subset is not None:
+            raise ConfigError("give --limit (the first examples) or --subset (drawn), not both.")
+        if self.shots is not None and self.shots < 0:
+            raise ConfigError(f"--shots must be >= 0, got {self.shots}.")
+
+    def places(self, count: int) -> list[int]:
+        """Places of the examples to score among `count`, in the order of the data.
+
+        A larger subset contains a smaller one.
+        """
+        if self.subset is None:
+            return list(range(count))[: self.limit]
+        drawn = np.random.default_rng(self.seed).permutation(count)
+        return sorted(drawn[: self.subset].tolist())

@@ -84,6 +84,7 @@ def task_identity(task: SuiteTask, options: RunOptions) -> dict[str, Any]:
         "code": code_identity(),
         "data": files_identity(data),
         "limit": options.limit,
+        "subset": options.subset,
         "shots": options.shots,
         "seed": options.seed,
         "options": {"code": options.code, "open_ended": options.judging}.get(task.runner),
