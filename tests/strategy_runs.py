@@ -1,7 +1,7 @@
 """Clients, grids and runs that the tests of the strategies share."""
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import ArrayRecord, Message
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import (
@@ -10,6 +10,7 @@ from fedllm_flwr.config.schema import (
     FederationConfig,
 )
 from fedllm_flwr.federation.messages import ClientInfo, Update
+from fedllm_flwr.federation.packing import pack, unpack
 from fedllm_flwr.federation.recorder import Recorder
 from fedllm_flwr.federation.roster import Client
 from fedllm_flwr.federation.rule import Counts
@@ -153,8 +154,16 @@ def with_value(value):
     return array
 
 
-def set_array(name, value):
+def with_tensors(record, **tensors):
+    """A change of a message: tensors of one of its records replaced; None: left out."""
+
     def change(content):
-        content.array_records["delta"][name] = Array(value)
+        arrays = content.array_records[record]
+        every = {**unpack(arrays["tensors"]), **tensors}
+        arrays["tensors"] = pack({n: value for n, value in every.items() if value is not None})
 
     return change
+
+
+def set_array(name, value):
+    return with_tensors("delta", **{name: value})

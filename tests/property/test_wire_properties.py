@@ -83,13 +83,13 @@ def test_every_bfloat16_survives() -> None:
 
 @given(tensors(st.floats(width=32)))
 def test_float32_arrives_bit_for_bit(params: Params) -> None:
-    assert_same_bits(unpack_params(*pack_params(params, "float32")), params)
+    assert_same_bits(unpack_params(pack_params(params, "float32"), "float32"), params)
     assert_same_bits(round_trip(params, "float32"), params)
 
 
 @given(tensors(small), st.sampled_from(["bfloat16", "float16"]))
 def test_short_dtypes_arrive_as_torch_rounds_them_and_only_once(params: Params, dtype: str) -> None:
-    arrived = unpack_params(*pack_params(params, dtype))
+    arrived = unpack_params(pack_params(params, dtype), dtype)
 
     assert_same_bits(arrived, through_torch(params, dtype))
     assert_same_bits(round_trip(params, dtype), arrived)
@@ -101,7 +101,7 @@ def test_transposed_and_double_tensors_arrive_as_float32(params: Params) -> None
     odd = {name: np.array(value, np.float64, order="F") for name, value in params.items()}
 
     for dtype in DTYPES:
-        assert_same_bits(unpack_params(*pack_params(odd, dtype)), round_trip(params, dtype))
+        assert_same_bits(unpack_params(pack_params(odd, dtype), dtype), round_trip(params, dtype))
 
 
 @settings(max_examples=30)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
@@ -17,6 +17,7 @@ from fedllm_flwr.federation.algorithms.fedavg import FedAvg
 from fedllm_flwr.federation.client_memory import ClientMemory
 from fedllm_flwr.federation.downlink import Downlink, received
 from fedllm_flwr.federation.messages import Acknowledged, Assignment, Download
+from fedllm_flwr.federation.packing import pack
 from fedllm_flwr.federation.recorder import Recorder, RoundReport
 from fedllm_flwr.federation.rounds import Rounds
 from fedllm_flwr.federation.rule import find_rule
@@ -167,7 +168,7 @@ def test_an_honest_download_is_followed(tmp_path: Path) -> None:
 
 
 def step(**tensors: np.ndarray) -> ArrayRecord:
-    return ArrayRecord({f"params/{name}": Array(value) for name, value in tensors.items()})
+    return ArrayRecord({"tensors": pack({f"params/{n}": value for n, value in tensors.items()})})
 
 
 def renamed(content: RecordDict, old: str, new: str) -> None:

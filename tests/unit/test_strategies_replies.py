@@ -4,7 +4,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.messages import Failure
@@ -22,6 +22,7 @@ from strategy_runs import (
     roster_of,
     run,
     set_array,
+    with_tensors,
     with_value,
 )
 
@@ -41,14 +42,16 @@ def set_count(value):
 
 
 def corrupt_bytes(content):
-    content.array_records["delta"]["a"] = Array("float32", (2, 3), "numpy.ndarray", b"\x93NUMPY?")
+    array = content.array_records["delta"]["tensors"]
+    array.data = array.data[:-1]
 
 
 def pickled(content):
     value = np.array([{"a": 1}], dtype=object)
     data = BytesIO()
     np.save(data, value, allow_pickle=True)
-    content.array_records["delta"]["a"] = Array("object", (1,), "numpy.ndarray", data.getvalue())
+    array = Array("object", (1,), "numpy.ndarray", data.getvalue())
+    content["delta"] = ArrayRecord({"tensors": array})
 
 
 BAD = {
@@ -56,13 +59,14 @@ BAD = {
     "inf": (set_array("a", with_value(np.inf)), "'a' holds Inf"),
     "huge": (set_array("a", with_value(1e20)), "'a' holds 1e+20"),
     "foreign": (set_array("evil", np.zeros(2, np.float32)), "'evil' is not a tensor"),
-    "missing": (lambda c: c.array_records["delta"].pop("b") and None, "'b' is missing"),
+    "missing": (set_array("b", None), "'b' is missing"),
     "shape": (set_array("a", np.zeros((3, 2), np.float32)), "'a' has shape (3, 2)"),
     "broadcast": (set_array("a", np.zeros((1, 3), np.float32)), "'a' has shape (1, 3)"),
-    "int": (set_array("a", np.zeros((2, 3), np.int64)), "'a' has dtype int64"),
-    "double": (set_array("a", np.zeros((2, 3))), "'a' has dtype float64"),
-    "bytes": (corrupt_bytes, "cannot be read"),
-    "pickle": (pickled, "cannot be read (ValueError"),
+    "int": (set_array("a", np.zeros((2, 3), np.int64)), "'a' has dtype '<i8'"),
+    "double": (set_array("a", np.zeros((2, 3))), "'a' has dtype '<f8'"),
+    "bytes": (corrupt_bytes, "'b' does not fit its layout"),
+    "pickle": (pickled, "its tensors are of the format 'numpy.ndarray'"),
+    "arrays": (lambda c: c.__setitem__("delta", ArrayRecord()), "its arrays are , not 'tensors'"),
     "no delta": (lambda c: c.pop("delta") and None, "lacks"),
     "no metrics": (lambda c: c.pop("metrics") and None, "lacks"),
     "no update": (lambda c: c.pop("update") and None, "lacks"),
@@ -121,7 +125,7 @@ def test_bad_control_variate_leaves_both_sums_alone(case):
             del content["control_delta"]
         else:
             value = with_value(np.nan) if case == "nan" else np.zeros(2, np.float32)
-            content.array_records["control_delta"]["a"] = Array(value)
+            with_tensors("control_delta", a=value)(content)
 
     state, (report,) = run(config_of("scaffold"), MemoryGrid(nodes_of(replying(change))))
     assert "control variate" in report.failures["bee"]

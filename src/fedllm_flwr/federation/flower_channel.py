@@ -73,8 +73,8 @@ class FlowerChannel:
         """
         node_ids = send(self._grid, self.messages(request, assignments, timeout_s))
         asked = Asked(node_ids, self.roster)
-        shapes = Expected.like(**expected) if expected else NO_TENSORS
-        messages = receive(self._inbox, node_ids, timeout_s, shapes)
+        bounds = Expected.like(**expected) if expected else NO_TENSORS
+        messages = receive(self._inbox, node_ids, timeout_s, bounds)
         yield from self.read(request, messages, asked, assignments, timeout_s)
 
     def read(

@@ -6,13 +6,12 @@ slow link, seconds or minutes pass between the two. Flower's own `Grid` blocks o
 one reply while all others wait, and treats a late reply as a failure. Here, a reply that has begun
 to arrive is polled without blocking until it is complete.
 
-The request bounds what is fetched: the size of the tree, the names and shapes of arrays and their
-numbers of bytes are checked from the top down, so that an unexpected reply is rejected, and removed
-from the SuperLink's database, before its bytes are read.
+The request bounds what is fetched: the size of the tree, the names of records and the numbers of
+bytes of their arrays are checked from the top down, so that an unexpected reply is rejected, and
+removed from the SuperLink's database, before its bytes are read.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any, Protocol, cast
 from flwr.app import Error, Message, Metadata
 from flwr.serverapp import Grid
 
+from fedllm_flwr.federation.packing import most_bytes
 from fedllm_flwr.flower.names import find
 from fedllm_flwr.flower.runtime import (
     bounded_client,
@@ -39,35 +39,30 @@ _BUFFER_BYTES = 64 * 2**20  # of replies fetched together from a grid that retur
 _MOST_AT_ONCE = 64
 _LARGEST_RECORD = 2**16  # bytes of one record of numbers or texts, or of one list of names
 _LARGEST_ANSWER = 2**26  # bytes of one SuperLink response; the largest is a chunk
-_ARRAY_HEADER = 2**12  # largest header of NumPy's array format, in bytes
-_LARGEST_ITEM = 4  # bytes per value on the wire
 _RECORDS = 8  # per reply
 _PULLS = 4  # objects fetched concurrently
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reply may contain: shapes of tensors by record and name, and small records."""
+    """What a reply may contain: small records, and records with one array of bounded size."""
 
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def like(cls, **records: Params) -> "Expected":
+    def like(cls, **groups: Params) -> "Expected":
         """Tensors of these names and shapes, by record."""
-        return cls(
-            {name: {key: v.shape for key, v in params.items()} for name, params in records.items()}
-        )
+        return cls({name: most_bytes(params) for name, params in groups.items()})
 
     @cached_property
     def num_bytes(self) -> int:
         """Upper bound of the bytes of all tensors."""
-        return sum(_bytes_of(shape) for named in self.shapes.values() for shape in named.values())
+        return sum(self.sizes.values())
 
     @cached_property
     def num_objects(self) -> int:
         """Upper bound of the number of Flower objects in such a reply."""
-        arrays = [shape for named in self.shapes.values() for shape in named.values()]
-        return 2 + _RECORDS + sum(1 + _num_chunks(shape) for shape in arrays)
+        return 2 + _RECORDS + sum(1 + _num_chunks(size) for size in self.sizes.values())
 
 
 NO_TENSORS = Expected()
@@ -267,14 +262,14 @@ class _Check:
     def __init__(self, expected: Expected) -> None:
         self._expected = expected
         self._records: dict[str, str] = {}  # names by object id
-        self._shapes: dict[str, tuple[int, ...]] = {}  # of arrays, by object id
+        self._sizes: dict[str, int] = {}  # of arrays at most, by object id
         self._left = 0  # bytes of chunks that may still come
 
     def __call__(self, object_id: str, content: bytes) -> list[str]:
         """Check an object and return the ids of its children.
 
         Raises:
-            _Refused: a name, shape or size was not requested.
+            _Refused: a record or a size was not requested.
         """
         kind, children, size = find("get_object_head_values")(content)
         if kind == "ArrayChunk":
@@ -282,40 +277,30 @@ class _Check:
                 raise _Refused(f"a piece of an array holds {size} bytes, more than Flower sends")
             self._left -= size
             if self._left < 0:
-                raise _Refused("an array holds more bytes than its shape takes")
+                raise _Refused("an array holds more bytes than its tensors take")
             return []
-        if size > _LARGEST_RECORD and kind not in ("ArrayRecord", "Array"):
+        if size > _LARGEST_RECORD:
             raise _Refused(f"a record of {size} bytes, above {_LARGEST_RECORD}")
         body = content[-size:] if size else b""
         if kind == "RecordDict":
             self._records = {child: name for name, child in json.loads(body).items()}
         elif kind == "ArrayRecord":
-            self._take_names(self._records.get(object_id, ""), json.loads(body))
-        elif kind == "Array":
-            self._take_shape(object_id, json.loads(body))
+            self._expect_array(self._records.get(object_id, ""), json.loads(body))
+        elif kind == "Array":  # may repeat pieces, so the list counts, not the children
+            pieces = json.loads(body)["arraychunk_ids"]
+            if len(pieces) > _num_chunks(self._sizes[object_id]):
+                raise _Refused(f"an array of {len(pieces)} pieces, more than its tensors take")
         return cast(list[str], children)
 
-    def _take_names(self, record: str, ids: Mapping[str, str]) -> None:
-        known = self._expected.shapes.get(record)
-        if known is None:
+    def _expect_array(self, record: str, ids: Mapping[str, str]) -> None:
+        size = self._expected.sizes.get(record)
+        if size is None:
             raise _Refused(f"arrays {record[:100]!r} were not asked for")
-        for name, object_id in ids.items():
-            if name not in known:
-                raise _Refused(f"{name[:100]!r} is not a tensor of the adapter")
-            self._shapes[object_id] = known[name]
-            self._left += _bytes_of(known[name])
-
-    def _take_shape(self, object_id: str, about: Mapping[str, object]) -> None:
-        expected, found = self._shapes[object_id], tuple(cast(list[int], about["shape"]))
-        if len(cast(list[int], about["arraychunk_ids"])) > _num_chunks(expected):
-            raise _Refused(f"an array of shape {expected} comes in too many pieces")
-        if math.prod(found) > math.prod(expected):
-            raise _Refused(f"an array of shape {found} in the place of {expected}")
+        if len(ids) != 1:
+            raise _Refused(f"{record!r} has {len(ids)} arrays instead of one")
+        self._sizes[next(iter(ids.values()))] = size
+        self._left += size
 
 
-def _bytes_of(shape: tuple[int, ...]) -> int:
-    return _ARRAY_HEADER + _LARGEST_ITEM * math.prod(shape)
-
-
-def _num_chunks(shape: tuple[int, ...]) -> int:
-    return 1 + _bytes_of(shape) // cast(int, find("MAX_ARRAY_CHUNK_SIZE"))
+def _num_chunks(size: int) -> int:
+    return 1 + size // cast(int, find("MAX_ARRAY_CHUNK_SIZE"))

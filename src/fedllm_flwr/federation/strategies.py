@@ -17,6 +17,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+from flwr.app import Array as WireArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -35,7 +37,6 @@ from fedllm_flwr.federation.roster import Roster
 from fedllm_flwr.federation.rounds import OpenRound, Rounds, note_scores
 from fedllm_flwr.federation.rule import Rule, find_rule
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.federation.wire import pack_params, unpack_params
 from fedllm_flwr.params import Params, check_like
 from fedllm_flwr.plugins import ALGORITHMS
 
@@ -233,7 +234,7 @@ class FederatedStrategy(Strategy):
         """Print nothing: `server.planning` shows the plan of a run before it starts."""
 
     def _take_initial(self, arrays: ArrayRecord) -> None:
-        params = unpack_params(arrays, "float32")
+        params = _params(arrays)
         if self._state is not None:
             if params:
                 check_like(params, self._state.params)
@@ -498,7 +499,15 @@ def _with_sections(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 
 def _arrays(params: Params) -> ArrayRecord:
-    return pack_params(params, "float32")[0]
+    return ArrayRecord({name: WireArray(values) for name, values in params.items()})
+
+
+def _params(arrays: ArrayRecord) -> Params:
+    params = {name: array.numpy() for name, array in arrays.items()}
+    for name, values in params.items():
+        if values.dtype != np.float32:
+            raise FederationError(f"'{name}' of the initial adapter is {values.dtype}, not float32")
+    return params
 
 
 def _metrics(loss: float | None) -> MetricRecord | None:

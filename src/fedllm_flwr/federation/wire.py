@@ -1,9 +1,9 @@
 """Dataclasses to Flower's `RecordDict` and back; the only module that knows the encoding.
 
-Tensors are sent under their PEFT names in float32, bfloat16 or float16. Flower's arrays do not
-support bfloat16, so its bits are sent as int16 with the name of the dtype, and decoded before any
-arithmetic. The configuration is sent as JSON and parsed into its schema on arrival. Reading any
-message of a peer gives the dataclass or a `FederationError`.
+Tensors are sent under their PEFT names in float32, bfloat16 or float16, those of a group as one
+array (`packing`). NumPy does not support bfloat16, so its bits are sent as int16 with the name of
+the dtype, and decoded before any arithmetic. The configuration is sent as JSON and parsed into its
+schema on arrival. Reading any message of a peer gives the dataclass or a `FederationError`.
 """
 
 import functools
@@ -34,6 +34,7 @@ from fedllm_flwr.federation.messages import (
     Update,
     require_version,
 )
+from fedllm_flwr.federation.packing import pack, unpack
 from fedllm_flwr.federation.secure.fixed_point import signed
 from fedllm_flwr.federation.secure.graph import Session
 from fedllm_flwr.federation.secure.keys import KeyCard
@@ -46,6 +47,7 @@ _SERVER_ONLY = (
     *("output_dir", "resume", "tracking", "compare", "federation.ray_address"),
     *("evaluation.suites", "evaluation.data_root"),
 )
+_TENSORS = "tensors"  # the array of a group
 MASKED = "masked"  # used instead of a dtype: words of a ring
 _KINDS: dict[type, str] = {
     **{int: "whole number", float: "number", bool: "truth value", str: "text", bytes: "bytes"}
@@ -74,32 +76,33 @@ def _reading() -> Iterator[None]:
         raise FederationError(text, text) from error
 
 
-def pack_params(params: Params, dtype: str) -> tuple[ArrayRecord, str]:
-    """Tensors in wire dtype, and that dtype.
+def pack_params(params: Params, dtype: str) -> ArrayRecord:
+    """Tensors in wire dtype.
 
     Raises:
         FederationError: a finite value is out of float16's range.
     """
-    arrays = {name: WireArray(encode(name, values, dtype)) for name, values in params.items()}
-    return ArrayRecord(arrays), dtype
+    encoded = {name: encode(name, values, dtype) for name, values in params.items()}
+    return ArrayRecord({_TENSORS: pack(encoded)})
 
 
 @_reading()
 def unpack_params(record: ArrayRecord, dtype: str) -> Params:
-    """Tensors as float32.
+    """Tensors as float32; they may be read-only.
 
     Raises:
-        FederationError: unknown wire dtype, or an array of another dtype than announced.
+        FederationError: unknown wire dtype, or a tensor of another dtype than announced.
     """
     if dtype not in STORED:
         raise FederationError(f"unknown wire dtype '{_shown(dtype)}'; use {', '.join(STORED)}")
+    if list(record) != [_TENSORS]:
+        raise FederationError(f"its arrays are {_shown(', '.join(record))}, not {_TENSORS!r}")
     params: Params = {}
-    for name, array in record.items():
-        values = array.numpy()
-        known = isinstance(values, np.ndarray) and values.dtype in (STORED[dtype], np.uint8)
-        if not known:
-            found = getattr(values, "dtype", type(values).__name__)
-            raise FederationError(f"'{_shown(name)}' has dtype {found}, announced as {dtype}")
+    for name, values in unpack(record[_TENSORS]).items():
+        if values.dtype not in (STORED[dtype], np.uint8):
+            raise FederationError(
+                f"'{_shown(name)}' has dtype {values.dtype}, announced as {dtype}"
+            )
         params[name] = decode(values, dtype)
     return params
 
@@ -149,7 +152,7 @@ def pack_assignments(assignments: Iterable[Assignment]) -> Iterator[RecordDict]:
             content["download"] = ConfigRecord({"digest": download.digest})
         for name, params in assignment.on_wire.items():
             if id(params) not in encoded:
-                encoded[id(params)] = params, pack_params(params, dtype)[0]
+                encoded[id(params)] = params, pack_params(params, dtype)
             content[name] = encoded[id(params)][1]
         yield content
 
@@ -297,7 +300,7 @@ def pack_update(update: Update, dtype: str) -> RecordDict:
         }
     )
     for name, params in {"delta": update.delta, **update.contributed}.items():
-        content[name], _ = pack_params(params, dtype)
+        content[name] = pack_params(params, dtype)
     return content
 
 
