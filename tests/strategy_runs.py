@@ -160,7 +160,7 @@ def with_tensors(record, **tensors):
     def change(content):
         arrays = content.array_records[record]
         every = {**unpack(arrays["tensors"]), **tensors}
-        arrays["tensors"] = pack({n: value for n, value in every.items() if value is not None})
+        arrays["tensors"] = pack((n, value) for n, value in every.items() if value is not None)
 
     return change
 

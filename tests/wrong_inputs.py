@@ -311,6 +311,11 @@ EVALUATE = _rows(
     ("misspelt task", "--base embedded --task fpbb", "--task fpbb: no such task"),
     ("no number", "--base embedded --limit many", "--limit: invalid int value: 'many'"),
     ("limit of zero", "--base embedded --suite finance --limit 0", "--limit must be > 0"),
+    (
+        "two choices of examples",
+        "--base embedded --suite finance --limit 50 --subset 50",
+        "or --subset (drawn), not both",
+    ),
     ("negative shots", "--base embedded --suite finance --shots=-1", "--shots must be >= 0"),
     ("misspelt prompt", "--base embedded --suite finance --prompt chta", "Did you mean 'chat'"),
     ("misspelt template", "--base embedded --suite finance --template alpacca", "choose from"),

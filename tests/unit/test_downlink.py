@@ -168,7 +168,7 @@ def test_an_honest_download_is_followed(tmp_path: Path) -> None:
 
 
 def step(**tensors: np.ndarray) -> ArrayRecord:
-    return ArrayRecord({"tensors": pack({f"params/{n}": value for n, value in tensors.items()})})
+    return ArrayRecord({"tensors": pack((f"params/{n}", value) for n, value in tensors.items())})
 
 
 def renamed(content: RecordDict, old: str, new: str) -> None:

@@ -116,16 +116,16 @@ HOSTILE = {
         "arrays 'weights' were not asked for",
     ),
     "second array": (
-        with_arrays(tensors=pack({"a": PARAMS["a"]}), more=Array(BIG[:2])),
+        with_arrays(tensors=pack({"a": PARAMS["a"]}.items()), more=Array(BIG[:2])),
         "'delta' has 2 arrays instead of one",
     ),
     "larger tensors": (
-        with_arrays(tensors=pack({"a": BIG[:1000]})),
-        "an array holds more bytes than its tensors take",
+        with_arrays(tensors=pack({"a": BIG[:1000]}.items())),
+        "the arrays have more bytes than the tensors asked for",
     ),
     "many pieces": (
-        with_arrays(tensors=pack({"a": np.zeros(2**24, np.float32)})),
-        "pieces, more than its tensors take",
+        with_arrays(tensors=pack({"a": np.zeros(2**24, np.float32)}.items())),
+        "'delta' has more bytes than the ",
     ),
     "many parts": (
         with_arrays(**{f"x{i}": Array(np.float32([i])) for i in range(40)}),

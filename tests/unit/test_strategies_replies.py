@@ -64,7 +64,7 @@ BAD = {
     "broadcast": (set_array("a", np.zeros((1, 3), np.float32)), "'a' has shape (1, 3)"),
     "int": (set_array("a", np.zeros((2, 3), np.int64)), "'a' has dtype '<i8'"),
     "double": (set_array("a", np.zeros((2, 3))), "'a' has dtype '<f8'"),
-    "bytes": (corrupt_bytes, "'b' does not fit its layout"),
+    "bytes": (corrupt_bytes, "its layout is longer than itself"),
     "pickle": (pickled, "its tensors are of the format 'numpy.ndarray'"),
     "arrays": (lambda c: c.__setitem__("delta", ArrayRecord()), "its arrays are , not 'tensors'"),
     "no delta": (lambda c: c.pop("delta") and None, "lacks"),

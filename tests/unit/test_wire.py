@@ -16,6 +16,7 @@ from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.compose import compose
 from fedllm_flwr.errors import FederationError
+from fedllm_flwr.federation import packing
 from fedllm_flwr.federation.messages import Assignment, ClientInfo, Update
 from fedllm_flwr.federation.updates.cast import wire_bytes
 from fedllm_flwr.federation.wire import (
@@ -50,42 +51,33 @@ def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
     return file.getvalue()
 
 
-def archive() -> bytes:
-    file = io.BytesIO()
-    np.savez(file, a=np.ones(2))
-    return file.getvalue()
-
-
-HUGE_HEADER = npy(np.ones(2, np.int16)).replace(b"(2,)", b"(9999999999999,)")[:128]
+STYPE = packing.pack([]).stype
 ARRAYS = {
-    "int": Array(np.ones(2, np.int64)),
-    "float32 where bfloat16 is announced": Array(np.ones(2, np.float32)),
-    "big-endian": Array(np.ones(2, ">i2")),
-    "no bytes": Array("int16", (2,), "numpy.ndarray", b""),
-    "no array": Array("int16", (2,), "numpy.ndarray", b"\x93NUMPY but not really"),
-    "cut short": Array("int16", (2,), "numpy.ndarray", npy(np.ones(99, np.int16))[:-5]),
-    "archive": Array("int16", (2,), "numpy.ndarray", archive()),
+    "int": packing.pack([("a", np.ones(2, np.int64))]),
+    "float32 where bfloat16 is announced": packing.pack([("a", np.ones(2, np.float32))]),
+    "big-endian": packing.pack([("a", np.ones(2, ">i2"))]),
+    "no bytes": Array("uint8", (0,), STYPE, b""),
+    "cut short": Array("uint8", (2,), STYPE, packing.pack([("a", np.ones(99, np.int16))]).data[5:]),
+    "NumPy's": Array(np.ones(2, np.int16)),
     "pickle": Array("int16", (1,), "numpy.ndarray", npy(np.array([{}]), allow_pickle=True)),
-    "terabytes": Array("int16", (9999999999999,), "numpy.ndarray", HUGE_HEADER),
-    "other serialisation": Array("int16", (2,), "safetensors", npy(np.ones(2, np.int16))),
 }
 
 
 @pytest.mark.parametrize("case", ARRAYS)
 def test_bad_array_is_refused(case: str) -> None:
-    for content, unpack, name in (
+    for content, read, name in (
         (task_content(), unpack_assignment, "params"),
         (task_content(), unpack_assignment, "control"),
         (update_content(), unpack_update, "delta"),
         (update_content(), unpack_update, "control_delta"),
     ):
-        content[name] = ArrayRecord({"a": ARRAYS[case]})
+        content[name] = ArrayRecord({"tensors": ARRAYS[case]})
         with pytest.raises(FederationError):
-            unpack(content)
+            read(content)
 
 
 def test_array_that_lies_about_its_dtype_is_named() -> None:
-    record, _ = pack_params(PARAMS, "float32")
+    record = pack_params(PARAMS, "float32")
 
     with pytest.raises(FederationError, match="'a' has dtype float32, announced as bfloat16"):
         unpack_params(record, "bfloat16")
@@ -98,7 +90,9 @@ def test_float16_refuses_what_it_cannot_hold_and_passes_nan_and_inf() -> None:
         pack_params({"a": np.array([65520.0], np.float32)}, "float16")
 
     odd = {"a": np.array([np.nan, np.inf, -np.inf, 65504.0], np.float32)}
-    np.testing.assert_array_equal(unpack_params(*pack_params(odd, "float16"))["a"], odd["a"])
+    np.testing.assert_array_equal(
+        unpack_params(pack_params(odd, "float16"), "float16")["a"], odd["a"]
+    )
 
 
 FIELDS = {
@@ -290,10 +284,12 @@ def test_settings_of_training_and_data_travel() -> None:
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
 def test_bytes_are_those_of_the_arrays(dtype: str, size: int) -> None:
-    record, _ = pack_params(PARAMS, dtype)
+    record = pack_params(PARAMS, dtype)
 
     assert wire_bytes(PARAMS, dtype) == 10 * size
-    assert sum(array.numpy().nbytes for array in record.values()) == 10 * size
+    (array,) = record.values()
+    assert sum(values.nbytes for values in packing.unpack(array).values()) == 10 * size
+    assert len(array.data) < 10 * size + 100
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -302,7 +298,7 @@ def test_packing_holds_the_message_and_the_work_of_one_tensor(dtype: str) -> Non
     tensor = 2**20
 
     tracemalloc.start()
-    record, _ = pack_params(params, dtype)
+    record = pack_params(params, dtype)
     _, packing = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     held, _ = tracemalloc.get_traced_memory()

@@ -262,7 +262,7 @@ class _Check:
     def __init__(self, expected: Expected) -> None:
         self._expected = expected
         self._records: dict[str, str] = {}  # names by object id
-        self._sizes: dict[str, int] = {}  # of arrays at most, by object id
+        self._arrays: dict[str, tuple[str, int]] = {}  # record and most bytes, by object id
         self._left = 0  # bytes of chunks that may still come
 
     def __call__(self, object_id: str, content: bytes) -> list[str]:
@@ -277,7 +277,7 @@ class _Check:
                 raise _Refused(f"a piece of an array holds {size} bytes, more than Flower sends")
             self._left -= size
             if self._left < 0:
-                raise _Refused("an array holds more bytes than its tensors take")
+                raise _Refused("the arrays have more bytes than the tensors asked for")
             return []
         if size > _LARGEST_RECORD:
             raise _Refused(f"a record of {size} bytes, above {_LARGEST_RECORD}")
@@ -286,10 +286,8 @@ class _Check:
             self._records = {child: name for name, child in json.loads(body).items()}
         elif kind == "ArrayRecord":
             self._expect_array(self._records.get(object_id, ""), json.loads(body))
-        elif kind == "Array":  # may repeat pieces, so the list counts, not the children
-            pieces = json.loads(body)["arraychunk_ids"]
-            if len(pieces) > _num_chunks(self._sizes[object_id]):
-                raise _Refused(f"an array of {len(pieces)} pieces, more than its tensors take")
+        elif kind == "Array":
+            self._take_pieces(*self._arrays[object_id], json.loads(body)["arraychunk_ids"])
         return cast(list[str], children)
 
     def _expect_array(self, record: str, ids: Mapping[str, str]) -> None:
@@ -298,8 +296,12 @@ class _Check:
             raise _Refused(f"arrays {record[:100]!r} were not asked for")
         if len(ids) != 1:
             raise _Refused(f"{record!r} has {len(ids)} arrays instead of one")
-        self._sizes[next(iter(ids.values()))] = size
+        self._arrays[next(iter(ids.values()))] = record, size
         self._left += size
+
+    def _take_pieces(self, record: str, size: int, pieces: list[str]) -> None:
+        if len(pieces) > _num_chunks(size):  # one piece may occur several times
+            raise _Refused(f"{record!r} has more bytes than the {size:,} of the tensors asked for")
 
 
 def _num_chunks(size: int) -> int:

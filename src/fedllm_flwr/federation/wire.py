@@ -82,7 +82,7 @@ def pack_params(params: Params, dtype: str) -> ArrayRecord:
     Raises:
         FederationError: a finite value is out of float16's range.
     """
-    encoded = {name: encode(name, values, dtype) for name, values in params.items()}
+    encoded = ((name, encode(name, values, dtype)) for name, values in params.items())
     return ArrayRecord({_TENSORS: pack(encoded)})
 
 
