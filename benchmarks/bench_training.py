@@ -1,12 +1,15 @@
 """Local training compared with a bare PyTorch loop and with padded batches, on a fixed workload.
 
     python benchmarks/bench_training.py WORKLOAD [--repeats 5] [--steps 10] [--threads 2]
+        [--profile]
 
 WORKLOAD is a directory with `make_model.py` (writes the model to a given directory) and `sft.json`
 (instruction, input, output). Three programs train the same adapter on the same examples: the
 package's `train_sft`, a bare loop over the same micro-batches, and a bare loop over padded batches
 with all logits, as in a first implementation. They alternate in one process, so other load affects
-all of them: use the ratios instead of the absolute numbers.
+all of them: use the ratios instead of the absolute numbers. With `--profile`, it instead prints
+what one optimizer step of the first and the last spends its time on, the last also with gradient
+checkpointing, as OpenFedLLM trains.
 """
 
 import argparse
@@ -14,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +33,7 @@ prepare_environment()
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.profiler import ProfilerActivity, profile
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import (
@@ -42,12 +48,15 @@ from fedllm_flwr.data.federated import load_federated_data
 from fedllm_flwr.models.adapted_model import AdaptedModel, load_model
 from fedllm_flwr.models.device import micro_batch_size, torch_threads
 from fedllm_flwr.models.inputs import collate_padded, needed_logits
+from fedllm_flwr.reporting.text import markdown_table
 from fedllm_flwr.tasks.sft.training import train_sft
 from fedllm_flwr.training.batches import RoundBatches, round_batches, split_step
 from fedllm_flwr.training.schedule import draw_examples
 
 LEARNING_RATE = 5e-4
 OURS, BARE, PADDED = "train_sft", "bare loop", "bare loop, padded"  # names of the programs
+CHECKPOINTED = "padded, checkpointed"
+MOST_OPERATIONS = 8  # rows of a profile
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,42 @@ def measure(work: Workload, repeats: int, micro_batch_size: int) -> dict[str, li
     return speeds
 
 
+def profiled(work: Workload, micro_batch_size: int) -> dict[str, dict[str, float]]:
+    """Seconds of one optimizer step by program and operation of PyTorch, without its callees."""
+    training, lengths = work.config.training, work.examples.lengths
+    drawn = draw_examples(len(work.examples), training.batch_size, 1, 0, "bench")
+    found: dict[str, dict[str, float]] = {}
+    for name in (CHECKPOINTED, PADDED, OURS):
+        size = micro_batch_size if name == OURS else training.batch_size
+        batches = round_batches(drawn, lengths, 1, size, packed=False)
+        run = ours if name == OURS else partial(bare_loop, all_logits=True)
+        if name == CHECKPOINTED:
+            work.model.peft.gradient_checkpointing_enable()
+            work.model.peft.enable_input_require_grads()
+        for warm in (False, True):
+            work.model.load(work.model.initial)
+            with profile(activities=[ProfilerActivity.CPU]) if warm else nullcontext() as watched:
+                run(work, batches)
+        if name == CHECKPOINTED:
+            work.model.peft.gradient_checkpointing_disable()
+        assert watched is not None
+        found[name] = {one.key: one.self_cpu_time_total / 1e6 for one in watched.key_averages()}
+    return found
+
+
+def profile_table(found: dict[str, dict[str, float]]) -> str:
+    """The operations that take longest in any program, and the sums."""
+    most = sorted(
+        {key for spent in found.values() for key in spent},
+        key=lambda key: -max(spent.get(key, 0.0) for spent in found.values()),
+    )[:MOST_OPERATIONS]
+    rows = [[key, *(f"{spent.get(key, 0.0):.2f}" for spent in found.values())] for key in most]
+    rest = [sum(spent.values()) - sum(spent.get(k, 0.0) for k in most) for spent in found.values()]
+    rows.append(["rest", *(f"{seconds:.2f}" for seconds in rest)])
+    rows.append(["sum", *(f"{sum(spent.values()):.2f}" for spent in found.values())])
+    return markdown_table([["seconds of one step", *found], *rows])
+
+
 def padding(work: Workload, size: int) -> float:
     """Computed tokens per real token."""
     training, lengths = work.config.training, work.examples.lengths
@@ -153,9 +198,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="of one step, instead of speeds")
     options = parser.parse_args()
     work = load_workload(options.workload, options.steps, options.threads)
     size = micro_batch_size(work.config.training, work.model.device, work.model.num_base_parameters)
+    if options.profile:
+        with torch_threads(options.threads):
+            print(profile_table(profiled(work, size)))
+        return
     with torch_threads(options.threads):
         speeds = measure(work, options.repeats, size)
     print(f"{'':20} {'real tokens/s':>14} {'to bare loop':>13} {'computed/real':>14}")
