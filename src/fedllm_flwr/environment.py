@@ -2,7 +2,10 @@
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _VARIABLES = {
     # Idle threads sleep. With spinning threads, two processes on the same cores are up to ten times
@@ -18,6 +21,21 @@ _VARIABLES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _CHATTY = ("bitsandbytes", "ray", "httpx", "datasets", "accelerate")
+
+
+@contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Let imports in the block not find these packages, unless they have already been imported.
+
+    Libraries import optional packages that are installed, whether or not they are going to be used.
+    """
+    absent = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def prepare_environment() -> None:

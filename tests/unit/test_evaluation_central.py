@@ -7,6 +7,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score
 
 from fedllm_flwr.client.local_evaluation import evaluate_locally
 from fedllm_flwr.client.local_round import train_locally
@@ -71,6 +74,15 @@ def test_scores_by_hand() -> None:
 def test_f1_of_classes_that_occur() -> None:
     scores = classification_scores(np.array([0, 0, 0]), np.array([0, 0, 0]))
     assert scores == {"accuracy": 1.0, "macro_f1": 1.0}
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+def test_scores_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    predicted, targets = np.array(pairs).T
+    scores = classification_scores(predicted, targets)
+    expected = f1_score(targets, predicted, average="macro", zero_division=0)
+    assert scores["macro_f1"] == pytest.approx(expected)
+    assert scores["accuracy"] == pytest.approx(accuracy_score(targets, predicted))
 
 
 def test_evaluate_puts_the_scores_together(config: Config) -> None:

@@ -8,15 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch.utils.hooks import RemovableHandle
 
 from fedllm_flwr.config import Config
@@ -26,6 +17,15 @@ from fedllm_flwr.errors import ConfigError, FederationError, ModelError
 from fedllm_flwr.factors import core_of, cut, folded, is_core, padded, rank_of, rest
 from fedllm_flwr.models.base_model import count_parameters, load_base
 from fedllm_flwr.models.device import resolve_attention, resolve_device, resolve_dtype
+from fedllm_flwr.models.peft_library import (
+    LORA_TARGETS,
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from fedllm_flwr.models.tokenizer import load_tokenizer
 from fedllm_flwr.params import Params, check_like, derive_seed
 
@@ -353,7 +353,7 @@ def lora_config(lora: LoraSettings, model_type: str) -> LoraConfig:
     """
     targets: Any = lora.target_modules
     if targets == "auto":
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        known = LORA_TARGETS.get(model_type)
         targets = sorted(known) if known else "all-linear"
     return LoraConfig(
         r=lora.r,

@@ -38,9 +38,9 @@ class BaseFacts:
         names = lora.target_modules
         if names == "auto":
             # Importing PEFT takes seconds, which a wrong command should not have to wait for.
-            from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            from fedllm_flwr.models.peft_library import LORA_TARGETS
 
-            known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(self.model_type)
+            known = LORA_TARGETS.get(self.model_type)
             names = sorted(known) if known else "all-linear"
         if names == "all-linear":
             return {name: w for name, w in self.layers.items() if name != self.output_layer}

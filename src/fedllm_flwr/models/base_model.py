@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -11,6 +10,7 @@ from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import QuantizationConfig
 from fedllm_flwr.errors import ModelError
 from fedllm_flwr.models.device import check_kernels
+from fedllm_flwr.models.peft_library import prepare_model_for_kbit_training
 from fedllm_flwr.models.probe import check_computes
 from fedllm_flwr.models.tokenizer import model_source, unusable_model
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from fedllm_flwr.factors import kept_rank, pairs
 from fedllm_flwr.params import Params
 from fedllm_flwr.training.local_terms import LocalTerms
+from fedllm_flwr.training.trainer_library import TrainerCallback
 
 Tensors = dict[str, torch.Tensor]
 

@@ -27,7 +27,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import TrainerCallback
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.config.schema import PrivacyConfig
@@ -38,6 +37,7 @@ from fedllm_flwr.models.inputs import in_dtype
 from fedllm_flwr.privacy.noise import Noise
 from fedllm_flwr.training.batches import MicroBatch, RoundBatches
 from fedllm_flwr.training.trainer import Penalty, Trained, without_dropout
+from fedllm_flwr.training.trainer_library import TrainerCallback
 
 ExampleLosses = Callable[[MicroBatch], Tensor]
 """Loss of each example of a micro-batch, (examples,), independent of the other examples."""

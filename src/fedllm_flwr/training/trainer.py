@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.models.adapted_model import AdaptedModel
 from fedllm_flwr.training.batches import RoundBatches
+from fedllm_flwr.training.trainer_library import PrinterCallback, Trainer, TrainingArguments
 
 _ADAMW = {False: "adamw_torch", True: "adamw_torch_fused"}  # by whether it runs on CUDA
 

@@ -6,7 +6,6 @@ client and passed in.
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from fedllm_flwr.config.schema import DpoConfig, TrainingConfig
 from fedllm_flwr.models.adapted_model import AdaptedModel
@@ -19,6 +18,7 @@ from fedllm_flwr.tasks.preferences.training import AnswerRows, Answers, train_on
 from fedllm_flwr.training.batches import MicroBatch, RoundBatches
 from fedllm_flwr.training.private import ExampleLosses
 from fedllm_flwr.training.trainer import Penalty, Trained
+from fedllm_flwr.training.trainer_library import TrainerCallback
 
 
 def pair_losses(work: LocalWork, reference: LogProbs) -> ExampleLosses:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import TrainerCallback
 
 from fedllm_flwr.models.scoring import score_examples, trained_log_probs
 from fedllm_flwr.params import Params
@@ -27,6 +26,7 @@ from fedllm_flwr.tasks.preferences.training import AnswerRows, Answers, train_on
 from fedllm_flwr.training.batches import MicroBatch
 from fedllm_flwr.training.private import ExampleLosses
 from fedllm_flwr.training.trainer import Penalty, Trained
+from fedllm_flwr.training.trainer_library import TrainerCallback
 
 
 def mismatched_reference(work: LocalWork, reference: Params | None) -> LogProbs:

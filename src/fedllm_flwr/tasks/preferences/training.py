@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.data.encode import Encoded
@@ -26,6 +25,7 @@ from fedllm_flwr.training.trainer import (
     with_penalty,
     without_dropout,
 )
+from fedllm_flwr.training.trainer_library import TrainerCallback
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ to 50 % more time than this bare Trainer, which is within a few percent of a pla
 from collections.abc import Callable
 
 import torch
-from transformers import TrainerCallback
 
 from fedllm_flwr.config.schema import TrainingConfig
 from fedllm_flwr.data.encode import Encoded
@@ -22,6 +21,7 @@ from fedllm_flwr.training.trainer import (
     run,
     training_arguments,
 )
+from fedllm_flwr.training.trainer_library import TrainerCallback
 
 Collator = Callable[[list[MicroBatch]], dict[str, torch.Tensor]]
 
