@@ -226,6 +226,10 @@ def plot_bars(
                     label=shorten(one_line(model.strip()), 30),
                     error_kw={"elinewidth": 0.8, "ecolor": "#444444"},
                 )
+        values = [bar[0] for bars in groups.values() for bar in bars if bar is not None]
+        if values and min(values) >= 0 and max(values) <= 1:  # few seeds: wider than the scale
+            low, high = axis.get_ylim()
+            axis.set_ylim(max(low, 0.0), min(high, 1.0))
         for place, chance in enumerate(chances):
             if chance is not None:
                 axis.hlines(chance, place - 0.45, place + 0.45, colors="#444444", linestyles="--")
