@@ -66,7 +66,10 @@ BAD = {
     "double": (set_array("a", np.zeros((2, 3))), "'a' has dtype '<f8'"),
     "bytes": (corrupt_bytes, "its layout is longer than itself"),
     "pickle": (pickled, "its tensors are of the format 'numpy.ndarray'"),
-    "arrays": (lambda c: c.__setitem__("delta", ArrayRecord()), "its arrays are , not 'tensors'"),
+    "arrays": (
+        lambda c: c.__setitem__("delta", ArrayRecord()),
+        "its arrays are [] instead of ['tensors']",
+    ),
     "no delta": (lambda c: c.pop("delta") and None, "lacks"),
     "no metrics": (lambda c: c.pop("metrics") and None, "lacks"),
     "no update": (lambda c: c.pop("update") and None, "lacks"),

@@ -96,7 +96,8 @@ def unpack_params(record: ArrayRecord, dtype: str) -> Params:
     if dtype not in STORED:
         raise FederationError(f"unknown wire dtype '{_shown(dtype)}'; use {', '.join(STORED)}")
     if list(record) != [_TENSORS]:
-        raise FederationError(f"its arrays are {_shown(', '.join(record))}, not {_TENSORS!r}")
+        found = _shown(str(list(record)))
+        raise FederationError(f"its arrays are {found} instead of {[_TENSORS]}")
     params: Params = {}
     for name, values in unpack(record[_TENSORS]).items():
         if values.dtype not in (STORED[dtype], np.uint8):
