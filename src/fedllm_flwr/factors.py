@@ -14,6 +14,8 @@ import numpy as np
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.params import Array, Params
 
+Weight = float | Array
+
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?")
 _NOTHING = 2.0**-25  # fraction of ||B|| ||A|| below which singular values are rounding errors
 
@@ -38,22 +40,42 @@ def is_core(name: str) -> bool:
     return ".lora_R" in name
 
 
-def folded(adapter: Params) -> Params:
-    """An adapter of products B R A as an adapter (B R) A; any other adapter is unchanged.
+class Folded(Mapping[str, Array]):
+    """An adapter of products B R A as an adapter (B R) A, computed tensor by tensor on access.
 
     Raises:
         FederationError: a core has no factor B, or its shape is not (r, r).
     """
-    cores = {name: value for name, value in adapter.items() if is_core(name)}
-    if not cores:
-        return adapter
-    plain = {name: value for name, value in adapter.items() if name not in cores}
-    for name, core in cores.items():
-        b = plain.get(name.replace(".lora_R", ".lora_B"))
-        if b is None or b.ndim != 2 or core.shape != 2 * (b.shape[1],):
-            raise FederationError(f"{name[:100]!r} of shape {core.shape} fits no factor B")
-        plain[name.replace(".lora_R", ".lora_B")] = b @ core
-    return plain
+
+    def __init__(self, adapter: Mapping[str, Array]) -> None:
+        self._adapter = adapter
+        self._cores = {n.replace(".lora_R", ".lora_B"): adapter[n] for n in adapter if is_core(n)}
+        for name, core in self._cores.items():
+            b = adapter.get(name)
+            if b is None or b.ndim != 2 or core.shape != 2 * (b.shape[1],):
+                raise FederationError(f"{core_of(name)[:100]!r} of shape {core.shape} fits no B")
+
+    def __getitem__(self, name: str) -> Array:
+        """A, or B R."""
+        value = self._adapter[name]
+        return value @ self._cores[name] if name in self._cores else value
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the factors."""
+        return (name for name in self._adapter if not is_core(name))
+
+    def __len__(self) -> int:
+        """The number of factors."""
+        return len(self._adapter) - len(self._cores)
+
+
+def folded(adapter: Params) -> Params:
+    """An adapter of products B R A as an adapter (B R) A; any other adapter is unchanged.
+
+    Raises:
+        FederationError: as `Folded`.
+    """
+    return dict(Folded(adapter)) if any(map(is_core, adapter)) else adapter
 
 
 def pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -112,7 +134,7 @@ class Stacked(Mapping[str, Array]):
     Tensors are computed on access, so that only one module's tensors are in memory at a time.
     """
 
-    def __init__(self, terms: Sequence[tuple[Mapping[str, Array], float]]) -> None:
+    def __init__(self, terms: Sequence[tuple[Mapping[str, Array], Weight]]) -> None:
         self._terms = terms
 
     def __getitem__(self, name: str) -> Array:
@@ -130,8 +152,12 @@ class Stacked(Mapping[str, Array]):
         return len(self._terms[0][0]) if self._terms else 0
 
 
-def stacked(adapters: Sequence[Mapping[str, Array]], weights: Sequence[float]) -> Stacked:
-    """sum_i weight_i B_i A_i as one adapter; adapters without tensors add nothing."""
+def stacked(adapters: Sequence[Mapping[str, Array]], weights: Sequence[Weight]) -> Stacked:
+    """sum_i weight_i B_i A_i as one adapter; adapters without tensors add nothing.
+
+    Args:
+        weights: of the adapters, or of the columns of their B, (r_i,).
+    """
     return Stacked([(a, w) for a, w in zip(adapters, weights, strict=True) if a])
 
 
@@ -158,14 +184,14 @@ def aggregation_error(
         before: F, the frozen factors that all of them applied in addition.
         after: A and B of the global adapter after the round, including its frozen factors.
     """
-    mean = stacked(adapters, shares)
-    size = norm(mean)
-    return norm(stacked([before, mean, after], [1.0, 1.0, -1.0])) / size if size else None
-
-
-def norm(adapter: Mapping[str, Array]) -> float:
-    """Frobenius norm of all products B A together: ||BA||^2 = sum of (B'B) * (AA')."""
-    return float(np.sqrt(sum(module_norms(adapter).values())))
+    difference = stacked([after, before, *adapters], [-1.0, 1.0, *shares])
+    size = distance = 0.0
+    for name_a, name_b in pairs(difference):
+        grams = _grams(difference[name_a], difference[name_b])
+        first = sum(len(params[name_a]) for params in (after, before) if params)
+        distance += max(0.0, float(grams.sum()))
+        size += max(0.0, float(grams[first:, first:].sum()))
+    return float(np.sqrt(distance / size)) if size else None
 
 
 def module_norms(adapter: Mapping[str, Array]) -> dict[str, float]:
@@ -173,8 +199,14 @@ def module_norms(adapter: Mapping[str, Array]) -> dict[str, float]:
     squares = {}
     for name_a, name_b in pairs(adapter):
         a, b = adapter[name_a].astype(np.float64), adapter[name_b].astype(np.float64)
-        squares[name_a] = max(0.0, float(np.sum((b.T @ b) * (a @ a.T))))
+        squares[name_a] = max(0.0, float(np.sum(_grams(a, b))))
     return squares
+
+
+def _grams(a: Array, b: Array) -> Array:
+    """(B'B) * (AA'), (r, r): entry i, j is the inner product of b_i a_i and b_j a_j."""
+    grams: Array = (b.T @ b) * (a @ a.T)
+    return grams
 
 
 def truncated(adapter: Mapping[str, Array], rank: int, exactly: bool = False) -> Params:
@@ -187,13 +219,13 @@ def truncated(adapter: Mapping[str, Array], rank: int, exactly: bool = False) ->
     Args:
         exactly: always return `rank` rows and columns; otherwise only as many as a module needs.
     """
-    parts = {(a, b): _decomposed(adapter[a], adapter[b], rank) for a, b in pairs(adapter)}
-    if not exactly:
-        rank = min(rank, max((needed for *_, needed in parts.values()), default=0))
     found: Params = {}
-    for (name_a, name_b), (u, s, v, _) in parts.items():
-        found |= {name_a: v[:rank], name_b: u[:, :rank] * s[:rank]}
-    return {name: found[name] for name in adapter}
+    most = 0
+    for name_a, name_b in pairs(adapter):
+        u, s, v, needed = _decomposed(adapter[name_a], adapter[name_b], rank)
+        found |= {name_a: v, name_b: u * s}
+        most = max(most, needed)
+    return cut({name: found[name] for name in adapter}, rank if exactly else min(rank, most))
 
 
 def _decomposed(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array, int]:

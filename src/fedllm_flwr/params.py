@@ -1,7 +1,7 @@
 """Named adapter tensors and their arithmetic. NumPy only; tensors are paired by name."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,28 @@ def subtract(left: Mapping[str, Array], right: Mapping[str, Array]) -> Params:
 def moved(params: Mapping[str, Array], change: Mapping[str, Array], scale: float = 1.0) -> Params:
     """`params` plus ``scale * change``, for the tensors in `change`."""
     return {**params, **add({name: params[name] for name in change}, change, scale)}
+
+
+class Moved(Mapping[str, Array]):
+    """`moved` without a scale, computed tensor by tensor on access."""
+
+    def __init__(self, params: Mapping[str, Array], change: Mapping[str, Array]) -> None:
+        self._params, self._change = params, change
+
+    def __getitem__(self, name: str) -> Array:
+        """The tensor of `params`, plus its change if there is one."""
+        value = self._params[name]
+        if name not in self._change:
+            return value
+        return (value + self._change[name]).astype(value.dtype, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of `params`."""
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        """The number of tensors of `params`."""
+        return len(self._params)
 
 
 def digest(params: Mapping[str, Array]) -> str:

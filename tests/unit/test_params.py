@@ -71,19 +71,35 @@ def test_good_tensors_pass_in_any_order_and_float_type():
     check_like({"b": largest, "a": np.ones((2, 2), np.float32)}, REFERENCE)
 
 
-def test_weighted_mean_and_sum():
+def two_terms():
     mean = RunningMean()
     mean.add({"a": np.array([1.0, -2.0], np.float32)}, 1)
     mean.add({"a": np.array([4.0, 10.0], np.float32)}, 3)
-    assert mean.mean()["a"].tolist() == [13 / 4, 28 / 4]
-    assert mean.sum_over(10)["a"].tolist() == [1.3, 2.8]
+    return mean
+
+
+def test_weighted_mean_and_sum():
+    mean = two_terms()
     assert (mean.count, mean.weight) == (2, 4)
+    assert mean.mean()["a"].tolist() == [13 / 4, 28 / 4]
+    assert two_terms().sum_over(10)["a"].tolist() == [1.3, 2.8]
 
 
-def test_largest_terms_do_not_overflow():
+def test_sums_can_be_taken_once_only():
+    mean = two_terms()
+    mean.mean()
+    with pytest.raises(ValueError, match="taken"):
+        mean.mean()
+    with pytest.raises(ValueError, match="cannot add"):
+        mean.add({"a": np.zeros(2)}, 1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0**10, 2.0**30])
+def test_largest_terms_do_not_overflow(weight):
+    """Nor where the sums outgrow 32 bits between two terms, or within one."""
     mean = RunningMean()
     for sign in (1, 1, -1):
-        mean.add({"a": np.array([sign * LARGEST_VALUE, LARGEST_VALUE])}, 2.0**30)
+        mean.add({"a": np.array([sign * LARGEST_VALUE, LARGEST_VALUE])}, weight)
     assert mean.mean()["a"].tolist() == [LARGEST_VALUE / 3, LARGEST_VALUE]
 
 

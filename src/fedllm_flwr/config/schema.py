@@ -650,7 +650,7 @@ class EvaluationConfig:
         default="none",
         description="score each client's contribution by the central held-out loss: leave_one_out: "
         "without its update | alone: with only its update; in evaluated rounds, whose updates are "
-        "kept in memory",
+        "kept in a temporary file",
     )
     answers: Whole = Field(
         default=8,

@@ -21,7 +21,7 @@ from fedllm_flwr.config.participation import min_replies
 from fedllm_flwr.config.schema import PrivacyConfig
 from fedllm_flwr.data.poison import attackers
 from fedllm_flwr.errors import FederationError, LostDownloadError, NotFiniteError
-from fedllm_flwr.factors import aggregation_error, cut, folded, is_a, is_b, is_core
+from fedllm_flwr.factors import Folded, aggregation_error, cut, is_a, is_b, is_core
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
@@ -50,22 +50,24 @@ from fedllm_flwr.federation.secure.graph import Session
 from fedllm_flwr.federation.secure.keys import KeyCard
 from fedllm_flwr.federation.secure.site import Opened, Signed, Unmask
 from fedllm_flwr.federation.server_copies import ServerCopies
+from fedllm_flwr.federation.spool import Spool
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.federation.updates.cast import wire_bytes
 from fedllm_flwr.federation.updates.transform import Chain, Passage
 from fedllm_flwr.params import (
+    Array,
     Groups,
+    Moved,
     Params,
     check_like,
     digest,
     full_like,
-    moved,
     num_values,
 )
 from fedllm_flwr.plugins import COMBINERS
 from fedllm_flwr.training.schedule import cosine_learning_rate
 
-_MOST_KEPT = 2**30  # bytes: largest size of a round's adapters to keep for the aggregation error
+_MOST_KEPT = 2**30  # bytes of a round's adapters, up to which the aggregation error is computed
 
 _MOST_DROPPED = 3  # consecutive rounds, under secure aggregation
 
@@ -316,7 +318,7 @@ class Rounds:
         return made
 
     def keeps_adapters(self, params: Params, num_clients: int) -> bool:
-        """Whether to keep a round's client adapters in memory.
+        """Whether to keep a round's client adapters.
 
         The rule may need them (`Rule.stacks`), and so does the aggregation error.
         """
@@ -436,6 +438,16 @@ class Rounds:
         return {n: value for n, value in params.items() if n not in fixed}, digest(fixed)
 
 
+@dataclass(frozen=True)
+class _Accepted:
+    """What a round keeps of an accepted update: tensors in its spool."""
+
+    start: Params
+    delta: Mapping[str, Array]
+    contributed: Mapping[str, Mapping[str, Array]]
+    weight: float
+
+
 @dataclass
 class OpenRound:
     """A round in progress: its assignments, and the replies combined so far."""
@@ -458,10 +470,12 @@ class OpenRound:
         self._sums = {group: RunningMean() for group in self.rounds.rule.contributes}
         self._weight = 0.0
         self._within: list[bool] = []
-        self._adapters: dict[str, tuple[Params, float]] = {}  # by client, with its weight
-        self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
         self._directions = UpdateDirections(self.state.params)
-        self._updates: dict[str, tuple[Params, Groups, float]] = {}  # for evaluation.contribution
+        self._keeps = self.rounds.keeps_adapters(self.state.params, len(self.assignments))
+        config = self.rounds.config.evaluation
+        self._repeats = config.contribution != "none" and self.rounds.rule.aggregates
+        self._spool = Spool()
+        self._kept: dict[str, _Accepted] = {}  # by client
 
     def asked_again(
         self, replies: Iterable[Reply], channel: Channel, timeout_s: float
@@ -537,7 +551,7 @@ class OpenRound:
         new = replace(new, tensors={**new.tensors, **self._combiner.history})
         report.cut = dict(self._combiner.cut)
         report.norms, report.cosines = self._directions.norms, self._directions.cosines()
-        params = {name: value.astype(np.float32) for name, value in new.params.items()}
+        params = {n: value.astype(np.float32, copy=False) for n, value in new.params.items()}
         try:
             check_like(params, state.params)
         except FederationError as error:
@@ -562,12 +576,12 @@ class OpenRound:
         )
         new = rounds.with_downlink(new, state.tensors)
         if counts.adapters and rounds.rule.aggregates and not rounds.rule.estimates(report.round):
-            adapters = [folded(each) for each in counts.adapters]
+            adapters = [Folded(each) for each in counts.adapters]
             before = state.tensors.get(FROZEN, {})
             report.aggregation_error = aggregation_error(
                 adapters, counts.shares, before, new.adapter
             )
-        if self._updates:
+        if self._repeats:
             report.adapter_with = self.adapter_with
         return new
 
@@ -586,12 +600,12 @@ class OpenRound:
         sums = {group: RunningMean() for group in self._sums}
         total = 0.0
         for name in sorted(names):
-            delta, contribution, weight = self._updates[name]
+            each = self._kept[name]
             if not rounds.rule.any_rank:
-                combiner.add(name, delta, weight)
-            for group, change in contribution.items():
+                combiner.add(name, dict(each.delta), each.weight)
+            for group, change in each.contributed.items():
                 sums[group].add(change, 1.0)
-            total += weight
+            total += each.weight
         combined = self._combined(combiner, sums)
         adapter = rounds.rule.step(state, combined, self._counts(names, total)).adapter
         return {name: value.astype(np.float32) for name, value in adapter.items()}
@@ -601,15 +615,16 @@ class OpenRound:
         rounds, state = self.rounds, self.state
         combined = {group: total.sum_over(len(state.clients)) for group, total in sums.items()}
         if not rounds.rule.any_rank:
-            nothing = full_like(rounds.shared(state.params, self.report.round), 0.0)
-            combined["delta"] = combiner.combined() or nothing
+            combined["delta"] = combiner.combined() or full_like(
+                rounds.shared(state.params, self.report.round), 0.0
+            )
         return combined
 
     def _counts(self, replied: Collection[str], weight: float) -> Counts:
         """Counts of a round in which the clients `replied`, with the given total weight."""
-        names = sorted(name for name in replied if name in self._adapters)
-        adapters = [self._adapters[name][0] for name in names]
-        shares = [self._adapters[name][1] / weight for name in names]
+        names = sorted(name for name in replied if self._keeps and name in self._kept)
+        adapters = [Moved(self._kept[name].start, self._kept[name].delta) for name in names]
+        shares = [self._kept[name].weight / weight for name in names]
         return Counts(len(replied), len(self.state.clients), weight, adapters, shares, names)
 
     def _start(self, name: str) -> Params:
@@ -707,10 +722,9 @@ class OpenRound:
             self._combiner.add(name, delta, weight)
         if rounds.config.privacy.unit != "client":  # norms and cosines would have no noise
             self._directions.add(name, update.delta, weight)
-        if self._keeps:
-            self._adapters[name] = moved(like, delta), weight
-        if rounds.config.evaluation.contribution != "none" and rounds.rule.aggregates:
-            self._updates[name] = delta, contribution, weight
+        if self._keeps or self._repeats:
+            sums = {n: self._spool.keep(g) for n, g in contribution.items() if self._repeats}
+            self._kept[name] = _Accepted(like, self._spool.keep(delta), sums, weight)
         self._weight += weight
         for group, change in contribution.items():
             self._sums[group].add(change, 1.0)

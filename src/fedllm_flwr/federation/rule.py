@@ -16,7 +16,7 @@ from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.factors import is_a, is_b
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.params import Groups, Params
+from fedllm_flwr.params import Array, Groups, Params
 from fedllm_flwr.plugins import ALGORITHMS
 from fedllm_flwr.training.local_terms import LocalResult, LocalTerms
 
@@ -33,7 +33,7 @@ class Counts:
         clients: N, the number of clients in the run, sampled or not.
         weight: sum of the weights of the accepted contributions.
         adapters: w_i = w + D_i of the clients that replied, in the order of their names; set only
-            if `Rule.stacks`.
+            if `Rule.stacks`. Tensors are read from a file on access, so work module by module.
         shares: p_i, the normalised weights of these clients, which sum to 1.
         names: names of these clients.
     """
@@ -41,7 +41,7 @@ class Counts:
     replied: int
     clients: int
     weight: float
-    adapters: Sequence[Params] = ()
+    adapters: Sequence[Mapping[str, Array]] = ()
     shares: Sequence[float] = ()
     names: Sequence[str] = ()
 

@@ -14,7 +14,7 @@ import numpy as np
 from fedllm_flwr.federation.algorithms.moments import moving_average
 from fedllm_flwr.federation.rule import Counts, Rule, Weighting
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.params import Array, Groups, full_like, moved
+from fedllm_flwr.params import Array, Groups, add
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,15 @@ class FedOpt(Rule):
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
         """w_t+1, m_t and v_t."""
-        delta = combined["delta"]
+        delta, before = combined["delta"], state.tensors.get("v", {})
         m = moving_average(
             state.tensors.get("m"), delta, self.beta1, undamped_start=self.as_openfedllm
         )
-        previous = state.tensors.get("v") or full_like(delta, self.tau**2)
         source = m if self.as_openfedllm else delta
-        v = {name: self.second_moment(previous[name], np.square(source[name])) for name in previous}
-        direction = {name: m[name] / (np.sqrt(v[name]) + self.tau) for name in m}
-        params = moved(state.params, direction, self.eta)
+        v, params = {}, dict(state.params)
+        for name in delta:
+            previous = before.get(name, np.asarray(self.tau**2))
+            v[name] = self.second_moment(previous, np.square(source[name]))
+            direction = m[name] / (np.sqrt(v[name]) + self.tau)
+            params |= add({name: params[name]}, {name: direction}, self.eta)
         return replace(state, params=params, tensors={"m": m, "v": v})

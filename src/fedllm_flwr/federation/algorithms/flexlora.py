@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedllm_flwr.errors import ConfigError
-from fedllm_flwr.factors import is_b, rank_of, stacked, truncated
+from fedllm_flwr.factors import Weight, rank_of, stacked, truncated
 from fedllm_flwr.federation.rule import Counts, Rule, Weighting
 from fedllm_flwr.federation.state import ServerState
 from fedllm_flwr.params import Groups
@@ -50,13 +50,11 @@ class FlexLoRA(Rule):
         If the mean has a lower rank, the unused rows of A are filled from the previous A, with
         B = 0, as at initialisation. If both were zero, no client could train them again.
         """
-        adapters = [dict(adapter) for adapter in counts.adapters]
+        weights: list[Weight] = list(counts.shares)
         if self.by_rank:
-            ranks = [rank_of(adapter) for adapter in adapters]
+            ranks = [rank_of(adapter) for adapter in counts.adapters]
             above = np.arange(max(ranks)) < np.array(ranks)[:, None]  # (clients, columns)
             held = np.array(counts.shares) @ above
-            for adapter in adapters:
-                scaled = {n: v / held[: v.shape[1]] for n, v in adapter.items() if is_b(n)}
-                adapter.update(scaled)
-        mean = stacked([*adapters, state.params], [*counts.shares, 0.0])
+            weights = [p / held[:rank] for p, rank in zip(counts.shares, ranks, strict=True)]
+        mean = stacked([*counts.adapters, state.params], [*weights, 0.0])
         return replace(state, params=truncated(mean, rank_of(state.params), exactly=True))

@@ -14,7 +14,7 @@ from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.factors import cut, kept_rank, module_norms, padded, pairs, rank_of, rest
 from fedllm_flwr.federation.rule import Counts, Rule, Weighting
 from fedllm_flwr.federation.state import ServerState
-from fedllm_flwr.params import Groups, Params
+from fedllm_flwr.params import Array, Groups
 from fedllm_flwr.training.local_terms import LocalTerms
 
 
@@ -64,28 +64,31 @@ class HetLoRA(Rule):
         """Average A and B, and prune the ranks."""
         rank = rank_of(state.params)
         ranks = dict(state.tensors.get("ranks", {}))
-        adapters = []
+        new_ranks = []
         for client, adapter in zip(counts.names, counts.adapters, strict=True):
             own = rank_of(adapter)
             kept = kept_rank(own, self.gamma)
             if kept < own and _tail(adapter, kept) < _tail(cut(state.params, own), kept):
                 ranks[client] = np.array([kept], np.float64)
-                adapter = cut(adapter, kept)
-            adapters.append(adapter)
-        norms = [module_norms(adapter) for adapter in adapters]
-        adapters = [padded(adapter, rank) for adapter in adapters]
+                own = kept
+            new_ranks.append(own)
         params = {}
         for names in pairs(state.params):
-            q = np.sqrt([squares[names[0]] for squares in norms])
+            modules = [
+                cut({name: adapter[name] for name in names}, own)
+                for adapter, own in zip(counts.adapters, new_ranks, strict=True)
+            ]
+            q = np.sqrt([module_norms(module)[names[0]] for module in modules])
             q = q / q.sum() if q.sum() else np.full(len(q), 1 / len(q))
+            modules = [padded(module, rank) for module in modules]
             for name in names:
-                terms = [w * a[name].astype(np.float64) for w, a in zip(q, adapters, strict=True)]
+                terms = [w * m[name].astype(np.float64) for w, m in zip(q, modules, strict=True)]
                 params[name] = np.sum(terms, axis=0)
         tensors = {**state.tensors, **({"ranks": ranks} if ranks else {})}
         return replace(state, params=params, tensors=tensors)
 
 
-def _tail(adapter: Params, kept: int) -> float:
+def _tail(adapter: Mapping[str, Array], kept: int) -> float:
     """Sum over modules of ||B[:, k:]|| ||A[k:, :]||."""
     tail = rest(adapter, kept)
     sizes = {name: float(np.linalg.norm(v.astype(np.float64))) for name, v in tail.items()}
