@@ -207,7 +207,7 @@ def test_what_may_change_changes_no_bit_of_the_adapter(tmp_path: Path, whole_run
         "evaluation.answers": "0",
         "evaluation.max_new_tokens": "3",
         "evaluation.suites": "[]",
-        "evaluation.suite_limit": "1",
+        "evaluation.suite_subset": "1",
         "evaluation.data_root": str(tmp_path),
         "tracking.figures": "true",
         "tracking.report": "true",

@@ -264,7 +264,7 @@ def test_central_evaluation_scores_suites(make_config: object, data_root: Path) 
     from fedllm_flwr.evaluation.suites.during_training import central_suites
 
     config: Config = make_config(  # type: ignore[operator]
-        evaluation={"suites": ["finance"], "suite_limit": 4, "data_root": str(data_root)}
+        evaluation={"suites": ["finance"], "suite_subset": 4, "data_root": str(data_root)}
     )
     suites = central_suites(config)
     assert suites is not None

@@ -663,8 +663,11 @@ class EvaluationConfig:
     suites: list[Text] = Field(
         default_factory=list, description="benchmark suites to score in the same rounds"
     )
-    suite_limit: Whole | None = Field(
-        default=50, gt=0, description="examples per part of a suite's task; null: all"
+    suite_subset: Whole | None = Field(
+        default=50,
+        gt=0,
+        description="examples per part of a suite's task, drawn at random, the same in every round "
+        "and run; null: all",
     )
     data_root: Text | None = Field(
         default=None, description="folder of the suites' local data; null: the hub"

@@ -47,7 +47,16 @@ _STYLE = {
 }
 _MARKED_ROUNDS = 30  # lines with more points are drawn without markers
 _LINE_PALETTE = (*PALETTE, "#000000", "#8C510A", "#6A3D9A")
-_BAR_PALETTE = (*PALETTE, "#F0E442", "#999999", "#332288", "#88CCEE", "#44AA99", "#AA4499")
+_BAR_PALETTE = (
+    *PALETTE,
+    "#F0E442",
+    "#999999",
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#AA4499",
+    "#000000",
+)
 _FLAT = 4.0  # above this ratio of highest to lowest value, the axis is logarithmic
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (8, 3)))
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")

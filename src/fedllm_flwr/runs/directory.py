@@ -46,7 +46,7 @@ _FREE_TO_CHANGE = {
     "evaluation.answers",
     "evaluation.max_new_tokens",
     "evaluation.suites",
-    "evaluation.suite_limit",
+    "evaluation.suite_subset",
     "evaluation.data_root",
     "tracking.figures",
     "tracking.report",

@@ -48,9 +48,8 @@ def central_suites(config: Config) -> CentralSuites | None:
         return None
     root = config.evaluation.data_root
     options = RunOptions(
-        limit=config.evaluation.suite_limit,
+        subset=config.evaluation.suite_subset,
         data_root=None if root is None else Path(root).expanduser(),
         batch_tokens=config.evaluation.batch_tokens,
-        seed=config.seed,
     )
     return CentralSuites(tasks, config.data.template, options)
