@@ -117,6 +117,19 @@ def test_killed_run_has_stopped(run: RunDirectory, capsys: pytest.CaptureFixture
     assert f"round 1 is saved; resume with: fedllm run resume={run.path}" in said
 
 
+@pytest.mark.parametrize("ended", [KeyboardInterrupt(), SystemExit(0)])
+def test_ended_run_was_interrupted(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], ended: BaseException
+) -> None:
+    """By Ctrl-C, or by `flwr stop`, which makes the process exit."""
+    with pytest.raises(type(ended)), held(run):
+        raise ended
+    code, said = status(capsys, str(run.path))
+
+    assert code == NOT_WELL
+    assert "on demo: interrupted\n" in said
+
+
 def test_killed_deployment_names_the_servers_command(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:

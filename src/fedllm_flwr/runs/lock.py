@@ -126,7 +126,7 @@ def held(
         try:
             yield
         except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
+            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)  # Ctrl-C, `flwr stop`
             said = "interrupted" if interrupted else str(error) or repr(error)
             _write_holder(file, replace(me, error=said))
             raise
