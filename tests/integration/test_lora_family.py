@@ -96,6 +96,15 @@ def _assert_peft_reads(directory, model, params):
         torch.testing.assert_close(exported(input_ids=tokens).logits, expected, atol=1e-4, rtol=0)
 
 
+def test_a_residual_of_zero_needs_no_frozen_factors(tmp_path: Path) -> None:
+    """With B = 0, one step changes no A, so the mean of the first round is exact."""
+    run = run_tiny(tmp_path, "algorithm=fedex", "training.max_steps=1", "checkpoint.keep=2")
+    first, second = (
+        read_state(state_file(run.checkpoints, number)).tensors["frozen"] for number in (1, 2)
+    )
+    assert rank_of(first) == 0 < rank_of(second)
+
+
 def test_what_travels(tmp_path: Path) -> None:
     """FFA: B alone, in both directions. Clients of a smaller rank: as much less."""
     whole = compose(tiny("algorithm=fedavg"))

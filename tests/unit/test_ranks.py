@@ -6,8 +6,9 @@ import pytest
 
 from fedllm_flwr.client.site import Site
 from fedllm_flwr.config.compose import compose
-from fedllm_flwr.config.ranks import rank_of_client, with_rank
+from fedllm_flwr.config.ranks import check_names, rank_of_client, with_rank
 from fedllm_flwr.config.schema import Config, LoraConfig
+from fedllm_flwr.deployment.node import node_config, site_rank
 from fedllm_flwr.errors import ConfigError, FederationError, RefusedError
 from fedllm_flwr.federation.messages import ClientInfo
 from fedllm_flwr.federation.recorder import Recorder
@@ -27,6 +28,12 @@ def test_the_first_entry_that_fits_a_name_says_its_rank(name: str, rank: int) ->
     assert rank_of_client(config, name) == rank
     own = with_rank(config, rank).lora
     assert (own.r, own.alpha / own.r) == (rank, 2.0)
+
+
+def test_an_entry_that_matches_no_client_is_an_error() -> None:
+    check_names(Config(lora=LORA), ["desk-1", "ward-2"])
+    with pytest.raises(ConfigError, match=r"^lora.ranks: desk-1:4 matches no .* are ward-2\.$"):
+        check_names(Config(lora=LORA), ["ward-2"])
 
 
 @pytest.mark.parametrize(("own", "rank"), [({}, 8), ({"lora-rank": 4}, 4), ({"lora-rank": 64}, 8)])
@@ -82,3 +89,15 @@ def test_ranks_that_sites_announce_are_checked(
     with pytest.raises(FederationError, match=said):
         rounds._check_ranks(roster)
     assert ServerState(0, {}).adapter == {}
+
+
+def test_a_site_reads_its_rank_before_a_run_and_refuses_other_keys(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('client-name = "a"\nlora-rnk = 4\n[columns]\noutput = "answer"\n')
+    with pytest.raises(ConfigError, match="unknown key 'lora-rnk'"):
+        node_config(tmp_path)
+    file.write_text('lora-rank = "four"\n')
+    with pytest.raises(RefusedError, match="not a positive integer"):
+        site_rank(node_config(tmp_path))
+    file.write_text("lora-rank = 4\n")
+    assert site_rank(node_config(tmp_path)) == 4

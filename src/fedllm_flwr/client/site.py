@@ -17,7 +17,7 @@ from fedllm_flwr.data.encode import KEEP
 from fedllm_flwr.deployment.approval import AUTOMATIC, Requests
 from fedllm_flwr.deployment.datasets import asked_dataset
 from fedllm_flwr.deployment.ledger import Ledger
-from fedllm_flwr.deployment.node import site_processes, site_threads
+from fedllm_flwr.deployment.node import site_processes, site_rank, site_threads
 from fedllm_flwr.deployment.policy import Policy, site_policy
 from fedllm_flwr.deployment.site_state import SiteState, site_state
 from fedllm_flwr.errors import RefusedError
@@ -169,13 +169,10 @@ class Site:
         Raises:
             RefusedError: ``lora-rank`` is not a positive integer, or gives a fractional alpha.
         """
-        rank, own = rank_of_client(config, name), self.node_config.get("lora-rank")
-        if self.is_simulated or own is None:
+        rank = rank_of_client(config, name)
+        own = None if self.is_simulated else site_rank(self.node_config)
+        if own is None:
             return rank
-        if type(own) is not int or own < 1:
-            raise RefusedError(
-                "lora-rank of the site's node config is not a positive integer; correct it there"
-            )
         if own < rank and not divides(config.lora, own):
             raise RefusedError(
                 f"lora.alpha={config.lora.alpha} with lora.r={config.lora.r} has no whole alpha "

@@ -109,8 +109,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from fedllm_flwr.commands.compare.command import compare
 
-    asked = ["evaluation.clients=true"] if arguments.personal else []
-    _, failed = compare([*arguments.overrides, *asked], arguments.config_dir)
+    overrides = list(arguments.overrides)
+    if arguments.personal:
+        if "evaluation.clients=false" in overrides:
+            raise ConfigError("--personal needs evaluation.clients=true; drop one of both.")
+        overrides.append("evaluation.clients=true")
+    _, failed = compare(overrides, arguments.config_dir)
     return FAILED if failed else 0
 
 

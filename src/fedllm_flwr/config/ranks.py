@@ -1,9 +1,13 @@
 """Different adapter ranks of clients, from the entries ``name:rank`` of ``lora.ranks``."""
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
+from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import Config, LoraConfig, changed
 from fedllm_flwr.errors import ConfigError
+
+_MOST_NAMES = 12  # in an error message
 
 
 def parsed(entry: str) -> tuple[str, int]:
@@ -13,11 +17,27 @@ def parsed(entry: str) -> tuple[str, int]:
         ConfigError: the entry does not have this form.
     """
     pattern, _, rank = entry.rpartition(":")
-    if not pattern or not rank.isdecimal() or not int(rank):
+    if not pattern or not rank.isdecimal():
         raise ConfigError(
-            f"lora.ranks: {entry} is not of the form name:rank; write lora.ranks=[desk-1:4,*-2:8]."
+            f"lora.ranks: {entry} is not of the form name:rank; write lora.ranks=[retail:4,t*:2]."
         )
+    if not int(rank):
+        raise ConfigError(f"lora.ranks: {entry}: a rank is at least 1.")
     return pattern, int(rank)
+
+
+def check_names(config: Config, names: Collection[str]) -> None:
+    """Require a client for each entry of ``lora.ranks``.
+
+    Raises:
+        ConfigError: names the first entry that matches none of `names`.
+    """
+    for pattern, rank in map(parsed, config.lora.ranks):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(sorted(names)[:_MOST_NAMES]) + ", ..." * (len(names) > _MOST_NAMES)
+            raise ConfigError(
+                f"lora.ranks: {shown(pattern)}:{rank} matches no client; the clients are {some}."
+            )
 
 
 def rank_of_client(config: Config, name: str) -> int:

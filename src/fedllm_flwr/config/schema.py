@@ -141,7 +141,7 @@ class LoraConfig:
     )
     ranks: list[Text] = Field(
         default_factory=list,
-        description="ranks of clients, at most r, by name or pattern, as [desk-1:4,*-2:8]; the "
+        description="ranks of clients, at most r, by name or pattern, as [retail:4,t*:2]; the "
         "first match counts, and alpha is scaled with the rank",
     )
     dropout: Real = Field(default=0.05, ge=0, lt=1, description="probability")

@@ -555,10 +555,13 @@ def _check_ranks(config: Config) -> None:
         )
     is_matrix = kind.stacks or "both" not in kind.takes_factors or algorithm.factors != "both"
     is_matrix = is_matrix or kind.has_cores
+    chosen = f"algorithm={algorithm.name}"
+    if algorithm.factors != "both" and len(kind.takes_factors) > 1:
+        chosen = f"algorithm.factors={algorithm.factors}"
     if lora.dora and is_matrix:
         raise ConfigError(
-            f"lora.dora=true does not work with algorithm={algorithm.name} or algorithm.factors="
-            f"{algorithm.factors}: they are about B A, which DoRA rescales; use lora.dora=false."
+            f"lora.dora=true does not work with {chosen}, which is about B A, and DoRA rescales "
+            "that; use lora.dora=false."
         )
     if lora.rslora and (kind.freezes or kind.any_rank):
         raise ConfigError(

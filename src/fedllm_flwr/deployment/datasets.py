@@ -12,11 +12,10 @@ from typing import Any, cast
 
 from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import DataConfig
-from fedllm_flwr.deployment.node import COLUMNS, site_columns
+from fedllm_flwr.deployment.node import COLUMNS, DATASETS, site_columns
 from fedllm_flwr.errors import ConfigError, RefusedError
 from fedllm_flwr.plugins import PREPROCESSING
 
-PREFIX = "datasets."
 _OWN = ("data-path", "preprocessing", "on-bad-record")
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,62})=(.+)", re.DOTALL)
 
@@ -52,21 +51,21 @@ def site_datasets(node_config: Mapping[str, object]) -> dict[str, SiteDataset]:
     """
     named: dict[str, dict[str, object]] = {}
     for key, value in node_config.items():
-        if key.startswith(PREFIX):
-            name, _, rest = key.removeprefix(PREFIX).partition(".")
+        if key.startswith(DATASETS):
+            name, _, rest = key.removeprefix(DATASETS).partition(".")
             named.setdefault(name, {})[rest] = value
     own = {
         key: value for key, value in node_config.items() if key in _OWN or key.startswith(COLUMNS)
     }
     if named and own:
         raise ConfigError(
-            f"this site's node config has {sorted(own)[0]} beside {PREFIX}*; put it under "
-            f"{PREFIX}<name>.",
+            f"this site's node config has {sorted(own)[0]} beside {DATASETS}*; put it under "
+            f"{DATASETS}<name>.",
             "its node config mixes two forms of naming data; the site's log says more",
         )
     found = {name: SiteDataset(name, keys) for name, keys in (named or {"": own}).items()}
     if lacking := [name for name, dataset in found.items() if "data-path" not in dataset.keys]:
-        key = f"{PREFIX}{lacking[0]}.data-path" if lacking[0] else "data-path"
+        key = f"{DATASETS}{lacking[0]}.data-path" if lacking[0] else "data-path"
         raise RefusedError(
             f"this site's node config lacks {key}; start its SuperNode with "
             '--node-config \'client-name="..." data-path="..."\''

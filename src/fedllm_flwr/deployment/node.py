@@ -12,10 +12,16 @@ from typing import Any
 from fedllm_flwr.config.names import did_you_mean, shown
 from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.deployment.new_directory import absolute
-from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.errors import ConfigError, RefusedError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 COLUMNS = "columns."  # columns.<role> = name of the column in the site's file
+DATASETS = "datasets."  # datasets.<name>.<key> = value of the key for one of several data sets
+_KEYS = (
+    *("client-name", "data-path", "device", "gpus", "idle-timeout-s", "lora-rank", "model-path"),
+    *("on-bad-record", "policy-path", "preprocessing", "processes", "resident", "server-address"),
+    *("site-dir", "state-dir", "threads", "trust-server-code"),
+)
 _GPUS = re.compile(r"(\d{1,3}|(GPU|MIG)-[0-9A-Fa-f-]+)(,(\d{1,3}|(GPU|MIG)-[0-9A-Fa-f-]+))*")
 ROLES = tuple(field.name for field in fields(ColumnsConfig))
 
@@ -36,13 +42,18 @@ def node_config(folder: Path) -> dict[str, Any]:
     """A site's node config, flat as Flower passes it on, with keys such as ``columns.output``.
 
     Raises:
-        ConfigError: it is not valid TOML.
+        ConfigError: it is not valid TOML, or has a key that this package does not know.
     """
     file = folder / "node.toml"
     try:
-        return flat(tomllib.loads(file.read_text("utf-8")))
+        found = flat(tomllib.loads(file.read_text("utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); correct it") from None
+    for key in found:
+        if key not in _KEYS and not key.startswith((COLUMNS, DATASETS)):
+            hint = did_you_mean(key, _KEYS)
+            raise ConfigError(f"{file}: unknown key {shown(key)!r}.{hint} Correct or remove it.")
+    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -121,6 +132,22 @@ def site_processes(node_config: Mapping[str, object]) -> int:
         ConfigError: `processes` is not a positive integer.
     """
     return _positive("processes", str(node_config.get("processes", 1)))
+
+
+def site_rank(node_config: Mapping[str, object]) -> int | None:
+    """The site's own limit of an adapter's rank, `lora-rank`; None if there is none.
+
+    Raises:
+        RefusedError: it is not a positive integer.
+    """
+    rank = node_config.get("lora-rank")
+    if rank is None:
+        return None
+    if type(rank) is not int or rank < 1:
+        raise RefusedError(
+            "lora-rank of the site's node config is not a positive integer; correct it there"
+        )
+    return rank
 
 
 def _positive(key: str, text: str) -> int:

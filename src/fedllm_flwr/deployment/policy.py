@@ -149,7 +149,8 @@ class Policy:
         if config.evaluation.clients and least is not None and num_held_out < least:
             asked = f"data.validation_fraction={config.data.validation_fraction}"
             relation = "it holds back fewer records than its min_records_per_score"
-            raise _refused(f"evaluation.clients=true with {asked}", relation, str(least))
+            remedy = "set evaluation.clients=false, or data.validation_fraction higher"
+            raise _refused(f"evaluation.clients=true with {asked}", relation, str(least), remedy)
 
     def check_kept(self, server_round: int, oldest_checkpoint: int) -> None:
         """Refuse an assignment that would require keeping the state of too many rounds.
@@ -291,10 +292,12 @@ _LIMITS: dict[str, tuple[str, Callable[[Config, int], float | None]]] = {
 }
 
 
-def _refused(asked: str, relation: str, limit: str) -> RefusedError:
+def _refused(
+    asked: str, relation: str, limit: str, remedy: str = "ask within that"
+) -> RefusedError:
     return RefusedError(
-        f"the site refuses {asked}: {relation} ({limit}); ask within that, or let the site's "
-        "operator change this site's policy.yaml"
+        f"the site refuses {asked}: {relation} ({limit}); {remedy}, or let the site's operator "
+        "change this site's policy.yaml"
     )
 
 

@@ -14,7 +14,7 @@ from fedllm_flwr.config.schema import ModelConfig, TrainingConfig
 from fedllm_flwr.data.columns import AttributeColumn
 from fedllm_flwr.data.kinds import RecordKind
 from fedllm_flwr.deployment.datasets import SiteDataset, site_datasets
-from fedllm_flwr.deployment.node import node_config, site_folder
+from fedllm_flwr.deployment.node import node_config, site_folder, site_rank
 from fedllm_flwr.deployment.policy import Policy, site_policy
 from fedllm_flwr.deployment.site_views import printable
 from fedllm_flwr.errors import DataError
@@ -52,6 +52,7 @@ def check_site(
     folder = site_folder(directory)
     node = node_config(folder)
     policy = site_policy(node)
+    rank = site_rank(node)
     path = model or str(node.get("model-path", "embedded"))
     tokenizer = load_tokenizer(ModelConfig(path=path))
     lines: list[str] = []
@@ -62,6 +63,8 @@ def check_site(
     unlike = path == "embedded" and pinned
     note = ", which counts other tokens than the model you will train" if unlike else ""
     lines.append(f"tokenizer   {path}{note}")
+    if rank is not None:
+        lines.append(f"lora-rank   {rank}: adapters trained here have at most this rank")
     return [*lines, *policy_lines(policy)]
 
 

@@ -14,7 +14,6 @@ from fedllm_flwr.data.sources import SourceReport, open_source
 from fedllm_flwr.deployment.approval import EVERY_RUN, RULES
 from fedllm_flwr.deployment.certificates import fingerprint, read_ca
 from fedllm_flwr.deployment.datasets import (
-    PREFIX,
     SiteDataset,
     checked_preprocessing,
     named_columns,
@@ -33,7 +32,14 @@ from fedllm_flwr.deployment.new_directory import (
     systemd_unit,
     write_new,
 )
-from fedllm_flwr.deployment.node import DEVICES, check_gpus, every_role, parse_columns, to_toml
+from fedllm_flwr.deployment.node import (
+    DATASETS,
+    DEVICES,
+    check_gpus,
+    every_role,
+    parse_columns,
+    to_toml,
+)
 from fedllm_flwr.deployment.policy import new_policy
 from fedllm_flwr.deployment.programs import PROGRAMS
 from fedllm_flwr.deployment.site_keys import key_fingerprint, make_key_pair
@@ -191,7 +197,7 @@ class SiteOptions:
         }
         text = _NODE_COMMENT + to_toml({k: v for k, v in own.items() if v is not None})
         for name, dataset in self.datasets.items():
-            prefix = f"{PREFIX}{name}." if name else ""
+            prefix = f"{DATASETS}{name}." if name else ""
             keys = {f"{prefix}{key}": str(value) for key, value in dataset.keys.items()}
             text += (_DATA_COMMENT if name else _COLUMNS_COMMENT) + to_toml(keys)
         return text

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from fedllm_flwr import __version__
 from fedllm_flwr.config import Config
-from fedllm_flwr.config.ranks import rank_of_client
+from fedllm_flwr.config.ranks import check_names, rank_of_client
 from fedllm_flwr.errors import FederationError
 from fedllm_flwr.federation.exchange import (
     failure_kind,
@@ -285,8 +285,10 @@ def known(grid: Grid, config: Config, sizes: Mapping[str, int]) -> Census:
         sizes: number of training examples by client, in partition order.
 
     Raises:
+        ConfigError: an entry of ``lora.ranks`` matches no client.
         FederationError: the simulation has not created a node for each client in time.
     """
+    check_names(config, sizes)
     deadline = time.monotonic() + config.federation.start_timeout_s
     while len(nodes := sorted(patiently(lambda: list(grid.get_node_ids())))) < len(sizes):
         if time.monotonic() >= deadline:

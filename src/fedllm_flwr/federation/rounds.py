@@ -21,7 +21,7 @@ from fedllm_flwr.config.participation import min_replies
 from fedllm_flwr.config.schema import PrivacyConfig
 from fedllm_flwr.data.poison import attackers
 from fedllm_flwr.errors import FederationError, LostDownloadError, NotFiniteError
-from fedllm_flwr.factors import Folded, aggregation_error, cut, is_a, is_b, is_core
+from fedllm_flwr.factors import Folded, aggregation_error, cut, is_a, is_b, is_core, rank_of
 from fedllm_flwr.federation.attacks import attacked
 from fedllm_flwr.federation.channel import Channel, NoReplyError, Reply, RequestKind
 from fedllm_flwr.federation.combine import Combiner, RunningMean
@@ -382,7 +382,7 @@ class Rounds:
         Args:
             ranks: ranks of the clients' adapters by name; 0 means that of the global adapter.
         """
-        oldest, frozen = self.oldest_checkpoint(state), state.tensors.get(FROZEN)
+        oldest, frozen = self.oldest_checkpoint(state), state.tensors.get(FROZEN, {})
         downloads = self.downlink.downloads(state, ranks) if self.downlink else {}
         made: dict[tuple[int, int], tuple[Params, str]] = {}
         found = {}
@@ -396,7 +396,7 @@ class Rounds:
                 params=made[key][0],
                 learning_rate=learning_rate,
                 config=self.config,
-                sent={**sent, FROZEN: frozen} if frozen else sent,
+                sent={**sent, FROZEN: frozen} if rank_of(frozen) else sent,
                 run=state.run,
                 acknowledged=state.clients.get(name, Acknowledged()),
                 oldest_checkpoint=oldest,

@@ -8,10 +8,13 @@ its client side, and `federation.strategies` wraps it as a Flower strategy.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
+from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import AlgorithmConfig
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.factors import is_a, is_b
@@ -112,13 +115,8 @@ class Rule(ABC):
             ConfigError: the rule has no such option, variant or value of ``algorithm.factors``.
         """
         names = {found.name for found in fields(cls)}
-        options = dict(algorithm.options)
-        if unknown := sorted(options.keys() - names):
-            raise ConfigError(
-                f"algorithm.options.{unknown[0]}: algorithm={algorithm.name} has no such setting; "
-                f"it takes {', '.join(sorted(names))}."
-            )
         known = {name: getattr(algorithm, name) for name in names if hasattr(algorithm, name)}
+        options = cls._checked_options(algorithm, names - known.keys())
         if algorithm.variant not in cls.weighting:
             raise ConfigError(
                 f"algorithm.variant={algorithm.variant}: algorithm={algorithm.name} has none; drop "
@@ -136,6 +134,26 @@ class Rule(ABC):
                 f"which takes {' or '.join(sorted(cls.takes_factors))}."
             )
         return rule
+
+    @classmethod
+    def _checked_options(cls, algorithm: AlgorithmConfig, names: Set[str]) -> dict[str, Any]:
+        """``algorithm.options``, whose names are in `names`, with values of the fields' types."""
+        types = get_type_hints(cls)
+        for name, value in algorithm.options.items():
+            key = f"algorithm.options.{name}"
+            if hasattr(algorithm, name):
+                raise ConfigError(f"{key}: this is a key of its own, algorithm.{name}; set that.")
+            if name not in names:
+                takes = f"it takes {', '.join(sorted(names))}" if names else "it takes no options"
+                raise ConfigError(
+                    f"{key}: algorithm={algorithm.name} has no such setting; {takes}."
+                )
+            try:
+                TypeAdapter(types[name]).validate_python(value, strict=True)
+            except ValidationError as error:
+                (problem, *_) = error.errors()
+                raise ConfigError(f"{key}={shown(value)}: {problem['msg']}.") from None
+        return dict(algorithm.options)
 
     @property
     def as_openfedllm(self) -> bool:

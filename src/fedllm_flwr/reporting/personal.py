@@ -24,19 +24,20 @@ def client_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
 def own_records_rows(records: Sequence[RoundRecord]) -> list[tuple[str, Scores]]:
     """Mean, worst and best client by loss, with the global adapter and with personal ones, if any.
 
-    The rows are of the last round with clients' scores; empty if there is none.
+    The rows are of the last round with clients' scores; empty if there is none. If clients have
+    personal adapters, both kinds of rows are over the clients that have one already.
     """
     found = [item["client_eval"]["clients"] for item in records if item.get("client_eval")]
     if not found:
         return []
     each: Mapping[str, Scores] = found[-1]
-    own = {name: _personal(scores) for name, scores in each.items()}
+    personal = {name: own for name, scores in each.items() if (own := _personal(scores))}
     shared = {
         client: {name: value for name, value in scores.items() if not name.startswith(PERSONAL)}
         for client, scores in each.items()
+        if client in personal or not personal
     }
-    rows = _rows("global", shared)
-    return rows + _rows("personal", {name: scores for name, scores in own.items() if scores})
+    return _rows("global", shared) + _rows("personal", personal)
 
 
 def _rows(label: str, each: Mapping[str, Scores]) -> list[tuple[str, Scores]]:

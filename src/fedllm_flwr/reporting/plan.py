@@ -1,6 +1,8 @@
 """The plan of a run, printed before the first round."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from fedllm_flwr.reporting.text import format_bytes, format_count
 
@@ -19,7 +21,7 @@ class Plan:
     model_parameters: int
     data_name: str
     num_clients: int  # in the whole federation
-    trainable_parameters: int
+    trainable_parameters: int  # of the adapter
     bytes_down: int  # per client and round
     bytes_up: int
     wire_dtype: str
@@ -40,6 +42,8 @@ class Plan:
     model_note: str | None = None  # "embedded", "nf4"
     privacy: tuple[str, str] | None = None  # mechanism and guarantee, in words
     first_round: int = 1  # above 1 for a resumed run
+    trained_parameters: int | None = None  # in a round; None: all of the adapter's
+    ranks: Mapping[int, int] = field(default_factory=dict)  # rank -> clients, if they differ
     client_names: list[str] = field(default_factory=list)  # if known; for the column width
     warnings: list[str] = field(default_factory=list)
 
@@ -65,7 +69,8 @@ def plan_lines(plan: Plan, width: int) -> list[str]:
     label = max(map(len, settings)) + 2
     cells = [f"{name:<{label}}{value}" for name, value in settings.items()]
     left = max(len(cell) for cell in cells[::2])
-    pairs = [f"  {a:<{left}}   {b}" for a, b in zip(cells[::2], cells[1::2], strict=True)]
+    rows = zip_longest(cells[::2], cells[1::2], fillvalue="")
+    pairs = [f"  {a:<{left}}   {b}".rstrip() for a, b in rows]
     fits = max(map(len, pairs)) <= width
     return lines + (pairs if fits else [f"  {cell}" for cell in cells])
 
@@ -87,8 +92,10 @@ def _settings(plan: Plan) -> dict[str, str]:
         when = every if plan.eval_every else "at the start and the end"
         evaluation = f"{plan.eval_records:,} records{source}, {when}"
     privacy = dict(zip(("privacy", "promise"), plan.privacy or (), strict=False))
+    ranks = [f"{rank} ({_counted(count, 'client')})" for rank, count in sorted(plan.ranks.items())]
+    part = "" if plan.trained_parameters is None else f"{plan.trained_parameters:,} a round of "
     return {
-        "trainable": f"{plan.trainable_parameters:,} LoRA parameters ({share} %)",
+        "trainable": f"{part}{plan.trainable_parameters:,} LoRA parameters ({share} %)",
         "wire": f"{format_bytes(plan.bytes_down)} down + {format_bytes(plan.bytes_up)} up "
         f"per client and round ({plan.wire_dtype})",
         "rounds": f"{plan.num_rounds} x {sampled} {_counted(plan.num_clients, 'client')}, "
@@ -96,6 +103,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         "evaluation": evaluation,
         "device": f"{plan.device}, {_counted(plan.threads, 'thread')} per client",
         "output": plan.output_dir,
+        **({"ranks": ", ".join(ranks)} if ranks else {}),
         **privacy,
     }
 

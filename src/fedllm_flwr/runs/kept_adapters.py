@@ -5,10 +5,10 @@ Notation, for every command that takes an adapter::
     outputs/RUN                 the final adapter; for an unfinished run, that of the newest round
     outputs/RUN@best            the adapter of the round with the lowest loss on held-out records
     outputs/RUN@round=8         the adapter of a round whose checkpoint is kept
-    outputs/RUN@client=desk-3   one client's adapter in a run with algorithm=local
+    outputs/RUN@client=retail   a client's own adapter (algorithm=local, fedsa, ditto)
     outputs/RUN/adapter         any directory with an adapter_config.json
 
-Parts after ``@`` may be combined: ``outputs/RUN@best,client=desk-3``. The module imports no heavy
+Parts after ``@`` may be combined: ``outputs/RUN@best,client=retail``. The module imports no heavy
 libraries, so that a wrong path is rejected at once.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 from fedllm_flwr.config import Config, changed
 from fedllm_flwr.config.compose import load_run
+from fedllm_flwr.config.names import shown
 from fedllm_flwr.config.schema import LoraConfig, ModelConfig
 from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.factors import joined
@@ -262,13 +263,18 @@ def _personal(
     """A simulated client's personal adapter as of the newest checkpoint."""
     number = newest_readable(directory.checkpoints) if wanted.round is None else wanted.round
     state = None if number is None else read_state(state_file(directory.checkpoints, number))
-    if wanted.best or state is None or number is None:
-        raise ConfigError(f"{typed}: give DIR@client=NAME; kept: {_kept(directory)}.")
+    if wanted.best:
+        raise ConfigError(f"{typed}: clients keep their newest adapters only; drop best.")
+    if state is None or number is None:
+        raise ConfigError(
+            f"{typed}: give DIR@client=NAME or DIR@round=N,client=NAME; kept: {_kept(directory)}."
+        )
     acknowledged = state.clients.get(client)
     memory = RoundStore(directory.client_states / folder_name(client))
     if acknowledged is None or not (file := memory.file(acknowledged.round)).is_file():
         names = ", ".join(name for name, known in state.clients.items() if known.round)
-        raise ConfigError(f"{typed}: no adapter of a client {client!r} there; choose from {names}.")
+        why = "has not taken part" if client in state.clients else "is no client of this run"
+        raise ConfigError(f"{typed}: {shown(client)} {why}; choose from {names}.")
     path = state_file(directory.checkpoints, number)
     label = f"{client}, round {number}"
     return KeptAdapter(label, config, path, "params", directory.path, client, memory=file)

@@ -1,5 +1,6 @@
 """The plan of a run, from its configuration and its loaded inputs."""
 
+from collections import Counter
 from pathlib import Path
 
 from fedllm_flwr import __version__
@@ -35,6 +36,10 @@ def make_plan(
     notes += [config.quantization.name] if config.quantization.name != "none" else []
     embedded_eval = at_sites and config.data.eval_path in EMBEDDED_DATA
     bytes_down, bytes_up = bytes_per_client(config, prepared, roster)
+    rule, last = find_rule(config.algorithm), config.federation.num_rounds
+    params = rule.start(ServerState(0, prepared.initial), len(roster)).params
+    trained = num_values({name: v for name, v in params.items() if rule.trains(name, last)})
+    ranks = Counter(client.info.rank or config.lora.r for client in roster.values())
     return Plan(
         version=__version__,
         algorithm=config.algorithm.name,
@@ -45,6 +50,8 @@ def make_plan(
         model_note=", ".join(notes) or None,
         data_name="the sites' own data" if at_sites else config.data.name,
         trainable_parameters=num_values(prepared.initial),
+        trained_parameters=trained if trained < num_values(prepared.initial) else None,
+        ranks=ranks if len(ranks) > 1 or config.lora.ranks else {},
         device=describe_device(model.device),
         threads=config.federation.client_cpus,
         output_dir=str(directory.path.resolve() if at_sites else directory.path),

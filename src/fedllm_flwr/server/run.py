@@ -6,6 +6,7 @@ from flwr.serverapp import Grid
 
 from fedllm_flwr.config import Config
 from fedllm_flwr.errors import ConfigError
+from fedllm_flwr.federation.rule import find_rule
 from fedllm_flwr.reporting.console import Console
 from fedllm_flwr.runs.directory import RunDirectory
 from fedllm_flwr.runs.fit import check_fit
@@ -35,6 +36,7 @@ def run_simulation(config: Config, console: Console, started: float) -> RunDirec
             "federation.engine=deployment runs on a SuperLink: flwr run . <connection> --stream "
             "--run-config 'overrides=\"federation.engine=deployment ...\"'."
         )
+    find_rule(config.algorithm)  # checks its options before any data is read
     console.status("reading the data")
     check_machine(config)
     data = check_fit(config)

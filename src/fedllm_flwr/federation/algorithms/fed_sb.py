@@ -56,7 +56,7 @@ class FedSB(FedAvg):
     def __post_init__(self) -> None:
         if self.estimation < 2 or self.estimation % 2:
             raise ConfigError(
-                "algorithm.options.estimation must be an even number of rounds, got "
+                "algorithm.options.estimation must be an even number of rounds above 0, got "
                 f"{self.estimation}; use 2, or 4 for a second iteration."
             )
 

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedllm_flwr.errors import ConfigError
 from fedllm_flwr.factors import Weight, rank_of, stacked, truncated
 from fedllm_flwr.federation.rule import Counts, Rule, Weighting
 from fedllm_flwr.federation.state import ServerState
@@ -37,12 +36,6 @@ class FlexLoRA(Rule):
     weighting: ClassVar[Mapping[str, Weighting]] = {"paper": "examples"}
     stacks: ClassVar[bool] = True
     any_rank: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.by_rank, bool):
-            raise ConfigError(
-                f"algorithm.options.by_rank={self.by_rank} is not a boolean; use true or false."
-            )
 
     def step(self, state: ServerState, combined: Groups, counts: Counts) -> ServerState:
         """B A of rank r.

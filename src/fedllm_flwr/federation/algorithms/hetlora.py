@@ -44,11 +44,13 @@ class HetLoRA(Rule):
     any_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (0 < self.gamma <= 1 and self.strength >= 0):
+        if not 0 < self.gamma <= 1:
             raise ConfigError(
-                f"algorithm.options: gamma must be above 0 and at most 1, got {self.gamma}, and "
-                f"strength must be >= 0, got {self.strength}; use gamma=1 to keep all ranks."
+                f"algorithm.options.gamma must be above 0 and at most 1, got {self.gamma}; use 1 "
+                "to keep all ranks."
             )
+        if self.strength < 0:
+            raise ConfigError(f"algorithm.options.strength must be >= 0, got {self.strength}.")
 
     def rank(self, state: ServerState, client: str, rank: int) -> int:
         """The client's rank after pruning."""
