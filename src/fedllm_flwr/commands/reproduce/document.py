@@ -13,6 +13,7 @@ from fedllm_flwr.reporting.text import fixed, markdown_table
 
 TABLES = "results.md"
 _BESIDE = ("macro F1", UNPARSABLE)  # metrics shown beside each task's headline
+_BASELINES = ("local", "centralized")  # what they send is the simulation's, no federation's
 _NOTES = (
     "± half of the 95 % interval over seeds and examples (Student's t), over examples only where "
     "there is one seed (bootstrap). Differences from local are paired by seed and example; * not "
@@ -53,6 +54,7 @@ def _sections(document: Numbers) -> list[tuple[str, list[list[str]]]]:
         found += [
             ("Test", _test_table(document)),
             ("Difference from local", _differences(document)),
+            ("Test, the values of the seeds", _seeds_table(document)),
         ]
     if document["test"] and document["published"]:
         found.append(("Beside published figures", published_table(document)))
@@ -87,6 +89,19 @@ def _test_table(document: Numbers) -> list[list[str]]:
             half = 0.0 if one is None else (one["high"] - one["low"]) / 2
             cells.append("-" if one is None else f"{one['value']:.3f} ± {half:.3f}")
         table.append([row, *cells])
+    return table
+
+
+def _seeds_table(document: Numbers) -> list[list[str]]:
+    """Values of models with several seeds, in the order of the seeds."""
+    columns = _shown(document)
+    table = [["", *(f"{task}, {metric}" for task, metric in columns)]]
+    for row in dict.fromkeys(one["model"] for one in document["test"]):
+        numbers = [_number(document, row, *column) for column in columns]
+        each = [dict(one.get("by_seed", {})) if one else {} for one in numbers]
+        if max(map(len, each)) > 1:
+            ordered = [[f"{values[seed]:.2f}" for seed in sorted(values)] for values in each]
+            table.append([row, *(", ".join(values) or "-" for values in ordered)])
     return table
 
 
@@ -158,6 +173,8 @@ def _training_table(runs: Sequence[Numbers]) -> list[list[str]]:
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
         errors = [run["aggregation_error"] for run in own]
         known = [error for error in errors if error is not None]
+        is_federated = not method.startswith(_BASELINES)
+        megabytes = f"{fmean(run['megabytes'] for run in own):.1f}" if is_federated else "-"
         table.append(
             [
                 method,
@@ -165,8 +182,8 @@ def _training_table(runs: Sequence[Numbers]) -> list[list[str]]:
                 f"{fmean(losses):.4f}{spread}",
                 f"{fmean(run['validation']['round'] for run in own):.0f}",
                 f"{fmean(run['steps'] for run in own):.0f}",
-                f"{fmean(run['megabytes'] for run in own):.1f}",
-                fixed(fmean(known), 3) if known else "-",
+                megabytes,
+                fixed(fmean(known), 3) if known and is_federated else "-",
                 f"{fmean(run['seconds'] for run in own):.0f}",
                 str(len(own)),
             ]
