@@ -69,7 +69,6 @@ def test_options_go_with_a_promise(option: str, unit: str, tmp_path: Path) -> No
         "federation.sample_clients=1",
         "privacy.unit=client algorithm=ffa",
         "privacy.unit=client algorithm=rolora",
-        "privacy.unit=client algorithm=fed_sb federation.num_rounds=3",
         "privacy.unit=client algorithm=fedsa evaluation.clients=false",
         "privacy.unit=client algorithm=ditto evaluation.clients=false",
         "privacy.unit=client privacy.sampling=fixed federation.min_replies=1",
