@@ -73,10 +73,11 @@ class Witness:
             assert value.tobytes() == expected[group].tobytes()
 
 
-def play(
+def checked(
     rounds: list[tuple[str, list[str], set[int]]], every: int, sampled: int, downlink: str
-) -> None:
-    """Play the rounds: every task that a client has trained is as in the chain."""
+) -> int:
+    """Play the rounds, and count the tasks that clients have trained; each is as in the chain."""
+    count = 0
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(downlink=downlink, sample_clients=sampled, dtype="bfloat16")
         federation = Federation(Path(folder), config, NUM_CLIENTS, every)
@@ -104,8 +105,17 @@ def play(
                     for task in client.started[late[name] :]:
                         if task.round == latest:
                             witness.check(task)
+                            count += 1
             witness.note()
             assert federation.offset() < 1e-14
+    return count
+
+
+def play(
+    rounds: list[tuple[str, list[str], set[int]]], every: int, sampled: int, downlink: str
+) -> None:
+    """`checked`, as a property."""
+    checked(rounds, every, sampled, downlink)
 
 
 anything: dict[str, Any] = {
@@ -126,7 +136,8 @@ def test_a_late_task_of_another_history_is_none_of_this_one() -> None:
     well = ["ok", "ok", "ok"]
     lost, late = ["ok", "ok", "lost"], ["late", "lost", "ok"]
     order = [("go on", well), ("go on", lost), ("go on", late), ("go back", well), ("go on", well)]
-    play([(server, fates, set()) for server, fates in order], 1, 2, "int8")
+    rounds = [(server, fates, set()) for server, fates in order]
+    assert checked(rounds, 1, 2, "int8") == 8  # two a round; the third has failed
 
 
 @pytest.mark.parametrize("downlink", ["int4", pytest.param("int8", marks=pytest.mark.slow)])

@@ -138,7 +138,7 @@ class Rule(ABC):
     @classmethod
     def _checked_options(cls, algorithm: AlgorithmConfig, names: Set[str]) -> dict[str, Any]:
         """``algorithm.options``, whose names are in `names`, with values of the fields' types."""
-        types = get_type_hints(cls)
+        types = get_type_hints(cls) if algorithm.options else {}
         for name, value in algorithm.options.items():
             key = f"algorithm.options.{name}"
             if hasattr(algorithm, name):
