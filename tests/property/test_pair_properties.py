@@ -12,6 +12,7 @@ from fedllm_flwr.config.schema import ColumnsConfig
 from fedllm_flwr.data.columns import Columns, Mapping
 from fedllm_flwr.data.encode import encode_prompts
 from fedllm_flwr.data.faults import Faults
+from fedllm_flwr.data.special import has_marks
 from fedllm_flwr.plugins import PREPROCESSING
 from fedllm_flwr.tasks.dpo.pairs import EncodedPairs, encode_pairs
 from fedllm_flwr.tasks.preferences.records import Pair, make_pairs
@@ -34,7 +35,7 @@ def is_one_turn(text: str) -> bool:
     return not inside and not text.endswith("\r")
 
 
-TURNS = TEXT.filter(is_one_turn)
+TURNS = TEXT.filter(is_one_turn).filter(lambda text: not has_marks(text))
 TEMPLATE = (
     r"{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' }}"
     r"{{ m.content }}{% endfor %}{{ '\n\nAssistant:' if add_generation_prompt }}"
@@ -83,6 +84,7 @@ def dialogues(draw: st.DrawFn) -> Pair:
     context, shared = draw(CONTEXTS), draw(TURNS)
     chosen, rejected = (f"x{shared}{draw(TEXT)}" for _ in range(2))
     assume(is_one_turn(chosen) and is_one_turn(rejected))
+    assume(not has_marks(chosen + rejected))  # these are read as the text of a special token
     return Pair(messages(context), chosen, rejected, "", "")
 
 
@@ -162,3 +164,11 @@ def split(encoded: EncodedPairs) -> list[list[int]]:
     """Prompt, chosen and rejected answer of the first pair."""
     (chosen, better), (rejected, worse) = encoded[0]
     return [tokens.tolist() for tokens in (chosen[~better], chosen[better], rejected[worse])]
+
+
+def test_a_mark_in_a_record_is_no_control_token() -> None:
+    """It is read as the text of a special token; the only control token ends the answer."""
+    pair = Pair(messages(["a"]), "x\U0010f000", "y", "", "")
+    tokens, supervised = encode_pairs([pair], TOKENIZER, "chat", 100)[0][0]
+    assert TOKENIZER.decode(tokens[supervised]) == " x<end><end>"
+    assert np.flatnonzero(tokens == TOKENIZER.eos_token_id).tolist() == [len(tokens) - 1]

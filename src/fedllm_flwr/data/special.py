@@ -5,6 +5,9 @@ occurs. In a record, this would end an answer or start another speaker's turn. R
 replaces each such text in a message by a mark, and the template adds its own control tokens. A copy
 of the tokenizer, with marks and control tokens swapped, then tokenises the result. Texts without
 marks go to the original tokenizer.
+
+Marks are the last private-use characters of Unicode, from U+10F000. If a record itself contains one
+that stands for a special token, it is read as that token's text, never as the control token.
 """
 
 import json
